@@ -1,0 +1,120 @@
+// Plain-old-data descriptions of one call, shared by the host entries and both backends.
+//
+//   z = dw_weight * x + dw_bias            depthwise, c_mid = c_in * multiplier channels
+//   y = out_act(pw_weight . act(z) + pw_bias)
+//
+// Nothing here knows torch, Python or CUDA: a kernel sees raw pointers, sizes and strides.
+// Every stride is in elements, never in bytes.
+#pragma once
+
+#include <cstdint>
+
+namespace dsconv {
+
+enum class DType : int32_t { f32, f64, f16, bf16 };
+
+// The numbers are part of the op schema: dsconv_cuda/activations.py holds the same list.
+enum class Activation : int32_t {
+  identity = 0,
+  relu = 1,
+  relu6 = 2,
+  leaky_relu = 3,  // slope 0.01
+  silu = 4,
+  hardswish = 5,
+  gelu = 6,       // exact, by erf
+  gelu_tanh = 7,  // tanh approximation
+  sigmoid = 8,
+  tanh = 9,
+  hardsigmoid = 10,
+};
+constexpr int32_t kActivationCount = 11;
+
+// Which value an out_activation's derivative is computed from in backward. These can be told from y alone, exactly;
+// the others need the value before the activation ("pre"), which forward then writes as a second output.
+constexpr bool derivative_from_output(Activation a) {
+  return a == Activation::identity || a == Activation::relu || a == Activation::relu6 || a == Activation::leaky_relu ||
+         a == Activation::sigmoid || a == Activation::tanh;
+}
+
+// The dimension along which an activation tensor has unit stride.
+enum class Layout : int32_t {
+  nchw,  // unit stride along w
+  nhwc,  // unit stride along c
+};
+
+struct Strides {
+  int64_t n, c, h, w;
+};
+
+struct Geometry {
+  int64_t n;           // images
+  int64_t c_in;        // channels of x
+  int64_t multiplier;  // depthwise channels per input channel: z channel j reads x channel j / multiplier
+  int64_t c_mid;       // c_in * multiplier
+  int64_t c_out;
+  int64_t h_in, w_in;
+  int64_t h_out, w_out;
+  int64_t kernel_h, kernel_w;
+  int64_t stride_h, stride_w;
+  int64_t pad_top, pad_left;  // bottom and right follow from h_out and w_out
+  int64_t dilation_h, dilation_w;
+};
+
+struct ForwardParams {
+  Geometry geom;
+  DType dtype;  // of every tensor of the call
+  Activation act, out_act;
+
+  const void* x;  // [n, c_in, h_in, w_in], x_strides
+  Strides x_strides;
+  Layout x_layout;
+  const void* dw_weight;  // [c_mid, kernel_h, kernel_w], contiguous
+  const void* dw_bias;    // [c_mid] or null
+  const void* pw_weight;  // [c_out, c_mid], contiguous
+  const void* pw_bias;    // [c_out] or null
+
+  void* y;  // [n, c_out, h_out, w_out], y_strides, dense
+  Strides y_strides;
+  Layout y_layout;
+  void* pre;  // y before out_act, strides of y; null where it is not asked for
+};
+
+// grad_* pointers are null for gradients that were not asked for.
+struct BackwardParams {
+  Geometry geom;
+  DType dtype;
+  Activation act, out_act;
+
+  const void* x;
+  Strides x_strides;
+  Layout x_layout;
+  const void* dw_weight;
+  const void* dw_bias;
+  const void* pw_weight;
+
+  const void* dy;  // [n, c_out, h_out, w_out], dy_strides
+  Strides dy_strides;
+  Layout dy_layout;
+  const void* saved;  // y where derivative_from_output(out_act), else pre; null for out_act == identity
+  Strides saved_strides;
+  Layout saved_layout;
+
+  void* grad_x;  // [n, c_in, h_in, w_in], grad_x_strides, dense
+  Strides grad_x_strides;
+  Layout grad_x_layout;
+  void* grad_dw_weight;  // [c_mid, kernel_h, kernel_w], contiguous
+  void* grad_pw_weight;  // [c_out, c_mid], contiguous
+  void* grad_dw_bias;    // [c_mid]
+  void* grad_pw_bias;    // [c_out]
+};
+
+// Bits of the grad_mask argument of dsconv_cuda::bwd.
+enum GradBit : int64_t {
+  kGradX = 1,
+  kGradDwWeight = 2,
+  kGradPwWeight = 4,
+  kGradDwBias = 8,
+  kGradPwBias = 16,
+};
+
+}  // namespace dsconv

@@ -1,0 +1,25 @@
+// The op schemas and the Python module. Implementations register themselves: op_cpu.cpp for CPU, cuda/op_cuda.cu for
+// CUDA (compiling that file is what turns CUDA on), dsconv_cuda/ops.py for fake tensors.
+//
+// padding is (top, left, bottom, right); act and out_act are the numbers of params.h's Activation.
+
+#include <pybind11/pybind11.h>
+
+#include "cpu/cpu_isa.h"
+#include "op_args.h"
+
+STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
+  // y
+  m.def(
+      "fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[2] stride, int[4] "
+      "padding, int[2] dilation, int act, int out_act) -> Tensor");
+  // (y, pre): pre is y before out_act, kept for backward where its derivative cannot be told from y
+  m.def(
+      "fwd_with_pre(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[2] stride, "
+      "int[4] padding, int[2] dilation, int act, int out_act) -> (Tensor, Tensor)");
+  // Gradients of (x, dw_weight, pw_weight, dw_bias, pw_bias); one that grad_mask does not ask for has shape [0].
+  m.def(
+      "bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? saved, int[2] stride, "
+      "int[4] padding, int[2] dilation, int act, int out_act, int grad_mask) -> (Tensor, Tensor, Tensor, Tensor, "
+      "Tensor)");
+}
