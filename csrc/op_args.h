@@ -78,6 +78,9 @@ inline bool walkable(const Tensor& t, Layout& layout) {
   return unit_w;
 }
 
+// A dispatcher call costs about a microsecond, so it is only made where there is something to copy.
+inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 inline Tensor contiguous_copy(const Tensor& t) {
   return torch::stable::contiguous(t,
                                    suggests_channels_last(t) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
@@ -205,10 +208,10 @@ inline ForwardCall prepare_forward(const char* op, const Tensor& x, const Tensor
   if (want_pre) call.pre = empty_4d(x, g.n, g.c_out, g.h_out, g.w_out, channels_last);
 
   call.x = walkable_or_copy(x, p.x_layout);
-  call.dw_weight = torch::stable::contiguous(dw_weight);
-  call.pw_weight = torch::stable::contiguous(pw_weight);
-  if (dw_bias.has_value()) call.dw_bias = torch::stable::contiguous(*dw_bias);
-  if (pw_bias.has_value()) call.pw_bias = torch::stable::contiguous(*pw_bias);
+  call.dw_weight = contiguous(dw_weight);
+  call.pw_weight = contiguous(pw_weight);
+  if (dw_bias.has_value()) call.dw_bias = contiguous(*dw_bias);
+  if (pw_bias.has_value()) call.pw_bias = contiguous(*pw_bias);
 
   walkable(call.y, p.y_layout);
   p.x = call.x.const_data_ptr();
@@ -256,9 +259,9 @@ inline BackwardCall prepare_backward(const char* op, const Tensor& dy, const Ten
 
   call.dy = walkable_or_copy(dy, p.dy_layout);
   call.x = walkable_or_copy(x, p.x_layout);
-  call.dw_weight = torch::stable::contiguous(dw_weight);
-  call.pw_weight = torch::stable::contiguous(pw_weight);
-  if (dw_bias.has_value()) call.dw_bias = torch::stable::contiguous(*dw_bias);
+  call.dw_weight = contiguous(dw_weight);
+  call.pw_weight = contiguous(pw_weight);
+  if (dw_bias.has_value()) call.dw_bias = contiguous(*dw_bias);
   if (saved.has_value()) call.saved = walkable_or_copy(*saved, p.saved_layout);
 
   p.dy = call.dy.const_data_ptr();
@@ -273,32 +276,28 @@ inline BackwardCall prepare_backward(const char* op, const Tensor& dy, const Ten
     p.saved_strides = walk_strides(*call.saved, p.saved_layout);
   }
 
-  const auto asked = [&](GradBit bit) { return (grad_mask & bit) != 0; };
-  const int64_t none[1] = {0};
-  const Tensor no_grad = torch::stable::new_empty(x, {none, 1});
-  call.grad_x = asked(kGradX) ? empty_4d(x, g.n, g.c_in, g.h_in, g.w_in, suggests_channels_last(x)) : no_grad;
-  if (asked(kGradX)) {
-    walkable(call.grad_x, p.grad_x_layout);
-    p.grad_x = call.grad_x.mutable_data_ptr();
-    p.grad_x_strides = walk_strides(call.grad_x, p.grad_x_layout);
-  }
-  const auto weight_grad = [&](GradBit bit, const Tensor& like, Tensor& grad, void*& pointer) {
-    grad = asked(bit) ? torch::stable::new_empty(x, like.sizes()) : torch::stable::new_empty(x, {none, 1});
-    if (!asked(bit)) return;
+  const auto allocate = [&](GradBit bit, torch::headeronly::IntHeaderOnlyArrayRef size, Tensor& grad, void*& pointer) {
+    const int64_t none[1] = {0};
+    const bool asked = (grad_mask & bit) != 0;
+    grad = torch::stable::new_empty(x, asked ? size : torch::headeronly::IntHeaderOnlyArrayRef{none, 1});
+    if (!asked) return;
     if (g.n == 0) torch::stable::zero_(grad);  // no image, no kernel: the sum over nothing
     pointer = grad.mutable_data_ptr();
   };
-  const auto bias_grad = [&](GradBit bit, int64_t size, Tensor& grad, void*& pointer) {
-    const int64_t shape[1] = {asked(bit) ? size : 0};
-    grad = torch::stable::new_empty(x, {shape, 1});
-    if (!asked(bit)) return;
-    if (g.n == 0) torch::stable::zero_(grad);
-    pointer = grad.mutable_data_ptr();
-  };
-  weight_grad(kGradDwWeight, call.dw_weight, call.grad_dw_weight, p.grad_dw_weight);
-  weight_grad(kGradPwWeight, call.pw_weight, call.grad_pw_weight, p.grad_pw_weight);
-  bias_grad(kGradDwBias, g.c_mid, call.grad_dw_bias, p.grad_dw_bias);
-  bias_grad(kGradPwBias, g.c_out, call.grad_pw_bias, p.grad_pw_bias);
+  const int64_t c_mid[1] = {g.c_mid}, c_out[1] = {g.c_out};
+  allocate(kGradDwWeight, dw_weight.sizes(), call.grad_dw_weight, p.grad_dw_weight);
+  allocate(kGradPwWeight, pw_weight.sizes(), call.grad_pw_weight, p.grad_pw_weight);
+  allocate(kGradDwBias, {c_mid, 1}, call.grad_dw_bias, p.grad_dw_bias);
+  allocate(kGradPwBias, {c_out, 1}, call.grad_pw_bias, p.grad_pw_bias);
+  if ((grad_mask & kGradX) != 0) {
+    call.grad_x = empty_4d(x, g.n, g.c_in, g.h_in, g.w_in, suggests_channels_last(x));
+    walkable(call.grad_x, p.grad_x_layout);
+    p.grad_x = call.grad_x.mutable_data_ptr();
+    p.grad_x_strides = walk_strides(call.grad_x, p.grad_x_layout);
+  } else {
+    const int64_t none[1] = {0};
+    call.grad_x = torch::stable::new_empty(x, {none, 1});
+  }
   return call;
 }
 
