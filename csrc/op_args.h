@@ -79,7 +79,7 @@ inline bool walkable(const Tensor& t, Layout& layout) {
 }
 
 // A dispatcher call costs about a microsecond, so it is only made where there is something to copy.
-inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline Tensor contiguous_copy(const Tensor& t) {
   return torch::stable::contiguous(t,
@@ -208,10 +208,10 @@ inline ForwardCall prepare_forward(const char* op, const Tensor& x, const Tensor
   if (want_pre) call.pre = empty_4d(x, g.n, g.c_out, g.h_out, g.w_out, channels_last);
 
   call.x = walkable_or_copy(x, p.x_layout);
-  call.dw_weight = contiguous(dw_weight);
-  call.pw_weight = contiguous(pw_weight);
-  if (dw_bias.has_value()) call.dw_bias = contiguous(*dw_bias);
-  if (pw_bias.has_value()) call.pw_bias = contiguous(*pw_bias);
+  call.dw_weight = dense(dw_weight);
+  call.pw_weight = dense(pw_weight);
+  if (dw_bias.has_value()) call.dw_bias = dense(*dw_bias);
+  if (pw_bias.has_value()) call.pw_bias = dense(*pw_bias);
 
   walkable(call.y, p.y_layout);
   p.x = call.x.const_data_ptr();
@@ -259,9 +259,9 @@ inline BackwardCall prepare_backward(const char* op, const Tensor& dy, const Ten
 
   call.dy = walkable_or_copy(dy, p.dy_layout);
   call.x = walkable_or_copy(x, p.x_layout);
-  call.dw_weight = contiguous(dw_weight);
-  call.pw_weight = contiguous(pw_weight);
-  if (dw_bias.has_value()) call.dw_bias = contiguous(*dw_bias);
+  call.dw_weight = dense(dw_weight);
+  call.pw_weight = dense(pw_weight);
+  if (dw_bias.has_value()) call.dw_bias = dense(*dw_bias);
   if (saved.has_value()) call.saved = walkable_or_copy(*saved, p.saved_layout);
 
   p.dy = call.dy.const_data_ptr();
