@@ -1,10 +1,12 @@
-// The op schemas and the Python module. Implementations register themselves: op_cpu.cpp for CPU, cuda/op_cuda.cu for
-// CUDA (compiling that file is what turns CUDA on), dsconv_cuda/ops.py for fake tensors.
+// The op schemas and the Python module (what is not a tensor op). Implementations register themselves: op_cpu.cpp for
+// CPU, cuda/op_cuda.cu for CUDA (compiling that file is what turns CUDA on), dsconv_cuda/ops.py for fake tensors.
 //
 // padding is (top, left, bottom, right); act and out_act are the numbers of params.h's Activation.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "build_info.h"
 #include "cpu/cpu_isa.h"
 #include "op_args.h"
 
@@ -22,4 +24,12 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
       "bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? saved, int[2] stride, "
       "int[4] padding, int[2] dilation, int act, int out_act, int grad_mask) -> (Tensor, Tensor, Tensor, Tensor, "
       "Tensor)");
+}
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("build_info", &dsconv::build_info, "How this library was built");
+  m.def("isa_built", &dsconv::isa_built, "The CPU instruction sets that this library has kernels for");
+  m.def("isa_available", &dsconv::isa_available, "Those of them that this machine runs");
+  m.def("isa_active", [] { return dsconv::isa_name(dsconv::isa_active()); }, "The one in use");
+  m.def("set_isa", &dsconv::set_isa, pybind11::arg("name"), "Uses another one from now on, in the whole process");
 }
