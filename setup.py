@@ -27,7 +27,7 @@ def load_build_module():
         import torch  # noqa: F401
     except ImportError as error:
         sys.exit(
-            f"\ndsconv_cuda is compiled against the torch that it will run with, and torch cannot be imported ({error}).\n"
+            f"\ndsconv_cuda is compiled against the torch it will run with, and torch cannot be imported: {error}\n"
             "Install torch first, and build without isolation:\n\n"
             "    pip install torch ninja setuptools wheel\n"
             "    pip install --no-build-isolation .\n"

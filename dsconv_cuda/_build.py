@@ -150,13 +150,13 @@ def report(parameters: BuildParameters) -> str:
     given = [f"{name}={os.environ[name]}" for name in SWITCHES if os.environ.get(name)]
     lines.append(f"  switches in the environment: {', '.join(given) or 'none'}")
     if not parameters.cuda:
-        lines += _boxed(
-            [
-                "dsconv_cuda is built for the CPU only: tensors on a GPU will raise an error.",
-                parameters.decisions[0],
-                "FORCE_CUDA=1 turns this notice into an error.",
-            ]
-        )
+        notice = [
+            "dsconv_cuda is built for the CPU only: tensors on a GPU will raise an error.",
+            parameters.decisions[0],
+        ]
+        if not switched_on("DSCONV_CPU_ONLY"):
+            notice.append("FORCE_CUDA=1 turns this notice into an error that says what to do.")
+        lines += _boxed(notice)
     return "\n".join(lines)
 
 
