@@ -1,0 +1,1 @@
+"""Measurements of dsconv_cuda: `python -m bench` (speed), `python -m bench.demo` (training on real digits)."""

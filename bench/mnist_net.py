@@ -1,0 +1,51 @@
+"""A small MobileNetV1 for 28 x 28 digits, whose separable blocks are of whatever class it is given.
+
+    1 x 28 x 28 -> stem 3x3 -> 24 x 28 x 28 -> five separable blocks -> 192 x 7 x 7 -> mean over the map -> linear -> 10
+
+As in MobileNetV1 (arXiv:1704.04861) the width grows where the map shrinks, and an activation follows both convolutions
+of a block. There is no BatchNorm: weights are drawn for unit gain through a ReLU instead.
+"""
+
+from torch import nn
+
+from .plain import ACTIVATIONS
+
+STEM_CHANNELS = 24
+BLOCKS = ((48, 2), (96, 1), (96, 1), (192, 2), (192, 1))  # (out_channels, stride), each 3x3
+CLASSES = 10
+
+
+class MnistNet(nn.Module):
+    """`separable_conv` is DepthwiseSeparableConv2d or PlainSeparableConv2d; the parameters have the same names."""
+
+    def __init__(self, separable_conv, activation="relu6"):
+        super().__init__()
+        self.stem = nn.Conv2d(1, STEM_CHANNELS, 3, padding=1)
+        self.activation = ACTIVATIONS[activation]
+        blocks, channels = [], STEM_CHANNELS
+        for out_channels, stride in BLOCKS:
+            block = separable_conv(
+                channels,
+                out_channels,
+                3,
+                stride=stride,
+                padding=1,
+                bias=True,
+                activation=activation,
+                out_activation=activation,
+            )
+            blocks.append(block)
+            channels = out_channels
+        self.blocks = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(channels, CLASSES)
+        self.apply(_draw_weights)
+
+    def forward(self, images):
+        features = self.blocks(self.activation(self.stem(images)))
+        return self.classifier(features.mean((2, 3)))
+
+
+def _draw_weights(module):
+    if isinstance(module, (nn.Conv2d, nn.Linear)):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(module.bias)

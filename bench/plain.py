@@ -1,0 +1,41 @@
+"""The depthwise-separable convolution written with stock PyTorch modules: what dsconv_cuda is compared with."""
+
+import torch.nn.functional as F
+from torch import nn
+
+ACTIVATIONS = {
+    "identity": lambda t: t,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "gelu": F.gelu,
+}
+
+
+class PlainSeparableConv2d(nn.Module):
+    """out_activation(pointwise(activation(depthwise(x)))), parameters named as in DepthwiseSeparableConv2d."""
+
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        bias=False,
+        *,
+        dilation=1,
+        activation="identity",
+        out_activation="identity",
+    ):
+        super().__init__()
+        self.depthwise = nn.Conv2d(
+            in_channels, in_channels, kernel_size, stride, padding, dilation, groups=in_channels, bias=bias
+        )
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+        self.activation = ACTIVATIONS[activation]
+        self.out_activation = ACTIVATIONS[out_activation]
+
+    def forward(self, x):
+        return self.out_activation(self.pointwise(self.activation(self.depthwise(x))))
