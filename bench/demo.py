@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from dsconv_cuda import DepthwiseSeparableConv2d
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from tabulate import tabulate
+
+from dsconv_cuda import DepthwiseSeparableConv2d
 
 from .digits import load_digits
 from .mnist_net import MnistNet
