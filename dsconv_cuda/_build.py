@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import glob
 import importlib.util
+import logging
 import os
 import re
 import shutil
@@ -17,7 +18,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from torch.utils import cpp_extension
+
+# On import torch guesses CUDA_HOME and warns about its guess; _find_cuda() below replaces it.
+_logger = logging.getLogger("torch.utils.cpp_extension")
+_logger.disabled = True
+from torch.utils import cpp_extension  # noqa: E402
+
+_logger.disabled = False
 
 # What a build for any machine covers, and PTX of the newest, from which the driver makes code for later GPUs.
 DEFAULT_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -191,7 +198,7 @@ def _choose_cuda(cuda: bool | None) -> tuple[Toolkit | None, str]:
     toolkit, reason, remedy = _find_cuda()
     if toolkit is None and (cuda or switched_on("FORCE_CUDA")):
         asked = "cuda=True was passed" if cuda else "FORCE_CUDA is set"
-        raise BuildError(f"{asked}, but CUDA cannot be built: {reason}.\n{remedy}")
+        raise BuildError(f"{asked}, but {reason}.\n{remedy}")
     return toolkit, reason
 
 
