@@ -21,7 +21,8 @@ OTHER_TORCH ?= torch==2.13.0
 
 VENV := .venv
 OTHER_VENV := .venv-other-torch
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# Twice quiet: warnings of the machine's own pip configuration say nothing about this project.
+PIP_INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
 # The stamps carry the requirement, so that another TORCH installs again.
@@ -49,12 +50,14 @@ build: $(VENV_READY)
 
 $(VENV_READY): .ci/requirements.txt .ci/requirements-format.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@echo 'Installing $(TORCH) and what else is needed into $(VENV): several gigabytes where torch has CUDA'
 	$(VENV)/bin/python $(PIP_INSTALL) '$(TORCH)' -r .ci/requirements.txt
 	rm -f $(VENV)/ready-*
 	touch $@
 
 $(OTHER_VENV_READY):
 	test -x $(OTHER_VENV)/bin/python || $(PYTHON) -m venv $(OTHER_VENV)
+	@echo 'Installing $(OTHER_TORCH) into $(OTHER_VENV), to test the binary against another torch'
 	$(OTHER_VENV)/bin/python $(PIP_INSTALL) '$(OTHER_TORCH)' numpy ninja pybind11 setuptools wheel
 	rm -f $(OTHER_VENV)/ready-*
 	touch $@

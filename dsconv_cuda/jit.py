@@ -64,8 +64,6 @@ def compile_library(
     extra_cuda_cflags: Sequence[str] = (),
 ) -> tuple[ModuleType, str]:
     """Compiles and loads, and returns the module and the key of what went into it. The caller holds _loader.lock()."""
-    from torch.utils import cpp_extension
-
     from . import _build
 
     name = name or DEFAULT_NAME
@@ -86,7 +84,7 @@ def compile_library(
         )
     with _build.build_environment(parameters):
         # load() joins the flags with blanks into a shell command.
-        module = cpp_extension.load(
+        module = _build.cpp_extension.load(
             name,
             parameters.sources,
             extra_cflags=[shlex.quote(flag) for flag in parameters.cxx_flags],
@@ -134,9 +132,9 @@ def _request(csrc: Path, cuda: bool | None, extra_cflags: Sequence[str], extra_c
 
 
 def _cache_root() -> str:
-    from torch.utils import cpp_extension
+    from . import _build
 
-    return os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
+    return os.environ.get("TORCH_EXTENSIONS_DIR") or _build.cpp_extension.get_default_build_root()
 
 
 def _already_loaded(name, cuda, build_directory, extra_cflags, extra_cuda_cflags) -> ModuleType:
