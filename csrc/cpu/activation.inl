@@ -1,0 +1,135 @@
+// The activations and their derivatives, on vectors. Kinks follow PyTorch: which side a kink belongs to, and what a NaN
+// gives (relu and relu6 pass gradients of a NaN on, hard functions count it as the upper side).
+//
+// identity, relu and relu6 are a clamp, which depthwise and epilogue apply in registers; the others run as a second
+// pass over a tile in L1.
+#ifndef DSCONV_ISA
+#error "activation.inl belongs inside an ISA region"
+#endif
+
+template <typename T>
+struct Clamp {
+  T lo, hi;
+};
+
+// The clamp an activation begins with; what is_clamp() says no to still needs its pass.
+template <typename T>
+DSCONV_INLINE Clamp<T> clamp_of(Activation a) {
+  const T inf = static_cast<T>(__builtin_inf());
+  Clamp<T> c = {-inf, inf};
+  if (a == Activation::relu || a == Activation::relu6) c.lo = 0;
+  if (a == Activation::relu6) c.hi = 6;
+  return c;
+}
+DSCONV_INLINE bool is_clamp(Activation a) {
+  return a == Activation::identity || a == Activation::relu || a == Activation::relu6;
+}
+
+template <Activation A, typename T, typename V>
+DSCONV_INLINE V act_value(V z) {
+  const V zero = vset(T(0)), one = vset(T(1)), half = vset(T(0.5));
+  if constexpr (A == Activation::relu) return vmax(zero, z);
+  if constexpr (A == Activation::relu6) return vmin(vset(T(6)), vmax(zero, z));
+  if constexpr (A == Activation::leaky_relu) return z > zero ? z : z * vset(T(0.01));
+  if constexpr (A == Activation::silu) return z / (one + vexp(-z));
+  if constexpr (A == Activation::hardswish) return z * vmin(vset(T(6)), vmax(zero, z + vset(T(3)))) * vset(T(1. / 6));
+  if constexpr (A == Activation::gelu) return half * z * (one + verf(z * vset(T(0.70710678118654752440))));
+  if constexpr (A == Activation::gelu_tanh) {
+    const V inner = vset(T(0.79788456080286535588)) * (z + vset(T(0.044715)) * z * z * z);
+    return half * z * (one + vtanh(inner));
+  }
+  if constexpr (A == Activation::sigmoid) return one / (one + vexp(-z));
+  if constexpr (A == Activation::tanh) return vtanh(z);
+  if constexpr (A == Activation::hardsigmoid) return vmin(vset(T(6)), vmax(zero, z + vset(T(3)))) * vset(T(1. / 6));
+  return z;
+}
+
+template <Activation A, typename T, typename V>
+DSCONV_INLINE V act_derivative(V z) {
+  const V zero = vset(T(0)), one = vset(T(1)), half = vset(T(0.5)), three = vset(T(3));
+  if constexpr (A == Activation::relu) return z <= zero ? zero : one;
+  if constexpr (A == Activation::relu6) return z <= zero ? zero : (z >= vset(T(6)) ? zero : one);
+  if constexpr (A == Activation::leaky_relu) return z > zero ? one : vset(T(0.01));
+  if constexpr (A == Activation::silu) {
+    const V s = one / (one + vexp(-z));
+    return s * (one + z * (one - s));
+  }
+  if constexpr (A == Activation::hardswish) {
+    return z <= -three ? zero : (z < three ? z * vset(T(1. / 3)) + half : one);
+  }
+  if constexpr (A == Activation::gelu) {
+    const V cdf = half * (one + verf(z * vset(T(0.70710678118654752440))));
+    return cdf + z * vset(T(0.39894228040143267794)) * vexp(-half * z * z);
+  }
+  if constexpr (A == Activation::gelu_tanh) {
+    const V beta = vset(T(0.79788456080286535588)), kappa = vset(T(0.044715));
+    const V t = vtanh(beta * (z + kappa * z * z * z));
+    return half * (one + t) + half * z * (one - t * t) * beta * (one + three * kappa * z * z);
+  }
+  if constexpr (A == Activation::sigmoid) {
+    const V s = one / (one + vexp(-z));
+    return s * (one - s);
+  }
+  if constexpr (A == Activation::tanh) {
+    const V t = vtanh(z);
+    return one - t * t;
+  }
+  if constexpr (A == Activation::hardsigmoid) return z > -three ? (z < three ? vset(T(1. / 6)) : zero) : zero;
+  return one;
+}
+
+// The derivative from what forward kept: the output where derivative_from_output(A), else the value before.
+template <Activation A, typename T, typename V>
+DSCONV_INLINE V out_derivative(V saved) {
+  const V one = vset(T(1));
+  if constexpr (A == Activation::sigmoid) return saved * (one - saved);
+  if constexpr (A == Activation::tanh) return one - saved * saved;
+  return act_derivative<A, T>(saved);
+}
+
+// v <- act(v) over n elements. Reads and writes whole vectors: n rounded up to them must be in the buffer.
+struct ActivateInPlace {
+  template <Activation A, typename T>
+  DSCONV_INLINE void run(int64_t n, T* v, T*) {
+    for (int64_t i = 0; i < n; i += Vec<T>::n) vstore(v + i, act_value<A, T>(vload(v + i)));
+  }
+};
+// z -> a = act(z), z <- act'(z)
+struct ActivateAndDerive {
+  template <Activation A, typename T>
+  DSCONV_INLINE void run(int64_t n, T* z, T* a) {
+    for (int64_t i = 0; i < n; i += Vec<T>::n) {
+      const typename Vec<T>::type v = vload(z + i);
+      vstore(a + i, act_value<A, T>(v));
+      vstore(z + i, act_derivative<A, T>(v));
+    }
+  }
+};
+// g <- g * out_act'(saved)
+struct ScaleByOutDerivative {
+  template <Activation A, typename T>
+  DSCONV_INLINE void run(int64_t n, T* g, T* saved) {
+    for (int64_t i = 0; i < n; i += Vec<T>::n) vstore(g + i, vload(g + i) * out_derivative<A, T>(vload(saved + i)));
+  }
+};
+
+template <typename Pass, typename T>
+static void activation_pass(Activation a, int64_t n, T* first, T* second) {
+  switch (a) {
+#define DSCONV_CASE(name) \
+  case Activation::name:  \
+    return Pass::template run<Activation::name>(n, first, second);
+    DSCONV_CASE(identity)
+    DSCONV_CASE(relu)
+    DSCONV_CASE(relu6)
+    DSCONV_CASE(leaky_relu)
+    DSCONV_CASE(silu)
+    DSCONV_CASE(hardswish)
+    DSCONV_CASE(gelu)
+    DSCONV_CASE(gelu_tanh)
+    DSCONV_CASE(sigmoid)
+    DSCONV_CASE(tanh)
+    DSCONV_CASE(hardsigmoid)
+#undef DSCONV_CASE
+  }
+}

@@ -1,0 +1,199 @@
+// Stage P of backward: one group of tiles, in order, into the group's own partial sums.
+//
+//   per tile of pixels:   g = dy * out_act'(saved)              [pixels][c_out]
+//                         z recomputed, a = act(z)              [pixels][c_mid]
+//   grad_pw_weight       += g^T . a                              k = pixels
+//   du                    = (g . pw_weight) * act'(z)            k = c_out, written over act'(z), then to the workspace
+//   bias gradients       += column sums of g and du
+//
+// Which tiles form a group follows from the shape alone, and groups are added in order: the same bits for any number
+// of threads. Only what the gradients that were asked for need is computed.
+#ifndef DSCONV_ISA
+#error "backward_pointwise.inl belongs inside an ISA region"
+#endif
+
+// In two levels: blocks of rows first, so that the error of a long sum stays near that of a short one.
+template <typename T>
+static void add_column_sums(const T* tile, int64_t ld, int64_t rows, int64_t columns, T* sums) {
+  constexpr int n = Vec<T>::n;
+  constexpr int64_t kBlock = 16;
+  for (int64_t c = 0; c < columns; c += n) {
+    typename Vec<T>::type sum = vset(T(0));
+    for (int64_t first = 0; first < rows; first += kBlock) {
+      const int64_t last = first + kBlock < rows ? first + kBlock : rows;
+      typename Vec<T>::type block = vset(T(0));
+      for (int64_t i = first; i < last; ++i) block = block + vload(tile + i * ld + c);
+      sum = sum + block;
+    }
+    vstore(sums + c, vload(sums + c) + sum);
+  }
+}
+
+template <typename T>
+static void zero_fill(T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += Vec<T>::n) vstore(p + i, vset(T(0)));
+}
+
+template <typename T>
+struct PointwiseTile {
+  T* a;      // [pixels][mid_ld], act(z)
+  T* du;     // [pixels][mid_ld], act'(z) and then du
+  T* g;      // [pixels][out_ld]
+  T* saved;  // [pixels][out_ld]
+  T* strips;
+  T* block;  // [kMicroRows][columns]
+};
+
+template <typename S, typename T>
+static void recompute_z(const BackwardContext& ctx, int64_t pixel, int64_t count, const PointwiseTile<T>& t) {
+  const BackwardParams& p = ctx.p;
+  const CpuPlan& plan = ctx.plan;
+  const DepthwiseInput<S> in = {&p.geom,
+                                &plan,
+                                static_cast<const S*>(p.x),
+                                p.x_strides,
+                                p.x_layout,
+                                static_cast<const T*>(ctx.packed.dw_weight),
+                                static_cast<const T*>(ctx.packed.dw_bias)};
+  const bool linear = p.act == Activation::identity;
+  depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.du, t.strips);
+  if (linear) return;
+  for (int64_t i = 0; i < count; ++i) {
+    activation_pass<ActivateAndDerive, T>(p.act, p.geom.c_mid, t.du + i * plan.mid_ld, t.a + i * plan.mid_ld);
+  }
+}
+
+template <typename T>
+static void pointwise_weight_gradient(const Geometry& g, const CpuPlan& plan, int64_t count, const PointwiseTile<T>& t,
+                                      T* partial) {
+  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
+  for (int64_t k = 0; k < g.c_mid; k += columns) {
+    const int64_t width = g.c_mid - k < columns ? g.c_mid - k : columns;
+    for (int64_t c = 0; c < g.c_out; c += kMicroRows) {
+      gemm_block<T, false>(lanes_left(g.c_out - c, kMicroRows), width, count, {t.g + c, plan.out_ld},
+                           {t.a + k, plan.mid_ld}, partial + c * plan.mid_columns + k, plan.mid_columns, true);
+    }
+  }
+}
+
+template <typename T>
+static void pointwise_input_gradient(const Geometry& g, const CpuPlan& plan, const T* packed, bool linear,
+                                     int64_t count, const PointwiseTile<T>& t) {
+  constexpr int n = Vec<T>::n;
+  constexpr int64_t columns = kMicroVecs * n;
+  for (int64_t k = 0; k < g.c_mid; k += columns) {
+    const int64_t width = g.c_mid - k < columns ? g.c_mid - k : columns;
+    for (int64_t i = 0; i < count; i += kMicroRows) {
+      const int64_t rows = lanes_left(count - i, kMicroRows);
+      gemm_block<T, true>(rows, width, g.c_out, {t.g + i * plan.out_ld, plan.out_ld}, {packed + k * g.c_out, columns},
+                          t.block, columns, false);
+      for (int64_t r = 0; r < rows; ++r) {
+        T* du = t.du + (i + r) * plan.mid_ld + k;
+        for (int64_t j = 0; j < width; j += n) {
+          const typename Vec<T>::type da = vload(t.block + r * columns + j);
+          vstore(du + j, linear ? da : da * vload(du + j));
+        }
+      }
+    }
+  }
+}
+
+template <typename S, typename T>
+static void backward_pointwise_tile(const BackwardContext& ctx, int64_t tile, const PointwiseTile<T>& t, T* pw_partial,
+                                    T* bias_partial) {
+  const BackwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  const CpuPlan& plan = ctx.plan;
+  const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
+  const bool linear = p.act == Activation::identity;
+  const bool need_du = ctx.du != nullptr || p.grad_dw_bias != nullptr;
+
+  load_tile(static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g.h_out, g.w_out, g.c_out, pixel, count, t.g,
+            plan.out_ld);
+  if (p.saved != nullptr) {
+    load_tile(static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g.h_out, g.w_out, g.c_out, pixel, count,
+              t.saved, plan.out_ld);
+    for (int64_t i = 0; i < count; ++i) {
+      activation_pass<ScaleByOutDerivative, T>(p.out_act, g.c_out, t.g + i * plan.out_ld, t.saved + i * plan.out_ld);
+    }
+  }
+  if (p.grad_pw_bias != nullptr) add_column_sums(t.g, plan.out_ld, count, g.c_out, bias_partial);
+  if (pw_partial != nullptr || (need_du && !linear)) recompute_z<S>(ctx, pixel, count, t);
+  if (pw_partial != nullptr) pointwise_weight_gradient(g, plan, count, t, pw_partial);
+  if (!need_du) return;
+  pointwise_input_gradient(g, plan, static_cast<const T*>(ctx.packed.pw_backward), linear, count, t);
+  if (p.grad_dw_bias != nullptr) add_column_sums(t.du, plan.mid_ld, count, g.c_mid, bias_partial + plan.out_columns);
+  if (ctx.du != nullptr) {
+    store_tile(t.du, plan.mid_ld, 0, g.c_mid, pixel, count, static_cast<T*>(ctx.du), p.x_layout, g.c_mid,
+               plan.image_pixels);
+  }
+}
+
+template <typename S, typename T>
+static void backward_pointwise(const BackwardContext& ctx, int64_t group, void* scratch) {
+  const CpuPlan& plan = ctx.plan;
+  PointwiseTile<T> t;
+  t.a = static_cast<T*>(scratch);
+  t.du = t.a + plan.tile_pixels * plan.mid_ld;
+  t.g = t.du + plan.tile_pixels * plan.mid_ld;
+  t.saved = t.g + plan.tile_pixels * plan.out_ld;
+  t.strips = t.saved + plan.tile_pixels * plan.out_ld;
+  t.block = t.strips + plan.micro.lanes * plan.strip_ld;
+
+  const int64_t pw_size = ctx.p.geom.c_out * plan.mid_columns, bias_size = plan.out_columns + plan.mid_columns;
+  T* pw_partial = ctx.pw_partial != nullptr ? static_cast<T*>(ctx.pw_partial) + group * pw_size : nullptr;
+  T* bias_partial = static_cast<T*>(ctx.bias_partial) + group * bias_size;
+  if (pw_partial != nullptr) zero_fill(pw_partial, pw_size);
+  zero_fill(bias_partial, bias_size);
+  const int64_t first = plan.tiles * group / plan.pointwise_groups;
+  const int64_t last = plan.tiles * (group + 1) / plan.pointwise_groups;
+  for (int64_t tile = first; tile < last; ++tile) backward_pointwise_tile<S>(ctx, tile, t, pw_partial, bias_partial);
+}
+
+template <typename S, typename T>
+DSCONV_INLINE void store_one(T value, S* p) {
+  vstore(p, vset(value), 1);
+}
+
+template <typename T>
+DSCONV_INLINE T sum_groups(const T* first, int64_t step, int64_t groups) {
+  T sum = 0;
+  for (int64_t i = 0; i < groups; ++i) sum += first[i * step];
+  return sum;
+}
+
+template <typename S, typename T>
+static void reduce_pointwise(const BackwardContext& ctx, int64_t out_channel) {
+  constexpr int n = Vec<T>::n;
+  const Geometry& g = ctx.p.geom;
+  const CpuPlan& plan = ctx.plan;
+  const int64_t step = g.c_out * plan.mid_columns;
+  const T* partial = static_cast<const T*>(ctx.pw_partial) + out_channel * plan.mid_columns;
+  S* grad = static_cast<S*>(ctx.p.grad_pw_weight) + out_channel * g.c_mid;
+  for (int64_t k = 0; k < g.c_mid; k += n) {
+    typename Vec<T>::type sum = vset(T(0));
+    for (int64_t i = 0; i < plan.pointwise_groups; ++i) sum = sum + vload(partial + i * step + k);
+    const int left = lanes_left(g.c_mid - k, n);
+    if (g.multiplier == 1 && left == n) {
+      vstore(grad + k, sum);
+    } else {
+      for (int i = 0; i < left; ++i) store_one(sum[i], grad + tensor_channel(g, k + i));
+    }
+  }
+}
+
+template <typename S, typename T>
+static void reduce_biases(const BackwardContext& ctx) {
+  const Geometry& g = ctx.p.geom;
+  const CpuPlan& plan = ctx.plan;
+  const T* partial = static_cast<const T*>(ctx.bias_partial);
+  const int64_t step = plan.out_columns + plan.mid_columns;
+  if (S* grad = static_cast<S*>(ctx.p.grad_pw_bias)) {
+    for (int64_t c = 0; c < g.c_out; ++c) store_one(sum_groups(partial + c, step, plan.pointwise_groups), grad + c);
+  }
+  if (S* grad = static_cast<S*>(ctx.p.grad_dw_bias)) {
+    for (int64_t k = 0; k < g.c_mid; ++k) {
+      store_one(sum_groups(partial + plan.out_columns + k, step, plan.pointwise_groups), grad + tensor_channel(g, k));
+    }
+  }
+}

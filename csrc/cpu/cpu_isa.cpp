@@ -1,0 +1,107 @@
+#include "cpu_isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "cpu_kernels.h"
+
+namespace dsconv {
+namespace {
+
+#if defined(__x86_64__)
+constexpr bool kX86 = true;
+bool machine_has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+bool machine_has_avx512() {
+#if defined(DSCONV_EMULATE_AVX512)  // only in a test build: the AVX-512 kernels on emulated intrinsics
+  return machine_has_avx2();
+#else
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && machine_has_avx2();
+#endif
+}
+#else
+constexpr bool kX86 = false;
+bool machine_has_avx2() { return false; }
+bool machine_has_avx512() { return false; }
+#endif
+
+bool built(Isa isa) { return isa == Isa::generic || kX86; }
+
+bool available(Isa isa) {
+  if (isa == Isa::generic) return true;
+  return built(isa) && (isa == Isa::avx2 ? machine_has_avx2() : machine_has_avx512());
+}
+
+std::vector<std::string> names_where(bool (*holds)(Isa)) {
+  std::vector<std::string> names;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (holds(static_cast<Isa>(i))) names.push_back(isa_name(static_cast<Isa>(i)));
+  }
+  return names;
+}
+
+Isa parse(const std::string& source, const std::string& name) {
+  for (int i = 0; i < kIsaCount; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (name == isa_name(isa) && available(isa)) return isa;
+  }
+  std::string list;
+  for (const std::string& n : isa_available()) list += (list.empty() ? "" : ", ") + n;
+  bool known = false;
+  for (int i = 0; i < kIsaCount; ++i) known = known || name == isa_name(static_cast<Isa>(i));
+  throw std::runtime_error(source + ": " + (known ? "this machine or build lacks " : "unknown instruction set ") + "'" +
+                           name + "'; available: " + list);
+}
+
+Isa choose() {
+  const char* requested = std::getenv("DSCONV_CPU_ISA");
+  if (requested != nullptr && requested[0] != '\0') return parse("DSCONV_CPU_ISA", requested);
+  Isa best = Isa::generic;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (available(static_cast<Isa>(i))) best = static_cast<Isa>(i);
+  }
+  return best;
+}
+
+constexpr int kNotChosen = -1;
+std::atomic<int> chosen{kNotChosen};
+
+}  // namespace
+
+const char* isa_name(Isa isa) {
+  constexpr const char* names[kIsaCount] = {"generic", "avx2", "avx512"};
+  return names[static_cast<int>(isa)];
+}
+
+std::vector<std::string> isa_built() { return names_where(built); }
+std::vector<std::string> isa_available() { return names_where(available); }
+
+Isa isa_active() {
+  int isa = chosen.load(std::memory_order_relaxed);
+  if (isa == kNotChosen) {
+    isa = static_cast<int>(choose());
+    chosen.store(isa, std::memory_order_relaxed);
+  }
+  return static_cast<Isa>(isa);
+}
+
+void set_isa(const std::string& name) { chosen.store(static_cast<int>(parse("set_isa", name))); }
+
+const KernelTable& active_kernels() {
+#if defined(__x86_64__)
+  switch (isa_active()) {
+    case Isa::avx512:
+      return kernels_avx512();
+    case Isa::avx2:
+      return kernels_avx2();
+    case Isa::generic:
+      break;
+  }
+#endif
+  return kernels_generic();
+}
+
+}  // namespace dsconv

@@ -1,0 +1,73 @@
+// What a cpu_<isa>.cpp exports: one table of functions over one task each. Torch-free; the host entry op_cpu.cpp
+// allocates, and runs the tasks on torch's threads. Packed weights and partial sums are in the compute type.
+#pragma once
+
+#include <cstdint>
+
+#include "../params.h"
+#include "cpu_plan.h"
+
+namespace dsconv {
+
+// Weights as the kernels walk them; k is the channel order of cpu_plan.h, panels have micro.columns columns.
+struct PackedWeights {
+  void* dw_weight;    // [taps][mid_columns]
+  void* dw_bias;      // [mid_columns], zeros where there is none
+  void* pw_forward;   // [out_columns / columns][c_mid][columns]: column = output channel
+  void* pw_backward;  // [mid_columns / columns][c_out][columns]: column = k; null in forward
+  void* pw_bias;      // [out_columns]
+};
+
+struct ForwardContext {
+  ForwardParams p;
+  CpuPlan plan;
+  PackedWeights packed;
+};
+
+// A null pointer: not needed for the gradients that were asked for.
+struct BackwardContext {
+  BackwardParams p;
+  CpuPlan plan;
+  PackedWeights packed;
+  void* du;            // gradient of z: [pixels][c_mid] where x is nhwc, [n][c_mid][image_pixels] where nchw
+  void* pw_partial;    // [pointwise_groups][c_out][mid_columns]
+  void* bias_partial;  // [pointwise_groups][out_columns + mid_columns]: pw bias, then dw bias
+  void* dw_partial;    // [depthwise_groups][taps][mid_columns], nhwc only
+};
+
+// Packing, one task per panel (of pw) or per tap (of dw; also the biases, with tap 0).
+struct PackContext {
+  Geometry geom;
+  CpuPlan plan;
+  PackedWeights packed;
+  const void* dw_weight;
+  const void* dw_bias;
+  const void* pw_weight;
+  const void* pw_bias;
+};
+
+struct DTypeKernels {
+  void (*pack_depthwise)(const PackContext&, int64_t tap);
+  void (*pack_pointwise_forward)(const PackContext&, int64_t panel);
+  void (*pack_pointwise_backward)(const PackContext&, int64_t panel);
+  void (*forward)(const ForwardContext&, int64_t tile, void* scratch);
+  void (*backward_pointwise)(const BackwardContext&, int64_t group, void* scratch);
+  void (*reduce_pointwise)(const BackwardContext&, int64_t out_channel);
+  void (*reduce_biases)(const BackwardContext&);
+  void (*backward_x_nhwc)(const BackwardContext&, int64_t row);                   // n * h_in
+  void (*backward_x_nchw)(const BackwardContext&, int64_t plane, void* scratch);  // n * c_in
+  void (*backward_dw_nhwc)(const BackwardContext&, int64_t group);
+  void (*reduce_depthwise)(const BackwardContext&, int64_t tap);
+  void (*backward_dw_nchw)(const BackwardContext&, int64_t k, void* scratch);  // c_mid
+};
+
+struct KernelTable {
+  MicroTile micro_f32, micro_f64;
+  DTypeKernels by_dtype[4];  // DType
+};
+
+const KernelTable& kernels_generic();
+const KernelTable& kernels_avx2();  // x86-64 only, as is the next
+const KernelTable& kernels_avx512();
+
+}  // namespace dsconv

@@ -1,0 +1,142 @@
+// How one call is cut into tasks: pure functions of shape, dtype and machine. No tensors, no threads, no kernels.
+//
+// Order of channels inside the kernels: the c_mid channels are kept as `multiplier` planes of c_in channels, so
+// k = plane * c_in + c stands for channel c * multiplier + plane, and vectors run along c of x for any multiplier.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../params.h"
+
+namespace dsconv {
+
+constexpr int64_t kScratchBytes = int64_t{1} << 20;  // per thread, beyond packed weights
+constexpr int64_t kTileBytes = 96 << 10;             // z of one tile: leaves half of a 512 KiB L2 to packed weights
+constexpr int64_t kCacheLine = 64;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t clamp64(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : (x > hi ? hi : x); }
+
+// The register block of an ISA for one compute type, in elements.
+struct MicroTile {
+  int64_t rows, columns, lanes;
+};
+
+struct CpuPlan {
+  MicroTile micro;
+  int64_t element;                   // bytes of the compute type
+  int64_t taps;                      // kernel_h * kernel_w
+  int64_t image_pixels, pixels;      // h_out * w_out, times n
+  int64_t mid_columns, out_columns;  // c_mid and c_out rounded up to micro.columns: packed weights, partial sums
+  int64_t mid_ld, out_ld;            // row strides of tiles, elements: no multiple of 128 bytes, against set conflicts
+  int64_t strip_ld;                  // row stride of the channel strips that nchw goes through
+  int64_t blocks, tiles;             // pixels in units of micro.rows; tiles of whole blocks, within one block of equal
+  int64_t tile_pixels;               // of the largest tile
+  int64_t pointwise_groups;          // partial sums of the pointwise backward
+  int64_t depthwise_groups;          // partial sums of the nhwc depthwise weight gradient
+  int64_t segment;                   // columns of grad_x per pass in nchw
+  int64_t scratch_bytes;             // per thread
+};
+
+constexpr int64_t tile_begin(const CpuPlan& plan, int64_t tile) {
+  const int64_t pixel =
+      (plan.blocks / plan.tiles * tile + plan.blocks % plan.tiles * tile / plan.tiles) * plan.micro.rows;
+  return pixel < plan.pixels ? pixel : plan.pixels;
+}
+
+constexpr int64_t skewed(int64_t elements, int64_t element) {
+  const int64_t bytes = elements * element;
+  return elements + (bytes % (2 * kCacheLine) == 0 ? kCacheLine / element : 0);
+}
+
+namespace plan_detail {
+
+inline CpuPlan base(const Geometry& g, MicroTile micro, int64_t element) {
+  CpuPlan plan{};
+  plan.micro = micro;
+  plan.element = element;
+  plan.taps = g.kernel_h * g.kernel_w;
+  plan.image_pixels = g.h_out * g.w_out;
+  plan.pixels = g.n * plan.image_pixels;
+  plan.mid_columns = round_up(g.c_mid, micro.columns);
+  plan.out_columns = round_up(g.c_out, micro.columns);
+  plan.mid_ld = skewed(plan.mid_columns, element);
+  plan.out_ld = skewed(plan.out_columns, element);
+  plan.blocks = ceil_div(plan.pixels, micro.rows);
+  return plan;
+}
+
+// Tiles of at most max_pixels, a multiple of `granule` of them where there are enough blocks.
+inline void cut(CpuPlan& plan, int64_t max_pixels, int64_t granule) {
+  const int64_t max_blocks = clamp64(max_pixels / plan.micro.rows, 1, plan.blocks > 0 ? plan.blocks : 1);
+  plan.tiles = clamp64(round_up(ceil_div(plan.blocks, max_blocks), granule), 1, plan.blocks > 0 ? plan.blocks : 1);
+  plan.tile_pixels = ceil_div(plan.blocks, plan.tiles) * plan.micro.rows;
+  plan.strip_ld = skewed(round_up(plan.tile_pixels, plan.micro.lanes) + plan.micro.lanes, plan.element);
+}
+
+inline int64_t pixels_within(int64_t bytes, int64_t bytes_per_pixel) {
+  return bytes > bytes_per_pixel ? bytes / bytes_per_pixel : 1;
+}
+
+}  // namespace plan_detail
+
+// Forward: every output value is one chain of FMAs whatever its tile, so tiles may follow the number of threads.
+inline CpuPlan plan_forward(const Geometry& g, MicroTile micro, int64_t element, int64_t threads) {
+  CpuPlan plan = plan_detail::base(g, micro, element);
+  const int64_t per_pixel = (plan.mid_ld + micro.columns + micro.lanes) * element;
+  const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 8 * micro.rows, 256);
+  const int64_t fits = plan_detail::pixels_within(kScratchBytes - (64 << 10), per_pixel);
+  plan_detail::cut(plan, wanted < fits ? wanted : fits, threads);
+  plan.scratch_bytes =
+      (plan.tile_pixels * (plan.mid_ld + micro.columns) + micro.lanes * plan.strip_ld) * element + 4 * kCacheLine;
+  return plan;
+}
+
+// Backward: partial sums follow the tiles, so nothing here may know the number of threads.
+inline CpuPlan plan_backward(const Geometry& g, MicroTile micro, int64_t element) {
+  constexpr int64_t kMaxGroups = 16;
+  constexpr int64_t kPartialBytes = int64_t{32} << 20;
+  CpuPlan plan = plan_detail::base(g, micro, element);
+  const int64_t per_pixel = (2 * plan.mid_ld + 2 * plan.out_ld + micro.lanes) * element;
+  const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 12 * micro.rows, 256);
+  const int64_t fits = plan_detail::pixels_within(kScratchBytes - (128 << 10), per_pixel);
+  plan_detail::cut(plan, wanted < fits ? wanted : fits, 4);
+
+  const int64_t pointwise_bytes = g.c_out * plan.mid_columns * element;
+  const int64_t affordable = clamp64(kPartialBytes / pointwise_bytes, 2, kMaxGroups);
+  plan.pointwise_groups = clamp64(plan.tiles / 2, 1, affordable);
+  if (plan.tiles > 1 && plan.pointwise_groups == 1) plan.pointwise_groups = 2;
+
+  const int64_t depthwise_bytes = plan.taps * plan.mid_columns * element;
+  const int64_t rows = g.n * g.h_out;
+  plan.depthwise_groups = clamp64(rows / 4, 1, clamp64(kPartialBytes / depthwise_bytes, 1, kMaxGroups));
+  plan.segment = g.w_in < 2048 ? g.w_in : 2048;
+
+  const int64_t pointwise =
+      plan.tile_pixels * (2 * plan.mid_ld + 2 * plan.out_ld) + micro.lanes * plan.strip_ld + micro.rows * micro.columns;
+  const int64_t depthwise = plan.segment + 2 * micro.lanes;
+  const int64_t tap_sums = plan.taps * micro.lanes;
+  int64_t elements = pointwise > depthwise ? pointwise : depthwise;
+  elements = elements > tap_sums ? elements : tap_sums;
+  plan.scratch_bytes = elements * element + 8 * kCacheLine;
+  return plan;
+}
+
+// The range of outputs o in [0, extent) that tap `offset` (tap * dilation - pad) reads inside [0, in).
+struct Range {
+  int64_t begin, end;
+};
+constexpr Range valid_outputs(int64_t offset, int64_t stride, int64_t in, int64_t extent) {
+  const int64_t begin = offset >= 0 ? 0 : ceil_div(-offset, stride);
+  const int64_t end = in > offset ? ceil_div(in - offset, stride) : 0;
+  const int64_t top = end < extent ? end : extent;
+  return {begin < top ? begin : top, top};
+}
+// The range of taps t in [0, count) for which position + t * dilation falls inside [0, in).
+constexpr Range valid_taps(int64_t position, int64_t dilation, int64_t in, int64_t count) {
+  return valid_outputs(position, dilation, in, count);
+}
+
+}  // namespace dsconv

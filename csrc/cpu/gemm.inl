@@ -1,0 +1,73 @@
+// The GEMM micro-kernel: C[R x NV * lanes] = or += A[R x k] . B[k x NV * lanes], accumulators in registers.
+//
+//             B  k rows of NV vectors, ldb apart (a packed panel, or rows of a tile)
+//             |
+//   A  ---->  C  R rows of NV vectors, ldc apart
+//
+// A element (i, k) lies at a[i * row_stride + k] where its rows run along k (tiles of pixels), or at
+// a[i + k * k_stride] where its columns do (gradients read a tile as its transpose); it is broadcast.
+// A step of k costs R broadcasts and NV loads for R * NV FMAs. B is read and C written in whole vectors.
+#ifndef DSCONV_ISA
+#error "gemm.inl belongs inside an ISA region"
+#endif
+
+template <typename T>
+struct Operand {
+  const T* data;
+  int64_t stride;
+};
+
+template <typename T, int R, int NV, bool AlongK>
+static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, T* c, int64_t ldc, bool accumulate) {
+  typedef typename Vec<T>::type V;
+  constexpr int n = Vec<T>::n;
+  V acc[R][NV];
+  DSCONV_UNROLL
+  for (int i = 0; i < R; ++i) {
+    DSCONV_UNROLL
+    for (int j = 0; j < NV; ++j) acc[i][j] = vset(T(0));
+  }
+  const T* ap = a.data;
+  const T* bp = b.data;
+  for (int64_t step = 0; step < k; ++step) {
+    V bv[NV];
+    DSCONV_UNROLL
+    for (int j = 0; j < NV; ++j) bv[j] = vload(bp + j * n);
+    DSCONV_UNROLL
+    for (int i = 0; i < R; ++i) {
+      const V av = vset(AlongK ? ap[i * a.stride] : ap[i]);
+      DSCONV_UNROLL
+      for (int j = 0; j < NV; ++j) acc[i][j] = vfma(av, bv[j], acc[i][j]);
+    }
+    ap += AlongK ? 1 : a.stride;
+    bp += b.stride;
+  }
+  DSCONV_UNROLL
+  for (int i = 0; i < R; ++i) {
+    DSCONV_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      T* out = c + i * ldc + j * n;
+      vstore(out, accumulate ? vload(out) + acc[i][j] : acc[i][j]);
+    }
+  }
+}
+
+template <typename T, int NV, bool AlongK, int R = kMicroRows>
+static void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<T> b, T* c, int64_t ldc, bool accumulate) {
+  if (rows == R) {
+    micro_kernel<T, R, NV, AlongK>(k, a, b, c, ldc, accumulate);
+  } else if constexpr (R > 1) {
+    micro_kernel_rows<T, NV, AlongK, R - 1>(rows, k, a, b, c, ldc, accumulate);
+  }
+}
+
+// The block above for rows <= kMicroRows and columns <= kMicroVecs vectors.
+template <typename T, bool AlongK>
+DSCONV_INLINE void gemm_block(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b, T* c, int64_t ldc,
+                              bool accumulate) {
+  if (columns > Vec<T>::n) {
+    micro_kernel_rows<T, kMicroVecs, AlongK>(static_cast<int>(rows), k, a, b, c, ldc, accumulate);
+  } else {
+    micro_kernel_rows<T, 1, AlongK>(static_cast<int>(rows), k, a, b, c, ldc, accumulate);
+  }
+}

@@ -1,0 +1,86 @@
+// Weights into the compute type and the order the kernels walk them.
+#ifndef DSCONV_ISA
+#error "pack.inl belongs inside an ISA region"
+#endif
+
+template <typename S>
+DSCONV_INLINE auto widen_one(const S* p) {
+  return vload(p, 1)[0];
+}
+
+// Channel of the tensors for the kernels' channel k (cpu_plan.h).
+DSCONV_INLINE int64_t tensor_channel(const Geometry& g, int64_t k) { return k % g.c_in * g.multiplier + k / g.c_in; }
+
+template <typename S, typename T>
+static void pack_depthwise(const PackContext& ctx, int64_t tap) {
+  const Geometry& g = ctx.geom;
+  const CpuPlan& plan = ctx.plan;
+  const S* weight = static_cast<const S*>(ctx.dw_weight);
+  T* row = static_cast<T*>(ctx.packed.dw_weight) + tap * plan.mid_columns;
+  for (int64_t k = 0; k < g.c_mid; ++k) row[k] = widen_one(weight + tensor_channel(g, k) * plan.taps + tap);
+  for (int64_t k = g.c_mid; k < plan.mid_columns; ++k) row[k] = 0;
+  if (tap != 0) return;
+
+  const S* dw_bias = static_cast<const S*>(ctx.dw_bias);
+  T* bias = static_cast<T*>(ctx.packed.dw_bias);
+  for (int64_t k = 0; k < plan.mid_columns; ++k) {
+    bias[k] = dw_bias != nullptr && k < g.c_mid ? widen_one(dw_bias + tensor_channel(g, k)) : T(0);
+  }
+  if (ctx.packed.pw_bias == nullptr) return;
+  const S* pw_bias = static_cast<const S*>(ctx.pw_bias);
+  bias = static_cast<T*>(ctx.packed.pw_bias);
+  for (int64_t c = 0; c < plan.out_columns; ++c) {
+    bias[c] = pw_bias != nullptr && c < g.c_out ? widen_one(pw_bias + c) : T(0);
+  }
+}
+
+// Panel of output channels: dst[k][column] = pw_weight[first + column][k].
+template <typename S, typename T>
+static void pack_pointwise_forward(const PackContext& ctx, int64_t panel) {
+  constexpr int n = Vec<T>::n;
+  const Geometry& g = ctx.geom;
+  const int64_t columns = ctx.plan.micro.columns, first = panel * columns;
+  const S* weight = static_cast<const S*>(ctx.pw_weight) + first * g.c_mid;
+  T* dst = static_cast<T*>(ctx.packed.pw_forward) + first * g.c_mid;
+  for (int64_t j = 0; j < columns; j += n) {
+    const int64_t left = g.c_out - first - j;
+    const int channels = left > 0 ? lanes_left(left, n) : 0;
+    const S* from = weight + j * g.c_mid;
+    if (g.multiplier == 1) {
+      for (int64_t k = 0; k < g.c_mid; k += n) {
+        transpose_block(from + k, g.c_mid, channels, lanes_left(g.c_mid - k, n), dst + k * columns + j, columns);
+      }
+    } else {
+      for (int64_t k = 0; k < g.c_mid; ++k) {
+        const int64_t channel = tensor_channel(g, k);
+        for (int i = 0; i < n; ++i) {
+          dst[k * columns + j + i] = i < channels ? widen_one(from + i * g.c_mid + channel) : T(0);
+        }
+      }
+    }
+  }
+}
+
+// Panel of k: dst[out channel][column] = pw_weight[out channel][first + column].
+template <typename S, typename T>
+static void pack_pointwise_backward(const PackContext& ctx, int64_t panel) {
+  constexpr int n = Vec<T>::n;
+  const Geometry& g = ctx.geom;
+  const int64_t columns = ctx.plan.micro.columns, first = panel * columns;
+  const S* weight = static_cast<const S*>(ctx.pw_weight);
+  T* dst = static_cast<T*>(ctx.packed.pw_backward) + first * g.c_out;
+  for (int64_t c = 0; c < g.c_out; ++c, dst += columns, weight += g.c_mid) {
+    for (int64_t j = 0; j < columns; j += n) {
+      const int64_t k = first + j;
+      if (k >= g.c_mid) {
+        vstore(dst + j, vset(T(0)));
+      } else if (g.multiplier == 1) {
+        vstore(dst + j, vload(weight + k, lanes_left(g.c_mid - k, n)));
+      } else {
+        for (int i = 0; i < n; ++i) {
+          dst[j + i] = k + i < g.c_mid ? widen_one(weight + tensor_channel(g, k + i)) : T(0);
+        }
+      }
+    }
+  }
+}

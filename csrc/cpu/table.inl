@@ -1,0 +1,38 @@
+// The kernel table of one ISA, and the order in which the kernel bodies build on one another.
+#ifndef DSCONV_ISA
+#error "table.inl belongs inside an ISA region"
+#endif
+
+template <typename S>
+DSCONV_INLINE DTypeKernels kernels_of() {
+  typedef typename ComputeOf<S>::type T;
+  DTypeKernels k;
+  k.pack_depthwise = pack_depthwise<S, T>;
+  k.pack_pointwise_forward = pack_pointwise_forward<S, T>;
+  k.pack_pointwise_backward = pack_pointwise_backward<S, T>;
+  k.forward = forward_tile<S, T>;
+  k.backward_pointwise = backward_pointwise<S, T>;
+  k.reduce_pointwise = reduce_pointwise<S, T>;
+  k.reduce_biases = reduce_biases<S, T>;
+  k.backward_x_nhwc = backward_x_nhwc<S, T>;
+  k.backward_x_nchw = backward_x_nchw<S, T>;
+  k.backward_dw_nhwc = backward_dw_nhwc<S, T>;
+  k.reduce_depthwise = reduce_depthwise<S, T>;
+  k.backward_dw_nchw = backward_dw_nchw<S, T>;
+  return k;
+}
+
+template <typename T>
+DSCONV_INLINE MicroTile micro_tile() {
+  MicroTile tile = {kMicroRows, kMicroVecs * Vec<T>::n, Vec<T>::n};
+  return tile;
+}
+
+static void fill_table(KernelTable& table) {
+  table.micro_f32 = micro_tile<float>();
+  table.micro_f64 = micro_tile<double>();
+  table.by_dtype[static_cast<int>(DType::f32)] = kernels_of<float>();
+  table.by_dtype[static_cast<int>(DType::f64)] = kernels_of<double>();
+  table.by_dtype[static_cast<int>(DType::f16)] = kernels_of<f16>();
+  table.by_dtype[static_cast<int>(DType::bf16)] = kernels_of<bf16>();
+}

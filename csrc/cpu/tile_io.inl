@@ -1,0 +1,117 @@
+// Between activation tensors and tiles. A tile is pixel-major in the compute type: dst[p * ld + channel] for `count`
+// output pixels from flat index `pixel` (n, oh, ow in order). nchw data turn in registers, lanes x lanes at a time.
+#ifndef DSCONV_ISA
+#error "tile_io.inl belongs inside an ISA region"
+#endif
+
+// The longest stretch from `pixel` that is contiguous along w: a row, or an image where rows follow one another.
+struct PixelRun {
+  int64_t n, oh, ow, length;
+};
+DSCONV_INLINE PixelRun run_at(int64_t pixel, int64_t limit, int64_t h, int64_t w, bool rows_joined) {
+  const int64_t image = h * w, in_image = pixel % image;
+  PixelRun r;
+  r.n = pixel / image;
+  r.oh = in_image / w;
+  r.ow = in_image % w;
+  const int64_t left = rows_joined ? image - in_image : w - r.ow;
+  r.length = left < limit ? left : limit;
+  return r;
+}
+
+// dst[r * dst_ld + c] = src[c * src_ld + r] for r < rows <= lanes, c < columns <= lanes. Writes whole vectors.
+template <typename S, typename T>
+DSCONV_INLINE void transpose_block(const S* src, int64_t src_ld, int columns, int rows, T* dst, int64_t dst_ld) {
+  constexpr int n = Vec<T>::n;
+  typename Vec<T>::type v[n];
+  if (columns == n && rows == n) {
+    DSCONV_UNROLL
+    for (int i = 0; i < n; ++i) v[i] = vload(src + i * src_ld);
+    vtranspose(v);
+    DSCONV_UNROLL
+    for (int i = 0; i < n; ++i) vstore(dst + i * dst_ld, v[i]);
+    return;
+  }
+  for (int i = 0; i < n; ++i) v[i] = i < columns ? vload(src + i * src_ld, rows) : vset(T(0));
+  vtranspose(v);
+  for (int i = 0; i < rows; ++i) vstore(dst + i * dst_ld, v[i]);
+}
+
+// The same with whole `dst` rows stored to S and `columns` of them at most: dst is a tensor.
+template <typename S, typename T>
+DSCONV_INLINE void transpose_block_out(const T* src, int64_t src_ld, int columns, int rows, S* dst, int64_t dst_ld) {
+  constexpr int n = Vec<T>::n;
+  typename Vec<T>::type v[n];
+  for (int i = 0; i < n; ++i) v[i] = i < columns ? vload(src + i * src_ld) : vset(T(0));
+  vtranspose(v);
+  for (int i = 0; i < rows; ++i) {
+    if (columns == n) {
+      vstore(dst + i * dst_ld, v[i]);
+    } else {
+      vstore(dst + i * dst_ld, v[i], columns);
+    }
+  }
+}
+
+DSCONV_INLINE int lanes_left(int64_t left, int lanes) { return static_cast<int>(left < lanes ? left : lanes); }
+
+template <typename S, typename T>
+DSCONV_INLINE void copy_row(const S* src, T* dst, int64_t count) {
+  constexpr int n = Vec<T>::n;
+  int64_t i = 0;
+  for (; i + n <= count; i += n) vstore(dst + i, vload(src + i));
+  if (i < count) vstore(dst + i, vload(src + i, static_cast<int>(count - i)));
+}
+template <typename S, typename T>
+DSCONV_INLINE void store_row(const T* src, S* dst, int64_t count) {
+  constexpr int n = Vec<T>::n;
+  int64_t i = 0;
+  for (; i + n <= count; i += n) vstore(dst + i, vload(src + i));
+  if (i < count) vstore(dst + i, vload(src + i), static_cast<int>(count - i));
+}
+
+template <typename S, typename T>
+static void load_tile(const S* src, const Strides& stride, Layout layout, int64_t h, int64_t w, int64_t channels,
+                      int64_t pixel, int64_t count, T* dst, int64_t ld) {
+  constexpr int n = Vec<T>::n;
+  const bool joined = stride.h == w * stride.w;
+  for (int64_t p = 0; p < count;) {
+    const PixelRun run = run_at(pixel + p, count - p, h, w, joined);
+    const S* from = src + run.n * stride.n + run.oh * stride.h + run.ow * stride.w;
+    T* to = dst + p * ld;
+    if (layout == Layout::nhwc) {
+      for (int64_t i = 0; i < run.length; ++i) copy_row(from + i * stride.w, to + i * ld, channels);
+    } else {
+      for (int64_t c = 0; c < channels; c += n) {
+        const int columns = lanes_left(channels - c, n);
+        for (int64_t i = 0; i < run.length; i += n) {
+          transpose_block(from + c * stride.c + i, stride.c, columns, lanes_left(run.length - i, n), to + i * ld + c,
+                          ld);
+        }
+      }
+    }
+    p += run.length;
+  }
+}
+
+// To a dense tensor [n, total_channels, image] in either layout, channels from `channel` on. Reads whole vectors.
+template <typename S, typename T>
+static void store_tile(const T* src, int64_t ld, int64_t channel, int64_t channels, int64_t pixel, int64_t count,
+                       S* dst, Layout layout, int64_t total_channels, int64_t image) {
+  constexpr int n = Vec<T>::n;
+  if (layout == Layout::nhwc) {
+    for (int64_t p = 0; p < count; ++p) store_row(src + p * ld, dst + (pixel + p) * total_channels + channel, channels);
+    return;
+  }
+  for (int64_t p = 0; p < count;) {
+    const PixelRun run = run_at(pixel + p, count - p, 1, image, true);
+    S* to = dst + (run.n * total_channels + channel) * image + run.ow;
+    for (int64_t c = 0; c < channels; c += n) {
+      const int rows = lanes_left(channels - c, n);
+      for (int64_t i = 0; i < run.length; i += n) {
+        transpose_block_out(src + (p + i) * ld + c, ld, lanes_left(run.length - i, n), rows, to + c * image + i, image);
+      }
+    }
+    p += run.length;
+  }
+}

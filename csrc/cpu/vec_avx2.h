@@ -1,0 +1,116 @@
+// Vectors of the AVX2 + FMA + F16C kernels: 8 floats or 4 doubles. vec_generic.h documents the functions.
+// Arithmetic, comparison and selection are the operators of the compiler's vector types.
+#if DSCONV_ISA != DSCONV_ISA_AVX2
+#error "vec_avx2.h belongs inside the region of cpu_avx2.cpp"
+#endif
+
+template <typename T>
+struct Vec;
+template <>
+struct Vec<float> {
+  typedef __m256 type;
+  static constexpr int n = 8;
+};
+template <>
+struct Vec<double> {
+  typedef __m256d type;
+  static constexpr int n = 4;
+};
+constexpr int kMicroRows = 6;
+constexpr int kMicroVecs = 2;
+
+DSCONV_INLINE __m256i mask_of(float, int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+DSCONV_INLINE __m256i mask_of(double, int n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+
+DSCONV_INLINE __m256 vset(float x) { return _mm256_set1_ps(x); }
+DSCONV_INLINE __m256d vset(double x) { return _mm256_set1_pd(x); }
+
+DSCONV_INLINE __m256 vload(const float* p) { return _mm256_loadu_ps(p); }
+DSCONV_INLINE __m256d vload(const double* p) { return _mm256_loadu_pd(p); }
+DSCONV_INLINE __m256 vload(const float* p, int n) { return _mm256_maskload_ps(p, mask_of(0.f, n)); }
+DSCONV_INLINE __m256d vload(const double* p, int n) { return _mm256_maskload_pd(p, mask_of(0., n)); }
+DSCONV_INLINE void vstore(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
+DSCONV_INLINE void vstore(double* p, __m256d v) { _mm256_storeu_pd(p, v); }
+DSCONV_INLINE void vstore(float* p, __m256 v, int n) { _mm256_maskstore_ps(p, mask_of(0.f, n), v); }
+DSCONV_INLINE void vstore(double* p, __m256d v, int n) { _mm256_maskstore_pd(p, mask_of(0., n), v); }
+
+DSCONV_INLINE __m128i load_halves(const void* p, int n) {
+  uint16_t part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  for (int i = 0; i < n; ++i) part[i] = static_cast<const uint16_t*>(p)[i];
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(part));
+}
+DSCONV_INLINE void store_halves(void* p, __m128i v, int n) {
+  uint16_t part[8];
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(part), v);
+  for (int i = 0; i < n; ++i) static_cast<uint16_t*>(p)[i] = part[i];
+}
+DSCONV_INLINE __m256 widen_bf16(__m128i h) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+// Round to nearest even; a NaN stays one (quiet bit set).
+DSCONV_INLINE __m128i narrow_bf16(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i top = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, is_nan), 16);
+  return _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+}
+DSCONV_INLINE __m256 vload(const f16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+DSCONV_INLINE __m256 vload(const f16* p, int n) { return _mm256_cvtph_ps(load_halves(p, n)); }
+DSCONV_INLINE void vstore(f16* p, __m256 v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
+DSCONV_INLINE void vstore(f16* p, __m256 v, int n) {
+  store_halves(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), n);
+}
+DSCONV_INLINE __m256 vload(const bf16* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+DSCONV_INLINE __m256 vload(const bf16* p, int n) { return widen_bf16(load_halves(p, n)); }
+DSCONV_INLINE void vstore(bf16* p, __m256 v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v)); }
+DSCONV_INLINE void vstore(bf16* p, __m256 v, int n) { store_halves(p, narrow_bf16(v), n); }
+
+DSCONV_INLINE __m256 vfma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+DSCONV_INLINE __m256d vfma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+DSCONV_INLINE __m256 vmax(__m256 a, __m256 b) { return _mm256_max_ps(a, b); }
+DSCONV_INLINE __m256d vmax(__m256d a, __m256d b) { return _mm256_max_pd(a, b); }
+DSCONV_INLINE __m256 vmin(__m256 a, __m256 b) { return _mm256_min_ps(a, b); }
+DSCONV_INLINE __m256d vmin(__m256d a, __m256d b) { return _mm256_min_pd(a, b); }
+
+DSCONV_INLINE __m256 vround(__m256 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+DSCONV_INLINE __m256 vpow2(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+
+DSCONV_INLINE void vtranspose(__m256 (&r)[8]) {
+  const __m256 a0 = _mm256_unpacklo_ps(r[0], r[1]), a1 = _mm256_unpackhi_ps(r[0], r[1]);
+  const __m256 a2 = _mm256_unpacklo_ps(r[2], r[3]), a3 = _mm256_unpackhi_ps(r[2], r[3]);
+  const __m256 a4 = _mm256_unpacklo_ps(r[4], r[5]), a5 = _mm256_unpackhi_ps(r[4], r[5]);
+  const __m256 a6 = _mm256_unpacklo_ps(r[6], r[7]), a7 = _mm256_unpackhi_ps(r[6], r[7]);
+  const __m256 b0 = _mm256_shuffle_ps(a0, a2, 0x44), b1 = _mm256_shuffle_ps(a0, a2, 0xee);
+  const __m256 b2 = _mm256_shuffle_ps(a1, a3, 0x44), b3 = _mm256_shuffle_ps(a1, a3, 0xee);
+  const __m256 b4 = _mm256_shuffle_ps(a4, a6, 0x44), b5 = _mm256_shuffle_ps(a4, a6, 0xee);
+  const __m256 b6 = _mm256_shuffle_ps(a5, a7, 0x44), b7 = _mm256_shuffle_ps(a5, a7, 0xee);
+  r[0] = _mm256_permute2f128_ps(b0, b4, 0x20);
+  r[1] = _mm256_permute2f128_ps(b1, b5, 0x20);
+  r[2] = _mm256_permute2f128_ps(b2, b6, 0x20);
+  r[3] = _mm256_permute2f128_ps(b3, b7, 0x20);
+  r[4] = _mm256_permute2f128_ps(b0, b4, 0x31);
+  r[5] = _mm256_permute2f128_ps(b1, b5, 0x31);
+  r[6] = _mm256_permute2f128_ps(b2, b6, 0x31);
+  r[7] = _mm256_permute2f128_ps(b3, b7, 0x31);
+}
+DSCONV_INLINE void vtranspose(__m256d (&r)[4]) {
+  const __m256d a0 = _mm256_unpacklo_pd(r[0], r[1]), a1 = _mm256_unpackhi_pd(r[0], r[1]);
+  const __m256d a2 = _mm256_unpacklo_pd(r[2], r[3]), a3 = _mm256_unpackhi_pd(r[2], r[3]);
+  r[0] = _mm256_permute2f128_pd(a0, a2, 0x20);
+  r[1] = _mm256_permute2f128_pd(a1, a3, 0x20);
+  r[2] = _mm256_permute2f128_pd(a0, a2, 0x31);
+  r[3] = _mm256_permute2f128_pd(a1, a3, 0x31);
+}

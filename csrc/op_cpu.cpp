@@ -1,0 +1,218 @@
+// CPU host entry: checks, allocation, and the tasks of one call on torch's own threads.
+//
+// Every loop below hands out independent tasks, and no result depends on which thread runs which: partial sums belong
+// to tasks, and how many there are follows from the shape (cpu/cpu_plan.h).
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "cpu/cpu_isa.h"
+#include "cpu/cpu_kernels.h"
+#include "op_args.h"
+
+namespace dsconv {
+namespace {
+
+constexpr std::align_val_t kAlign{kCacheLine};
+
+struct AlignedDelete {
+  void operator()(void* p) const { ::operator delete(p, kAlign); }
+};
+using AlignedBytes = std::unique_ptr<void, AlignedDelete>;
+
+// A thread's scratch: grows, and stays with the thread. Zeroed once, so that lanes past a tensor's last channel, which
+// kernels compute and drop, start as numbers.
+void* thread_scratch(int64_t bytes) {
+  thread_local AlignedBytes buffer;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    buffer.reset();
+    size = 0;
+    buffer.reset(::operator new(static_cast<size_t>(bytes), kAlign));
+    std::memset(buffer.get(), 0, static_cast<size_t>(bytes));
+    size = bytes;
+  }
+  return buffer.get();
+}
+
+// What lives for one call: packed weights, partial sums, du. One block, cut into cache-line aligned pieces.
+class Workspace {
+ public:
+  explicit Workspace(int64_t element) : element_(element) {}
+  void reserve(void** pointer, int64_t elements) {
+    pieces_.push_back({pointer, total_});
+    total_ += round_up(elements * element_, kCacheLine);
+  }
+  void allocate() {
+    block_.reset(::operator new(static_cast<size_t>(total_), kAlign));
+    for (const Piece& piece : pieces_) *piece.pointer = static_cast<char*>(block_.get()) + piece.offset;
+  }
+
+ private:
+  struct Piece {
+    void** pointer;
+    int64_t offset;
+  };
+  int64_t element_, total_ = 0;
+  std::vector<Piece> pieces_;
+  AlignedBytes block_;
+};
+
+template <typename F>
+void for_each_task(int64_t tasks, const F& f) {
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) f(task);
+  });
+}
+
+int64_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+MicroTile micro_of(const KernelTable& table, DType dtype) {
+  return dtype == DType::f64 ? table.micro_f64 : table.micro_f32;
+}
+
+const KernelTable& active_table(const char* op) {
+  try {
+    return active_kernels();
+  } catch (const std::exception& e) {
+    STD_TORCH_CHECK(false, op, ": ", e.what());
+    throw;
+  }
+}
+
+void reserve_depthwise(Workspace& workspace, const CpuPlan& plan, PackedWeights& packed) {
+  workspace.reserve(&packed.dw_weight, plan.taps * plan.mid_columns);
+  workspace.reserve(&packed.dw_bias, plan.mid_columns);
+}
+
+void run_forward(const char* op, const ForwardParams& p) {
+  const KernelTable& table = active_table(op);
+  const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
+  const int64_t element = element_bytes(p.dtype);
+  ForwardContext ctx{};
+  ctx.p = p;
+  ctx.plan = plan_forward(p.geom, micro_of(table, p.dtype), element, torch::stable::get_num_threads());
+  const CpuPlan& plan = ctx.plan;
+
+  Workspace workspace(element);
+  reserve_depthwise(workspace, plan, ctx.packed);
+  workspace.reserve(&ctx.packed.pw_forward, plan.out_columns * p.geom.c_mid);
+  workspace.reserve(&ctx.packed.pw_bias, plan.out_columns);
+  workspace.allocate();
+
+  const PackContext pack = {p.geom, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias};
+  const int64_t panels = plan.out_columns / plan.micro.columns;
+  for_each_task(panels + plan.taps, [&](int64_t task) {
+    if (task < panels) {
+      kernels.pack_pointwise_forward(pack, task);
+    } else {
+      kernels.pack_depthwise(pack, task - panels);
+    }
+  });
+  for_each_task(plan.tiles, [&](int64_t tile) { kernels.forward(ctx, tile, thread_scratch(plan.scratch_bytes)); });
+}
+
+void run_backward(const char* op, const BackwardParams& p) {
+  const KernelTable& table = active_table(op);
+  const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
+  const int64_t element = element_bytes(p.dtype);
+  const Geometry& g = p.geom;
+  BackwardContext ctx{};
+  ctx.p = p;
+  ctx.plan = plan_backward(g, micro_of(table, p.dtype), element);
+  const CpuPlan& plan = ctx.plan;
+  const bool nhwc = p.x_layout == Layout::nhwc;
+  const bool need_du = p.grad_x != nullptr || p.grad_dw_weight != nullptr;
+  const bool need_da = need_du || p.grad_dw_bias != nullptr;
+
+  Workspace workspace(element);
+  reserve_depthwise(workspace, plan, ctx.packed);
+  workspace.reserve(&ctx.bias_partial, plan.pointwise_groups * (plan.out_columns + plan.mid_columns));
+  if (need_da) workspace.reserve(&ctx.packed.pw_backward, plan.mid_columns * g.c_out);
+  if (need_du) workspace.reserve(&ctx.du, plan.pixels * g.c_mid);
+  if (p.grad_pw_weight != nullptr) {
+    workspace.reserve(&ctx.pw_partial, plan.pointwise_groups * g.c_out * plan.mid_columns);
+  }
+  if (p.grad_dw_weight != nullptr && nhwc) {
+    workspace.reserve(&ctx.dw_partial, plan.depthwise_groups * plan.taps * plan.mid_columns);
+  }
+  workspace.allocate();
+
+  const PackContext pack = {g, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, nullptr};
+  const int64_t panels = need_da ? plan.mid_columns / plan.micro.columns : 0;
+  for_each_task(panels + plan.taps, [&](int64_t task) {
+    if (task < panels) {
+      kernels.pack_pointwise_backward(pack, task);
+    } else {
+      kernels.pack_depthwise(pack, task - panels);
+    }
+  });
+  for_each_task(plan.pointwise_groups,
+                [&](int64_t group) { kernels.backward_pointwise(ctx, group, thread_scratch(plan.scratch_bytes)); });
+  if (p.grad_pw_weight != nullptr) {
+    for_each_task(g.c_out, [&](int64_t channel) { kernels.reduce_pointwise(ctx, channel); });
+  }
+  if (p.grad_pw_bias != nullptr || p.grad_dw_bias != nullptr) kernels.reduce_biases(ctx);
+
+  if (p.grad_x != nullptr && nhwc) {
+    for_each_task(g.n * g.h_in, [&](int64_t row) { kernels.backward_x_nhwc(ctx, row); });
+  } else if (p.grad_x != nullptr) {
+    for_each_task(g.n * g.c_in,
+                  [&](int64_t plane) { kernels.backward_x_nchw(ctx, plane, thread_scratch(plan.scratch_bytes)); });
+  }
+  if (p.grad_dw_weight != nullptr && nhwc) {
+    for_each_task(plan.depthwise_groups, [&](int64_t group) { kernels.backward_dw_nhwc(ctx, group); });
+    for_each_task(plan.taps, [&](int64_t tap) { kernels.reduce_depthwise(ctx, tap); });
+  } else if (p.grad_dw_weight != nullptr) {
+    for_each_task(g.c_mid, [&](int64_t k) { kernels.backward_dw_nchw(ctx, k, thread_scratch(plan.scratch_bytes)); });
+  }
+}
+
+using Bias = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+
+ForwardCall forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                    const Bias& dw_bias, const Bias& pw_bias, const Ints& stride, const Ints& padding,
+                    const Ints& dilation, int64_t act, int64_t out_act, bool want_pre) {
+  ForwardCall call =
+      prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, want_pre);
+  if (call.y.numel() > 0) run_forward(op, call.params);
+  return call;
+}
+
+Tensor fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Ints stride, Ints padding,
+           Ints dilation, int64_t act, int64_t out_act) {
+  return forward("dsconv_cuda::fwd", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act,
+                 false)
+      .y;
+}
+
+std::tuple<Tensor, Tensor> fwd_with_pre(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
+                                        Ints stride, Ints padding, Ints dilation, int64_t act, int64_t out_act) {
+  ForwardCall call = forward("dsconv_cuda::fwd_with_pre", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding,
+                             dilation, act, out_act, true);
+  return {call.y, *call.pre};
+}
+
+BackwardResult bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved, Ints stride,
+                   Ints padding, Ints dilation, int64_t act, int64_t out_act, int64_t grad_mask) {
+  constexpr const char* op = "dsconv_cuda::bwd";
+  BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act,
+                                       out_act, grad_mask);
+  const BackwardParams& p = call.params;
+  const bool asked = p.grad_x != nullptr || p.grad_dw_weight != nullptr || p.grad_pw_weight != nullptr ||
+                     p.grad_dw_bias != nullptr || p.grad_pw_bias != nullptr;
+  if (p.geom.n > 0 && asked) run_backward(op, p);
+  return take_grads(call);
+}
+
+}  // namespace
+}  // namespace dsconv
+
+STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
+  m.impl("fwd", TORCH_BOX(&dsconv::fwd));
+  m.impl("fwd_with_pre", TORCH_BOX(&dsconv::fwd_with_pre));
+  m.impl("bwd", TORCH_BOX(&dsconv::bwd));
+}
