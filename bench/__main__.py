@@ -1,0 +1,91 @@
+"""Compares the fused op with PyTorch's own forms of it, as ratios and as multiples of what the machine can do at best.
+
+    python -m bench                                   # the quick layers, a few minutes
+    python -m bench --layers all --threads 1 --json bench/results/local/all.json
+    python -m bench --layers mbv1_b01,convnext_k7 --mode forward --layout nchw
+
+Columns are multiples of the limit of bench/problem.py (1.00 cannot be beaten); "gain" is the time of the best PyTorch
+form, whatever its layout, over that of the fused op in the layout named.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from . import problem as problems
+from .competitors import LAYOUTS
+from .environment import keep_freed_memory
+from .layers import select
+from .report import header, summary, tables, to_json
+from .suite import METHODS, run_suite
+
+DEFAULT_ROUNDS = 11
+DEFAULT_LEAST_SECONDS = 0.01
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", default="quick", help="quick (default), all, or names separated by commas")
+    parser.add_argument("--mode", nargs="+", choices=problems.MODES, default=problems.MODES)
+    parser.add_argument("--dtype", choices=problems.DTYPES, default="float32")
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of the fused op")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS)
+    parser.add_argument(
+        "--least-ms",
+        type=float,
+        default=1e3 * DEFAULT_LEAST_SECONDS,
+        help="of one measurement (default 10)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="write every figure, with the environment, to this file")
+    arguments = parser.parse_args(argv)
+    if arguments.device == "cuda":
+        parser.error("--device cuda is not available here yet: the timing is by the host's clock")
+    try:
+        arguments.layers = select(arguments.layers)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def main(argv=None):
+    arguments = parse_arguments(argv)
+    allocator = keep_freed_memory()
+    tasks = [
+        problems.Problem(layer, mode, problems.DTYPES[arguments.dtype])
+        for mode in arguments.mode
+        for layer in arguments.layers
+    ]
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("ceilings of this machine", total=len(tasks) * len(arguments.threads))
+        result = run_suite(
+            tasks,
+            methods=arguments.methods,
+            layouts=arguments.layout,
+            threads=arguments.threads,
+            rounds=arguments.rounds,
+            least_seconds=arguments.least_ms / 1e3,
+            allocator=allocator,
+            starting=lambda text: progress.update(bar, description=text),
+            finished=lambda: progress.advance(bar),
+        )
+    print(header(result))
+    for table in tables(result):
+        print(f"\n{table}")
+    print(f"\n{summary(result)}")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(to_json(result))
+        print(f"\nEvery figure: {arguments.json}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

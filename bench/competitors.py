@@ -1,0 +1,127 @@
+"""Who is measured: the fused op, PyTorch's convolutions in eager mode, and the same compiled; each in either layout.
+
+All of them hold the same values and are checked against stock convolutions in fp64 before any clock runs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from dsconv_cuda import DepthwiseSeparableConv2d
+
+from .plain import PlainSeparableConv2d
+from .problem import TRAINING
+
+LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+FUSED, EAGER, COMPILED = "fused", "eager", "compile"
+
+
+@dataclass(frozen=True, order=True)
+class Form:
+    """One way to compute a problem."""
+
+    method: str  # FUSED, EAGER or COMPILED
+    layout: str  # of the input, the output and their gradients
+
+    def __str__(self):
+        return f"{self.method} {self.layout}"
+
+
+class WrongResult(RuntimeError):
+    """A competitor is further from the fp64 result than its budget."""
+
+
+class Arena:
+    """A problem's tensors, and the calls that compute it."""
+
+    def __init__(self, problem, seed=0):
+        self.problem = problem
+        layer = problem.layer
+        generator = torch.Generator().manual_seed(seed)
+
+        def values(*shape, scale=1.0):
+            return (torch.randn(shape, generator=generator) * scale).to(problem.dtype)
+
+        height_out, width_out = layer.out_size
+        taps = layer.kernel[0] * layer.kernel[1]
+        self.x = values(layer.batch, layer.channels, layer.height, layer.width)
+        self.dy = values(layer.batch, layer.out_channels, height_out, width_out)
+        self.state = {
+            "depthwise.weight": values(layer.channels, 1, *layer.kernel, scale=(2 / taps) ** 0.5),
+            "depthwise.bias": values(layer.channels),
+            "pointwise.weight": values(layer.out_channels, layer.channels, 1, 1, scale=(2 / layer.channels) ** 0.5),
+            "pointwise.bias": values(layer.out_channels),
+        }
+
+    def call(self, form):
+        """A function without arguments that computes the problem once and returns its tensors."""
+        module = self._module(DepthwiseSeparableConv2d if form.method == FUSED else PlainSeparableConv2d)
+        module.to(self.problem.dtype).to(memory_format=LAYOUTS[form.layout])
+        if form.method == COMPILED:
+            # With its weights constant an inference graph is compiled with the weights in the library's own layout.
+            options = None if self.problem.mode == TRAINING else {"freezing": True}
+            module = torch.compile(module, fullgraph=True, dynamic=False, options=options)
+        return self._step(module, self.problem.dtype, form.layout)
+
+    def check(self, calls):
+        """Raises WrongResult if a call's error exceeds twice PyTorch's own in that dtype plus eps * max|expected|."""
+        expected = self._step(self._module(PlainSeparableConv2d).double(), torch.float64, "nchw")()
+        eager = [self.call(Form(EAGER, layout))() for layout in LAYOUTS]
+        epsilon = torch.finfo(self.problem.dtype).eps
+        budgets = [
+            2 * max(_error(results[index], want) for results in eager) + epsilon * want.abs().max().item()
+            for index, want in enumerate(expected)
+        ]
+        for form, call in calls.items():
+            for name, result, want, budget in zip(self._names(), call(), expected, budgets, strict=True):
+                error = _error(result, want)
+                if not error <= budget:  # also where it is not a number
+                    raise WrongResult(
+                        f"{self.problem.layer.name}, {self.problem.mode}: {name} of {form} is off by {error:.3g}, "
+                        f"which is more than {budget:.3g}"
+                    )
+
+    def _module(self, kind):
+        layer = self.problem.layer
+        module = kind(
+            layer.channels,
+            layer.out_channels,
+            layer.kernel,
+            stride=layer.stride,
+            padding=layer.padding,
+            bias=True,
+            dilation=layer.dilation,
+            activation=self.problem.activation,
+            out_activation=self.problem.out_activation,
+        )
+        module.load_state_dict(self.state)
+        return module
+
+    def _step(self, module, dtype, layout):
+        x = self.x.to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        if self.problem.mode != TRAINING:
+
+            def forward():
+                with torch.no_grad():
+                    return (module(x),)
+
+            return forward
+
+        dy = self.dy.to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        x.requires_grad_()
+        wanted = (x, *module.parameters())
+
+        def forward_and_backward():
+            y = module(x)
+            return (y.detach(), *torch.autograd.grad(y, wanted, dy))
+
+        return forward_and_backward
+
+    def _names(self):
+        if self.problem.mode != TRAINING:
+            return ["y"]
+        return ["y", "grad x", *(f"grad {name}" for name in self.state)]
+
+
+def _error(result, expected):
+    return (result.double() - expected).abs().max().item()

@@ -1,0 +1,122 @@
+"""The layers that are measured: the one list for the benchmarks, their tests and their tables.
+
+Each is a pair: depthwise k_h x k_w, then 1x1 from C to C_out, biases on both. Padding is d * (k - 1) / 2, so that the
+map is kept at stride 1. ReLU6 stands between the two; after the 1x1 it stands where the network has an activation
+there. The SiLU, h-swish and GELU of the original networks are replaced by it, since every peer fuses ReLU6.
+"""
+
+from dataclasses import dataclass
+
+TABLE = """
+# name                  N     C      HxW      k  s  d C_out  out_activation
+mbv1_b01                1    32  112x112    3x3  1  1    64  relu6     quick
+mbv1_b02                1    64  112x112    3x3  2  1   128  relu6     quick
+mbv1_b03                1   128    56x56    3x3  1  1   128  relu6
+mbv1_b04                1   128    56x56    3x3  2  1   256  relu6
+mbv1_b05                1   256    28x28    3x3  1  1   256  relu6
+mbv1_b06                1   256    28x28    3x3  2  1   512  relu6
+mbv1_b07                1   512    14x14    3x3  1  1   512  relu6     quick
+mbv1_b12                1   512    14x14    3x3  2  1  1024  relu6
+mbv1_b13                1  1024      7x7    3x3  1  1  1024  relu6
+mbv1_b01_n16           16    32  112x112    3x3  1  1    64  relu6
+mbv1_b02_n16           16    64  112x112    3x3  2  1   128  relu6
+mbv1_b05_n16           16   256    28x28    3x3  1  1   256  relu6     quick
+mbv1_b07_n16           16   512    14x14    3x3  1  1   512  relu6
+mbv1_b13_n16           16  1024      7x7    3x3  1  1  1024  relu6
+mbv2_32x112s1_16        1    32  112x112    3x3  1  1    16  identity
+mbv2_96x112s2_24        1    96  112x112    3x3  2  1    24  identity
+mbv2_144x56s1_24        1   144    56x56    3x3  1  1    24  identity
+mbv2_144x56s2_32        1   144    56x56    3x3  2  1    32  identity
+mbv2_192x28s1_32        1   192    28x28    3x3  1  1    32  identity
+mbv2_192x28s2_64        1   192    28x28    3x3  2  1    64  identity
+mbv2_384x14s1_64        1   384    14x14    3x3  1  1    64  identity
+mbv2_384x14s1_96        1   384    14x14    3x3  1  1    96  identity
+mbv2_576x14s1_96        1   576    14x14    3x3  1  1    96  identity  quick
+mbv2_576x14s2_160       1   576    14x14    3x3  2  1   160  identity
+mbv2_960x7s1_160        1   960      7x7    3x3  1  1   160  identity
+mbv2_960x7s1_320        1   960      7x7    3x3  1  1   320  identity
+effb0_k5_144x56s2_40    1   144    56x56    5x5  2  1    40  identity
+effb0_k5_240x28s1_40    1   240    28x28    5x5  1  1    40  identity
+effb0_k5_480x14s1_112   1   480    14x14    5x5  1  1   112  identity
+effb0_k5_672x14s1_112   1   672    14x14    5x5  1  1   112  identity  quick
+effb0_k5_672x14s2_192   1   672    14x14    5x5  2  1   192  identity
+effb0_k5_1152x7s1_192   1  1152      7x7    5x5  1  1   192  identity
+mbv3_k5_72x56s2_40      1    72    56x56    5x5  2  1    40  identity
+mbv3_k5_120x28s1_40     1   120    28x28    5x5  1  1    40  identity
+mbv3_k5_672x14s2_160    1   672    14x14    5x5  2  1   160  identity
+mbv3_k5_960x7s1_160     1   960      7x7    5x5  1  1   160  identity
+xception_mid            1   728    19x19    3x3  1  1   728  relu6
+convnext_k7             1    96    56x56    7x7  1  1   384  relu6
+replknet_k31            1   128    56x56  31x31  1  1   512  relu6
+conformer_k31           1   256    1x400   1x31  1  1   256  relu6
+dilated_d2              1   256    28x28    3x3  1  2   256  relu6
+"""
+
+
+@dataclass(frozen=True)
+class Layer:
+    name: str
+    batch: int
+    channels: int
+    height: int
+    width: int
+    kernel: tuple[int, int]
+    stride: int
+    dilation: int
+    out_channels: int
+    out_activation: str
+    quick: bool = False
+
+    @property
+    def padding(self):
+        return tuple(self.dilation * (k - 1) // 2 for k in self.kernel)
+
+    @property
+    def out_size(self):
+        sizes = zip((self.height, self.width), self.kernel, self.padding, strict=True)
+        return tuple((size + 2 * p - self.dilation * (k - 1) - 1) // self.stride + 1 for size, k, p in sizes)
+
+
+def parse(table):
+    """The layers of a table with one line each; `#` begins a comment."""
+    layers = []
+    for line in table.splitlines():
+        fields = line.split("#")[0].split()
+        if not fields:
+            continue
+        name, batch, channels, size, kernel, stride, dilation, out_channels, out_activation, *marks = fields
+        if not set(marks) <= {"quick"}:
+            raise ValueError(f"layer {name}: unknown mark in {marks}")
+        height, width = map(int, size.split("x"))
+        layers.append(
+            Layer(
+                name,
+                int(batch),
+                int(channels),
+                height,
+                width,
+                tuple(map(int, kernel.split("x"))),
+                int(stride),
+                int(dilation),
+                int(out_channels),
+                out_activation,
+                quick="quick" in marks,
+            )
+        )
+    return tuple(layers)
+
+
+LAYERS = parse(TABLE)
+
+
+def select(choice):
+    """`quick`, `all`, or layer names separated by commas."""
+    if choice == "all":
+        return LAYERS
+    if choice == "quick":
+        return tuple(layer for layer in LAYERS if layer.quick)
+    by_name = {layer.name: layer for layer in LAYERS}
+    unknown = [name for name in choice.split(",") if name not in by_name]
+    if unknown:
+        raise ValueError(f"no layer {', '.join(unknown)}; there are: quick, all, {', '.join(by_name)}")
+    return tuple(by_name[name] for name in choice.split(","))

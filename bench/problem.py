@@ -1,0 +1,89 @@
+"""One measurement task and the least time that a machine could need for it.
+
+    limit = max(FLOPs / FMA peak, least bytes / bandwidth of the cache level that holds them)
+
+FLOPs are two for each multiply-add of the two convolutions. Taps that fall into the padding are not counted, nor are
+biases, activations or anything that a method computes again. Training counts three times the forward's FLOPs.
+
+Least bytes: every tensor that goes in or out crosses once, the intermediate never. Forward reads x and the parameters
+and writes y. Backward reads x, the weights and dy, and writes the gradient of x and of each parameter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from .layers import Layer
+
+FORWARD = "forward"
+TRAINING = "training"
+MODES = (FORWARD, TRAINING)
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`forward` is inference with the layer's activations; `training` is forward and backward of the two convolutions
+    with their biases, without activations."""
+
+    layer: Layer
+    mode: str
+    dtype: torch.dtype
+
+    @property
+    def activation(self):
+        return "relu6" if self.mode == FORWARD else "identity"
+
+    @property
+    def out_activation(self):
+        return self.layer.out_activation if self.mode == FORWARD else "identity"
+
+    @property
+    def flops(self):
+        layer = self.layer
+        (height_out, width_out), (kernel_h, kernel_w) = layer.out_size, layer.kernel
+        pad_h, pad_w = layer.padding
+        taps = inner_taps(layer.height, height_out, kernel_h, layer.stride, layer.dilation, pad_h) * inner_taps(
+            layer.width, width_out, kernel_w, layer.stride, layer.dilation, pad_w
+        )
+        depthwise = layer.channels * taps
+        pointwise = layer.channels * layer.out_channels * height_out * width_out
+        return (1 if self.mode == FORWARD else 3) * 2 * layer.batch * (depthwise + pointwise)
+
+    @property
+    def least_bytes(self):
+        layer = self.layer
+        height_out, width_out = layer.out_size
+        x = layer.batch * layer.channels * layer.height * layer.width
+        y = layer.batch * layer.out_channels * height_out * width_out
+        weights = layer.channels * (layer.kernel[0] * layer.kernel[1] + layer.out_channels)
+        biases = layer.channels + layer.out_channels
+        elements = x + weights + biases + y
+        if self.mode == TRAINING:
+            elements += x + weights + y  # y stands for dy
+            elements += x + weights + biases  # their gradients
+        return elements * self.dtype.itemsize
+
+    def limit(self, ceilings):
+        """(seconds, what bounds them: "FMA" or the memory level)."""
+        level = ceilings.level(self.least_bytes)
+        bounds = {
+            "FMA": self.flops / ceilings.flops(self.dtype),
+            level: self.least_bytes / ceilings.bandwidth[level],
+        }
+        bound = max(bounds, key=bounds.get)
+        return bounds[bound], bound
+
+
+def inner_taps(size, size_out, kernel, stride, dilation, padding):
+    """Of the size_out * kernel taps along one dimension, those that read the image and not its padding."""
+    return sum(
+        0 <= position * stride - padding + tap * dilation < size
+        for position in range(size_out)
+        for tap in range(kernel)
+    )

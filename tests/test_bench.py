@@ -1,0 +1,187 @@
+"""The benchmark's arithmetic against hand-computed values, and one tiny run from end to end."""
+
+import json
+
+import pytest
+import torch
+
+from bench import __main__ as command_line
+from bench import layers, suite
+from bench.ceilings import Ceilings, cache_sizes, measure_ceilings
+from bench.competitors import COMPILED, EAGER, FUSED, Arena, Form, WrongResult
+from bench.problem import FORWARD, TRAINING, Problem, inner_taps
+from bench.timing import HostClock, measure
+
+TINY = layers.parse("tiny 2 8 9x7 3x3 2 1 5 identity")[0]
+
+
+def test_layers_parse():
+    assert len(layers.LAYERS) == 41
+    assert len({layer.name for layer in layers.LAYERS}) == 41
+    assert len(layers.select("quick")) == 6
+    layer = layers.select("effb0_k5_672x14s2_192")[0]
+    assert (layer.batch, layer.channels, layer.height, layer.width, layer.kernel) == (1, 672, 14, 14, (5, 5))
+    assert (layer.stride, layer.dilation, layer.out_channels, layer.out_activation) == (2, 1, 192, "identity")
+    assert (layer.padding, layer.out_size) == ((2, 2), (7, 7))
+
+
+def test_padding_keeps_the_map_at_stride_one():
+    for layer in layers.LAYERS:
+        halved = tuple((size - 1) // layer.stride + 1 for size in (layer.height, layer.width))
+        assert layer.out_size == halved, layer.name
+
+
+def test_unknown_layers_are_named():
+    with pytest.raises(ValueError, match="no layer mbv9, x; there are: quick, all, mbv1_b01"):
+        layers.select("mbv1_b01,mbv9,x")
+    with pytest.raises(ValueError, match="layer a: unknown mark"):
+        layers.parse("a 1 8 9x7 3x3 2 1 5 identity slow")
+
+
+@pytest.mark.parametrize(
+    ("size", "size_out", "kernel", "stride", "dilation", "padding", "expected"),
+    [
+        (5, 5, 3, 1, 1, 1, 13),  # 15 taps, one outside on either side
+        (5, 3, 3, 2, 1, 1, 7),  # centres 0, 2, 4: the outer two lose one
+        (4, 2, 3, 2, 1, 1, 5),  # centres 0, 2: the first loses one
+        (5, 5, 3, 1, 2, 2, 11),  # 0 and 1 lose the left tap, 3 and 4 the right one
+        (1, 1, 31, 1, 1, 15, 1),
+        (6, 4, 3, 1, 1, 0, 12),  # no padding
+    ],
+)
+def test_taps_in_the_padding_are_not_counted(size, size_out, kernel, stride, dilation, padding, expected):
+    assert inner_taps(size, size_out, kernel, stride, dilation, padding) == expected
+
+
+def test_flops_and_bytes_of_a_tiny_layer():
+    # 9 x 7 with stride 2 -> 5 x 4; taps: rows 2+3+3+3+2 = 13, columns 2+3+3+2 = 10
+    depthwise, pointwise = 2 * 8 * 13 * 10, 2 * 8 * 5 * 20
+    forward, training = (Problem(TINY, mode, torch.float32) for mode in (FORWARD, TRAINING))
+    assert forward.flops == 2 * (depthwise + pointwise)
+    assert training.flops == 3 * forward.flops
+    x, y, weights, biases = 2 * 8 * 63, 2 * 5 * 20, 8 * 9 + 8 * 5, 8 + 5
+    assert forward.least_bytes == 4 * (x + y + weights + biases)
+    assert training.least_bytes == 4 * (3 * x + 2 * y + 3 * weights + 2 * biases)
+    assert Problem(TINY, FORWARD, torch.bfloat16).least_bytes == forward.least_bytes // 2
+
+
+def test_flops_of_a_layer_without_padded_taps_in_one_dimension():
+    conformer = Problem(layers.select("conformer_k31")[0], FORWARD, torch.float32)
+    # 31 taps at each of 400 places, without 15 + 14 + ... + 1 on either side
+    assert conformer.flops == 2 * 256 * (31 * 400 - 15 * 16) + 2 * 256 * 256 * 400
+
+
+def test_the_limit_is_the_larger_of_arithmetic_and_memory():
+    problem = Problem(TINY, FORWARD, torch.float32)
+
+    def ceilings(fma, capacity):
+        return Ceilings(
+            1, {"a": {"float32": fma / 2, "float64": fma / 4}, "b": {"float32": fma, "float64": fma / 2}}, 0.0,
+            {"L2": 100.0, "L3": 50.0, "DRAM": 10.0}, capacity,
+        )  # fmt: skip
+
+    size = problem.least_bytes
+    assert problem.limit(ceilings(1e-3, {"L2": 1 << 20, "L3": 1 << 30})) == (problem.flops / 1e-3, "FMA")
+    assert problem.limit(ceilings(1e30, {"L2": size, "L3": 1 << 30})) == (size / 100, "L2")
+    assert problem.limit(ceilings(1e30, {"L2": size - 1, "L3": size})) == (size / 50, "L3")
+    assert problem.limit(ceilings(1e30, {"L2": 1, "L3": 2})) == (size / 10, "DRAM")
+    double = Problem(TINY, FORWARD, torch.float64)
+    assert double.limit(ceilings(1e-3, {"L2": 1 << 20, "L3": 1 << 30})) == (double.flops / 0.5e-3, "FMA")
+
+
+def test_ceilings_are_positive_and_ordered():
+    measured = measure_ceilings(1, seconds=0.02)
+    assert all(rate > 1e8 for rates in measured.fma.values() for rate in rates.values())
+    assert all(rate > 1e8 for rate in measured.bandwidth.values())
+    assert list(measured.bandwidth) == ["L2", "L3", "DRAM"]
+    sizes, _ = cache_sizes()
+    assert 0 < sizes["L2"] <= measured.capacity["L2"]
+    assert measured.flops(torch.float32) >= measured.flops(torch.float64)
+    assert measured.best(measured) == measured
+
+
+def test_measure_calls_everything_in_every_round():
+    counts = {"a": 0, "b": 0}
+
+    class Clock:
+        def seconds(self, call, repeats):
+            for _ in range(repeats):
+                call()
+            return 0.5
+
+    def counter(name):
+        def call():
+            counts[name] += 1
+
+        return call
+
+    samples = measure({name: counter(name) for name in counts}, rounds=4, least_seconds=1.0, clock=Clock())
+    assert counts == {"a": 3 + 4 * 2, "b": 3 + 4 * 2}
+    assert samples["a"].median == samples["a"].p10 == samples["a"].p90 == 0.5
+    assert HostClock().seconds(lambda: None, 3) >= 0
+
+
+@pytest.mark.parametrize("mode", [FORWARD, TRAINING])
+def test_a_wrong_competitor_is_not_timed(mode):
+    arena = Arena(Problem(TINY, mode, torch.float32))
+    right = arena.call(Form(EAGER, "nchw"))
+    arena.check({Form(EAGER, "nchw"): right})
+
+    def wrong():
+        *others, last = right()
+        return (*others, last * (1 + 1e-4))
+
+    with pytest.raises(WrongResult, match=r"tiny, .* of fused nchw is off by"):
+        arena.check({Form(FUSED, "nchw"): wrong})
+
+
+def test_calls_keep_the_layout():
+    for layout, memory_format in (("nchw", torch.contiguous_format), ("channels_last", torch.channels_last)):
+        for method in (FUSED, EAGER):
+            results = Arena(Problem(TINY, TRAINING, torch.float32)).call(Form(method, layout))()
+            assert results[0].is_contiguous(memory_format=memory_format), (method, layout)
+
+
+def test_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(layers, "LAYERS", (TINY,))
+    target = tmp_path / "folder" / "bench.json"
+    command_line.main(
+        ["--layers", "tiny", "--threads", "1", "--rounds", "1", "--least-ms", "0.1", "--json", str(target)]
+    )
+    text = capsys.readouterr().out
+    assert "forward, float32, 1 thread(s)" in text
+    assert "training, float32, 1 thread(s)" in text
+    found = json.loads(target.read_text())
+    assert len(found["measurements"]) == 2
+    for measurement in found["measurements"]:
+        assert {form["method"] for form in measurement["forms"]} == {FUSED, EAGER, COMPILED}
+        assert len(measurement["forms"]) == 6
+        assert all(form["times_limit"] > 0 and form["median"] > 0 for form in measurement["forms"])
+        assert all((form["gain"] is not None) == (form["method"] == FUSED) for form in measurement["forms"])
+    assert [ceilings["threads"] for ceilings in found["ceilings"]] == [1]
+
+
+def test_only_our_own_form_with_one_thread_and_two():
+    threads_before = torch.get_num_threads()
+    result = suite.run_suite(
+        [Problem(TINY, FORWARD, torch.float64)],
+        methods=(FUSED,),
+        layouts=("nchw",),
+        threads=[1, 2],
+        rounds=2,
+        least_seconds=1e-5,
+        allocator="",
+        starting=lambda text: None,
+        finished=lambda: None,
+    )
+    assert [measurement.threads for measurement in result.measurements] == [1, 2]
+    assert torch.get_num_threads() == threads_before
+    for measurement in result.measurements:
+        assert list(measurement.samples) == [Form(FUSED, "nchw")]
+        assert measurement.gains() == {}
+
+
+def test_cuda_is_refused_in_words(capsys):
+    with pytest.raises(SystemExit):
+        command_line.parse_arguments(["--device", "cuda"])
+    assert "not available here" in capsys.readouterr().err

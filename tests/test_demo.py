@@ -1,0 +1,123 @@
+"""The demo from end to end on a few digits, and what makes its comparison fair."""
+
+import pytest
+import torch
+
+from bench import demo
+from bench.digits import SIDE, load_digits
+from bench.mnist_net import MnistNet
+from bench.plain import PlainSeparableConv2d
+from bench.saved import saved_bytes
+from dsconv_cuda import DepthwiseSeparableConv2d
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return load_digits(per_class=20)
+
+
+def test_the_split_is_stratified_and_the_same_every_time():
+    digits = load_digits()
+    assert (len(digits.train_labels), len(digits.test_labels)) == (4000, 1000)
+    assert digits.train_labels.bincount().tolist() == [400] * 10
+    assert digits.test_labels.bincount().tolist() == [100] * 10
+    again = load_digits()
+    assert torch.equal(digits.train_images, again.train_images)
+    assert torch.equal(digits.test_images, again.test_images)
+    assert not torch.equal(load_digits(seed=1).test_images, digits.test_images)
+
+
+def test_no_test_digit_is_trained_on():
+    digits = load_digits()
+    train = {image.numpy().tobytes() for image in digits.train_images}
+    assert not any(image.numpy().tobytes() in train for image in digits.test_images)
+
+
+def test_batches_depend_on_the_seed_alone(digits):
+    first, second, other = (list(digits.batches(32, seed)) for seed in (3, 3, 4))
+    assert len(first) == len(digits.train_labels) // 32
+    for (images, labels), (images_again, labels_again) in zip(first, second, strict=True):
+        assert images.shape == (32, 1, SIDE, SIDE)
+        assert torch.equal(images, images_again)
+        assert torch.equal(labels, labels_again)
+    assert not torch.equal(first[0][0], other[0][0])
+
+
+def test_a_shifted_image_is_a_digit_of_its_label(digits):
+    """Every batch image is some training image of its label, moved by at most two pixels with background coming in."""
+    images, labels = next(digits.batches(4, 0))
+    padded = torch.nn.functional.pad(digits.train_images, [2] * 4, value=digits.background)
+    for image, label in zip(images, labels, strict=True):
+        candidates = padded[digits.train_labels == label, 0]
+        windows = (candidates[:, r : r + SIDE, c : c + SIDE] for r in range(5) for c in range(5))
+        assert any((window == image).flatten(1).all(1).any() for window in windows)
+
+
+@pytest.mark.parametrize("activation", ["relu6", "relu", "silu"])
+def test_both_networks_agree_at_the_start(digits, activation):
+    fused, plain = demo.make_runs(CPU, 10, activation, seed=0)
+    images, labels = next(digits.batches(64, 1))
+    with torch.no_grad():
+        losses = [run.loss(images, labels).item() for run in (fused, plain)]
+        exact = plain.network.double()(images.double())
+        expected = torch.nn.functional.cross_entropy(exact, labels).item()
+    own_error = abs(losses[1] - expected)
+    assert abs(losses[0] - expected) <= 2 * own_error + 16 * torch.finfo(torch.float32).eps * expected
+
+
+def test_state_dicts_are_interchangeable():
+    torch.manual_seed(0)
+    fused, plain = MnistNet(DepthwiseSeparableConv2d), MnistNet(PlainSeparableConv2d)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(fused.state_dict())
+    fused.load_state_dict(plain.state_dict())
+    for name, value in fused.state_dict().items():
+        assert torch.equal(value, plain.state_dict()[name]), name
+
+
+def test_saved_bytes_counts_each_storage_once_and_no_parameter():
+    linear = torch.nn.Linear(4, 3)
+    x = torch.randn(5, 4, requires_grad=True)
+    assert saved_bytes(linear, lambda: linear(x)) == 5 * 4 * 4
+    assert saved_bytes(linear, lambda: linear(x) + linear(x)) == 5 * 4 * 4
+    # relu keeps its result, the second layer's input: one storage for both
+    square = torch.nn.Linear(4, 4)
+    assert saved_bytes(square, lambda: square(square(x).relu())) == 2 * 5 * 4 * 4
+
+
+def test_the_fused_network_keeps_no_intermediate(digits):
+    """What the fused network saves less is the depthwise result before and after its activation, and the pointwise
+    result before its activation, for each block."""
+    images, labels = next(digits.batches(64, 1))
+    fused, plain = (
+        saved_bytes(run.network, lambda run=run: run.loss(images, labels))
+        for run in demo.make_runs(CPU, 10, "relu6", seed=0)
+    )
+    intermediates, side, channels = 0, SIDE, 24
+    for out_channels, stride in ((48, 2), (96, 1), (96, 1), (192, 2), (192, 1)):
+        side = -(-side // stride)
+        intermediates += 64 * side * side * (2 * channels + out_channels) * 4
+        channels = out_channels
+    assert plain - fused == intermediates
+
+
+def test_end_to_end(tmp_path, capsys):
+    picture = tmp_path / "folder" / "curves.png"
+    runs = demo.run_demo(epochs=1, batch_size=32, activation="relu6", output=picture, device=CPU, per_class=20)
+    text = capsys.readouterr().out
+    for title in ("test accuracy", "seconds an epoch", "saved for backward a step", "largest difference"):
+        assert f"| {title}" in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    for run in runs:
+        assert len(run.losses) == 160 // 32
+        assert len(run.accuracies) == len(run.epoch_seconds) == 1
+        assert all(0 < loss < 10 for loss in run.losses)
+    over_all, in_first_epoch = demo.loss_difference(runs)
+    assert over_all == in_first_epoch < 1e-3
+
+
+def test_arguments():
+    arguments = demo.parse_arguments(["--epochs", "2", "--batch-size", "16", "--threads", "1", "--output", "a.png"])
+    assert (arguments.epochs, arguments.batch_size, arguments.threads, str(arguments.output)) == (2, 16, 1, "a.png")
