@@ -1,0 +1,40 @@
+"""Fused depthwise separable convolutions for PyTorch, on the CPU and on CUDA.
+
+    depthwise_separable_conv2d      the function
+    DepthwiseSeparableConv2d        the module, also as DepthwiseSeparableConv
+    models                          networks that use it
+    load                            compiles the library now, with options of your own
+    python -m dsconv_cuda.info      what was built and what this machine runs
+
+Importing the package builds and loads nothing; the first call does.
+"""
+
+import importlib
+
+from dsconv_cuda import models
+from dsconv_cuda.functional import depthwise_separable_conv2d
+from dsconv_cuda.modules import DepthwiseSeparableConv, DepthwiseSeparableConv2d
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DepthwiseSeparableConv",
+    "DepthwiseSeparableConv2d",
+    "__version__",
+    "depthwise_separable_conv2d",
+    "load",
+    "models",
+]
+
+
+def __getattr__(name: str):
+    # Only who compiles by hand needs the build machinery.
+    if name == "load":
+        return importlib.import_module("dsconv_cuda.jit").load
+    if name in ("jit", "info", "reference"):
+        return importlib.import_module(f"dsconv_cuda.{name}")
+    raise AttributeError(f"module 'dsconv_cuda' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,166 @@
+"""Argument checks of the public functions.
+
+Every message names the op, the argument, what is expected, what was given and, where it helps, what to do. The checks
+run on every call, so attributes of tensors, which cost a tenth of a microsecond each, are read once.
+"""
+
+import operator
+
+import torch
+from torch import Tensor
+
+ARGUMENTS = ("input", "dw_weight", "pw_weight", "dw_bias", "pw_bias")
+_FIRST_BIAS = 3
+_AXES = ("height", "width")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+DEVICES = ("cpu", "cuda", "meta")
+_MAX_EXTENT = 2**61  # csrc/op_args.h: a quarter of what 64 bits hold
+
+
+def _integer(op: str, argument: str, value) -> int:
+    if isinstance(value, torch.SymInt):
+        return value
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{op}: {argument} must be an int or a pair of ints, got {value!r} ({type(value).__name__})"
+        ) from None
+
+
+def pair(op: str, argument: str, value, least: int) -> tuple[int, int]:
+    """`value`, an int or a sequence of one or two, as (vertical, horizontal), each at least `least`."""
+    if type(value) is int:
+        result = (value, value)
+    elif isinstance(value, (tuple, list, torch.Size)):
+        if len(value) not in (1, 2):
+            raise ValueError(f"{op}: {argument} must be an int or a pair of ints, got {len(value)} numbers: {value!r}")
+        result = (_integer(op, argument, value[0]), _integer(op, argument, value[-1]))
+    else:
+        number = _integer(op, argument, value)
+        result = (number, number)
+    if result[0] < least or result[1] < least:
+        raise ValueError(f"{op}: {argument} must be at least {least}, got {value!r}")
+    return result
+
+
+def padding(op: str, value, kernel: tuple[int, int], stride, dilation) -> tuple[int, int, int, int]:
+    """`value`, an int, a pair, "same" or "valid", as (top, left, bottom, right)."""
+    if isinstance(value, str):
+        if value == "valid":
+            return (0, 0, 0, 0)
+        if value != "same":
+            raise ValueError(f'{op}: padding must be an int, a pair of ints, "same" or "valid", got {value!r}')
+        if stride[0] != 1 or stride[1] != 1:
+            raise ValueError(f'{op}: padding "same" takes stride 1 only, as in PyTorch, got stride {tuple(stride)}')
+        total_h, total_w = dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1)
+        # What does not divide evenly goes to the bottom and to the right, as in PyTorch.
+        return (total_h // 2, total_w // 2, total_h - total_h // 2, total_w - total_w // 2)
+    vertical, horizontal = pair(op, "padding", value, 0)
+    return (vertical, horizontal, vertical, horizontal)
+
+
+def check_types(op: str, tensors: tuple) -> None:
+    for index, t in enumerate(tensors):
+        if not isinstance(t, Tensor) and (t is not None or index < _FIRST_BIAS):
+            wanted = "a Tensor" if index < _FIRST_BIAS else "a Tensor or None"
+            raise TypeError(f"{op}: {ARGUMENTS[index]} must be {wanted}, got {type(t).__name__}")
+
+
+def check_operands(op: str, tensors: tuple) -> None:
+    """That all are dense floating point tensors of one dtype on one device that has kernels."""
+    dtype, device = tensors[0].dtype, tensors[0].device
+    for index, t in enumerate(tensors):
+        if t is None:
+            continue
+        if t.layout is not torch.strided or t.is_nested or t.is_quantized:
+            kind = "nested" if t.is_nested else "quantized" if t.is_quantized else str(t.layout)
+            raise TypeError(
+                f"{op}: {ARGUMENTS[index]} must be a dense tensor, got a {kind} one; convert it first, for "
+                f"example with .to_dense(), .to_padded_tensor() or .dequantize()"
+            )
+        if t.dtype not in DTYPES:
+            raise TypeError(
+                f"{op}: {ARGUMENTS[index]} must be float64, float32, bfloat16 or float16, got {t.dtype}; convert "
+                f"it with .to()"
+            )
+        if t.dtype != dtype:
+            raise TypeError(
+                f"{op}: {ARGUMENTS[index]} must have the dtype of input, {dtype}, got {t.dtype}; convert one of "
+                f"them with .to(), or use torch.autocast"
+            )
+        if t.device != device:
+            raise RuntimeError(
+                f"{op}: {ARGUMENTS[index]} must be on the device of input, {device}, got {t.device}; move it with .to()"
+            )
+    if device.type not in DEVICES:
+        raise RuntimeError(f"{op}: input must be on a CPU or a CUDA device, got {device}; move it with .to()")
+
+
+def raise_for_no_cuda(op: str, device: torch.device) -> None:
+    raise RuntimeError(
+        f"{op}: input is on {device}, but the loaded library was built without CUDA kernels; build it again "
+        f"where nvcc is found (FORCE_CUDA=1 makes the build say what is missing), or move the tensors with .cpu(); "
+        f"`python -m dsconv_cuda.info` shows the build"
+    )
+
+
+def check_shapes(op: str, tensors: tuple) -> tuple[torch.Size, torch.Size, torch.Size]:
+    """That the shapes fit one another. Returns those of input, dw_weight and pw_weight."""
+    x, dw, pw = tensors[0].shape, tensors[1].shape, tensors[2].shape
+    if len(x) not in (3, 4):
+        raise ValueError(f"{op}: input must have shape [N, C, H, W] or [C, H, W], got {len(x)} dimensions: {list(x)}")
+    c_in = x[-3]
+    if c_in == 0:
+        raise ValueError(f"{op}: input must have at least one channel, got shape {list(x)}")
+    if len(dw) != 4 or dw[1] != 1 or dw[0] == 0 or dw[0] % c_in != 0:
+        raise ValueError(
+            f"{op}: dw_weight must have shape [C * m, 1, kh, kw] with C={c_in}, the channels of input, and a "
+            f"whole m >= 1, got {list(dw)}"
+        )
+    if dw[2] == 0 or dw[3] == 0:
+        raise ValueError(f"{op}: dw_weight must have a kernel of at least 1 x 1, got shape {list(dw)}")
+    c_mid = dw[0]
+    if not (len(pw) == 2 or (len(pw) == 4 and pw[2] == 1 and pw[3] == 1)):
+        raise ValueError(
+            f"{op}: pw_weight must be 1x1, of shape [C_out, {c_mid}, 1, 1] or [C_out, {c_mid}], got {list(pw)}; "
+            f"a larger second kernel is no pointwise convolution"
+        )
+    if pw[1] != c_mid:
+        raise ValueError(
+            f"{op}: pw_weight must have {c_mid} input channels, as many as dw_weight has filters, got {list(pw)}"
+        )
+    if pw[0] == 0:
+        raise ValueError(f"{op}: pw_weight must have at least one output channel, got shape {list(pw)}")
+    for index, size in ((3, c_mid), (4, pw[0])):
+        bias = tensors[index]
+        if bias is not None and (bias.dim() != 1 or bias.shape[0] != size):
+            raise ValueError(f"{op}: {ARGUMENTS[index]} must have shape [{size}], got {list(bias.shape)}")
+    return x, dw, pw
+
+
+def check_extents(op: str, x: torch.Size, dw: torch.Size, pw: torch.Size, stride, padding, dilation) -> None:
+    """That the kernel fits into the padded input and that no size overflows."""
+    largest = 16 * max(dw[0], pw[0]) * (x[0] if len(x) == 4 else 1)  # 16 bytes an element, as csrc/op_args.h counts
+    for axis in (0, 1):
+        span = dilation[axis] * (dw[2 + axis] - 1) + 1
+        padded = x[axis - 2] + padding[axis] + padding[2 + axis]
+        if span > padded:
+            raise ValueError(
+                f"{op}: the kernel is larger than the padded input along the {_AXES[axis]}: "
+                f"dilation * (kernel - 1) + 1 = {span}, input + padding = "
+                f"{x[axis - 2]} + {padding[axis] + padding[2 + axis]} = {padded}"
+            )
+        if padded >= _MAX_EXTENT or stride[axis] >= _MAX_EXTENT:
+            raise ValueError(
+                f"{op}: the sizes along the {_AXES[axis]} overflow 64 bits: padded input {padded}, stride "
+                f"{stride[axis]}"
+            )
+        largest *= (padded - span) // stride[axis] + 1
+    if not torch.compiler.is_compiling() and largest >= 2**63:
+        raise ValueError(
+            f"{op}: the sizes overflow 64 bits: input {list(x)} with padding {padding[:2]} and stride {stride} "
+            f"makes an output or an intermediate of {largest} bytes"
+        )

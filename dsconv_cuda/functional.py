@@ -1,0 +1,118 @@
+"""The op as a function: defaults, argument checks, autocast."""
+
+import torch
+from torch import Tensor, nn
+
+from dsconv_cuda import _checks, _loader, autograd
+from dsconv_cuda.activations import activation_number
+from dsconv_cuda.second_order import Config
+
+_OP = "depthwise_separable_conv2d"
+_AUTOCAST_DEVICES = ("cpu", "cuda")
+_AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _load() -> None:
+    _loader.load_library()
+
+
+# What torch.compiler.assume_constant_result() sets, without its import of the compiler: a traced call loads the library
+# while it is traced.
+_load._dynamo_marked_constant = True
+
+
+def depthwise_separable_conv2d(
+    input: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    dw_bias: Tensor | None = None,
+    pw_bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    activation: str | nn.Module | None = "identity",
+    out_activation: str | nn.Module | None = "identity",
+) -> Tensor:
+    r"""Depthwise convolution, activation, pointwise (1x1) convolution and activation, as one operation.
+
+    Equivalent to::
+
+        z = F.conv2d(input, dw_weight, dw_bias, stride, padding, dilation, groups=input.shape[-3])
+        y = out_activation(F.conv2d(activation(z), pw_weight, pw_bias))
+
+    but z is never written to memory, neither here nor for backward, which computes it again. This is the depthwise
+    separable convolution of MobileNetV1 (arXiv:1704.04861, section 3.1), there with ReLU after both parts, and of
+    Xception (arXiv:1610.02357, section 2), there with nothing between the two.
+
+    Args:
+        input: ``[N, C, H, W]``, N may be 0; or unbatched, ``[C, H, W]``.
+        dw_weight: ``[C * m, 1, kh, kw]``, one filter per channel, m filters with a channel multiplier of m.
+        pw_weight: ``[C_out, C * m, 1, 1]`` or ``[C_out, C * m]``.
+        dw_bias: ``[C * m]``, or None.
+        pw_bias: ``[C_out]``, or None.
+        stride, dilation: an int or a pair (vertical, horizontal), of the depthwise part.
+        padding: zeros around the input: an int, a pair, ``"valid"`` (none) or ``"same"`` (the output has the size of
+            the input; stride 1 only; an even kernel's odd row and column go to the bottom and the right).
+        activation, out_activation: ``identity``, ``relu``, ``relu6``, ``leaky_relu`` (slope 0.01), ``silu``,
+            ``hardswish``, ``gelu``, ``gelu_tanh``, ``sigmoid``, ``tanh`` or ``hardsigmoid``; None means identity, and
+            so does ``"none"``; an instance of the matching ``torch.nn`` module is accepted.
+
+    All tensors have one dtype, float64, float32, bfloat16 or float16, and one device, a CPU or a CUDA one. float16,
+    bfloat16 and float32 accumulate in float32, float64 in float64. Under ``torch.autocast`` the operands are cast as
+    those of PyTorch's convolutions are; float64 stays float64.
+
+    Any strides are read as they lie: NCHW, channels_last, slices and expanded tensors, with no copy where either
+    channels or columns are adjacent in memory.
+
+    Saved for backward are the input, the weights and the biases; with an out_activation also the output, or the value
+    before out_activation where the derivative needs that (silu, hardswish, gelu, gelu_tanh, hardsigmoid). First
+    derivatives run fused kernels, and only those that are asked for; double backward and forward-mode AD are right and
+    compose stock convolutions.
+
+    Deterministic: equal calls give equal bits, on the CPU for every number of threads too.
+
+    Returns:
+        ``[N, C_out, H_out, W_out]`` (``[C_out, H_out, W_out]`` for an unbatched input), in the memory format that
+        PyTorch's two convolutions would give, channels_last if input or a weight is.
+
+    Raises:
+        TypeError: an argument of a wrong type, mixed dtypes, or integer, complex, sparse, nested or quantized tensors.
+        ValueError: shapes that do not fit, a pw_weight that is not 1x1, stride or dilation below 1, negative padding,
+            a kernel larger than the padded input, an unknown activation, sizes that overflow.
+        RuntimeError: mixed or unsupported devices, CUDA tensors where the library was built without CUDA.
+        ImportError: the compiled library is missing and cannot be built; the text says what was tried and what to do.
+    """
+    tensors = (input, dw_weight, pw_weight, dw_bias, pw_bias)
+    _checks.check_types(_OP, tensors)
+    device = input.device.type
+    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        tensors = _autocast(tensors, device)
+    _checks.check_operands(_OP, tensors)
+    x_shape, dw_shape, pw_shape = _checks.check_shapes(_OP, tensors)
+
+    stride = _checks.pair(_OP, "stride", stride, 1)
+    dilation = _checks.pair(_OP, "dilation", dilation, 1)
+    padding = _checks.padding(_OP, padding, dw_shape[2:], stride, dilation)
+    _checks.check_extents(_OP, x_shape, dw_shape, pw_shape, stride, padding, dilation)
+    config = Config(
+        stride,
+        padding,
+        dilation,
+        activation_number(activation, "activation", _OP),
+        activation_number(out_activation, "out_activation", _OP),
+    )
+
+    _load()
+    if device == "cuda" and not _loader.cuda_kernels_loaded():
+        _checks.raise_for_no_cuda(_OP, input.device)
+    if len(x_shape) == 4:
+        return autograd.apply(*tensors, config)
+    return autograd.apply(tensors[0].unsqueeze(0), *tensors[1:], config).squeeze(0)
+
+
+def _autocast(tensors: tuple, device: str) -> tuple:
+    """Casts what PyTorch's autocast casts for a convolution: floating point tensors of the device, but not float64."""
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if t is not None and t.dtype in _AUTOCAST_FROM and t.device.type == device else t for t in tensors
+    )

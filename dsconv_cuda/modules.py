@@ -1,0 +1,105 @@
+"""The op as a module whose parameters are those of the two nn.Conv2d it replaces."""
+
+import torch
+from torch import Tensor, nn
+
+from dsconv_cuda.activations import activation_name
+from dsconv_cuda.functional import depthwise_separable_conv2d
+
+
+class DepthwiseSeparableConv2d(nn.Module):
+    r"""Depthwise separable convolution, fused: see :func:`dsconv_cuda.depthwise_separable_conv2d`.
+
+    Equivalent to::
+
+        depthwise = nn.Conv2d(in_channels, in_channels * channel_multiplier, kernel_size, stride, padding, dilation,
+                              groups=in_channels, bias=bias)
+        pointwise = nn.Conv2d(in_channels * channel_multiplier, out_channels, 1, bias=bias)
+        y = out_activation(pointwise(activation(depthwise(x))))
+
+    ``.depthwise`` and ``.pointwise`` are these two modules. They hold the parameters, so initialisation, state_dict,
+    parametrizations and everything else that works on parameters is theirs, and the state_dict is interchangeable with
+    that of a plain module with the same two children. Their forward is not called: hooks on the children do not run.
+
+    Args:
+        in_channels, out_channels: channels of the input and of the output.
+        kernel_size, stride, padding, dilation: of the depthwise part, as in nn.Conv2d; so padding may be "same".
+        bias: whether both parts have a bias.
+        channel_multiplier: filters per input channel.
+        padding_mode: only "zeros".
+        activation, out_activation: after the depthwise and after the pointwise part; a name, None or an instance of the
+            matching torch.nn module, of which the name is kept.
+        device, dtype: of the parameters.
+
+    Shape: ``[N, in_channels, H, W]`` or ``[in_channels, H, W]`` to ``[N, out_channels, H_out, W_out]``, with the H_out
+    and W_out of nn.Conv2d.
+
+    Raises:
+        ValueError: a padding_mode other than "zeros", a channel_multiplier below 1, an unknown activation, and what
+            nn.Conv2d refuses.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        bias: bool = False,
+        *,
+        dilation: int | tuple[int, int] = 1,
+        channel_multiplier: int = 1,
+        padding_mode: str = "zeros",
+        activation: str | nn.Module | None = "identity",
+        out_activation: str | nn.Module | None = "identity",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        if padding_mode != "zeros":
+            raise ValueError(
+                f"{name}: padding_mode must be 'zeros', the only one implemented, got {padding_mode!r}; pad the "
+                f"input with torch.nn.functional.pad and use padding=0"
+            )
+        if channel_multiplier < 1:
+            raise ValueError(f"{name}: channel_multiplier must be at least 1, got {channel_multiplier}")
+        self.activation = activation_name(activation, "activation", name)
+        self.out_activation = activation_name(out_activation, "out_activation", name)
+        channels = in_channels * channel_multiplier
+        self.depthwise = nn.Conv2d(
+            in_channels,
+            channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups=in_channels,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.pointwise = nn.Conv2d(channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        depthwise, pointwise = self.depthwise, self.pointwise
+        return depthwise_separable_conv2d(
+            input,
+            depthwise.weight,
+            pointwise.weight,
+            depthwise.bias,
+            pointwise.bias,
+            depthwise.stride,
+            depthwise.padding,
+            depthwise.dilation,
+            self.activation,
+            self.out_activation,
+        )
+
+    def extra_repr(self) -> str:
+        # Sizes are in the repr of the two children.
+        return f"activation={self.activation}, out_activation={self.out_activation}"
+
+
+DepthwiseSeparableConv = DepthwiseSeparableConv2d  # the name under which tutorials know it

@@ -1,0 +1,229 @@
+"""The Python side of the ops: fake kernels, vmap rules and the gradients of the bare ops.
+
+:func:`register_python_parts` is called once, by ``dsconv_cuda._loader.load_library``, when the C++ library has defined
+the ops:
+
+    fwd(x, dw_weight, pw_weight, dw_bias?, pw_bias?, stride, padding, dilation, act, out_act) -> y
+    fwd_with_pre(the same)                                                                   -> (y, y before out_act)
+    bwd(dy, x, dw_weight, pw_weight, dw_bias?, saved?, stride, padding, dilation, act, out_act, grad_mask)
+        -> gradients of (x, dw_weight, pw_weight, dw_bias, pw_bias), of shape [0] where grad_mask does not ask
+
+padding is (top, left, bottom, right), act and out_act are numbers of activations.py, grad_mask sums GRAD_*. `saved` is
+what out_act's derivative is told from: y, or y before out_act (see activations.derivative_from_output), None for
+identity.
+
+Shapes, strides and checks here are those of csrc/op_args.h; opcheck holds the two against each other.
+"""
+
+import torch
+from torch import Tensor
+
+from dsconv_cuda.activations import ACTIVATIONS, derivative_from_output
+
+# params.h GradBit, in the order of bwd's outputs
+GRAD_X, GRAD_DW_WEIGHT, GRAD_PW_WEIGHT, GRAD_DW_BIAS, GRAD_PW_BIAS = GRAD_BITS = (1, 2, 4, 8, 16)
+
+IDENTITY = ACTIVATIONS["identity"].number
+
+_registered = False
+
+
+def grad_mask(*needed: bool) -> int:
+    """The grad_mask that asks for the gradients of (x, dw_weight, pw_weight, dw_bias, pw_bias) marked True."""
+    return sum(bit for bit, wanted in zip(GRAD_BITS, needed, strict=True) if wanted)
+
+
+# ---- fake kernels ----------------------------------------------------------------------------------------------------
+
+
+def suggests_channels_last(t: Tensor) -> bool:
+    """PyTorch's suggest_memory_format() == channels_last: walking c, w, h, n, strides never decrease."""
+    if t.dim() != 4 or t.stride(1) == 0:
+        return False
+    min_stride = 0
+    for d in (1, 3, 2, 0):
+        size, stride = t.shape[d], t.stride(d)
+        if size == 0 or stride < min_stride:
+            return False
+        if d == 0 and min_stride == t.stride(1):  # one channel and one pixel: ambiguous, contiguous
+            return False
+        min_stride = stride * (size if size > 1 else 1)
+    return True
+
+
+def _memory_format(*tensors: Tensor) -> torch.memory_format:
+    channels_last = any(suggests_channels_last(t) for t in tensors)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _empty(like: Tensor, shape: tuple, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _output_shape(op: str, x: Tensor, dw_weight: Tensor, pw_weight: Tensor, stride, padding, dilation) -> tuple:
+    torch._check(x.dim() == 4, lambda: f"{op}: input must have 4 dimensions, got {x.dim()}")
+    torch._check(
+        dw_weight.dim() == 4 and dw_weight.shape[1] == 1, lambda: f"{op}: dw_weight must have shape [C * m, 1, kh, kw]"
+    )
+    torch._check(
+        pw_weight.dim() == 2 or (pw_weight.dim() == 4 and pw_weight.shape[2] == 1 and pw_weight.shape[3] == 1),
+        lambda: f"{op}: pw_weight must have shape [C_out, C * m, 1, 1] or [C_out, C * m]",
+    )
+    torch._check(
+        x.shape[1] > 0 and dw_weight.shape[0] > 0 and dw_weight.shape[0] % x.shape[1] == 0,
+        lambda: (
+            f"{op}: dw_weight's channels must be a positive multiple of input's {x.shape[1]}, got {dw_weight.shape[0]}"
+        ),
+    )
+    torch._check(
+        pw_weight.shape[1] == dw_weight.shape[0],
+        lambda: f"{op}: pw_weight must have {dw_weight.shape[0]} input channels, got {pw_weight.shape[1]}",
+    )
+    extents = []
+    for axis in (0, 1):
+        span = dilation[axis] * (dw_weight.shape[2 + axis] - 1) + 1
+        padded = x.shape[2 + axis] + padding[axis] + padding[2 + axis]
+        torch._check(padded >= span, lambda s=span, p=padded: f"{op}: kernel larger than the padded input: {s} > {p}")
+        extents.append((padded - span) // stride[axis] + 1)
+    return (x.shape[0], pw_weight.shape[0], *extents)
+
+
+def _fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act):
+    shape = _output_shape("dsconv_cuda::fwd", x, dw_weight, pw_weight, stride, padding, dilation)
+    return _empty(x, shape, _memory_format(x, dw_weight, pw_weight))
+
+
+def _fwd_with_pre_fake(*args):
+    return _fwd_fake(*args), _fwd_fake(*args)
+
+
+def _bwd_fake(dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act, out_act, mask):
+    shape = _output_shape("dsconv_cuda::bwd", x, dw_weight, pw_weight, stride, padding, dilation)
+    torch._check(
+        dy.dim() == 4 and all(a == b for a, b in zip(dy.shape, shape, strict=True)),
+        lambda: f"dsconv_cuda::bwd: grad_output must have the shape of the output, {list(shape)}",
+    )
+    shapes = (x.shape, dw_weight.shape, pw_weight.shape, (dw_weight.shape[0],), (pw_weight.shape[0],))
+    grads = [_empty(x, size if mask & bit else (0,)) for size, bit in zip(shapes, GRAD_BITS, strict=True)]
+    if mask & GRAD_X:
+        grads[0] = _empty(x, x.shape, _memory_format(x))
+    return tuple(grads)
+
+
+# ---- vmap ------------------------------------------------------------------------------------------------------------
+
+
+def _batch_first(t, dim, batch_size):
+    """`t` with its batch dimension in front; expanded there if it has none."""
+    if t is None:
+        return None
+    return t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _fold(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.reshape(t.shape[0] * t.shape[1], *t.shape[2:])
+
+
+def _unfold(t: Tensor, batch_size: int) -> Tensor:
+    return t.reshape(batch_size, t.shape[0] // batch_size, *t.shape[1:])
+
+
+def _for_each(op, batch_size: int, in_dims, args):
+    """Calls `op` once for each element of the batch and stacks what it returns."""
+
+    def element(i):
+        return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+
+    if batch_size == 0:  # one call on zeros tells the shapes
+        empty = [a if d is None else a.new_zeros(a.movedim(d, 0).shape[1:]) for a, d in zip(args, in_dims, strict=True)]
+        results = op(*empty)
+        if isinstance(results, Tensor):
+            return results.new_empty((0, *results.shape)), 0
+        return tuple(r.new_empty((0, *r.shape)) for r in results), (0,) * len(results)
+    results = [op(*element(i)) for i in range(batch_size)]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def _forward_vmap(op):
+    def rule(info, in_dims, x, *rest):
+        if in_dims[0] is None or any(d is not None for d in in_dims[1:5]) or info.batch_size == 0:
+            return _for_each(op, info.batch_size, in_dims, (x, *rest))
+        # Images are independent of one another: the batch joins them.
+        result = op(_fold(x.movedim(in_dims[0], 0)), *rest)
+        if isinstance(result, Tensor):
+            return _unfold(result, info.batch_size), 0
+        return tuple(_unfold(r, info.batch_size) for r in result), (0, 0)
+
+    return rule
+
+
+def _backward_vmap(op):
+    def rule(info, in_dims, dy, x, dw_weight, pw_weight, dw_bias, saved, *rest):
+        mask, size = rest[-1], info.batch_size
+        if any(d is not None for d in in_dims[2:5]) or mask != GRAD_X or size == 0:
+            return _for_each(op, size, in_dims, (dy, x, dw_weight, pw_weight, dw_bias, saved, *rest))
+        dy, x, saved = (
+            _fold(_batch_first(t, d, size)) for t, d in ((dy, in_dims[0]), (x, in_dims[1]), (saved, in_dims[5]))
+        )
+        grad_x, *not_asked = op(dy, x, dw_weight, pw_weight, dw_bias, saved, *rest)
+        return (_unfold(grad_x, size), *not_asked), (0, None, None, None, None)
+
+    return rule
+
+
+# ---- gradients of the bare ops ---------------------------------------------------------------------------------------
+# What a compiled or exported graph trains through. Eager calls of the package go through autograd.py, which also has
+# double backward, forward-mode AD and torch.func.
+
+
+def _setup_context(ctx, inputs, output):
+    x, dw_weight, pw_weight, dw_bias, pw_bias, *config = inputs
+    y, pre = output if isinstance(output, tuple) else (output, None)
+    if pre is not None:
+        ctx.mark_non_differentiable(pre)
+    out_act = config[-1]
+    saved = None
+    if out_act != IDENTITY:
+        saved = y if derivative_from_output(out_act) else pre
+    recomputed = saved is None and out_act != IDENTITY
+    ctx.config = config
+    ctx.save_for_backward(x, dw_weight, pw_weight, dw_bias, pw_bias if recomputed else None, saved)
+
+
+def _backward(ctx, dy, *_):
+    x, dw_weight, pw_weight, dw_bias, pw_bias, saved = ctx.saved_tensors
+    out_act = ctx.config[-1]
+    mask = grad_mask(*ctx.needs_input_grad[:5])
+    if mask == 0:
+        return (None,) * 10
+    if saved is None and out_act != IDENTITY:
+        # fwd was called by hand where fwd_with_pre would have kept what its derivative needs
+        *geometry, act, _ = ctx.config
+        saved = torch.ops.dsconv_cuda.fwd(x, dw_weight, pw_weight, dw_bias, pw_bias, *geometry, act, IDENTITY)
+    grads = torch.ops.dsconv_cuda.bwd(dy, x, dw_weight, pw_weight, dw_bias, saved, *ctx.config, mask)
+    return (*(g if mask & bit else None for g, bit in zip(grads, GRAD_BITS, strict=True)), *(None,) * 5)
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(
+        "dsconv_cuda::bwd has no gradient of its own: call dsconv_cuda.depthwise_separable_conv2d in eager mode "
+        "for double backward, it differentiates to any order"
+    )
+
+
+def register_python_parts() -> None:
+    """Registers the fake kernels, vmap rules and gradients; the ops must have been defined. Does it only once."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    fakes = {"fwd": _fwd_fake, "fwd_with_pre": _fwd_with_pre_fake, "bwd": _bwd_fake}
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"dsconv_cuda::{name}", fake)
+    for name in ("fwd", "fwd_with_pre"):
+        torch.library.register_vmap(f"dsconv_cuda::{name}", _forward_vmap(getattr(torch.ops.dsconv_cuda, name)))
+        torch.library.register_autograd(f"dsconv_cuda::{name}", _backward, setup_context=_setup_context)
+    torch.library.register_vmap("dsconv_cuda::bwd", _backward_vmap(torch.ops.dsconv_cuda.bwd))
+    torch.library.register_autograd("dsconv_cuda::bwd", _no_double_backward)
