@@ -1,0 +1,233 @@
+// The AVX-512 intrinsics that csrc/cpu/vec_avx512.h uses, in plain C++ on the compiler's vector types, so that the
+// shipped cpu_avx512.cpp runs on a machine without AVX-512. First on the include path of the test build (build.py);
+// everything else comes from the compiler's own header, whose types these functions share.
+//
+// The functions are always inlined: they have the baseline's calling convention, their callers that of AVX2.
+#pragma once
+
+#include_next <immintrin.h>
+
+#include <cstdint>
+
+namespace dsconv_emulation {
+
+#define DSCONV_EMULATED static inline __attribute__((always_inline))
+
+typedef uint16_t Halves __attribute__((vector_size(32)));
+typedef int32_t Ints __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+
+template <typename V, typename T>
+DSCONV_EMULATED V load(const T* p, int lanes, uint32_t mask) {
+  V v = {};
+  for (int i = 0; i < lanes; ++i) {
+    if (mask >> i & 1) v[i] = p[i];
+  }
+  return v;
+}
+template <typename V, typename T>
+DSCONV_EMULATED void store(T* p, V v, int lanes, uint32_t mask) {
+  for (int i = 0; i < lanes; ++i) {
+    if (mask >> i & 1) p[i] = v[i];
+  }
+}
+template <typename V>
+DSCONV_EMULATED V load_all(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename V>
+DSCONV_EMULATED void store_all(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+
+// The second operand where either is NaN or both are zero, as the instructions have it.
+template <typename V>
+DSCONV_EMULATED V max_of(V a, V b) {
+  return a > b ? a : b;
+}
+template <typename V>
+DSCONV_EMULATED V min_of(V a, V b) {
+  return a < b ? a : b;
+}
+
+DSCONV_EMULATED float half_to_float(uint16_t h) {
+  const int exponent = h >> 10 & 31, mantissa = h & 0x3ff;
+  const float sign = h & 0x8000 ? -1.f : 1.f;
+  if (exponent == 31) return mantissa ? __builtin_nanf("") : sign * __builtin_inff();
+  if (exponent == 0) return sign * static_cast<float>(mantissa) * 0x1p-24f;
+  return sign * __builtin_ldexpf(static_cast<float>(mantissa + 1024), exponent - 25);
+}
+DSCONV_EMULATED uint16_t float_to_half(float f) {
+  const uint16_t sign = __builtin_signbit(f) ? 0x8000 : 0;
+  const float magnitude = __builtin_fabsf(f);
+  if (f != f) return sign | 0x7e00;
+  if (magnitude >= 65520.f) return sign | 0x7c00;  // rounds beyond the largest half, 65504
+  int exponent = -24;  // zero: any that leaves the smallest unit
+  if (magnitude > 0) __builtin_frexpf(magnitude, &exponent);
+  const int unit = exponent - 11 > -24 ? exponent - 11 : -24;  // exponent of the last mantissa bit
+  const int mantissa = static_cast<int>(__builtin_rintf(__builtin_ldexpf(magnitude, -unit)));
+  return static_cast<uint16_t>(sign | (mantissa + (unit + 24) * 1024));
+}
+DSCONV_EMULATED __m512 widen_halves(__m256i h) {
+  const Halves bits = reinterpret_cast<Halves>(h);
+  __m512 v = {};
+  for (int i = 0; i < 16; ++i) v[i] = half_to_float(bits[i]);
+  return v;
+}
+DSCONV_EMULATED __m256i narrow_halves(__m512 v) {
+  Halves bits = {};
+  for (int i = 0; i < 16; ++i) bits[i] = float_to_half(v[i]);
+  return reinterpret_cast<__m256i>(bits);
+}
+DSCONV_EMULATED __m512i widen_words(__m256i h) {
+  return reinterpret_cast<__m512i>(__builtin_convertvector(reinterpret_cast<Halves>(h), Words));
+}
+DSCONV_EMULATED __m256i narrow_words(__m512i v) {
+  return reinterpret_cast<__m256i>(__builtin_convertvector(reinterpret_cast<Words>(v), Halves));
+}
+
+DSCONV_EMULATED __m512 round_nearest(__m512 v) {
+  for (int i = 0; i < 16; ++i) v[i] = __builtin_rintf(v[i]);
+  return v;
+}
+DSCONV_EMULATED __m512i to_ints(__m512 v) {
+  Ints r = {};
+  for (int i = 0; i < 16; ++i) {
+    const bool fits = v[i] >= -0x1p31f && v[i] < 0x1p31f;
+    r[i] = fits ? static_cast<int32_t>(__builtin_rintf(v[i])) : INT32_MIN;
+  }
+  return reinterpret_cast<__m512i>(r);
+}
+DSCONV_EMULATED uint16_t unordered(__m512 a, __m512 b) {
+  uint16_t mask = 0;
+  for (int i = 0; i < 16; ++i) mask |= static_cast<uint16_t>((a[i] != a[i] || b[i] != b[i]) << i);
+  return mask;
+}
+DSCONV_EMULATED __m512i blend(uint16_t mask, __m512i a, __m512i b) {
+  Ints r = reinterpret_cast<Ints>(a);
+  const Ints other = reinterpret_cast<Ints>(b);
+  for (int i = 0; i < 16; ++i) r[i] = mask >> i & 1 ? other[i] : r[i];
+  return reinterpret_cast<__m512i>(r);
+}
+
+// Pairs of lanes from each 128-bit block of a (low half of the block) and b (high half).
+DSCONV_EMULATED __m512 shuffle_in_blocks(__m512 a, __m512 b, int order) {
+  __m512 r = {};
+  for (int i = 0; i < 16; ++i) {
+    const int lane = order >> i % 4 * 2 & 3;
+    r[i] = i % 4 < 2 ? a[i / 4 * 4 + lane] : b[i / 4 * 4 + lane];
+  }
+  return r;
+}
+DSCONV_EMULATED __m512 shuffle_blocks(__m512 a, __m512 b, int order) {
+  __m512 r = {};
+  for (int i = 0; i < 16; ++i) {
+    const int block = order >> i / 4 * 2 & 3;
+    r[i] = i < 8 ? a[block * 4 + i % 4] : b[block * 4 + i % 4];
+  }
+  return r;
+}
+template <typename V>
+DSCONV_EMULATED V interleave(V a, V b, int lanes, int block, int first) {
+  V r = {};
+  for (int i = 0; i < lanes; ++i) {
+    const int lane = i / block * block + first + i % block / 2;
+    r[i] = i % 2 ? b[lane] : a[lane];
+  }
+  return r;
+}
+
+}  // namespace dsconv_emulation
+
+// Names of the intrinsics. The compiler's header has some of them as macros when it does not optimise.
+#undef _mm512_set1_ps
+#define _mm512_set1_ps(x) (__m512{} + static_cast<float>(x))
+#undef _mm512_set1_pd
+#define _mm512_set1_pd(x) (__m512d{} + static_cast<double>(x))
+#undef _mm512_set1_epi32
+#define _mm512_set1_epi32(x) reinterpret_cast<__m512i>(::dsconv_emulation::Ints{} + static_cast<int>(x))
+#undef _mm512_loadu_ps
+#define _mm512_loadu_ps(p) ::dsconv_emulation::load_all<__m512>(p)
+#undef _mm512_loadu_pd
+#define _mm512_loadu_pd(p) ::dsconv_emulation::load_all<__m512d>(p)
+#undef _mm512_storeu_ps
+#define _mm512_storeu_ps(p, v) ::dsconv_emulation::store_all<__m512>(p, v)
+#undef _mm512_storeu_pd
+#define _mm512_storeu_pd(p, v) ::dsconv_emulation::store_all<__m512d>(p, v)
+#undef _mm512_maskz_loadu_ps
+#define _mm512_maskz_loadu_ps(m, p) ::dsconv_emulation::load<__m512>(p, 16, m)
+#undef _mm512_maskz_loadu_pd
+#define _mm512_maskz_loadu_pd(m, p) ::dsconv_emulation::load<__m512d>(p, 8, m)
+#undef _mm512_mask_storeu_ps
+#define _mm512_mask_storeu_ps(p, m, v) ::dsconv_emulation::store<__m512>(p, v, 16, m)
+#undef _mm512_mask_storeu_pd
+#define _mm512_mask_storeu_pd(p, m, v) ::dsconv_emulation::store<__m512d>(p, v, 8, m)
+#undef _mm256_maskz_loadu_epi16
+#define _mm256_maskz_loadu_epi16(m, p) \
+  reinterpret_cast<__m256i>(           \
+      ::dsconv_emulation::load<::dsconv_emulation::Halves>(static_cast<const uint16_t*>(p), 16, m))
+#undef _mm256_mask_storeu_epi16
+#define _mm256_mask_storeu_epi16(p, m, v) \
+  ::dsconv_emulation::store(static_cast<uint16_t*>(p), reinterpret_cast<::dsconv_emulation::Halves>(v), 16, m)
+#undef _mm512_fmadd_ps
+#define _mm512_fmadd_ps(a, b, c) ((a) * (b) + (c))
+#undef _mm512_fmadd_pd
+#define _mm512_fmadd_pd(a, b, c) ((a) * (b) + (c))
+#undef _mm512_max_ps
+#define _mm512_max_ps(a, b) ::dsconv_emulation::max_of<__m512>(a, b)
+#undef _mm512_max_pd
+#define _mm512_max_pd(a, b) ::dsconv_emulation::max_of<__m512d>(a, b)
+#undef _mm512_min_ps
+#define _mm512_min_ps(a, b) ::dsconv_emulation::min_of<__m512>(a, b)
+#undef _mm512_min_pd
+#define _mm512_min_pd(a, b) ::dsconv_emulation::min_of<__m512d>(a, b)
+#undef _mm512_roundscale_ps
+#define _mm512_roundscale_ps(v, mode) ::dsconv_emulation::round_nearest(v)
+#undef _mm512_cvtps_epi32
+#define _mm512_cvtps_epi32(v) ::dsconv_emulation::to_ints(v)
+#undef _mm512_cvtph_ps
+#define _mm512_cvtph_ps(h) ::dsconv_emulation::widen_halves(h)
+#undef _mm512_cvtps_ph
+#define _mm512_cvtps_ph(v, mode) ::dsconv_emulation::narrow_halves(v)
+#undef _mm512_cvtepu16_epi32
+#define _mm512_cvtepu16_epi32(h) ::dsconv_emulation::widen_words(h)
+#undef _mm512_cvtepi32_epi16
+#define _mm512_cvtepi32_epi16(v) ::dsconv_emulation::narrow_words(v)
+#undef _mm512_castsi512_ps
+#define _mm512_castsi512_ps(v) reinterpret_cast<__m512>(v)
+#undef _mm512_castps_si512
+#define _mm512_castps_si512(v) reinterpret_cast<__m512i>(v)
+#undef _mm512_castpd_ps
+#define _mm512_castpd_ps(v) reinterpret_cast<__m512>(v)
+#undef _mm512_castps_pd
+#define _mm512_castps_pd(v) reinterpret_cast<__m512d>(v)
+#undef _mm512_slli_epi32
+#define _mm512_slli_epi32(v, n) reinterpret_cast<__m512i>(reinterpret_cast<::dsconv_emulation::Words>(v) << (n))
+#undef _mm512_srli_epi32
+#define _mm512_srli_epi32(v, n) reinterpret_cast<__m512i>(reinterpret_cast<::dsconv_emulation::Words>(v) >> (n))
+#undef _mm512_add_epi32
+#define _mm512_add_epi32(a, b)                                               \
+  reinterpret_cast<__m512i>(reinterpret_cast<::dsconv_emulation::Words>(a) + \
+                            reinterpret_cast<::dsconv_emulation::Words>(b))
+#undef _mm512_and_si512
+#define _mm512_and_si512(a, b) ((a) & (b))
+#undef _mm512_or_si512
+#define _mm512_or_si512(a, b) ((a) | (b))
+#undef _mm512_cmp_ps_mask
+#define _mm512_cmp_ps_mask(a, b, predicate) ::dsconv_emulation::unordered(a, b)
+#undef _mm512_mask_blend_epi32
+#define _mm512_mask_blend_epi32(m, a, b) ::dsconv_emulation::blend(m, a, b)
+#undef _mm512_shuffle_ps
+#define _mm512_shuffle_ps(a, b, order) ::dsconv_emulation::shuffle_in_blocks(a, b, order)
+#undef _mm512_shuffle_f32x4
+#define _mm512_shuffle_f32x4(a, b, order) ::dsconv_emulation::shuffle_blocks(a, b, order)
+#undef _mm512_unpacklo_ps
+#define _mm512_unpacklo_ps(a, b) ::dsconv_emulation::interleave<__m512>(a, b, 16, 4, 0)
+#undef _mm512_unpackhi_ps
+#define _mm512_unpackhi_ps(a, b) ::dsconv_emulation::interleave<__m512>(a, b, 16, 4, 2)
+#undef _mm512_unpacklo_pd
+#define _mm512_unpacklo_pd(a, b) ::dsconv_emulation::interleave<__m512d>(a, b, 8, 2, 0)
+#undef _mm512_unpackhi_pd
+#define _mm512_unpackhi_pd(a, b) ::dsconv_emulation::interleave<__m512d>(a, b, 8, 2, 1)
