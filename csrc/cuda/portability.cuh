@@ -15,8 +15,6 @@
 
 #if defined(__CUDACC__)
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #define DSCONV_KERNEL __global__

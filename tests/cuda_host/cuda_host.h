@@ -1,8 +1,8 @@
 // CUDA on the host, for tests: what csrc/cuda/portability.cuh includes where the compiler is not nvcc. No CUDA toolkit
-// is needed. The engine behind it (engine.cpp, fiber.cpp) runs every block's threads as fibers.
+// is needed. The engine behind it (host_runtime.cpp, engine.cpp, shared_memory.cpp, fiber.cpp) runs every block's
+// threads as fibers.
 #pragma once
 
 #include "host_device.h"
-#include "host_half.h"
 #include "host_runtime.h"
 #include "host_types.h"

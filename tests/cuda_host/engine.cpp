@@ -4,7 +4,7 @@
 //   * a warp primitive whose named lanes do not all arrive, with the same mask, at the same place;
 //   * a shuffle from a lane that its mask does not name; an asynchronous copy that is misaligned or never waited for;
 //   * writes just outside shared memory, static arrays beyond 48 KiB.
-// A reported kernel's launch returns cudaErrorLaunchFailure, and the text is printed and kept for last_report().
+// The text is printed and kept for last_report().
 //
 // No sanitizer instruments this file. Under TSan it declares what orders memory on a GPU and nothing else: start and
 // end of a kernel, __syncthreads, __syncwarp. A shuffle orders nothing.
@@ -15,11 +15,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
-#include <mutex>
 #include <vector>
 
 #include "cuda_host.h"
+#include "engine.h"
 #include "fiber.h"
 #include "shared_memory.h"
 
@@ -38,12 +37,16 @@ dim3 blockDim, gridDim;
 namespace cuda_host {
 namespace {
 
-constexpr int kMaxThreads = 1024;
-constexpr unsigned kMaxBlockZ = 64;
-constexpr unsigned kMaxGridX = 0x7fffffffu, kMaxGridYZ = 65535;
-constexpr uint64_t kDefaultSharedBytes = 48 * 1024;
+constexpr int kMaxThreads = 1024;  // of a block
 constexpr int kWarpSyncObjects = 8;
 constexpr uint64_t kMaxCopiesInFlight = 256;
+// A TSan fiber costs too much to be made anew for each block, and blocks that shared theirs would look ordered. Two
+// sets take turns, so that every block is unordered to its neighbours.
+#if defined(CUDA_HOST_TSAN)
+constexpr int kThreadSets = 2;
+#else
+constexpr int kThreadSets = 1;
+#endif
 
 enum class State { ready, at_barrier, at_warp_op, done };
 
@@ -71,11 +74,16 @@ struct Warp {
   char sync_objects[kWarpSyncObjects];
 };
 
+bool same_site(const Site& a, const Site& b) {
+  return a.line == b.line && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
 struct Engine {
-  std::mutex launching;
-  Thread threads[kMaxThreads];
-  int allocated = 0;
-  Warp warps[kMaxThreads / warpSize];
+  Thread thread_sets[kThreadSets][kMaxThreads];
+  int allocated = 0;               // of each set
+  Thread* threads = *thread_sets;  // of the block that runs
+  Warp warp_sets[kThreadSets][kMaxThreads / warpSize];
+  Warp* warps = *warp_sets;
   SharedMemory shared;
   std::vector<int> turns;
 
@@ -87,15 +95,14 @@ struct Engine {
   bool failed = false;
   char report[1024] = "";
 
-  char kernel_start = 0, kernel_end = 0;  // sync objects
-  char barriers[2] = {};                  // by parity, so that one barrier's waiters do not see the next one's arrivals
-  int barrier_parity = 0;
+  // Sync objects, and so are those of the warps. Barriers have two, by parity: one that served both would let a
+  // barrier's waiters see what comes after it. Each thread set has its own.
+  char block_start = 0, kernel_end = 0;
+  char barriers[kThreadSets][2] = {};
+  int thread_set = 0, barrier_parity = 0;
 
   ThreadOrder order = ThreadOrder::forward;
   uint64_t random_state = 1;
-  Device device{8, 6, 4, 99 * 1024};
-  std::map<const void*, uint64_t> dynamic_limits;  // raised by cudaFuncSetAttribute
-  cudaError_t last_error = cudaSuccess;
 
   Engine() {
     const char* const text = std::getenv("CUDA_HOST_ORDER");
@@ -166,7 +173,7 @@ void wait_as(State state, Site site) {
 }
 
 void run_thread() {
-  DECLARE_ACQUIRE(&engine.kernel_start);
+  DECLARE_ACQUIRE(&engine.block_start);
   engine.body(engine.arguments);
   DECLARE_RELEASE(&engine.kernel_end);
   Thread& t = *engine.current;
@@ -180,7 +187,11 @@ void run_thread() {
 }
 
 void start_block() {
+  engine.thread_set = (engine.thread_set + 1) % kThreadSets;
+  engine.threads = engine.thread_sets[engine.thread_set];
+  engine.warps = engine.warp_sets[engine.thread_set];
   engine.shared.begin_block();
+  DECLARE_RELEASE(&engine.block_start);
   engine.waiting_at_barrier = engine.done = 0;
   for (int i = 0; i < engine.thread_count; ++i) {
     Thread& t = engine.threads[i];
@@ -203,7 +214,7 @@ bool release_barrier() {
   const Thread& first = engine.threads[0];
   for (int i = 1; i < engine.thread_count; ++i) {
     const Thread& t = engine.threads[i];
-    if (t.site.line != first.site.line || std::strcmp(t.site.file, first.site.file) != 0) {
+    if (!same_site(t.site, first.site)) {
       describe("threads 0 and %d wait at different barriers: %s:%d and %s:%d", i, first.site.file, first.site.line,
                t.site.file, t.site.line);
       return false;
@@ -254,19 +265,10 @@ void run_block() {
       report_stuck();
     }
   }
-  for (int i = 0; i < engine.thread_count; ++i) engine.threads[i].fiber.discard();
+  for (int i = 0; i < engine.thread_count; ++i) {
+    if (engine.threads[i].state != State::done) engine.threads[i].fiber.abandon();
+  }
   if (!engine.failed && !engine.shared.end_block()) describe("shared memory was written just outside an array");
-}
-
-cudaError_t check_limits(const void* kernel, const cudaLaunchConfig_t& config) {
-  const dim3 grid = config.gridDim, block = config.blockDim;
-  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (threads == 0 || threads > kMaxThreads || block.z > kMaxBlockZ) return cudaErrorInvalidConfiguration;
-  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return cudaErrorInvalidConfiguration;
-  if (grid.x > kMaxGridX || grid.y > kMaxGridYZ || grid.z > kMaxGridYZ) return cudaErrorInvalidConfiguration;
-  const auto raised = engine.dynamic_limits.find(kernel);
-  const uint64_t limit = raised == engine.dynamic_limits.end() ? kDefaultSharedBytes : raised->second;
-  return config.dynamicSmemBytes > limit ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 void run_blocks() {
@@ -287,11 +289,6 @@ void run_blocks() {
   }
 }
 
-cudaError_t remember(cudaError_t error) {
-  if (error != cudaSuccess) engine.last_error = error;
-  return error;
-}
-
 }  // namespace
 
 void* static_shared(const void* key, uint64_t bytes, uint64_t alignment) {
@@ -307,7 +304,7 @@ void* static_shared(const void* key, uint64_t bytes, uint64_t alignment) {
 void* dynamic_shared() { return engine.shared.dynamic(); }
 
 void block_barrier(Site site) {
-  const char* const object = &engine.barriers[engine.barrier_parity];
+  const char* const object = &engine.barriers[engine.thread_set][engine.barrier_parity];
   DECLARE_RELEASE(const_cast<char*>(object));
   ++engine.waiting_at_barrier;
   wait_as(State::at_barrier, site);
@@ -375,7 +372,7 @@ uint64_t warp_exchange(WarpOp op, unsigned mask, uint64_t bits, int lane_argumen
     for (int other = 0; other < warpSize; ++other) {
       if ((mask >> other & 1) == 0) continue;
       const Thread& o = engine.threads[first + other];
-      if (o.op != op || o.mask != mask || o.site.line != site.line || std::strcmp(o.site.file, site.file) != 0) {
+      if (o.op != op || o.mask != mask || !same_site(o.site, site)) {
         describe("thread %d, %s(mask %#x) at %s:%d: lane %d is in %s(mask %#x) at %s:%d", t.number, name_of(op), mask,
                  site.file, site.line, other, name_of(o.op), o.mask, o.site.file, o.site.line);
         stop_thread();
@@ -428,15 +425,9 @@ void set_thread_order(ThreadOrder order, uint64_t seed) {
   engine.seed(seed);
 }
 
-void set_device(Device device) { engine.device = device; }
-
 const char* last_report() { return engine.report; }
 
-cudaError_t run_grid(const void* kernel, KernelBody body, void* arguments, const cudaLaunchConfig_t& config) {
-  const std::lock_guard<std::mutex> lock(engine.launching);
-  const cudaError_t refused = check_limits(kernel, config);
-  if (refused != cudaSuccess) return remember(refused);
-
+bool run_grid(KernelBody body, void* arguments, const cudaLaunchConfig_t& config) {
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   engine.body = body;
@@ -448,104 +439,20 @@ cudaError_t run_grid(const void* kernel, KernelBody body, void* arguments, const
     engine.turns[static_cast<std::size_t>(i)] = engine.order == ThreadOrder::reverse ? engine.thread_count - 1 - i : i;
   }
   for (; engine.allocated < engine.thread_count; ++engine.allocated) {
-    engine.threads[engine.allocated].fiber.allocate(engine.allocated);
+    for (auto& set : engine.thread_sets) set[engine.allocated].fiber.allocate(engine.allocated);
   }
-  DECLARE_RELEASE(&engine.kernel_start);
   engine.shared.begin_launch(config.dynamicSmemBytes);
   run_blocks();
   DECLARE_ACQUIRE(&engine.kernel_end);
   engine.shared.end_launch();
 
   const uint64_t static_bytes = engine.shared.static_bytes();
-  if (!engine.failed && config.dynamicSmemBytes <= kDefaultSharedBytes &&
-      static_bytes + config.dynamicSmemBytes > kDefaultSharedBytes) {
+  if (!engine.failed && config.dynamicSmemBytes <= SharedMemory::kMaxStaticBytes &&
+      static_bytes + config.dynamicSmemBytes > SharedMemory::kMaxStaticBytes) {
     describe("%llu bytes of static and %llu of dynamic shared memory exceed 48 KiB, which launch() does not raise",
              static_cast<unsigned long long>(static_bytes), static_cast<unsigned long long>(config.dynamicSmemBytes));
   }
-  return remember(engine.failed ? cudaErrorLaunchFailure : cudaSuccess);
+  return !engine.failed;
 }
 
 }  // namespace cuda_host
-
-using cuda_host::engine;
-
-const char* cudaGetErrorName(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess:
-      return "cudaSuccess";
-    case cudaErrorInvalidValue:
-      return "cudaErrorInvalidValue";
-    case cudaErrorMemoryAllocation:
-      return "cudaErrorMemoryAllocation";
-    case cudaErrorInvalidConfiguration:
-      return "cudaErrorInvalidConfiguration";
-    case cudaErrorInvalidDeviceFunction:
-      return "cudaErrorInvalidDeviceFunction";
-    case cudaErrorInvalidDevice:
-      return "cudaErrorInvalidDevice";
-    case cudaErrorNoKernelImageForDevice:
-      return "cudaErrorNoKernelImageForDevice";
-    case cudaErrorLaunchOutOfResources:
-      return "cudaErrorLaunchOutOfResources";
-    case cudaErrorLaunchFailure:
-      return "cudaErrorLaunchFailure";
-    case cudaErrorNotSupported:
-      return "cudaErrorNotSupported";
-  }
-  return "unrecognized error code";
-}
-
-const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorLaunchFailure ? cuda_host::last_report() : cudaGetErrorName(error);
-}
-
-cudaError_t cudaGetLastError() {
-  const cudaError_t error = engine.last_error;
-  engine.last_error = cudaSuccess;
-  return error;
-}
-
-cudaError_t cudaPeekAtLastError() { return engine.last_error; }
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
-  return cudaSuccess;
-}
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return cuda_host::remember(cudaErrorInvalidDevice);
-  switch (attribute) {
-    case cudaDevAttrMaxSharedMemoryPerBlock:
-      *value = static_cast<int>(cuda_host::kDefaultSharedBytes);
-      return cudaSuccess;
-    case cudaDevAttrMultiProcessorCount:
-      *value = engine.device.multiprocessors;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = engine.device.major;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = engine.device.minor;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = engine.device.shared_per_block_optin + 1024;
-      return cudaSuccess;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = engine.device.shared_per_block_optin;
-      return cudaSuccess;
-  }
-  return cuda_host::remember(cudaErrorInvalidValue);
-}
-
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
-  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || value > engine.device.shared_per_block_optin) return cuda_host::remember(cudaErrorInvalidValue);
-  const std::lock_guard<std::mutex> lock(engine.launching);
-  engine.dynamic_limits[kernel] = static_cast<uint64_t>(value);
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemsetAsync(void* pointer, int value, std::size_t bytes, cudaStream_t) {
-  std::memset(pointer, value, bytes);
-  return cudaSuccess;
-}

@@ -59,13 +59,17 @@ void Fiber::allocate(int index) {
   void* const mapping = mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapping == MAP_FAILED || mprotect(mapping, kPage, PROT_NONE) != 0) std::abort();
   stack_ = static_cast<char*>(mapping) + kPage;
+  // Stacks of the block's threads are a few cache lines apart beyond the page, so that their hot frames do not all fall
+  // on the same cache sets.
   color_ = static_cast<std::size_t>(index) * 5 % 64 * 64;
+#if defined(CUDA_HOST_TSAN)
+  tsan_ = __tsan_create_fiber(0);
+#endif
 }
 
 void Fiber::start(Entry entry) {
   entry_ = entry;
 #if defined(CUDA_HOST_ASAN)
-  __asan_unpoison_memory_region(stack_, kStackBytes);  // frames of a fiber that was stopped halfway
   fake_stack_ = nullptr;
 #endif
 #if defined(CUDA_HOST_UCONTEXT)
@@ -82,9 +86,6 @@ void Fiber::start(Entry entry) {
   top[-1] = reinterpret_cast<void*>(&Fiber::trampoline);
   for (int i = 2; i <= 7; ++i) top[-i] = nullptr;
   context_ = top - 7;
-#endif
-#if defined(CUDA_HOST_TSAN)
-  tsan_ = __tsan_create_fiber(0);
 #endif
 }
 
@@ -140,10 +141,13 @@ void Fiber::leave() {
   std::abort();  // a finished fiber was resumed
 }
 
-void Fiber::discard() {
+void Fiber::abandon() {
+#if defined(CUDA_HOST_ASAN)
+  __asan_unpoison_memory_region(stack_, kStackBytes);  // of its frames
+#endif
 #if defined(CUDA_HOST_TSAN)
-  if (tsan_ != nullptr) __tsan_destroy_fiber(tsan_);
-  tsan_ = nullptr;
+  __tsan_destroy_fiber(tsan_);  // its call stack was not unwound
+  tsan_ = __tsan_create_fiber(0);
 #endif
 }
 

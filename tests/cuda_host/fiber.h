@@ -16,18 +16,16 @@
 
 namespace cuda_host {
 
-// Stack addresses of threads differ by a few cache lines beyond the page, so that their hot frames do not all fall on
-// the same cache sets.
 class Fiber {
  public:
   using Entry = void (*)();
 
-  void allocate(int index);   // the stack, with a guard page below it; once
+  void allocate(int index);   // once: the stack, with a guard page below it
   void start(Entry entry);    // the next resume() enters `entry`, which must not return but call leave()
   void resume();              // from the scheduler, until the fiber yields or leaves
   void yield();               // from the fiber, back to the scheduler
   [[noreturn]] void leave();  // as yield, for good
-  void discard();             // after the block: what the sanitizers keep for the fiber
+  void abandon();             // it was stopped halfway and will never be resumed, only started again
 
  private:
   void to_scheduler(bool for_good);

@@ -72,7 +72,7 @@ void set_device(Device device);
 const char* last_report();
 
 using KernelBody = void (*)(void* arguments);
-cudaError_t run_grid(const void* kernel, KernelBody body, void* arguments, const cudaLaunchConfig_t& config);
+cudaError_t launch_grid(const void* kernel, KernelBody body, void* arguments, const cudaLaunchConfig_t& config);
 
 }  // namespace cuda_host
 
@@ -86,5 +86,5 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     const Call& call = *static_cast<Call*>(arguments);
     std::apply(call.kernel, call.params);
   };
-  return cuda_host::run_grid(reinterpret_cast<const void*>(kernel), body, &call, *config);
+  return cuda_host::launch_grid(reinterpret_cast<const void*>(kernel), body, &call, *config);
 }
