@@ -444,7 +444,6 @@ bool run_grid(KernelBody body, void* arguments, const cudaLaunchConfig_t& config
   engine.shared.begin_launch(config.dynamicSmemBytes);
   run_blocks();
   DECLARE_ACQUIRE(&engine.kernel_end);
-  engine.shared.end_launch();
 
   const uint64_t static_bytes = engine.shared.static_bytes();
   if (!engine.failed && config.dynamicSmemBytes <= SharedMemory::kMaxStaticBytes &&

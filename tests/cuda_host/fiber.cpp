@@ -146,6 +146,10 @@ void Fiber::abandon() {
   __asan_unpoison_memory_region(stack_, kStackBytes);  // of its frames
 #endif
 #if defined(CUDA_HOST_TSAN)
+  // Its end is the end of the kernel to whoever waits for that: switch there and back, this time with order.
+  void* const scheduler = __tsan_get_current_fiber();
+  __tsan_switch_to_fiber(tsan_, 0);
+  __tsan_switch_to_fiber(scheduler, 0);
   __tsan_destroy_fiber(tsan_);  // its call stack was not unwound
   tsan_ = __tsan_create_fiber(0);
 #endif

@@ -3,7 +3,6 @@
 #include <sys/mman.h>
 
 #include <cstdlib>
-#include <cstring>
 
 #if defined(CUDA_HOST_ASAN)
 #include <sanitizer/asan_interface.h>
@@ -25,12 +24,13 @@ constexpr unsigned char kNaNByte = 0xff;  // all ones is a NaN in every floating
 
 constexpr uint64_t round_up(uint64_t value, uint64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// Byte by byte: the sanitizers' memset and memcmp would look at the poison.
-void write_canary(volatile unsigned char* p, uint64_t bytes) {
-  for (uint64_t i = 0; i < bytes; ++i) p[i] = kCanary;
+// In loops that are compiled to stores and loads: the sanitizers' memset and memcmp would look at the poison, and TSan
+// would take them for the running thread's own accesses.
+void fill_bytes(unsigned char* p, uint64_t bytes, unsigned char value) {
+  for (uint64_t i = 0; i < bytes; ++i) p[i] = value;
 }
 
-bool canary_intact(const volatile unsigned char* p, uint64_t bytes) {
+bool canary_intact(const unsigned char* p, uint64_t bytes) {
   for (uint64_t i = 0; i < bytes; ++i) {
     if (p[i] != kCanary) return false;
   }
@@ -40,20 +40,30 @@ bool canary_intact(const volatile unsigned char* p, uint64_t bytes) {
 }  // namespace
 
 void SharedMemory::map() {
-  const int place = mapping_ == nullptr ? 0 : MAP_FIXED;
-  void* const got = mmap(mapping_, kMappingBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | place, -1, 0);
+  void* const got = mmap(nullptr, kMappingBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (got == MAP_FAILED) std::abort();
   mapping_ = static_cast<unsigned char*>(got);
   constexpr uint64_t kGuards[] = {0, kPage + kStaticArea, kMappingBytes - kPage};
   for (const uint64_t guard : kGuards) {
     if (mprotect(mapping_ + guard, kPage, PROT_NONE) != 0) std::abort();
   }
-  std::memset(mapping_ + kPage, kNaNByte, kStaticArea);
 }
 
-void SharedMemory::fill(unsigned char* data, uint64_t bytes) {
-  __asan_unpoison_memory_region(data, bytes);
-  std::memset(data, kNaNByte, bytes);
+#if defined(CUDA_HOST_TSAN)
+// Puts new pages under what the last block used.
+void SharedMemory::renew(unsigned char* begin, unsigned char* end) {
+  unsigned char* const page = begin - reinterpret_cast<uintptr_t>(begin) % kPage;
+  if (begin == end) return;
+  const uint64_t bytes = static_cast<uint64_t>(end - page);
+  const void* const got = mmap(page, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+  if (got != page) std::abort();
+}
+#endif
+
+void SharedMemory::prepare(const Array& array) {
+  __asan_unpoison_memory_region(array.data, array.bytes);
+  fill_bytes(array.data, array.bytes, kNaNByte);
+  fill_bytes(array.data + array.bytes, kCanaryBytes, kCanary);
 }
 
 void SharedMemory::begin_launch(uint64_t dynamic_bytes) {
@@ -68,17 +78,15 @@ void SharedMemory::begin_launch(uint64_t dynamic_bytes) {
 
 void SharedMemory::begin_block() {
 #if defined(CUDA_HOST_TSAN)
-  map();
+  renew(mapping_ + kPage, mapping_ + kPage + static_place_);
+  renew(dynamic_, dynamic_ + dynamic_bytes_);
 #endif
-  for (int i = 0; i < array_count_; ++i) {
-    fill(arrays_[i].data, arrays_[i].bytes);
-    write_canary(arrays_[i].data + arrays_[i].bytes, kCanaryBytes);
-  }
-  if (dynamic_bytes_ > 0) {
-    fill(dynamic_, dynamic_bytes_);
-    write_canary(dynamic_ - kCanaryBytes, kCanaryBytes);
-    write_canary(dynamic_ + dynamic_bytes_, round_up(dynamic_bytes_, kDynamicAlignment) - dynamic_bytes_);
-  }
+  for (int i = 0; i < array_count_; ++i) prepare(arrays_[i]);
+  if (dynamic_bytes_ == 0) return;
+  __asan_unpoison_memory_region(dynamic_, dynamic_bytes_);
+  fill_bytes(dynamic_, dynamic_bytes_, kNaNByte);
+  fill_bytes(dynamic_ - kCanaryBytes, kCanaryBytes, kCanary);
+  fill_bytes(dynamic_ + dynamic_bytes_, round_up(dynamic_bytes_, kDynamicAlignment) - dynamic_bytes_, kCanary);
 }
 
 bool SharedMemory::end_block() {
@@ -90,9 +98,6 @@ bool SharedMemory::end_block() {
          canary_intact(dynamic_ + dynamic_bytes_, round_up(dynamic_bytes_, kDynamicAlignment) - dynamic_bytes_);
 }
 
-// Outside a launch the static area is all NaN bytes, so that an array's first user need not fill it.
-void SharedMemory::end_launch() { fill(mapping_ + kPage, static_place_); }
-
 void* SharedMemory::static_array(const void* key, uint64_t bytes, uint64_t alignment) {
   for (int i = 0; i < array_count_; ++i) {
     if (arrays_[i].key == key) return arrays_[i].data;
@@ -101,9 +106,8 @@ void* SharedMemory::static_array(const void* key, uint64_t bytes, uint64_t align
   if (static_bytes_ > kMaxStaticBytes || array_count_ == kMaxArrays) return nullptr;
   unsigned char* const data = mapping_ + kPage + round_up(static_place_, alignment < 16 ? 16 : alignment);
   static_place_ = static_cast<uint64_t>(data - mapping_) - kPage + bytes + kCanaryBytes;
-  __asan_unpoison_memory_region(data, bytes);
-  write_canary(data + bytes, kCanaryBytes);
-  arrays_[array_count_++] = {key, data, bytes};
+  arrays_[array_count_] = {key, data, bytes};
+  prepare(arrays_[array_count_++]);
   return data;
 }
 

@@ -3,8 +3,8 @@
 //   | guard page | static arrays, a canary after each | guard page | canary | dynamic memory | canary | guard page |
 //
 // Both are filled with NaN bits before each block. Dynamic memory ends at the guard page but for the rounding to its
-// alignment. Under ASan all but the arrays is poisoned; canaries tell the plain build of small overruns. Under TSan the
-// mapping is made anew for each block, so that two blocks' use of the same address is no race.
+// alignment. Under ASan all but the arrays is poisoned; canaries tell the plain build of small overruns. Under TSan
+// each block gets new pages, so that two blocks' use of the same address is no race.
 #pragma once
 
 #include <cstddef>
@@ -21,7 +21,6 @@ class SharedMemory {
   void begin_block();
   // False where a canary was overwritten.
   bool end_block();
-  void end_launch();
 
   void* dynamic() const { return dynamic_; }
   // Null where the arrays no longer fit in kMaxStaticBytes.
@@ -38,7 +37,8 @@ class SharedMemory {
   static constexpr uint64_t kCanaryBytes = 64;
 
   void map();
-  void fill(unsigned char* data, uint64_t bytes);
+  void renew(unsigned char* begin, unsigned char* end);
+  static void prepare(const Array& array);
 
   unsigned char* mapping_ = nullptr;
   unsigned char* dynamic_ = nullptr;

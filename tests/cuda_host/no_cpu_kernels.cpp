@@ -1,0 +1,20 @@
+// In place of csrc/cpu in the emulated library: register.cpp asks which CPU instruction sets there are, and here the
+// CPU dispatch key runs the CUDA kernels.
+
+#include <stdexcept>
+
+#include "../../csrc/cpu/cpu_isa.h"
+
+namespace dsconv {
+
+const char* isa_name(Isa) { return "emulated CUDA"; }
+
+std::vector<std::string> isa_built() { return {}; }
+
+std::vector<std::string> isa_available() { return {}; }
+
+Isa isa_active() { return Isa::generic; }
+
+void set_isa(const std::string&) { throw std::runtime_error("the emulated library has no CPU kernels"); }
+
+}  // namespace dsconv
