@@ -8,7 +8,7 @@ of a block. There is no BatchNorm: weights are drawn for unit gain through a ReL
 
 from torch import nn
 
-from .plain import ACTIVATIONS
+from dsconv_cuda.activations import ACTIVATIONS
 
 STEM_CHANNELS = 24
 BLOCKS = ((48, 2), (96, 1), (96, 1), (192, 2), (192, 1))  # (out_channels, stride), each 3x3
@@ -21,7 +21,7 @@ class MnistNet(nn.Module):
     def __init__(self, separable_conv, activation="relu6"):
         super().__init__()
         self.stem = nn.Conv2d(1, STEM_CHANNELS, 3, padding=1)
-        self.activation = ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation].value
         blocks, channels = [], STEM_CHANNELS
         for out_channels, stride in BLOCKS:
             block = separable_conv(

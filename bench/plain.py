@@ -1,16 +1,8 @@
 """The depthwise-separable convolution written with stock PyTorch modules: what dsconv_cuda is compared with."""
 
-import torch.nn.functional as F
 from torch import nn
 
-ACTIVATIONS = {
-    "identity": lambda t: t,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "gelu": F.gelu,
-}
+from dsconv_cuda.activations import ACTIVATIONS
 
 
 class PlainSeparableConv2d(nn.Module):
@@ -34,8 +26,8 @@ class PlainSeparableConv2d(nn.Module):
             in_channels, in_channels, kernel_size, stride, padding, dilation, groups=in_channels, bias=bias
         )
         self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
-        self.activation = ACTIVATIONS[activation]
-        self.out_activation = ACTIVATIONS[out_activation]
+        self.activation = ACTIVATIONS[activation].value
+        self.out_activation = ACTIVATIONS[out_activation].value
 
     def forward(self, x):
         return self.out_activation(self.pointwise(self.activation(self.depthwise(x))))
