@@ -32,7 +32,8 @@ struct CpuPlan {
   int64_t mid_columns, out_columns;  // c_mid and c_out rounded up to micro.columns: packed weights, partial sums
   int64_t mid_ld, out_ld;            // row strides of tiles, elements: no multiple of 128 bytes, against set conflicts
   int64_t strip_ld;                  // row stride of the channel strips that nchw goes through
-  int64_t blocks, tiles;             // pixels in units of micro.rows; tiles of whole blocks, within one block of equal
+  int64_t block;                     // pixels a tile is made of: micro.rows, fewer where the scratch holds no more
+  int64_t blocks, tiles;             // tiles of whole blocks, whose numbers differ by one at most
   int64_t tile_pixels;               // of the largest tile
   int64_t pointwise_groups;          // partial sums of the pointwise backward
   int64_t depthwise_groups;          // partial sums of the nhwc depthwise weight gradient
@@ -41,8 +42,7 @@ struct CpuPlan {
 };
 
 constexpr int64_t tile_begin(const CpuPlan& plan, int64_t tile) {
-  const int64_t pixel =
-      (plan.blocks / plan.tiles * tile + plan.blocks % plan.tiles * tile / plan.tiles) * plan.micro.rows;
+  const int64_t pixel = (plan.blocks / plan.tiles * tile + plan.blocks % plan.tiles * tile / plan.tiles) * plan.block;
   return pixel < plan.pixels ? pixel : plan.pixels;
 }
 
@@ -64,15 +64,15 @@ inline CpuPlan base(const Geometry& g, MicroTile micro, int64_t element) {
   plan.out_columns = round_up(g.c_out, micro.columns);
   plan.mid_ld = skewed(plan.mid_columns, element);
   plan.out_ld = skewed(plan.out_columns, element);
-  plan.blocks = ceil_div(plan.pixels, micro.rows);
   return plan;
 }
 
 // Tiles of at most max_pixels, a multiple of `granule` of them where there are enough blocks.
 inline void cut(CpuPlan& plan, int64_t max_pixels, int64_t granule) {
-  const int64_t max_blocks = clamp64(max_pixels / plan.micro.rows, 1, plan.blocks > 0 ? plan.blocks : 1);
-  plan.tiles = clamp64(round_up(ceil_div(plan.blocks, max_blocks), granule), 1, plan.blocks > 0 ? plan.blocks : 1);
-  plan.tile_pixels = ceil_div(plan.blocks, plan.tiles) * plan.micro.rows;
+  plan.block = clamp64(max_pixels, 1, plan.micro.rows);
+  plan.blocks = ceil_div(plan.pixels, plan.block);
+  plan.tiles = clamp64(round_up(ceil_div(plan.blocks, max_pixels / plan.block), granule), 1, plan.blocks);
+  plan.tile_pixels = ceil_div(plan.blocks, plan.tiles) * plan.block;
   plan.strip_ld = skewed(round_up(plan.tile_pixels, plan.micro.lanes) + plan.micro.lanes, plan.element);
 }
 

@@ -1,0 +1,199 @@
+"""Instruction sets of the CPU kernels: which one runs, that none leaks, and the same bits for any number of threads."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from fresh_process import ROOT, run_python
+
+
+@pytest.fixture(scope="module")
+def library_path():
+    done = run_python("import dsconv_cuda._loader as l; print(l.load_library().path)", DSCONV_CPU_ISA=None)
+    return done.stdout.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def available():
+    code = "import dsconv_cuda._loader as l; print(*l.load_library().module.isa_available())"
+    return run_python(code, DSCONV_CPU_ISA=None).stdout.splitlines()[-1].split()
+
+
+def active(requested):
+    code = "import dsconv_cuda._loader as l; print(l.load_library().module.isa_active())"
+    return run_python(code, DSCONV_CPU_ISA=requested).stdout.split()[-1]
+
+
+def test_the_best_available_is_active_by_default(available):
+    assert available[0] == "generic"
+    assert active(None) == available[-1]
+    assert active("") == available[-1]
+
+
+def test_the_variable_lowers_the_choice(available):
+    for name in available:
+        assert active(name) == name
+
+
+@pytest.mark.parametrize("requested", ["sse9", "AVX2", "avx512"])
+def test_what_the_machine_lacks_raises_at_first_use_and_lists_what_there_is(available, requested):
+    if requested in available:
+        pytest.skip(f"this machine has {requested}")
+    code = """
+import torch, dsconv_cuda  # neither import may fail
+try:
+    dsconv_cuda.depthwise_separable_conv2d(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), torch.ones(1, 1))
+except RuntimeError as error:
+    print("raised:", error)
+"""
+    out = run_python(code, DSCONV_CPU_ISA=requested).stdout
+    assert "raised:" in out
+    for part in ("DSCONV_CPU_ISA", f"'{requested}'", "available: " + ", ".join(available)):
+        assert part in out
+
+
+def functions_with(disassembly, registers):
+    """Names of the functions whose code names one of `registers`, demangled."""
+    found, name = set(), None
+    for line in disassembly:
+        header = re.match(r"[0-9a-f]+ <(.*)>:$", line)
+        if header:
+            name = header[1]
+        elif registers.search(line):
+            found.add(name)
+    return found
+
+
+def test_no_wide_registers_outside_the_isa_namespaces(library_path):
+    objdump = shutil.which("objdump")
+    if objdump is None:
+        pytest.skip("no objdump")
+    command = [objdump, "-d", "-C", "--no-show-raw-insn", library_path]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    wide = functions_with(lines, re.compile(r"%[yz]mm\d"))
+    assert len(wide) > 50, "the library has no symbols, or no vector kernels"
+    outside = {name for name in wide if not re.search(r"\bdsconv::avx(2|512)::", name)}
+    assert not outside
+    widest = functions_with(lines, re.compile(r"%zmm\d"))
+    assert {name for name in widest if not re.search(r"\bdsconv::avx512::", name)} == set()
+
+
+# n, c_in, multiplier, c_out, h, w, kernel, stride, activation, out_activation
+SHAPES = [
+    (1, 37, 1, 19, 23, 17, 3, 1, 1, 0),
+    (3, 16, 2, 33, 9, 31, 5, 2, 4, 2),
+    (2, 113, 1, 64, 14, 14, 3, 1, 5, 5),
+    (1, 3, 1, 5, 40, 50, 7, 3, 0, 0),
+    (5, 64, 1, 64, 28, 28, 3, 1, 2, 2),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "nhwc"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s)))
+def test_the_same_bits_for_any_number_of_threads_and_every_run(shape, dtype, channels_last):
+    from dsconv_cuda._loader import load_library
+
+    load_library()
+    ops = torch.ops.dsconv_cuda
+    n, c, multiplier, c_out, h, w, k, stride, act, out_act = shape
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*size):
+        return torch.randn(size, generator=generator).to(dtype)
+
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = random(n, c, h, w).contiguous(memory_format=memory_format)
+    weights = [random(c * multiplier, 1, k, k), random(c_out, c * multiplier, 1, 1)]
+    biases = [random(c * multiplier), random(c_out)]
+    geometry = ([stride] * 2, [k // 2] * 4, [1, 1], act, out_act)
+
+    def everything():
+        y, pre = ops.fwd_with_pre(x, *weights, *biases, *geometry)
+        saved = None if out_act == 0 else (y if out_act <= 3 else pre)
+        return y, pre, *ops.bwd(torch.cos(y), x, *weights, biases[0], saved, *geometry, 31)
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = everything()
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            for _ in range(2):
+                for got, want in zip(everything(), expected, strict=True):
+                    assert torch.equal(got, want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+PLANNER = r"""
+#include <cstdio>
+#include <initializer_list>
+#include "cpu/cpu_plan.h"
+using namespace dsconv;
+
+// Every pixel in exactly one tile, no tile above tile_pixels, scratch within its bound.
+static int check(const Geometry& g, MicroTile micro, int64_t element, const CpuPlan& plan) {
+  int64_t pixel = 0;
+  bool ok = tile_begin(plan, 0) == 0 && tile_begin(plan, plan.tiles) == plan.pixels;
+  for (int64_t tile = 0; tile < plan.tiles; ++tile, pixel = tile_begin(plan, tile)) {
+    const int64_t next = tile_begin(plan, tile + 1);
+    ok = ok && next > pixel && next - pixel <= plan.tile_pixels;
+  }
+  ok = ok && plan.pointwise_groups <= plan.tiles;
+  if (g.c_mid <= 8192 && g.c_out <= 8192 && plan.taps <= 1024) ok = ok && plan.scratch_bytes <= kScratchBytes;
+  if (!ok) {
+    std::printf("n %ld c_mid %ld c_out %ld h %ld w %ld rows %ld element %ld: tiles %ld scratch %ld\n", (long)g.n,
+                (long)g.c_mid, (long)g.c_out, (long)g.h_out, (long)g.w_out, (long)micro.rows, (long)element,
+                (long)plan.tiles, (long)plan.scratch_bytes);
+  }
+  return ok ? 0 : 1;
+}
+
+int main() {
+  int bad = 0;
+  struct Form {
+    MicroTile micro;
+    int64_t element;
+  };
+  const Form forms[] = {{{4, 8, 4}, 4},  {{4, 4, 2}, 8},    {{6, 16, 8}, 4},
+                        {{6, 8, 4}, 8}, {{14, 32, 16}, 4}, {{14, 16, 8}, 8}};
+  const int64_t channels[] = {1, 3, 17, 32, 113, 512, 728, 2048, 8192, 100000};
+  for (const auto& [micro, element] : forms)
+    for (const int64_t c_mid : channels)
+      for (const int64_t c_out : channels)
+        for (const int64_t n : {1, 2, 16})
+          for (const int64_t size : {1, 2, 7, 14, 28, 56, 112, 300})
+            for (const int64_t kernel : {1, 3, 31}) {
+              Geometry g{};
+              g.n = n;
+              g.c_in = g.c_mid = c_mid;
+              g.multiplier = 1;
+              g.c_out = c_out;
+              g.h_in = g.h_out = g.w_in = g.w_out = size;
+              g.kernel_h = g.kernel_w = kernel;
+              g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
+              g.pad_top = g.pad_left = kernel / 2;
+              for (const int64_t threads : {1, 2, 7}) {
+                bad += check(g, micro, element, plan_forward(g, micro, element, threads));
+              }
+              bad += check(g, micro, element, plan_backward(g, micro, element));
+            }
+  return bad != 0;
+}
+"""
+
+
+def test_the_planner_cuts_whole_and_stays_within_its_scratch(tmp_path):
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source, program = tmp_path / "planner.cpp", tmp_path / "planner"
+    source.write_text(PLANNER)
+    subprocess.run(
+        [compiler, "-std=c++20", "-O1", f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True, text=True
+    )
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[:4000]
