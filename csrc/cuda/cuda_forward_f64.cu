@@ -1,0 +1,4 @@
+#include "forward.cuh"
+
+template dsconv::LaunchStatus dsconv::launch_forward<dsconv::DType::f64>(const dsconv::ForwardParams&,
+                                                                         const dsconv::ForwardPlan&, void*);

@@ -1,0 +1,29 @@
+// What the host entry calls: launchers without CUDA or torch types, one instantiation a dtype (cuda_*_<dtype>.cu).
+// A `stream` is a cudaStream_t. Launchers only enqueue: they allocate nothing, wait for nothing, and can be captured.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda_plan.h"
+
+namespace dsconv {
+
+struct LaunchStatus {
+  int error = 0;                 // a cudaError_t
+  const char* kernel = nullptr;  // which launch failed
+};
+
+template <DType kType>
+LaunchStatus launch_forward(const ForwardParams& p, const ForwardPlan& plan, void* stream);
+
+// Stage P: du, and the partial and final sums of grad_pw_weight and grad_pw_bias.
+template <DType kType>
+LaunchStatus launch_backward_pointwise(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
+                                       void* stream);
+
+// Stage D, from du: grad_x, and the sums of grad_dw_weight and grad_dw_bias.
+template <DType kType>
+LaunchStatus launch_backward_depthwise(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
+                                       void* stream);
+
+}  // namespace dsconv

@@ -1,0 +1,178 @@
+// What the CUDA launchers will do for a call: tiles, grids, splits and workspace, chosen from shape, dtype, layout and
+// device alone. Plain host C++ without CUDA, so that a unit test can ask it anything.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../params.h"
+
+namespace dsconv {
+
+constexpr int kBlockThreads = 256;
+
+struct DeviceLimits {
+  int64_t multiprocessors;
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+constexpr size_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+constexpr size_t accumulator_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
+
+// Square kernels of these extents have their taps unrolled; every other kernel loops (0).
+constexpr int unrolled_kernel(const Geometry& g) {
+  return g.kernel_h != g.kernel_w ? 0 : g.kernel_h == 3 ? 3 : g.kernel_h == 5 ? 5 : 0;
+}
+
+// Coordinates and channels inside the kernels are 32-bit. The text of what is too large, or null.
+constexpr const char* unsupported_extent(const Geometry& g) {
+  constexpr int64_t kLimit = int64_t{1} << 30;
+  const auto fits = [](int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t dilation, int64_t pad) {
+    return in < kLimit && out < kLimit && kernel < kLimit && dilation < kLimit && stride < kLimit && pad < kLimit &&
+           (kernel - 1) * dilation < kLimit && (out - 1) * stride < kLimit;
+  };
+  if (g.c_mid >= kLimit || g.c_out >= kLimit) return "channels";
+  if (!fits(g.h_in, g.h_out, g.kernel_h, g.stride_h, g.dilation_h, g.pad_top)) return "height";
+  if (!fits(g.w_in, g.w_out, g.kernel_w, g.stride_w, g.dilation_w, g.pad_left)) return "width";
+  return nullptr;
+}
+
+constexpr Strides dense_strides(Layout layout, int64_t c, int64_t h, int64_t w) {
+  return layout == Layout::nhwc ? Strides{c * h * w, 1, c * w, c} : Strides{c * h * w, h * w, w, 1};
+}
+
+// ---------------------------------------------------------------------------------------------------------- forward
+
+struct ForwardTile {
+  int pixels, channels;
+};
+
+// 64 accumulator registers a thread hold a double tile of half the channels.
+constexpr ForwardTile forward_tile(size_t accumulator, bool wide) {
+  if (!wide) return {128, 32};
+  return accumulator == 8 ? ForwardTile{64, 64} : ForwardTile{64, 128};
+}
+
+struct ForwardPlan {
+  int kernel;  // unrolled_kernel
+  bool wide;
+  int64_t pixel_tiles, channel_tiles;
+  int64_t blocks;  // pixel_tiles * channel_tiles, channel tiles fastest
+};
+
+inline ForwardPlan plan_forward(const ForwardParams& p) {
+  const Geometry& g = p.geom;
+  // Multiply-adds for one pixel and one c_mid channel: the tile's channels, padding included, and the taps of z, which
+  // every channel tile computes anew and which cost about twice a multiply-add of the product (two loads each).
+  const int64_t taps = g.kernel_h * g.kernel_w;
+  const auto cost = [&](bool wide) {
+    const int64_t channels = forward_tile(accumulator_bytes(p.dtype), wide).channels;
+    return ceil_div(g.c_out, channels) * (channels + 2 * taps);
+  };
+  ForwardPlan plan{};
+  plan.kernel = unrolled_kernel(g);
+  plan.wide = cost(true) < cost(false);
+  const ForwardTile tile = forward_tile(accumulator_bytes(p.dtype), plan.wide);
+  plan.pixel_tiles = ceil_div(g.n * g.h_out * g.w_out, tile.pixels);
+  plan.channel_tiles = ceil_div(g.c_out, tile.channels);
+  plan.blocks = plan.pixel_tiles * plan.channel_tiles;
+  return plan;
+}
+
+// --------------------------------------------------------------------------------------------------------- backward
+
+struct PointwiseTiles {
+  int du_channels, du_pixels;  // of the du kernel
+  int weight_out, weight_mid;  // of the grad_pw_weight kernel
+  int depth;                   // chunk of either contraction
+};
+
+constexpr PointwiseTiles pointwise_tiles(size_t accumulator) {
+  return accumulator == 8 ? PointwiseTiles{64, 64, 64, 64, 16} : PointwiseTiles{128, 64, 64, 64, 32};
+}
+
+constexpr int kTapGroup = 8;            // taps a block of grad_dw_weight sums where they are not unrolled
+constexpr int kDepthwiseChannels = 32;  // channels of such a block where x is unit-strided along c, else 1
+constexpr int64_t kMinSplitPixels = 128;
+
+// A contraction over pixels cut into `count` pieces of `pixels` each; every piece leaves a partial sum.
+struct PixelSplit {
+  int64_t count, pixels;
+};
+
+// As many pieces as fill the device about `waves` times, none smaller than kMinSplitPixels.
+constexpr PixelSplit split_pixels(int64_t pixel_count, int64_t tiles, int64_t waves, const DeviceLimits& device) {
+  const int64_t wanted = ceil_div(waves * device.multiprocessors, tiles > 0 ? tiles : 1);
+  const int64_t most = ceil_div(pixel_count, kMinSplitPixels);
+  const int64_t pieces = wanted < most ? wanted : most;
+  const int64_t pixels = ceil_div(ceil_div(pixel_count, pieces > 0 ? pieces : 1), 32) * 32;
+  return {ceil_div(pixel_count, pixels > 0 ? pixels : 1), pixels};
+}
+
+struct BackwardPlan {
+  int kernel;                 // unrolled_kernel
+  bool du, pw_sums, dw_sums;  // which kernels run beside grad_x: du; grad_pw_*; grad_dw_*
+
+  Layout du_layout;
+  Strides du_strides;
+  int64_t du_pixel_tiles, du_channel_tiles, du_blocks;
+
+  PixelSplit pw_split;
+  int64_t pw_out_tiles, pw_mid_tiles, pw_blocks;
+
+  int64_t grad_x_blocks;
+
+  PixelSplit dw_split;
+  int64_t dw_channel_tiles, dw_tap_groups, dw_blocks;
+
+  // Bytes from the start of the workspace, each a multiple of 256.
+  size_t du_at, pw_weight_at, pw_bias_at, dw_weight_at, dw_bias_at, workspace_bytes;
+};
+
+inline BackwardPlan plan_backward(const BackwardParams& p, const DeviceLimits& device) {
+  const Geometry& g = p.geom;
+  const size_t element = element_bytes(p.dtype), accumulator = accumulator_bytes(p.dtype);
+  const PointwiseTiles tiles = pointwise_tiles(accumulator);
+  const int64_t pixel_count = g.n * g.h_out * g.w_out, taps = g.kernel_h * g.kernel_w;
+
+  BackwardPlan plan{};
+  plan.kernel = unrolled_kernel(g);
+  plan.dw_sums = p.grad_dw_weight != nullptr || p.grad_dw_bias != nullptr;
+  plan.pw_sums = p.grad_pw_weight != nullptr || p.grad_pw_bias != nullptr;
+  plan.du = plan.dw_sums || p.grad_x != nullptr;
+
+  plan.du_layout = p.x_layout;
+  plan.du_strides = dense_strides(plan.du_layout, g.c_mid, g.h_out, g.w_out);
+  plan.du_pixel_tiles = ceil_div(pixel_count, tiles.du_pixels);
+  plan.du_channel_tiles = ceil_div(g.c_mid, tiles.du_channels);
+  plan.du_blocks = plan.du_pixel_tiles * plan.du_channel_tiles;
+
+  plan.pw_out_tiles = ceil_div(g.c_out, tiles.weight_out);
+  plan.pw_mid_tiles = p.grad_pw_weight != nullptr ? ceil_div(g.c_mid, tiles.weight_mid) : 1;
+  plan.pw_split = split_pixels(pixel_count, plan.pw_out_tiles * plan.pw_mid_tiles, 2, device);
+  plan.pw_blocks = plan.pw_split.count * plan.pw_out_tiles * plan.pw_mid_tiles;
+
+  plan.grad_x_blocks = ceil_div(g.n * g.c_in * g.h_in * g.w_in, kBlockThreads);
+
+  plan.dw_channel_tiles = ceil_div(g.c_mid, p.x_layout == Layout::nhwc ? kDepthwiseChannels : 1);
+  plan.dw_tap_groups = plan.kernel != 0 || p.grad_dw_weight == nullptr ? 1 : ceil_div(taps, kTapGroup);
+  plan.dw_split = split_pixels(pixel_count, plan.dw_channel_tiles * plan.dw_tap_groups, 8, device);
+  plan.dw_blocks = plan.dw_split.count * plan.dw_channel_tiles * plan.dw_tap_groups;
+
+  size_t at = 0;
+  const auto reserve = [&](bool wanted, int64_t elements, size_t bytes) {
+    const size_t begin = at;
+    if (wanted) at += static_cast<size_t>(ceil_div(elements * static_cast<int64_t>(bytes), 256)) * 256;
+    return begin;
+  };
+  plan.du_at = reserve(plan.du, pixel_count * g.c_mid, element);
+  plan.pw_weight_at = reserve(p.grad_pw_weight != nullptr, plan.pw_split.count * g.c_out * g.c_mid, accumulator);
+  plan.pw_bias_at = reserve(p.grad_pw_bias != nullptr, plan.pw_split.count * g.c_out, accumulator);
+  plan.dw_weight_at = reserve(p.grad_dw_weight != nullptr, plan.dw_split.count * g.c_mid * taps, accumulator);
+  plan.dw_bias_at = reserve(p.grad_dw_bias != nullptr, plan.dw_split.count * g.c_mid, accumulator);
+  plan.workspace_bytes = at;
+  return plan;
+}
+
+}  // namespace dsconv
