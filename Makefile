@@ -6,6 +6,7 @@
 #   PYTHON=python3.12           the interpreter of the virtual environment
 #   TORCH='torch==2.13.0'       the torch to install there
 #   OTHER_TORCH=                no test of the binary against another torch (it needs a second virtual environment)
+#   BACKENDS='cpu emulated'     what runs the tests: cpu, emulated, avx512-emulated, cuda
 #   PYTEST_ARGS='-k layouts'    added to every pytest command
 #   DEMO_ARGS=, BENCH_ARGS=     added to the demo's and the benchmark's
 # and the switches of the build: FORCE_CUDA, DSCONV_CPU_ONLY, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, DEBUG.
@@ -77,8 +78,20 @@ ifneq ($(OTHER_TORCH),)
 test: $(OTHER_VENV_READY)
 test: export DSCONV_OTHER_PYTHON := $(CURDIR)/$(OTHER_VENV)/bin/python
 endif
+# The same numerical tests on everything that can run them here. The CUDA kernels run compiled for the host, and on the
+# GPU where there is one; the AVX-512 kernels natively or on emulated intrinsics. A failure does not stop the next run.
+# loadgroup: the tests of a module that share a slow build stay in one process.
+PYTEST := python -m pytest -n 2 --dist loadgroup -q -rs --durations 10
+BACKENDS ?= cpu emulated \
+  $(shell grep -qw avx512vl /proc/cpuinfo || echo avx512-emulated) \
+  $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda)
 test: build
-	python -m pytest tests $(PYTEST_ARGS)
+	status=0; \
+	for backend in $(BACKENDS); do \
+	  echo "=== pytest --backend=$$backend"; \
+	  $(PYTEST) --backend=$$backend $(PYTEST_ARGS) || status=$$?; \
+	done; \
+	exit $$status
 
 clean:
 	rm -rf build dist *.egg-info dsconv_cuda/_C*.so .cache .pytest_cache .ruff_cache .hypothesis

@@ -9,6 +9,8 @@ import zipfile
 import pytest
 from fresh_process import CHECK_OPERATORS, ROOT, copy_of_sources, run, run_python
 
+pytestmark = pytest.mark.xdist_group("packaging")
+
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*") if path.is_file())
 
 

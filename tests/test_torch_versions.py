@@ -12,9 +12,12 @@ from fresh_process import CHECK_OPERATORS, copy_of_sources, run, run_python
 
 OTHER_PYTHON = os.environ.get("DSCONV_OTHER_PYTHON", "")
 
-pytestmark = pytest.mark.skipif(
-    not OTHER_PYTHON, reason="DSCONV_OTHER_PYTHON is not set to an interpreter with another torch (make test sets it)"
-)
+pytestmark = [
+    pytest.mark.xdist_group("torch_versions"),
+    pytest.mark.skipif(
+        not OTHER_PYTHON, reason="DSCONV_OTHER_PYTHON is not set to an interpreter with another torch (make test sets it)"
+    ),
+]
 
 
 def build_cpu_only(python: str, folder):
