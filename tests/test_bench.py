@@ -135,6 +135,14 @@ def test_a_wrong_competitor_is_not_timed(mode):
         arena.check({Form(FUSED, "nchw"): wrong})
 
 
+def test_long_sums_stay_within_the_budget():
+    """A thousand products in one accumulator are further from fp64 than PyTorch, which sums in parts."""
+    long_sums = layers.parse("long 1 1024 7x7 3x3 1 1 1024 identity")[0]
+    for mode in (FORWARD, TRAINING):
+        arena = Arena(Problem(long_sums, mode, torch.float32))
+        arena.check({form: arena.call(form) for form in (Form(FUSED, "nchw"), Form(FUSED, "channels_last"))})
+
+
 def test_calls_keep_the_layout():
     for layout, memory_format in (("nchw", torch.contiguous_format), ("channels_last", torch.channels_last)):
         for method in (FUSED, EAGER):

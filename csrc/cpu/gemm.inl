@@ -61,13 +61,23 @@ static void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<T> b, T
   }
 }
 
+// The longest chain of additions in one accumulator: rounding errors grow with it, and one more pass over C is cheap.
+constexpr int64_t kLongestChain = 256;
+
 // The block above for rows <= kMicroRows and columns <= kMicroVecs vectors.
 template <typename T, bool AlongK>
 DSCONV_INLINE void gemm_block(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b, T* c, int64_t ldc,
                               bool accumulate) {
-  if (columns > Vec<T>::n) {
-    micro_kernel_rows<T, kMicroVecs, AlongK>(static_cast<int>(rows), k, a, b, c, ldc, accumulate);
-  } else {
-    micro_kernel_rows<T, 1, AlongK>(static_cast<int>(rows), k, a, b, c, ldc, accumulate);
+  const int64_t chains = k > kLongestChain ? ceil_div(k, kLongestChain) : 1;
+  for (int64_t chain = 0; chain < chains; ++chain) {
+    const int64_t begin = k * chain / chains, steps = k * (chain + 1) / chains - begin;
+    const Operand<T> a_part = {a.data + begin * (AlongK ? 1 : a.stride), a.stride};
+    const Operand<T> b_part = {b.data + begin * b.stride, b.stride};
+    if (columns > Vec<T>::n) {
+      micro_kernel_rows<T, kMicroVecs, AlongK>(static_cast<int>(rows), steps, a_part, b_part, c, ldc, accumulate);
+    } else {
+      micro_kernel_rows<T, 1, AlongK>(static_cast<int>(rows), steps, a_part, b_part, c, ldc, accumulate);
+    }
+    accumulate = true;
   }
 }
