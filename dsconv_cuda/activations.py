@@ -55,12 +55,12 @@ def _hardswish_second(z: Tensor) -> Tensor:
 
 
 def _hardsigmoid(z: Tensor) -> Tensor:
-    inside = torch.where(z < 3, z / 6 + 0.5, torch.ones_like(z))
-    return torch.where(z > -3, inside, torch.zeros_like(z))
+    # F.hardsigmoid's value; its backward multiplies by a single precision 1/6, also in float64.
+    below = torch.where(z <= -3, torch.zeros_like(z), z / 6 + 0.5)
+    return torch.where(z >= 3, torch.ones_like(z), below)
 
 
 def _hardsigmoid_first(z: Tensor) -> Tensor:
-    # PyTorch's own backward multiplies by a single precision 1/6, also in float64.
     return _indicator((z > -3) & (z < 3), z) / 6
 
 

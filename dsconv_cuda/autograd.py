@@ -15,26 +15,29 @@ Saved for backward: the input, the weights and the biases; with an out_activatio
 derivative cannot be told from y. z and act(z) are recomputed.
 """
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from dsconv_cuda import second_order
 from dsconv_cuda.activations import derivative_from_output
-from dsconv_cuda.ops import GRAD_BITS, IDENTITY, grad_mask
+from dsconv_cuda.ops import GRAD_BITS, IDENTITY, backward_vmap, forward_vmap, grad_mask
 from dsconv_cuda.second_order import Config
 
 
 class DepthwiseSeparable(torch.autograd.Function):
-    """y, or (y, y before out_act) where backward needs the latter, which is no differentiable output."""
+    """y, or (y, pre) where backward needs pre, y before out_act.
 
-    generate_vmap_rule = True
+    pre is an output so that it can be saved, and goes nowhere else: nothing ever reaches its gradient.
+    """
 
     @staticmethod
     def forward(x, dw_weight, pw_weight, dw_bias, pw_bias, config: Config):
         ops = torch.ops.dsconv_cuda
         forward = ops.fwd if derivative_from_output(config.out_act) else ops.fwd_with_pre
-        return forward(x, dw_weight, pw_weight, dw_bias, pw_bias, *config)
+        return forward(x, dw_weight, pw_weight, dw_bias, pw_bias, *config.arguments())
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -42,12 +45,11 @@ class DepthwiseSeparable(torch.autograd.Function):
         saved = None
         if isinstance(output, tuple):
             saved = output[1]
-            ctx.mark_non_differentiable(saved)
         elif ctx.config.out_act != IDENTITY:
             saved = output
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*primals, saved)
-        ctx.save_for_forward(*primals, saved)
+        ctx.save_for_forward(*primals)
 
     @staticmethod
     def backward(ctx, dy, *_):
@@ -60,9 +62,13 @@ class DepthwiseSeparable(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        *primals, _ = ctx.saved_tensors
-        y_t = second_order.forward_jvp(primals, tangents[:5], ctx.config)
-        return y_t if derivative_from_output(ctx.config.out_act) else (y_t, None)
+        with _outer_forward_ad(ctx.saved_tensors) as primals:
+            tangents = second_order.forward_jvp(primals, tangents[:5], ctx.config)
+        return tangents[0] if derivative_from_output(ctx.config.out_act) else tangents
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return forward_vmap(DepthwiseSeparable.apply)(info, in_dims, *args)
 
 
 class DepthwiseSeparableGrad(torch.autograd.Function):
@@ -71,16 +77,13 @@ class DepthwiseSeparableGrad(torch.autograd.Function):
     `saved` is a function of the other inputs, so its derivatives count as theirs and it gets none of its own.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(dy, x, dw_weight, pw_weight, dw_bias, pw_bias, saved, config: Config, mask: int):
-        return torch.ops.dsconv_cuda.bwd(dy, x, dw_weight, pw_weight, dw_bias, saved, *config, mask)
+        return torch.ops.dsconv_cuda.bwd(dy, x, dw_weight, pw_weight, dw_bias, saved, *config.arguments(), mask)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         dy, *primals, _, ctx.config, ctx.mask = inputs
-        ctx.mark_non_differentiable(*(g for g, bit in zip(output, GRAD_BITS, strict=True) if not ctx.mask & bit))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(dy, *primals)
         ctx.save_for_forward(dy, *primals)
@@ -99,13 +102,30 @@ class DepthwiseSeparableGrad(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, dy_t, *tangents):
-        dy, *primals = ctx.saved_tensors
-        grads_t = second_order.backward_jvp(dy, dy_t, primals, tangents[:5], ctx.config)
-        # PyTorch takes None for outputs that are not differentiable, and no None for the others.
-        grads_t = (
-            torch.zeros_like(p) if t is None and p is not None else t for t, p in zip(grads_t, primals, strict=True)
+        with _outer_forward_ad(ctx.saved_tensors) as (dy, *primals):
+            grads_t = second_order.backward_jvp(dy, dy_t, primals, tangents[:5], ctx.config)
+        # PyTorch takes no None here, not even for an output of shape [0].
+        return tuple(
+            dy.new_zeros(0) if not ctx.mask & bit else torch.zeros_like(primal) if t is None else t
+            for t, primal, bit in zip(grads_t, primals, GRAD_BITS, strict=True)
         )
-        return _asked_for(grads_t, ctx.mask)
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return backward_vmap(DepthwiseSeparableGrad.apply, 6)(info, in_dims, *args)
+
+
+@contextlib.contextmanager
+def _outer_forward_ad(saved: tuple):
+    """The saved tensors for use in a jvp that is differentiated in forward mode itself, as jacfwd(jacfwd(f)) does.
+
+    PyTorch switches forward mode off around a jvp, because what is saved carries the tangents of the level that the
+    jvp serves; so the levels around it would get none, without a word. Here these tangents are taken off and forward
+    mode is on.
+    """
+    primals = [None if t is None else forward_ad.unpack_dual(t).primal for t in saved]
+    with forward_ad._set_fwd_grad_enabled(True):
+        yield primals
 
 
 def _asked_for(grads, mask: int) -> tuple:
@@ -121,10 +141,10 @@ def apply(
     if torch.compiler.is_compiling():
         # Graphs hold the bare op; its gradients are registered in ops.py.
         if needs_grad and not derivative_from_output(config.out_act):
-            return torch.ops.dsconv_cuda.fwd_with_pre(*tensors, *config)[0]
-        return torch.ops.dsconv_cuda.fwd(*tensors, *config)
+            return torch.ops.dsconv_cuda.fwd_with_pre(*tensors, *config.arguments())[0]
+        return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments())
     if not needs_grad and forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
         # A Function costs some 20 us a call even where nothing is to be differentiated.
-        return torch.ops.dsconv_cuda.fwd(*tensors, *config)
+        return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments())
     result = DepthwiseSeparable.apply(*tensors, config)
     return result if isinstance(result, Tensor) else result[0]

@@ -130,13 +130,17 @@ def _unfold(t: Tensor, batch_size: int) -> Tensor:
 
 def _for_each(op, batch_size: int, in_dims, args):
     """Calls `op` once for each element of the batch and stacks what it returns."""
+    # in_dims has a list of None where an argument is a list of ints.
+    batched = [isinstance(d, int) for d in in_dims]
 
     def element(i):
-        return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+        return [a.select(d, i) if b else a for a, d, b in zip(args, in_dims, batched, strict=True)]
 
     if batch_size == 0:  # one call on zeros tells the shapes
-        empty = [a if d is None else a.new_zeros(a.movedim(d, 0).shape[1:]) for a, d in zip(args, in_dims, strict=True)]
-        results = op(*empty)
+        zeros = [
+            a.new_zeros(a.movedim(d, 0).shape[1:]) if b else a for a, d, b in zip(args, in_dims, batched, strict=True)
+        ]
+        results = op(*zeros)
         if isinstance(results, Tensor):
             return results.new_empty((0, *results.shape)), 0
         return tuple(r.new_empty((0, *r.shape)) for r in results), (0,) * len(results)
@@ -146,12 +150,14 @@ def _for_each(op, batch_size: int, in_dims, args):
     return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
 
 
-def _forward_vmap(op):
+def forward_vmap(forward):
+    """The vmap rule of `forward`, an op or the apply of the Function around it."""
+
     def rule(info, in_dims, x, *rest):
-        if in_dims[0] is None or any(d is not None for d in in_dims[1:5]) or info.batch_size == 0:
-            return _for_each(op, info.batch_size, in_dims, (x, *rest))
+        if in_dims[0] is None or any(isinstance(d, int) for d in in_dims[1:5]) or info.batch_size == 0:
+            return _for_each(forward, info.batch_size, in_dims, (x, *rest))
         # Images are independent of one another: the batch joins them.
-        result = op(_fold(x.movedim(in_dims[0], 0)), *rest)
+        result = forward(_fold(x.movedim(in_dims[0], 0)), *rest)
         if isinstance(result, Tensor):
             return _unfold(result, info.batch_size), 0
         return tuple(_unfold(r, info.batch_size) for r in result), (0, 0)
@@ -159,16 +165,19 @@ def _forward_vmap(op):
     return rule
 
 
-def _backward_vmap(op):
-    def rule(info, in_dims, dy, x, dw_weight, pw_weight, dw_bias, saved, *rest):
-        mask, size = rest[-1], info.batch_size
-        if any(d is not None for d in in_dims[2:5]) or mask != GRAD_X or size == 0:
-            return _for_each(op, size, in_dims, (dy, x, dw_weight, pw_weight, dw_bias, saved, *rest))
-        dy, x, saved = (
-            _fold(_batch_first(t, d, size)) for t, d in ((dy, in_dims[0]), (x, in_dims[1]), (saved, in_dims[5]))
-        )
-        grad_x, *not_asked = op(dy, x, dw_weight, pw_weight, dw_bias, saved, *rest)
-        return (_unfold(grad_x, size), *not_asked), (0, None, None, None, None)
+def backward_vmap(backward, saved_index: int):
+    """The vmap rule of `backward`: dy and x, then weights and biases up to `saved_index`, `saved`, and the mask "
+    "at last."""
+
+    def rule(info, in_dims, *args):
+        size = info.batch_size
+        if any(isinstance(d, int) for d in in_dims[2:saved_index]) or args[-1] != GRAD_X or size == 0:
+            return _for_each(backward, size, in_dims, args)
+        args = list(args)
+        for i in (0, 1, saved_index):
+            args[i] = _fold(_batch_first(args[i], in_dims[i], size))
+        grad_x, *not_asked_for = backward(*args)
+        return (_unfold(grad_x, size), *not_asked_for), (0, None, None, None, None)
 
     return rule
 
@@ -223,7 +232,7 @@ def register_python_parts() -> None:
     for name, fake in fakes.items():
         torch.library.register_fake(f"dsconv_cuda::{name}", fake)
     for name in ("fwd", "fwd_with_pre"):
-        torch.library.register_vmap(f"dsconv_cuda::{name}", _forward_vmap(getattr(torch.ops.dsconv_cuda, name)))
+        torch.library.register_vmap(f"dsconv_cuda::{name}", forward_vmap(getattr(torch.ops.dsconv_cuda, name)))
         torch.library.register_autograd(f"dsconv_cuda::{name}", _backward, setup_context=_setup_context)
-    torch.library.register_vmap("dsconv_cuda::bwd", _backward_vmap(torch.ops.dsconv_cuda.bwd))
+    torch.library.register_vmap("dsconv_cuda::bwd", backward_vmap(torch.ops.dsconv_cuda.bwd, 5))
     torch.library.register_autograd("dsconv_cuda::bwd", _no_double_backward)

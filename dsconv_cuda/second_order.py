@@ -16,7 +16,7 @@ A None among tangents and cotangents stands for zero.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -27,14 +27,22 @@ from dsconv_cuda.activations import BY_NUMBER
 OptionalTensor = Tensor | None
 
 
-class Config(NamedTuple):
-    """The non-tensor arguments of the ops. padding is (top, left, bottom, right)."""
+@dataclass
+class Config:
+    """The non-tensor arguments of the ops. padding is (top, left, bottom, right).
+
+    No NamedTuple: torch.func would take it apart and expect a gradient for each number.
+    """
 
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
     act: int
     out_act: int
+
+    def arguments(self) -> tuple:
+        """As the op schemas order them."""
+        return self.stride, self.padding, self.dilation, self.act, self.out_act
 
 
 def _without_autocast(derivative):
@@ -178,14 +186,14 @@ class _Point:
 
 
 @_without_autocast
-def forward_jvp(primals: tuple, tangents: tuple, config: Config) -> OptionalTensor:
-    """The tangent of y: o'(p) * (W (f'(z) zt) + Wt a + b2t) with zt = D(xt, w1) + D(x, w1t) + b1t.
+def forward_jvp(primals: tuple, tangents: tuple, config: Config) -> tuple[Tensor, Tensor]:
+    """The tangents of y and of p: o'(p) * pt and pt = W (f'(z) zt) + Wt a + b2t with zt = D(xt, w1) + D(x, w1t) + b1t.
 
     `primals` and `tangents` are (x, dw_weight, pw_weight, dw_bias, pw_bias).
     """
     point = _Point(*primals, config)
     _, _, p_t = point.tangents(*tangents)
-    return point.times_do(p_t)
+    return point.times_do(p_t), p_t
 
 
 @_without_autocast

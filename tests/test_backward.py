@@ -1,0 +1,181 @@
+"""The gradients against the oracle, which of them are computed, and what is kept for them."""
+
+import itertools
+
+import pytest
+import torch
+from oracle import check, check_case
+from shapes import ALL, LAYERS, Case, identify, with_dtype
+
+from dsconv_cuda import depthwise_separable_conv2d, ops
+from dsconv_cuda.activations import ACTIVATIONS
+
+numerical = pytest.mark.usefixtures("isa")
+
+
+@numerical
+@pytest.mark.parametrize(("case", "dtype", "channels_last"), with_dtype(ALL), ids=identify)
+def test_shapes_around_tile_edges(case, dtype, channels_last, device):
+    check_case(case, dtype, device, channels_last, backward=True)
+
+
+@numerical
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("case", LAYERS, ids=identify)
+def test_layers(case, channels_last, device):
+    check_case(case, torch.float32, device, channels_last, backward=True)
+
+
+@numerical
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=identify)
+def test_activations_at_their_kinks(dtype, device):
+    kinks = torch.tensor([-7.0, -6.0, -3.0, -0.0, 0.0, 3.0, 6.0, 7.0], device=device, dtype=dtype)
+    one = torch.ones(1, 1, 1, 1, device=device, dtype=dtype)
+    for name in ("relu", "relu6", "leaky_relu", "hardswish", "hardsigmoid"):
+        for kwargs in ({"activation": name}, {"out_activation": name}):
+            check([kinks.view(1, 1, 1, -1), one, one, None, None], kwargs, backward=True)
+
+
+@numerical
+@pytest.mark.parametrize("out_activation", ["identity", "tanh", "silu"])
+def test_only_what_is_asked_for_is_computed(out_activation, device, monkeypatch):
+    """Every combination of needs_input_grad gives the bits that all of them together give, and nothing else runs."""
+    case = Case(activation="silu", out_activation=out_activation)
+    tensors = case.tensors(torch.float32, device)
+    masks = []
+    bwd = torch.ops.dsconv_cuda.bwd
+
+    def spy(*args):
+        masks.append(args[-1])
+        grads = bwd(*args)
+        assert [g.numel() > 0 for g in grads] == [bool(args[-1] & bit) for bit in ops.GRAD_BITS]
+        return grads
+
+    depthwise_separable_conv2d(*tensors, **case.kwargs)  # has the ops registered
+    bwd = torch.ops.dsconv_cuda.bwd
+    monkeypatch.setattr(torch.ops.dsconv_cuda, "bwd", spy)
+
+    def grads_of(needed):
+        leaves = [t.clone().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
+        depthwise_separable_conv2d(*leaves, **case.kwargs).backward(dy)
+        return [t.grad for t in leaves]
+
+    dy = torch.randn_like(depthwise_separable_conv2d(*tensors, **case.kwargs))
+    every = grads_of((True,) * 5)
+    for needed in itertools.product((False, True), repeat=5):
+        if not any(needed):
+            continue
+        masks.clear()
+        for grad, expected, wanted in zip(grads_of(needed), every, needed, strict=True):
+            assert (grad is not None) == wanted
+            assert grad is None or torch.equal(grad, expected)
+        assert masks == [ops.grad_mask(*needed)]
+
+
+@numerical
+def test_no_graph_without_a_gradient_to_compute(device):
+    tensors = Case().tensors(torch.float32, device, requires_grad=True)
+    with torch.no_grad():
+        assert depthwise_separable_conv2d(*tensors).grad_fn is None
+    with torch.inference_mode():
+        assert depthwise_separable_conv2d(*tensors).is_inference()
+    assert depthwise_separable_conv2d(*(t.detach() for t in tensors)).grad_fn is None
+
+
+@numerical
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=identify)
+@pytest.mark.parametrize("activation", ["identity", "silu", "hardswish"])
+@pytest.mark.parametrize("out_activation", list(ACTIVATIONS))
+def test_bytes_saved_for_backward(activation, out_activation, dtype, device):
+    """The input, the weights and the biases; one tensor of the output's size more with an out_activation."""
+    case = Case(n=2, c=8, multiplier=2, c_out=24, h=12, w=12, activation=activation, out_activation=out_activation)
+    tensors = case.tensors(dtype, device, requires_grad=True)
+    saved = {}
+
+    def pack(t):
+        saved[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = depthwise_separable_conv2d(*tensors, **case.kwargs)
+    expected = sum(t.numel() for t in tensors)
+    if out_activation != "identity":
+        expected += y.numel()
+    assert sum(saved.values()) == expected * y.element_size()
+
+
+@numerical
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("out_activation", ["identity", "relu", "gelu"])
+def test_inputs_are_not_modified(channels_last, out_activation, device):
+    case = Case(out_activation=out_activation)
+    tensors = case.tensors(torch.float32, device, channels_last, requires_grad=True)
+    before = [t.detach().clone() for t in tensors]
+    versions = [t._version for t in tensors]
+    y = depthwise_separable_conv2d(*tensors, **case.kwargs)
+    dy = torch.randn_like(y)
+    dy_before, y_before = dy.clone(), y.detach().clone()
+    y.backward(dy)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+    assert [t._version for t in tensors] == versions
+    assert torch.equal(dy, dy_before)
+    assert torch.equal(y, y_before)
+
+
+@numerical
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=identify)
+def test_gradients_that_are_not_dense(dtype, device):
+    """dy as autograd makes it: expanded from a sum, transposed, sliced, in the other memory format."""
+    case = Case(c_out=6, h=9, w=9)
+    tensors = case.tensors(dtype, device, requires_grad=True)
+    y = depthwise_separable_conv2d(*tensors, **case.kwargs)
+    made = {
+        "expanded": torch.randn(1, 1, 1, 1).to(device, dtype).expand_as(y),
+        "expanded image": torch.randn_like(y[:1]).expand_as(y),
+        "expanded channel": torch.randn_like(y[:, :1]).expand_as(y),
+        "transposed": torch.randn_like(y).transpose(2, 3),
+        "sliced": torch.randn(*y.shape[:3], 2 * y.shape[3]).to(device, dtype)[..., ::2],
+        "channel slice": torch.randn(y.shape[0], 3 * y.shape[1], *y.shape[2:]).to(device, dtype)[:, 4 : 4 + y.shape[1]],
+        "channels_last": torch.randn_like(y, memory_format=torch.channels_last),
+    }
+    for name, dy in made.items():
+        grads = torch.autograd.grad(y, tensors, dy, retain_graph=True)
+        dense = torch.autograd.grad(y, tensors, dy.clone(memory_format=torch.contiguous_format), retain_graph=True)
+        for grad, expected in zip(grads, dense, strict=True):
+            torch.testing.assert_close(grad, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@numerical
+def test_gradients_accumulate_in_shared_and_repeated_use(device):
+    """One weight in two calls, and .grad accumulating over two backward passes."""
+    tensors = Case(c=7, c_out=7).tensors(torch.float64, device, requires_grad=True)
+    x, *weights = tensors
+    y = depthwise_separable_conv2d(depthwise_separable_conv2d(x, *weights, padding=1), *weights, padding=1)
+    y.sum().backward(retain_graph=True)
+    once = [t.grad.clone() for t in tensors]
+    y.sum().backward()
+    assert all(torch.allclose(t.grad, 2 * g) for t, g in zip(tensors, once, strict=True))
+
+
+def test_backward_after_an_in_place_change_raises():
+    x, *weights = Case().tensors(torch.float32, requires_grad=True)
+    y = depthwise_separable_conv2d(x, *weights)
+    with torch.no_grad():
+        weights[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@numerical
+def test_non_reentrant_checkpoint(device):
+    from torch.utils.checkpoint import checkpoint
+
+    case = Case(out_activation="silu")
+    tensors = case.tensors(torch.float32, device, requires_grad=True)
+
+    def run():
+        return depthwise_separable_conv2d(*tensors, **case.kwargs)
+
+    expected = torch.autograd.grad(run().square().sum(), tensors)
+    actual = torch.autograd.grad(checkpoint(run, use_reentrant=False).square().sum(), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
