@@ -159,14 +159,15 @@ void run_backward(const char* op, const BackwardParams& p) {
   if (p.grad_x != nullptr && nhwc) {
     for_each_task(g.n * g.h_in, [&](int64_t row) { kernels.backward_x_nhwc(ctx, row); });
   } else if (p.grad_x != nullptr) {
-    for_each_task(g.n * g.c_in,
-                  [&](int64_t plane) { kernels.backward_x_nchw(ctx, plane, thread_scratch(plan.scratch_bytes)); });
+    for_each_task(g.n * ceil_div(g.c_in, plan.plane_block),
+                  [&](int64_t block) { kernels.backward_x_nchw(ctx, block, thread_scratch(plan.scratch_bytes)); });
   }
   if (p.grad_dw_weight != nullptr && nhwc) {
     for_each_task(plan.depthwise_groups, [&](int64_t group) { kernels.backward_dw_nhwc(ctx, group); });
     for_each_task(plan.taps, [&](int64_t tap) { kernels.reduce_depthwise(ctx, tap); });
   } else if (p.grad_dw_weight != nullptr) {
-    for_each_task(g.c_mid, [&](int64_t k) { kernels.backward_dw_nchw(ctx, k, thread_scratch(plan.scratch_bytes)); });
+    for_each_task(ceil_div(g.c_mid, plan.plane_block),
+                  [&](int64_t block) { kernels.backward_dw_nchw(ctx, block, thread_scratch(plan.scratch_bytes)); });
   }
 }
 

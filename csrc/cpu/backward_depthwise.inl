@@ -108,20 +108,20 @@ DSCONV_INLINE void correlate_row(const S* x, int64_t x_step, const T* du, int64_
   constexpr int n = Vec<T>::n;
   V acc[U];
   DSCONV_UNROLL
-  for (int u = 0; u < U; ++u) acc[u] = vload(sums + u * n);
+  for (int u = 0; u < U; ++u) acc[u] = vset(T(0));
   for (int64_t i = 0; i < count; ++i, x += x_step, du += du_step) {
     DSCONV_UNROLL
     for (int u = 0; u < U; ++u) acc[u] = vfma(vload(x + u * n), vload(du + u * n), acc[u]);
   }
   DSCONV_UNROLL
-  for (int u = 0; u < U; ++u) vstore(sums + u * n, acc[u]);
+  for (int u = 0; u < U; ++u) vstore(sums + u * n, vload(sums + u * n) + acc[u]);
 }
 template <typename S, typename T>
 DSCONV_INLINE void correlate_row_tail(const S* x, int64_t x_step, const T* du, int64_t du_step, int64_t count, T* sums,
                                       int left) {
-  typename Vec<T>::type acc = vload(sums, left);
+  typename Vec<T>::type acc = vset(T(0));
   for (int64_t i = 0; i < count; ++i, x += x_step, du += du_step) acc = vfma(vload(x, left), vload(du, left), acc);
-  vstore(sums, acc, left);
+  vstore(sums, vload(sums, left) + acc, left);
 }
 
 template <typename S, typename T>
@@ -173,98 +173,4 @@ static void reduce_depthwise(const BackwardContext& ctx, int64_t tap) {
   for (int64_t k = 0; k < g.c_mid; ++k) {
     store_one(sum_groups(partial + k, step, plan.depthwise_groups), grad + tensor_channel(g, k) * plan.taps);
   }
-}
-
-// sums[i * step] += w * du[i]
-template <typename T>
-DSCONV_INLINE void spread_scaled(T w, const T* du, int64_t count, T* sums, int64_t step) {
-  if (step == 1) {
-    add_scaled(w, du, 1, count, sums);
-  } else {
-    for (int64_t i = 0; i < count; ++i) sums[i * step] += w * du[i];
-  }
-}
-
-template <typename S, typename T>
-static void backward_x_nchw(const BackwardContext& ctx, int64_t plane, void* scratch) {
-  const Geometry& g = ctx.p.geom;
-  const CpuPlan& plan = ctx.plan;
-  const Strides& stride = ctx.p.grad_x_strides;
-  const int64_t image = plane / g.c_in, c = plane % g.c_in;
-  const T* weight = static_cast<const T*>(ctx.packed.dw_weight);
-  T* sums = static_cast<T*>(scratch);
-  for (int64_t ih = 0; ih < g.h_in; ++ih) {
-    const TapWalk kh = taps_to(ih, g.pad_top, g.stride_h, g.dilation_h, g.kernel_h, g.h_out);
-    for (int64_t first = 0; first < g.w_in; first += plan.segment) {
-      const int64_t width = g.w_in - first < plan.segment ? g.w_in - first : plan.segment;
-      zero_fill(sums, width);
-      for (int64_t m = 0; m < g.multiplier; ++m) {
-        const int64_t k = m * g.c_in + c;
-        const T* du = static_cast<const T*>(ctx.du) + (image * g.c_mid + k) * plan.image_pixels;
-        for (int64_t i = 0; i < kh.count; ++i) {
-          const int64_t tap_row = kh.first + i * kh.step, oh = kh.out - i * kh.out_step;
-          for (int64_t j = 0; j < g.kernel_w; ++j) {
-            const int64_t offset = j * g.dilation_w - g.pad_left - first;
-            const Range ow = valid_outputs(offset, g.stride_w, width, g.w_out);
-            if (ow.begin == ow.end) continue;
-            spread_scaled(weight[(tap_row * g.kernel_w + j) * plan.mid_columns + k], du + oh * g.w_out + ow.begin,
-                          ow.end - ow.begin, sums + ow.begin * g.stride_w + offset, g.stride_w);
-          }
-        }
-      }
-      S* grad = static_cast<S*>(ctx.p.grad_x) + image * stride.n + c * stride.c + ih * stride.h + first * stride.w;
-      if (stride.w == 1) {
-        store_row(sums, grad, width);
-      } else {
-        for (int64_t i = 0; i < width; ++i) store_one(sums[i], grad + i * stride.w);
-      }
-    }
-  }
-}
-
-// sum[lane] += products along a row, lane by lane.
-template <typename S, typename T>
-DSCONV_INLINE void correlate_along(const S* x, int64_t step, const T* du, int64_t count, T* sum) {
-  constexpr int n = Vec<T>::n;
-  typename Vec<T>::type acc = vload(sum);
-  int64_t i = 0;
-  if (step == 1) {
-    for (; i + n <= count; i += n) acc = vfma(vload(x + i), vload(du + i), acc);
-    if (i < count) {
-      const int left = static_cast<int>(count - i);
-      acc = vfma(vload(x + i, left), vload(du + i, left), acc);
-    }
-    vstore(sum, acc);
-  } else {
-    for (; i < count; ++i) sum[i % n] += widen_one(x + i * step) * du[i];
-  }
-}
-
-template <typename S, typename T>
-static void backward_dw_nchw(const BackwardContext& ctx, int64_t k, void* scratch) {
-  constexpr int n = Vec<T>::n;
-  const BackwardParams& p = ctx.p;
-  const Geometry& g = p.geom;
-  const CpuPlan& plan = ctx.plan;
-  T* sums = static_cast<T*>(scratch);  // [taps][n]
-  zero_fill(sums, plan.taps * n);
-  for (int64_t image = 0; image < g.n; ++image) {
-    const S* x = static_cast<const S*>(p.x) + image * p.x_strides.n + k % g.c_in * p.x_strides.c;
-    const T* du = static_cast<const T*>(ctx.du) + (image * g.c_mid + k) * plan.image_pixels;
-    for (int64_t oh = 0; oh < g.h_out; ++oh, du += g.w_out) {
-      const int64_t top = oh * g.stride_h - g.pad_top;
-      const Range kh = valid_taps(top, g.dilation_h, g.h_in, g.kernel_h);
-      for (int64_t i = kh.begin; i < kh.end; ++i) {
-        const S* row = x + (top + i * g.dilation_h) * p.x_strides.h;
-        for (int64_t j = 0; j < g.kernel_w; ++j) {
-          const int64_t offset = j * g.dilation_w - g.pad_left;
-          const Range ow = valid_outputs(offset, g.stride_w, g.w_in, g.w_out);
-          correlate_along(row + ow.begin * g.stride_w + offset, g.stride_w, du + ow.begin, ow.end - ow.begin,
-                          sums + (i * g.kernel_w + j) * n);
-        }
-      }
-    }
-  }
-  S* grad = static_cast<S*>(p.grad_dw_weight) + tensor_channel(g, k) * plan.taps;
-  for (int64_t tap = 0; tap < plan.taps; ++tap) store_one(sum_groups(sums + tap * n, 1, n), grad + tap);
 }

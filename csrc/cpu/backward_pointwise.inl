@@ -30,18 +30,14 @@ static void add_column_sums(const T* tile, int64_t ld, int64_t rows, int64_t col
 }
 
 template <typename T>
-static void zero_fill(T* p, int64_t count) {
-  for (int64_t i = 0; i < count; i += Vec<T>::n) vstore(p + i, vset(T(0)));
-}
-
-template <typename T>
 struct PointwiseTile {
   T* a;      // [pixels][mid_ld], act(z)
   T* du;     // [pixels][mid_ld], act'(z) and then du
   T* g;      // [pixels][out_ld]
   T* saved;  // [pixels][out_ld]
   T* strips;
-  T* block;  // [kMicroRows][columns]
+  T* block;      // [kMicroRows][columns]
+  void* memory;  // of plane.inl
 };
 
 template <typename S, typename T>
@@ -56,7 +52,7 @@ static void recompute_z(const BackwardContext& ctx, int64_t pixel, int64_t count
                                 static_cast<const T*>(ctx.packed.dw_weight),
                                 static_cast<const T*>(ctx.packed.dw_bias)};
   const bool linear = p.act == Activation::identity;
-  depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.du, t.strips);
+  depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.du, t.strips, t.memory);
   if (linear) return;
   for (int64_t i = 0; i < count; ++i) {
     activation_pass<ActivateAndDerive, T>(p.act, p.geom.c_mid, t.du + i * plan.mid_ld, t.a + i * plan.mid_ld);
@@ -139,6 +135,7 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t group, void* 
   t.saved = t.g + plan.tile_pixels * plan.out_ld;
   t.strips = t.saved + plan.tile_pixels * plan.out_ld;
   t.block = t.strips + plan.micro.lanes * plan.strip_ld;
+  t.memory = t.block + plan.micro.rows * plan.micro.columns;
 
   const int64_t pw_size = ctx.p.geom.c_out * plan.mid_columns, bias_size = plan.out_columns + plan.mid_columns;
   T* pw_partial = ctx.pw_partial != nullptr ? static_cast<T*>(ctx.pw_partial) + group * pw_size : nullptr;

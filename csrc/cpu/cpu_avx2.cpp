@@ -23,10 +23,12 @@ namespace avx2 {
 #include "gemm.inl"
 #include "tile_io.inl"
 #include "pack.inl"
+#include "plane.inl"
 #include "depthwise.inl"
 #include "forward.inl"
 #include "backward_pointwise.inl"
 #include "backward_depthwise.inl"
+#include "backward_depthwise_nchw.inl"
 #include "table.inl"
 // clang-format on
 

@@ -55,10 +55,10 @@ struct DTypeKernels {
   void (*reduce_pointwise)(const BackwardContext&, int64_t out_channel);
   void (*reduce_biases)(const BackwardContext&);
   void (*backward_x_nhwc)(const BackwardContext&, int64_t row);                   // n * h_in
-  void (*backward_x_nchw)(const BackwardContext&, int64_t plane, void* scratch);  // n * c_in
+  void (*backward_x_nchw)(const BackwardContext&, int64_t block, void* scratch);  // of plane_block c_in, per image
   void (*backward_dw_nhwc)(const BackwardContext&, int64_t group);
   void (*reduce_depthwise)(const BackwardContext&, int64_t tap);
-  void (*backward_dw_nchw)(const BackwardContext&, int64_t k, void* scratch);  // c_mid
+  void (*backward_dw_nchw)(const BackwardContext&, int64_t block, void* scratch);  // of plane_block c_mid
 };
 
 struct KernelTable {

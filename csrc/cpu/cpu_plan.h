@@ -13,6 +13,7 @@ namespace dsconv {
 
 constexpr int64_t kScratchBytes = int64_t{1} << 20;  // per thread, beyond packed weights
 constexpr int64_t kTileBytes = 96 << 10;             // z of one tile: leaves half of a 512 KiB L2 to packed weights
+constexpr int64_t kWindowBytes = 32 << 10;           // one channel's part of x: most of an L1
 constexpr int64_t kCacheLine = 64;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -37,13 +38,19 @@ struct CpuPlan {
   int64_t tile_pixels;               // of the largest tile
   int64_t pointwise_groups;          // partial sums of the pointwise backward
   int64_t depthwise_groups;          // partial sums of the nhwc depthwise weight gradient
-  int64_t segment;                   // columns of grad_x per pass in nchw
+  int64_t plane_block;               // channels per task of the nchw stage D
+  int64_t window;                    // elements of the windows of plane.inl, nchw
   int64_t scratch_bytes;             // per thread
 };
 
 constexpr int64_t tile_begin(const CpuPlan& plan, int64_t tile) {
   const int64_t pixel = (plan.blocks / plan.tiles * tile + plan.blocks % plan.tiles * tile / plan.tiles) * plan.block;
   return pixel < plan.pixels ? pixel : plan.pixels;
+}
+
+// What plane.inl keeps beside the strips: the window, its lists of positions and taps.
+constexpr int64_t plane_bytes(const CpuPlan& plan) {
+  return plan.window * plan.element + plan.window / plan.micro.lanes * 12 + plan.taps * (28 + plan.element);
 }
 
 constexpr int64_t skewed(int64_t elements, int64_t element) {
@@ -58,6 +65,7 @@ inline CpuPlan base(const Geometry& g, MicroTile micro, int64_t element) {
   plan.micro = micro;
   plan.element = element;
   plan.taps = g.kernel_h * g.kernel_w;
+  plan.window = kWindowBytes / element;
   plan.image_pixels = g.h_out * g.w_out;
   plan.pixels = g.n * plan.image_pixels;
   plan.mid_columns = round_up(g.c_mid, micro.columns);
@@ -87,10 +95,10 @@ inline CpuPlan plan_forward(const Geometry& g, MicroTile micro, int64_t element,
   CpuPlan plan = plan_detail::base(g, micro, element);
   const int64_t per_pixel = (plan.mid_ld + micro.columns + micro.lanes) * element;
   const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 8 * micro.rows, 256);
-  const int64_t fits = plan_detail::pixels_within(kScratchBytes - (64 << 10), per_pixel);
+  const int64_t fits = plan_detail::pixels_within(kScratchBytes - plane_bytes(plan) - (8 << 10), per_pixel);
   plan_detail::cut(plan, wanted < fits ? wanted : fits, threads);
-  plan.scratch_bytes =
-      (plan.tile_pixels * (plan.mid_ld + micro.columns) + micro.lanes * plan.strip_ld) * element + 4 * kCacheLine;
+  plan.scratch_bytes = (plan.tile_pixels * (plan.mid_ld + micro.columns) + micro.lanes * plan.strip_ld) * element +
+                       plane_bytes(plan) + 4 * kCacheLine;
   return plan;
 }
 
@@ -101,7 +109,7 @@ inline CpuPlan plan_backward(const Geometry& g, MicroTile micro, int64_t element
   CpuPlan plan = plan_detail::base(g, micro, element);
   const int64_t per_pixel = (2 * plan.mid_ld + 2 * plan.out_ld + micro.lanes) * element;
   const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 12 * micro.rows, 256);
-  const int64_t fits = plan_detail::pixels_within(kScratchBytes - (128 << 10), per_pixel);
+  const int64_t fits = plan_detail::pixels_within(kScratchBytes - plane_bytes(plan) - (8 << 10), per_pixel);
   plan_detail::cut(plan, wanted < fits ? wanted : fits, 4);
 
   const int64_t pointwise_bytes = g.c_out * plan.mid_columns * element;
@@ -112,15 +120,12 @@ inline CpuPlan plan_backward(const Geometry& g, MicroTile micro, int64_t element
   const int64_t depthwise_bytes = plan.taps * plan.mid_columns * element;
   const int64_t rows = g.n * g.h_out;
   plan.depthwise_groups = clamp64(rows / 4, 1, clamp64(kPartialBytes / depthwise_bytes, 1, kMaxGroups));
-  plan.segment = g.w_in < 2048 ? g.w_in : 2048;
+  plan.plane_block = clamp64((kScratchBytes / 4) / (plan.taps * micro.lanes * element), 1, 8);
 
   const int64_t pointwise =
       plan.tile_pixels * (2 * plan.mid_ld + 2 * plan.out_ld) + micro.lanes * plan.strip_ld + micro.rows * micro.columns;
-  const int64_t depthwise = plan.segment + 2 * micro.lanes;
-  const int64_t tap_sums = plan.taps * micro.lanes;
-  int64_t elements = pointwise > depthwise ? pointwise : depthwise;
-  elements = elements > tap_sums ? elements : tap_sums;
-  plan.scratch_bytes = elements * element + 8 * kCacheLine;
+  const int64_t depthwise = plan.window + micro.lanes + plan.plane_block * plan.taps * micro.lanes;
+  plan.scratch_bytes = (pointwise > depthwise ? pointwise : depthwise) * element + plane_bytes(plan) + 8 * kCacheLine;
   return plan;
 }
 

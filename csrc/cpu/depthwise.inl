@@ -1,7 +1,7 @@
 // z of a tile: z[p][k] = clamp(dw_bias[k] + sum over taps dw_weight[tap][k] * x[tap of p][c(k)]).
 //
 // nhwc: vectors along the channels, the taps of a pixel limited to those inside the image.
-// nchw: vectors along w. A strip of the tile's pixels is summed for `lanes` channels, then turned into the tile.
+// nchw: vectors along w (plane.inl). Strips of the tile's pixels are summed for `lanes` channels, then turned into it.
 #ifndef DSCONV_ISA
 #error "depthwise.inl belongs inside an ISA region"
 #endif
@@ -93,65 +93,60 @@ static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
   }
 }
 
-// sum[i] += w * x[i * step] for i < count.
+// The strips of one piece of an image for the channels k .. k + lanes, each plan.strip_ld long.
 template <typename S, typename T>
-DSCONV_INLINE void add_scaled(T w, const S* x, int64_t step, int64_t count, T* sum) {
-  constexpr int n = Vec<T>::n;
-  int64_t i = 0;
-  if (step == 1) {
-    for (; i + n <= count; i += n) vstore(sum + i, vfma(vset(w), vload(x + i), vload(sum + i)));
-    if (i < count) {
-      const int left = static_cast<int>(count - i);
-      vstore(sum + i, vfma(vset(w), vload(x + i, left), vload(sum + i, left)), left);
+static void depthwise_strips(const DepthwiseInput<S>& in, const PlaneShape& shape, const PlaneTaps& taps, int64_t image,
+                             int64_t begin, int64_t end, int64_t k, int channels, Clamp<T> clamp, Window<T>& w,
+                             T* strips) {
+  const Geometry& g = *in.g;
+  const Clamp<T> open = clamp_of<T>(Activation::identity);
+  for (int64_t first = 0, last = 0; first < taps.count; first = last) {
+    last = chunk_end<Vec<T>::n>(*in.plan, shape, taps, first, end - begin < g.w_out ? end - begin : g.w_out);
+    prepare_window(shape, taps, first, last, begin, end, w);
+    for (int i = 0; i < channels; ++i) {
+      const S* plane = in.x + image * in.stride.n + (k + i) % g.c_in * in.stride.c;
+      for (int64_t t = first; t < last; ++t) w.weight[t - first] = in.weight[t * in.plan->mid_columns + k + i];
+      fill_window(shape, plane, in.stride.h, w);
+      convolve_window(w, last - first, in.bias[k + i], first > 0, last == taps.count ? clamp : open,
+                      strips + i * in.plan->strip_ld);
     }
-  } else {
-    for (; i < count; ++i) sum[i] += w * widen_one(x + i * step);
   }
 }
 
 template <typename S, typename T>
-static void depthwise_strip(const DepthwiseInput<S>& in, int64_t k, int64_t pixel, int64_t count, Clamp<T> clamp,
-                            T* strip) {
+static void depthwise_nchw(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z, T* strips,
+                           void* memory) {
   constexpr int n = Vec<T>::n;
   const Geometry& g = *in.g;
-  const S* plane = in.x + k % g.c_in * in.stride.c;
-  for (int64_t i = 0; i < count; i += n) vstore(strip + i, vset(in.bias[k]));
+  const CpuPlan& plan = *in.plan;
+  const PlaneShape shape = {g.h_in, g.w_in, g.w_out, g.stride_h, g.stride_w};
+  PlaneTaps taps;
+  Window<T> w;
+  plane_memory(plan, memory, taps, w);
+  forward_taps(g, taps);
   for (int64_t p = 0; p < count;) {
-    const PixelRun run = run_at(pixel + p, count - p, g.h_out, g.w_out, false);
-    const Range kh = valid_taps(run.oh * g.stride_h - g.pad_top, g.dilation_h, g.h_in, g.kernel_h);
-    for (int64_t i = kh.begin; i < kh.end; ++i) {
-      const S* row = plane + run.n * in.stride.n + (run.oh * g.stride_h - g.pad_top + i * g.dilation_h) * in.stride.h;
-      for (int64_t j = 0; j < g.kernel_w; ++j) {
-        const int64_t offset = j * g.dilation_w - g.pad_left;
-        Range ow = valid_outputs(offset, g.stride_w, g.w_in, g.w_out);
-        ow.begin = ow.begin > run.ow ? ow.begin : run.ow;
-        ow.end = ow.end < run.ow + run.length ? ow.end : run.ow + run.length;
-        if (ow.begin >= ow.end) continue;
-        add_scaled(in.weight[(i * g.kernel_w + j) * in.plan->mid_columns + k], row + ow.begin * g.stride_w + offset,
-                   g.stride_w, ow.end - ow.begin, strip + p + ow.begin - run.ow);
+    const int64_t image = (pixel + p) / plan.image_pixels, begin = (pixel + p) % plan.image_pixels;
+    const int64_t left = count - p < plan.image_pixels - begin ? count - p : plan.image_pixels - begin;
+    const int64_t end = piece_end<n>(plan, shape, taps, begin, begin + left);
+    for (int64_t k = 0; k < g.c_mid; k += n) {
+      const int channels = lanes_left(g.c_mid - k, n);
+      depthwise_strips(in, shape, taps, image, begin, end, k, channels, clamp, w, strips);
+      for (int64_t i = 0; i < end - begin; i += n) {
+        transpose_block(strips + i, plan.strip_ld, channels, lanes_left(end - begin - i, n),
+                        z + (p + i) * plan.mid_ld + k, plan.mid_ld);
       }
     }
-    p += run.length;
-  }
-  for (int64_t i = 0; i < count; i += n) {
-    vstore(strip + i, vmin(vset(clamp.hi), vmax(vset(clamp.lo), vload(strip + i))));
+    p += end - begin;
   }
 }
 
-// `strips` holds lanes rows of plan.strip_ld.
+// `strips` holds lanes rows of plan.strip_ld, `memory` plane_bytes(plan); nchw uses them.
 template <typename S, typename T>
-static void depthwise_tile(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z, T* strips) {
-  constexpr int n = Vec<T>::n;
+static void depthwise_tile(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z, T* strips,
+                           void* memory) {
   if (in.layout == Layout::nhwc) {
     depthwise_nhwc(in, pixel, count, clamp, z);
-    return;
-  }
-  const int64_t ld = in.plan->mid_ld, strip_ld = in.plan->strip_ld;
-  for (int64_t k = 0; k < in.g->c_mid; k += n) {
-    const int channels = lanes_left(in.g->c_mid - k, n);
-    for (int i = 0; i < channels; ++i) depthwise_strip(in, k + i, pixel, count, clamp, strips + i * strip_ld);
-    for (int64_t p = 0; p < count; p += n) {
-      transpose_block(strips + p, strip_ld, channels, lanes_left(count - p, n), z + p * ld + k, ld);
-    }
+  } else {
+    depthwise_nchw(in, pixel, count, clamp, z, strips, memory);
   }
 }

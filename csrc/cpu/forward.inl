@@ -30,6 +30,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
   T* z = static_cast<T*>(scratch);
   T* out = z + plan.tile_pixels * plan.mid_ld;
   T* strips = out + plan.tile_pixels * columns;
+  void* memory = strips + plan.micro.lanes * plan.strip_ld;
 
   const DepthwiseInput<S> in = {&g,
                                 &plan,
@@ -38,7 +39,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
                                 p.x_layout,
                                 static_cast<const T*>(ctx.packed.dw_weight),
                                 static_cast<const T*>(ctx.packed.dw_bias)};
-  depthwise_tile(in, pixel, count, clamp_of<T>(p.act), z, strips);
+  depthwise_tile(in, pixel, count, clamp_of<T>(p.act), z, strips, memory);
   if (!is_clamp(p.act)) {
     for (int64_t i = 0; i < count; ++i) {
       activation_pass<ActivateInPlace, T>(p.act, g.c_mid, z + i * plan.mid_ld, nullptr);

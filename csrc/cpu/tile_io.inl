@@ -53,6 +53,12 @@ DSCONV_INLINE void transpose_block_out(const T* src, int64_t src_ld, int columns
   }
 }
 
+// Whole vectors: count rounded up to them is written.
+template <typename T>
+static void zero_fill(T* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += Vec<T>::n) vstore(p + i, vset(T(0)));
+}
+
 DSCONV_INLINE int lanes_left(int64_t left, int lanes) { return static_cast<int>(left < lanes ? left : lanes); }
 
 template <typename S, typename T>

@@ -72,6 +72,14 @@ DSCONV_INLINE __m512 vpow2(__m512 n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
 
+// Lanes 0, 2, 4, ... of a, then of b.
+DSCONV_INLINE __m512d veven(__m512d a, __m512d b) {
+  return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), b);
+}
+DSCONV_INLINE __m512 veven(__m512 a, __m512 b) {
+  return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b);
+}
+
 // Transposes 4 x 4 blocks of 128 bits, r[i] block j <-> r[j] block i, where r[i] stands for every `step`-th vector.
 DSCONV_INLINE void transpose_blocks(__m512& r0, __m512& r1, __m512& r2, __m512& r3) {
   const __m512 a = _mm512_shuffle_f32x4(r0, r1, 0x44), b = _mm512_shuffle_f32x4(r2, r3, 0x44);

@@ -7,6 +7,7 @@
 //   vfma(a, b, c)              a * b + c
 //   vmax(a, b), vmin(a, b)     b where either is NaN
 //   vround(v), vpow2(v)        floats: nearest integer; 2^v for integral v in [-126, 127]
+//   veven(a, b)                lanes 0, 2, 4, ... of a, then of b
 //   vtranspose(r[n])           n x n lanes
 //   kMicroRows, kMicroVecs     register block of the GEMM micro-kernel
 #if DSCONV_ISA != DSCONV_ISA_GENERIC
@@ -132,6 +133,9 @@ DSCONV_INLINE v4f vpow2(v4f n) {
   __builtin_memcpy(&r, &e, sizeof r);
   return r;
 }
+
+DSCONV_INLINE v4f veven(v4f a, v4f b) { return v4f{a[0], a[2], b[0], b[2]}; }
+DSCONV_INLINE v2d veven(v2d a, v2d b) { return v2d{a[0], b[0]}; }
 
 template <typename V, int N>
 DSCONV_INLINE void vtranspose(V (&r)[N]) {

@@ -64,7 +64,7 @@ DSCONV_EMULATED uint16_t float_to_half(float f) {
   const float magnitude = __builtin_fabsf(f);
   if (f != f) return sign | 0x7e00;
   if (magnitude >= 65520.f) return sign | 0x7c00;  // rounds beyond the largest half, 65504
-  int exponent = -24;  // zero: any that leaves the smallest unit
+  int exponent = -24;                              // zero: any that leaves the smallest unit
   if (magnitude > 0) __builtin_frexpf(magnitude, &exponent);
   const int unit = exponent - 11 > -24 ? exponent - 11 : -24;  // exponent of the last mantissa bit
   const int mantissa = static_cast<int>(__builtin_rintf(__builtin_ldexpf(magnitude, -unit)));
@@ -135,6 +135,16 @@ DSCONV_EMULATED V interleave(V a, V b, int lanes, int block, int first) {
   for (int i = 0; i < lanes; ++i) {
     const int lane = i / block * block + first + i % block / 2;
     r[i] = i % 2 ? b[lane] : a[lane];
+  }
+  return r;
+}
+
+template <typename V, typename Index>
+DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
+  V r = {};
+  for (int i = 0; i < lanes; ++i) {
+    const int lane = static_cast<int>(index[i]) & (2 * lanes - 1);
+    r[i] = lane < lanes ? a[lane] : b[lane - lanes];
   }
   return r;
 }
@@ -231,3 +241,11 @@ DSCONV_EMULATED V interleave(V a, V b, int lanes, int block, int first) {
 #define _mm512_unpacklo_pd(a, b) ::dsconv_emulation::interleave<__m512d>(a, b, 8, 2, 0)
 #undef _mm512_unpackhi_pd
 #define _mm512_unpackhi_pd(a, b) ::dsconv_emulation::interleave<__m512d>(a, b, 8, 2, 1)
+#undef _mm512_setr_epi32
+#define _mm512_setr_epi32(...) (::dsconv_emulation::Ints{__VA_ARGS__})
+#undef _mm512_setr_epi64
+#define _mm512_setr_epi64(...) (__m512i{__VA_ARGS__})
+#undef _mm512_permutex2var_ps
+#define _mm512_permutex2var_ps(a, index, b) ::dsconv_emulation::permute_two<__m512>(a, index, b, 16)
+#undef _mm512_permutex2var_pd
+#define _mm512_permutex2var_pd(a, index, b) ::dsconv_emulation::permute_two<__m512d>(a, index, b, 8)
