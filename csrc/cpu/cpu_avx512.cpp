@@ -1,6 +1,10 @@
 // The kernels for AVX-512 F + BW + DQ + VL. isa_region.h says how this file has to be laid out.
 #if defined(__x86_64__)
 
+// gcc takes the undefined registers that its own intrinsics start from for mistakes of their callers.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include <cstdint>
