@@ -1,7 +1,8 @@
 """The CUDA kernels under ASan + UBSan and under TSan, on the host and without torch.
 
 cuda_host/driver.cpp makes a matrix of calls and compares every result with an oracle. It runs plain and under
-ASan + UBSan whole, under TSan thinned, and each time in three orders of threads, which must not change a bit of any output.
+ASan + UBSan whole, under TSan thinned, and each time in three orders of threads, which must not change a bit of any
+output.
 """
 
 import os

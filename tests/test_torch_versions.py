@@ -15,7 +15,8 @@ OTHER_PYTHON = os.environ.get("DSCONV_OTHER_PYTHON", "")
 pytestmark = [
     pytest.mark.xdist_group("torch_versions"),
     pytest.mark.skipif(
-        not OTHER_PYTHON, reason="DSCONV_OTHER_PYTHON is not set to an interpreter with another torch (make test sets it)"
+        not OTHER_PYTHON,
+        reason="DSCONV_OTHER_PYTHON is not set to an interpreter with another torch (make test sets it)",
     ),
 ]
 
