@@ -21,6 +21,7 @@ from .environment import keep_freed_memory
 from .layers import select
 from .report import header, summary, tables, to_json
 from .suite import METHODS, run_suite
+from .timing import CLOCKS
 
 DEFAULT_ROUNDS = 11
 DEFAULT_LEAST_SECONDS = 0.01
@@ -43,11 +44,19 @@ def parse_arguments(argv=None):
         default=1e3 * DEFAULT_LEAST_SECONDS,
         help="of one measurement (default 10)",
     )
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: this process's own time, for --threads 1 on a busy machine",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write every figure, with the environment, to this file")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda":
         parser.error("--device cuda is not available here yet: the timing is by the host's clock")
+    if arguments.clock == "cpu" and arguments.threads != [1]:
+        parser.error("--clock cpu adds up the threads' times: use it with --threads 1")
     try:
         arguments.layers = select(arguments.layers)
     except ValueError as error:
@@ -73,6 +82,7 @@ def main(argv=None):
             threads=arguments.threads,
             rounds=arguments.rounds,
             least_seconds=arguments.least_ms / 1e3,
+            clock=arguments.clock,
             allocator=allocator,
             starting=lambda text: progress.update(bar, description=text),
             finished=lambda: progress.advance(bar),

@@ -46,7 +46,7 @@ def kernels():
     return f"{module.isa_active()} kernels{optimized}"
 
 
-def describe(allocator):
+def describe(allocator, clock):
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": cpu_name(),
@@ -56,4 +56,5 @@ def describe(allocator):
         "dsconv_cuda": dsconv_cuda.__version__,
         "kernels": kernels(),
         "allocator": allocator,
+        "clock": clock,
     }

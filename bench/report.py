@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from .ceilings import cache_sizes
 
+CLOCK_NAMES = {"wall": "wall", "cpu": "CPU time of the process"}
 SHORT = {"channels_last": "CL", "nchw": "NCHW"}
 
 
@@ -17,7 +18,7 @@ def header(result):
         f"{environment['date']}; {environment['cpu']}, {environment['logical_cpus']} logical CPUs, load average at "
         f"the start {environment['load_average_at_start']}",
         f"dsconv_cuda {environment['dsconv_cuda']} with {environment['kernels']}; torch {environment['torch']}; "
-        f"allocator: {environment['allocator']}",
+        f"allocator: {environment['allocator']}; clock: {CLOCK_NAMES[environment['clock']]}",
     ]
     for threads, ceilings in result.ceilings.items():
         peaks = ", ".join(f"{isa} {rates['float32'] / 1e9:.0f}" for isa, rates in ceilings.fma.items())

@@ -8,7 +8,7 @@ from .ceilings import Ceilings, measure_ceilings
 from .competitors import COMPILED, EAGER, FUSED, LAYOUTS, Arena, Form
 from .environment import describe
 from .problem import Problem
-from .timing import HostClock, Sample, measure, thread_count
+from .timing import CLOCKS, Sample, measure, thread_count
 
 METHODS = (FUSED, EAGER, COMPILED)
 
@@ -47,20 +47,20 @@ class SuiteResult:
         return measurement.problem.limit(self.ceilings[measurement.threads])
 
 
-def run_suite(problems, *, methods, layouts, threads, rounds, least_seconds, allocator, starting, finished):
+def run_suite(problems, *, methods, layouts, threads, rounds, least_seconds, clock, allocator, starting, finished):
     """Every problem in every form and with every number of threads.
 
     layouts: of the fused op; PyTorch's forms run in each. starting(text), finished(): called around each problem.
     """
     forms = [Form(method, layout) for method in methods for layout in (layouts if method == FUSED else LAYOUTS)]
-    environment = describe(allocator)
+    environment = describe(allocator, clock)
     ceilings, steadiness, measurements = {}, {}, []
     for count in threads:
         before = measure_ceilings(count)
         for problem in problems:
             starting(f"{problem.layer.name}, {problem.mode}, {count} thread(s)")
             with thread_count(count):
-                measurements.append(Measurement(problem, count, _measure(problem, forms, rounds, least_seconds)))
+                measurements.append(Measurement(problem, count, _measure(problem, forms, rounds, least_seconds, clock)))
             finished()
         after = measure_ceilings(count)
         ceilings[count] = before.best(after)
@@ -69,9 +69,9 @@ def run_suite(problems, *, methods, layouts, threads, rounds, least_seconds, all
     return SuiteResult(environment, ceilings, steadiness, measurements)
 
 
-def _measure(problem, forms, rounds, least_seconds):
+def _measure(problem, forms, rounds, least_seconds, clock):
     torch.compiler.reset()  # what was compiled for another layer or thread count would only fill the caches
     arena = Arena(problem)
     calls = {form: arena.call(form) for form in forms}
     arena.check(calls)
-    return measure(calls, rounds=rounds, least_seconds=least_seconds, clock=HostClock())
+    return measure(calls, rounds=rounds, least_seconds=least_seconds, clock=CLOCKS[clock]())

@@ -1,7 +1,7 @@
 """Interleaved timing: in every round each call is measured once, so that a change of the machine's load meets them all.
 
 Everything is hot: a call's tensors were touched by the same call just before. Where the work is asynchronous, another
-clock than HostClock is passed, one whose seconds() ends with the device's work.
+clock is passed, one whose seconds() ends with the device's work.
 """
 
 import math
@@ -29,16 +29,27 @@ class Sample:
         return self.p90 / self.p10
 
 
-class HostClock:
+class WallClock:
     """For work that has ended when the call returns."""
+
+    now = staticmethod(time.perf_counter)
 
     def seconds(self, call, repeats):
         """Mean over `repeats` calls in a row, after one that warms the caches again."""
         call()
-        begin = time.perf_counter()
+        begin = self.now()
         for _ in range(repeats):
             call()
-        return (time.perf_counter() - begin) / repeats
+        return (self.now() - begin) / repeats
+
+
+class CpuClock(WallClock):
+    """The time that this process ran, of all its threads: for one thread on a machine that others use too."""
+
+    now = staticmethod(time.process_time)
+
+
+CLOCKS = {"wall": WallClock, "cpu": CpuClock}
 
 
 def measure(calls, *, rounds, least_seconds, clock):

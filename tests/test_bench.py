@@ -10,7 +10,7 @@ from bench import layers, suite
 from bench.ceilings import Ceilings, cache_sizes, measure_ceilings
 from bench.competitors import COMPILED, EAGER, FUSED, Arena, Form, WrongResult
 from bench.problem import FORWARD, TRAINING, Problem, inner_taps
-from bench.timing import HostClock, measure
+from bench.timing import CpuClock, WallClock, measure
 
 TINY = layers.parse("tiny 2 8 9x7 3x3 2 1 5 identity")[0]
 
@@ -118,7 +118,8 @@ def test_measure_calls_everything_in_every_round():
     samples = measure({name: counter(name) for name in counts}, rounds=4, least_seconds=1.0, clock=Clock())
     assert counts == {"a": 3 + 4 * 2, "b": 3 + 4 * 2}
     assert samples["a"].median == samples["a"].p10 == samples["a"].p90 == 0.5
-    assert HostClock().seconds(lambda: None, 3) >= 0
+    assert WallClock().seconds(lambda: None, 3) > 0
+    assert CpuClock().seconds(lambda: None, 3) >= 0
 
 
 @pytest.mark.parametrize("mode", [FORWARD, TRAINING])
@@ -178,6 +179,7 @@ def test_only_our_own_form_with_one_thread_and_two():
         threads=[1, 2],
         rounds=2,
         least_seconds=1e-5,
+        clock="cpu",
         allocator="",
         starting=lambda text: None,
         finished=lambda: None,
@@ -189,7 +191,15 @@ def test_only_our_own_form_with_one_thread_and_two():
         assert measurement.gains() == {}
 
 
-def test_cuda_is_refused_in_words(capsys):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--device cuda", "not available here"),
+        ("--clock cpu --threads 2", "use it with --threads 1"),
+        ("--layers nothing", "no layer nothing; there are: quick, all"),
+    ],
+)
+def test_arguments_are_refused_in_words(arguments, message, capsys):
     with pytest.raises(SystemExit):
-        command_line.parse_arguments(["--device", "cuda"])
-    assert "not available here" in capsys.readouterr().err
+        command_line.parse_arguments(arguments.split())
+    assert message in capsys.readouterr().err
