@@ -90,13 +90,11 @@ def _find() -> Library:
     except ModuleNotFoundError as error:
         if error.name != f"{__package__}._C":
             raise
-        prebuilt = error
         causes.append(
             f"1. The prebuilt library dsconv_cuda._C is not there (looked in {os.path.dirname(__file__)}).\n"
             f"   To build it, in the source folder: {INSTALL}"
         )
     except (ImportError, RuntimeError) as error:
-        prebuilt = error
         causes.append(
             f"1. The prebuilt library dsconv_cuda._C does not load: {error}\n   {_remedy_of(error)}\n"
             f"   To build it again, in the source folder: {INSTALL}"
@@ -121,7 +119,7 @@ def _find() -> Library:
         f"The operators of dsconv_cuda cannot be loaded (torch {torch.__version__}, Python "
         f"{sys.version.split()[0]}).\n" + "\n".join(causes) + "\nFor the whole picture: python -m dsconv_cuda.info"
     )
-    raise ImportError(_failure) from prebuilt
+    raise ImportError(_failure)
 
 
 def _remedy_of(error: Exception) -> str:

@@ -71,6 +71,24 @@ def test_info_of_a_cpu_only_build(built_with_other, other_torch):
     assert "to build them: FORCE_CUDA=1" in text
 
 
+def test_cpu_only_build_refuses_tensors_of_a_gpu(built_with_other):
+    """No GPU is needed to ask: a fake tensor has a device and no memory."""
+    code = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+import dsconv_cuda
+with FakeTensorMode():
+    tensors = [torch.empty(size, device="cuda") for size in ((1, 2, 4, 4), (2, 1, 3, 3), (5, 2, 1, 1))]
+    try:
+        dsconv_cuda.depthwise_separable_conv2d(*tensors)
+    except RuntimeError as error:
+        print(error)
+"""
+    text = run_python(code, package=built_with_other, python=OTHER_PYTHON, DSCONV_JIT="0").stdout
+    assert "built without CUDA kernels" in text
+    assert "FORCE_CUDA=1" in text
+
+
 def test_forced_cuda_without_cuda_in_torch(built_with_other, other_torch):
     if "cpu" not in other_torch:
         pytest.skip(f"torch {other_torch} has CUDA")
