@@ -33,6 +33,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "extended: a long sweep, run with --extended")
+    config.addinivalue_line("markers", "one_isa: says the same on every instruction set; runs on the best one only")
     if os.environ.get("PYTEST_XDIST_WORKER"):
         torch.set_num_threads(1)
     # Before anything of dsconv_cuda looks for its library: it takes ops that are registered already.
@@ -71,7 +72,10 @@ def _kernels(config) -> list[str]:
 
 def pytest_generate_tests(metafunc):
     if "isa" in metafunc.fixturenames:
-        metafunc.parametrize("isa", _kernels(metafunc.config), indirect=True, scope="function")
+        kernels = _kernels(metafunc.config)
+        if metafunc.definition.get_closest_marker("one_isa") is not None:
+            kernels = kernels[-1:]
+        metafunc.parametrize("isa", kernels, indirect=True, scope="function")
 
 
 def pytest_collection_modifyitems(config, items):

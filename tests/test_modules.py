@@ -11,7 +11,7 @@ from torch import nn
 import dsconv_cuda
 from dsconv_cuda import DepthwiseSeparableConv, DepthwiseSeparableConv2d
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
 
 
 class Plain(nn.Module):
