@@ -6,6 +6,7 @@ All of them hold the same values and are checked against stock convolutions in f
 from dataclasses import dataclass
 
 import torch
+import torch._inductor.config as inductor_config
 
 from dsconv_cuda import DepthwiseSeparableConv2d
 
@@ -57,11 +58,15 @@ class Arena:
         """A function without arguments that computes the problem once and returns its tensors."""
         module = self._module(DepthwiseSeparableConv2d if form.method == FUSED else PlainSeparableConv2d)
         module.to(self.problem.dtype).to(memory_format=LAYOUTS[form.layout])
-        if form.method == COMPILED:
-            # With its weights constant an inference graph is compiled with the weights in the library's own layout.
-            options = None if self.problem.mode == TRAINING else {"freezing": True}
-            module = torch.compile(module, fullgraph=True, dynamic=False, options=options)
-        return self._step(module, self.problem.dtype, form.layout)
+        if form.method != COMPILED:
+            return self._step(module, self.problem.dtype, form.layout)
+        inference = self.problem.mode != TRAINING
+        module = torch.compile(module.train(not inference), fullgraph=True, dynamic=False)
+        call = self._step(module, self.problem.dtype, form.layout)
+        # Compiled at its first call: for inference with the weights as constants, which the compiler may lay out anew.
+        with inductor_config.patch(freezing=inference):
+            call()
+        return call
 
     def check(self, calls):
         """Raises WrongResult if a call's error exceeds twice PyTorch's own in that dtype plus eps * max|expected|."""
