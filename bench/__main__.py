@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import problem as problems
-from .competitors import LAYOUTS
 from .environment import keep_freed_memory
 from .layers import select
+from .plain import LAYOUTS
 from .report import header, summary, tables, to_json
 from .suite import METHODS, run_suite
 from .timing import CLOCKS

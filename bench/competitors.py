@@ -10,10 +10,9 @@ import torch._inductor.config as inductor_config
 
 from dsconv_cuda import DepthwiseSeparableConv2d
 
-from .plain import PlainSeparableConv2d
+from .plain import LAYOUTS, PlainSeparableConv2d
 from .problem import TRAINING
 
-LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 FUSED, EAGER, COMPILED = "fused", "eager", "compile"
 
 

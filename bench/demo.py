@@ -1,10 +1,12 @@
 """Trains one network twice on real digits: with the fused op, and with PyTorch's own convolutions.
 
-    python -m bench.demo [--epochs 15] [--batch-size 64] [--activation relu6] [--threads 2] [--output curves.png]
+    python -m bench.demo [--epochs 15] [--batch-size 64] [--activation relu6] [--layout channels_last] [--threads 2]
+                         [--device cpu] [--output curves.png]
 
 Both networks start from the same weights and see the same batches in the same order; their epochs alternate, so that a
-change in the machine's load meets both. As a yardstick for rounding, PyTorch trains a third one for the first epoch,
-whose tensors lie in channels_last. At the end stand a table and a picture of the loss curves.
+change in the machine's load meets both. Their tensors lie in channels_last, in which PyTorch's convolutions are faster
+too. As a yardstick for rounding, PyTorch trains a third one for the first epoch in the other layout. At the end stand a
+table and a picture of the loss curves.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from dsconv_cuda import DepthwiseSeparableConv2d, _loader
 from .demo_report import draw, reading, table
 from .digits import load_digits
 from .mnist_net import MnistNet
-from .plain import PlainSeparableConv2d
+from .plain import LAYOUTS, PlainSeparableConv2d
 from .saved import saved_bytes
 
 PEAK_LEARNING_RATE = 6e-3
@@ -45,10 +47,10 @@ def share_of_peak_rate(step, total_steps):
 class Run:
     """One network with its optimizer and what has been measured of it."""
 
-    def __init__(self, name, network, total_steps, memory_format=torch.contiguous_format):
+    def __init__(self, name, network, total_steps, layout):
         self.name = name
-        self.network = network.to(memory_format=memory_format)
-        self.memory_format = memory_format
+        self.network = network.to(memory_format=LAYOUTS[layout])
+        self.layout = layout
         self.optimizer = torch.optim.AdamW(network.parameters(), lr=PEAK_LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, functools.partial(share_of_peak_rate, total_steps=total_steps)
@@ -59,7 +61,7 @@ class Run:
         self.saved_bytes = None
 
     def loss(self, images, labels):
-        return F.cross_entropy(self.network(images.contiguous(memory_format=self.memory_format)), labels)
+        return F.cross_entropy(self.network(images.contiguous(memory_format=LAYOUTS[self.layout])), labels)
 
     def train_epoch(self, batches, after_step):
         started = time.perf_counter()
@@ -82,16 +84,17 @@ class Run:
         return statistics.fmean(self.losses[-(len(self.losses) // len(self.epoch_seconds)) :])
 
 
-def make_runs(device, total_steps, activation, seed):
-    """The fused network, the plain one, and the plain one in channels_last, all from the same initial weights."""
+def make_runs(device, total_steps, activation, layout, seed):
+    """The fused network, the plain one, and the plain one in the other layout, all from the same initial weights."""
+    (other_layout,) = LAYOUTS.keys() - {layout}
     torch.manual_seed(seed)
     plain = MnistNet(PlainSeparableConv2d, activation).to(device)
     fused = MnistNet(DepthwiseSeparableConv2d, activation).to(device)
     fused.load_state_dict(plain.state_dict())
     return (
-        Run("dsconv_cuda", fused, total_steps),
-        Run("PyTorch", plain, total_steps),
-        Run("PyTorch channels_last", copy.deepcopy(plain), total_steps, torch.channels_last),
+        Run("dsconv_cuda", fused, total_steps, layout),
+        Run("PyTorch", plain, total_steps, layout),
+        Run(f"PyTorch {other_layout}", copy.deepcopy(plain), total_steps, other_layout),
     )
 
 
@@ -126,15 +129,15 @@ def train(fused, plain, yardstick, digits, *, epochs, batch_size, device, seed, 
             progress.console.print(f"epoch {epoch + 1:2}/{epochs} | {summary}", highlight=False, soft_wrap=True)
 
 
-def run_demo(*, epochs, batch_size, activation, output, device, seed=0, per_class=None, console=None):
+def run_demo(*, epochs, batch_size, activation, layout, output, device, seed=0, per_class=None, console=None):
     console = console or Console()
     digits = load_digits(seed, per_class)
     steps_per_epoch = len(digits.train_labels) // batch_size
-    runs = make_runs(device, epochs * steps_per_epoch, activation, seed)
+    runs = make_runs(device, epochs * steps_per_epoch, activation, layout, seed)
     parameters = sum(p.numel() for p in runs[0].network.parameters())
     console.print(
         f"{len(digits.train_labels)} training and {len(digits.test_labels)} test digits, {parameters} parameters, "
-        f"batches of {batch_size}, {epochs} epochs of either network, on {describe(device)}",
+        f"batches of {batch_size}, {epochs} epochs of either network, {layout}, on {describe(device)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -143,7 +146,7 @@ def run_demo(*, epochs, batch_size, activation, output, device, seed=0, per_clas
     fused, plain, yardstick = runs
     draw(fused, plain, output)
     # print, not console.print: a table must not be wrapped to the width of a terminal
-    print(f"\n{table(fused, plain, yardstick)}\n\n{reading(fused, plain)}\n")
+    print(f"\n{table(fused, plain, yardstick)}\n\n{reading(fused, plain, yardstick)}\n")
     print(f"Trained in {time.perf_counter() - started:.0f} s. Loss curves: {output}")
     return runs
 
@@ -172,6 +175,7 @@ def parse_arguments(argv=None):
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--activation", default="relu6", help="inside and after each block (default relu6)")
+    parser.add_argument("--layout", choices=LAYOUTS, default="channels_last")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's own choice)")
     parser.add_argument("--device", help="cuda or cpu (default: cuda if there is one)")
     parser.add_argument("--output", type=Path, default=DEFAULT_PICTURE, help="a PNG of the loss curves")
@@ -187,6 +191,7 @@ def main(argv=None):
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         activation=arguments.activation,
+        layout=arguments.layout,
         output=arguments.output,
         device=device,
     )

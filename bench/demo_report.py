@@ -30,16 +30,16 @@ def table(fused, plain, yardstick):
     return tabulate(rows, titles, tablefmt="github", disable_numparse=True)
 
 
-def reading(fused, plain):
+def reading(fused, plain, yardstick):
     """What the table says and what it does not, in sentences."""
     kept = fused.saved_bytes / plain.saved_bytes
     times = statistics.median(fused.epoch_seconds) / statistics.median(plain.epoch_seconds)
     first_apart = abs(fused.losses[0] - plain.losses[0])
     points_apart = 100 * abs(fused.accuracies[-1] - plain.accuracies[-1])
     return (
-        "(*) PyTorch against itself, with its tensors in channels_last: the same mathematics in another order of\n"
-        "rounding, which training enlarges from step to step. So are the two columns: their first losses are\n"
-        f"{first_apart:.1e} apart, their final test accuracies {points_apart:.1f} points.\n"
+        f"(*) PyTorch against itself, with its tensors in {yardstick.layout}: the same mathematics rounded in another\n"
+        "order, and training enlarges the difference from step to step. The two columns differ in the same way: their\n"
+        f"first losses are {first_apart:.1e} apart, their final test accuracies {points_apart:.1f} points.\n"
         f"For backward the fused network keeps {kept:.0%} of the bytes that the plain one keeps. The images and the\n"
         f"layers around the blocks count in both. Its epoch took {times:.2f} times as long as the plain one's, with\n"
         "whatever else this machine was doing; speed is what `make bench` measures."

@@ -1,8 +1,11 @@
 """The depthwise-separable convolution written with stock PyTorch modules: what dsconv_cuda is compared with."""
 
+import torch
 from torch import nn
 
 from dsconv_cuda.activations import ACTIVATIONS
+
+LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
 
 
 class PlainSeparableConv2d(nn.Module):

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from .ceilings import Ceilings, measure_ceilings
-from .competitors import COMPILED, EAGER, FUSED, LAYOUTS, Arena, Form
+from .competitors import COMPILED, EAGER, FUSED, Arena, Form
 from .environment import describe
+from .plain import LAYOUTS
 from .problem import Problem
 from .timing import CLOCKS, Sample, measure, thread_count
 

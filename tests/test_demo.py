@@ -58,7 +58,7 @@ def test_a_shifted_image_is_a_digit_of_its_label(digits):
 
 @pytest.mark.parametrize("activation", ["relu6", "relu", "silu"])
 def test_both_networks_agree_at_the_start(digits, activation):
-    fused, plain, _ = demo.make_runs(CPU, 10, activation, seed=0)
+    fused, plain, _ = demo.make_runs(CPU, 10, activation, "channels_last", seed=0)
     images, labels = next(digits.batches(64, 1))
     with torch.no_grad():
         losses = [run.loss(images, labels).item() for run in (fused, plain)]
@@ -88,13 +88,14 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter():
     assert saved_bytes(square, lambda: square(square(x).relu())) == 2 * 5 * 4 * 4
 
 
-def test_the_fused_network_saves_no_intermediate(digits):
+@pytest.mark.parametrize("layout", ["channels_last", "nchw"])
+def test_the_fused_network_saves_no_intermediate(digits, layout):
     """Of each block the plain network saves the input, the depthwise result, the same after ReLU6, and the pointwise
     result before ReLU6. The fused one saves the input and the output, which is the next block's input."""
     images, labels = next(digits.batches(64, 1))
     fused, plain = (
         saved_bytes(run.network, lambda run=run: run.loss(images, labels))
-        for run in demo.make_runs(CPU, 10, "relu6", seed=0)[:2]
+        for run in demo.make_runs(CPU, 10, "relu6", layout, seed=0)[:2]
     )
     intermediates, side, channels = 0, SIDE, 24
     for out_channels, stride in ((48, 2), (96, 1), (96, 1), (192, 2), (192, 1)):
@@ -107,7 +108,15 @@ def test_the_fused_network_saves_no_intermediate(digits):
 
 def test_end_to_end(tmp_path, capsys):
     picture = tmp_path / "folder" / "curves.png"
-    runs = demo.run_demo(epochs=1, batch_size=32, activation="relu6", output=picture, device=CPU, per_class=20)
+    runs = demo.run_demo(
+        epochs=1,
+        batch_size=32,
+        activation="relu6",
+        layout="channels_last",
+        output=picture,
+        device=CPU,
+        per_class=20,
+    )
     text = capsys.readouterr().out
     for title in ("test accuracy", "seconds an epoch", "saved for backward a step", "largest difference"):
         assert f"| {title}" in text
