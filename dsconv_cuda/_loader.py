@@ -78,7 +78,7 @@ def cuda_kernels_loaded() -> bool:
 
 
 def jit_allowed() -> bool:
-    return os.environ.get("DSCONV_JIT", "1").strip().lower() not in ("0", "off", "false", "no")
+    return os.environ.get("DSCONV_JIT", "1") != "0"
 
 
 def _find() -> Library:
