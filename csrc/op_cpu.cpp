@@ -87,6 +87,18 @@ void reserve_depthwise(Workspace& workspace, const CpuPlan& plan, PackedWeights&
   workspace.reserve(&packed.dw_bias, plan.mid_columns);
 }
 
+void pack_all(const DTypeKernels& kernels, const PackContext& pack, int64_t pointwise_panels,
+              void (*pack_pointwise)(const PackContext&, int64_t)) {
+  kernels.pack_biases(pack);
+  for_each_task(pointwise_panels + pack.plan.mid_columns / pack.plan.micro.columns, [&](int64_t task) {
+    if (task < pointwise_panels) {
+      pack_pointwise(pack, task);
+    } else {
+      kernels.pack_depthwise(pack, task - pointwise_panels);
+    }
+  });
+}
+
 void run_forward(const char* op, const ForwardParams& p) {
   const KernelTable& table = active_table(op);
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
@@ -104,13 +116,7 @@ void run_forward(const char* op, const ForwardParams& p) {
 
   const PackContext pack = {p.geom, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias};
   const int64_t panels = plan.out_columns / plan.micro.columns;
-  for_each_task(panels + plan.taps, [&](int64_t task) {
-    if (task < panels) {
-      kernels.pack_pointwise_forward(pack, task);
-    } else {
-      kernels.pack_depthwise(pack, task - panels);
-    }
-  });
+  pack_all(kernels, pack, panels, kernels.pack_pointwise_forward);
   for_each_task(plan.tiles, [&](int64_t tile) { kernels.forward(ctx, tile, thread_scratch(plan.scratch_bytes)); });
 }
 
@@ -141,14 +147,7 @@ void run_backward(const char* op, const BackwardParams& p) {
   workspace.allocate();
 
   const PackContext pack = {g, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, nullptr};
-  const int64_t panels = need_da ? plan.mid_columns / plan.micro.columns : 0;
-  for_each_task(panels + plan.taps, [&](int64_t task) {
-    if (task < panels) {
-      kernels.pack_pointwise_backward(pack, task);
-    } else {
-      kernels.pack_depthwise(pack, task - panels);
-    }
-  });
+  pack_all(kernels, pack, need_da ? plan.mid_columns / plan.micro.columns : 0, kernels.pack_pointwise_backward);
   for_each_task(plan.pointwise_groups,
                 [&](int64_t group) { kernels.backward_pointwise(ctx, group, thread_scratch(plan.scratch_bytes)); });
   if (p.grad_pw_weight != nullptr) {
@@ -157,7 +156,8 @@ void run_backward(const char* op, const BackwardParams& p) {
   if (p.grad_pw_bias != nullptr || p.grad_dw_bias != nullptr) kernels.reduce_biases(ctx);
 
   if (p.grad_x != nullptr && nhwc) {
-    for_each_task(g.n * g.h_in, [&](int64_t row) { kernels.backward_x_nhwc(ctx, row); });
+    for_each_task(g.n * g.h_in,
+                  [&](int64_t row) { kernels.backward_x_nhwc(ctx, row, thread_scratch(plan.scratch_bytes)); });
   } else if (p.grad_x != nullptr) {
     for_each_task(g.n * ceil_div(g.c_in, plan.plane_block),
                   [&](int64_t block) { kernels.backward_x_nchw(ctx, block, thread_scratch(plan.scratch_bytes)); });

@@ -24,6 +24,7 @@ namespace avx2 {
 #include "tile_io.inl"
 #include "pack.inl"
 #include "plane.inl"
+#include "channel_row.inl"
 #include "depthwise.inl"
 #include "forward.inl"
 #include "backward_pointwise.inl"

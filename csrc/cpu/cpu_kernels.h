@@ -35,7 +35,7 @@ struct BackwardContext {
   void* dw_partial;    // [depthwise_groups][taps][mid_columns], nhwc only
 };
 
-// Packing, one task per panel (of pw) or per tap (of dw; also the biases, with tap 0).
+// Packing. A panel is micro.columns channels: of k for the depthwise and pw_backward, output channels for pw_forward.
 struct PackContext {
   Geometry geom;
   CpuPlan plan;
@@ -47,14 +47,15 @@ struct PackContext {
 };
 
 struct DTypeKernels {
-  void (*pack_depthwise)(const PackContext&, int64_t tap);
+  void (*pack_biases)(const PackContext&);
+  void (*pack_depthwise)(const PackContext&, int64_t panel);
   void (*pack_pointwise_forward)(const PackContext&, int64_t panel);
   void (*pack_pointwise_backward)(const PackContext&, int64_t panel);
   void (*forward)(const ForwardContext&, int64_t tile, void* scratch);
   void (*backward_pointwise)(const BackwardContext&, int64_t group, void* scratch);
   void (*reduce_pointwise)(const BackwardContext&, int64_t out_channel);
   void (*reduce_biases)(const BackwardContext&);
-  void (*backward_x_nhwc)(const BackwardContext&, int64_t row);                   // n * h_in
+  void (*backward_x_nhwc)(const BackwardContext&, int64_t row, void* scratch);    // n * h_in
   void (*backward_x_nchw)(const BackwardContext&, int64_t block, void* scratch);  // of plane_block c_in, per image
   void (*backward_dw_nhwc)(const BackwardContext&, int64_t group);
   void (*reduce_depthwise)(const BackwardContext&, int64_t tap);

@@ -38,6 +38,7 @@ struct CpuPlan {
   int64_t tile_pixels;               // of the largest tile
   int64_t pointwise_groups;          // partial sums of the pointwise backward
   int64_t depthwise_groups;          // partial sums of the nhwc depthwise weight gradient
+  int64_t grad_pixels;               // pixels of grad_x at a time in the nhwc stage D
   int64_t plane_block;               // channels per task of the nchw stage D
   int64_t window;                    // elements of the windows of plane.inl, nchw
   int64_t scratch_bytes;             // per thread
@@ -120,11 +121,14 @@ inline CpuPlan plan_backward(const Geometry& g, MicroTile micro, int64_t element
   const int64_t depthwise_bytes = plan.taps * plan.mid_columns * element;
   const int64_t rows = g.n * g.h_out;
   plan.depthwise_groups = clamp64(rows / 4, 1, clamp64(kPartialBytes / depthwise_bytes, 1, kMaxGroups));
+  plan.grad_pixels = clamp64(kTileBytes / (plan.mid_ld * element), 1, 32);
   plan.plane_block = clamp64((kScratchBytes / 4) / (plan.taps * micro.lanes * element), 1, 8);
 
   const int64_t pointwise =
       plan.tile_pixels * (2 * plan.mid_ld + 2 * plan.out_ld) + micro.lanes * plan.strip_ld + micro.rows * micro.columns;
-  const int64_t depthwise = plan.window + micro.lanes + plan.plane_block * plan.taps * micro.lanes;
+  const int64_t nchw = plan.window + micro.lanes + plan.plane_block * plan.taps * micro.lanes;
+  const int64_t nhwc = plan.grad_pixels * plan.mid_ld;
+  const int64_t depthwise = nchw > nhwc ? nchw : nhwc;
   plan.scratch_bytes = (pointwise > depthwise ? pointwise : depthwise) * element + plane_bytes(plan) + 8 * kCacheLine;
   return plan;
 }

@@ -1,6 +1,6 @@
 // z of a tile: z[p][k] = clamp(dw_bias[k] + sum over taps dw_weight[tap][k] * x[tap of p][c(k)]).
 //
-// nhwc: vectors along the channels, the taps of a pixel limited to those inside the image.
+// nhwc: vectors along the channels (channel_row.inl), a row of pixels at a time.
 // nchw: vectors along w (plane.inl). Strips of the tile's pixels are summed for `lanes` channels, then turned into it.
 #ifndef DSCONV_ISA
 #error "depthwise.inl belongs inside an ISA region"
@@ -17,79 +17,33 @@ struct DepthwiseInput {
   const typename ComputeOf<S>::type* bias;
 };
 
-// U vectors of channels of one pixel. `x` is the first valid tap's, `weight` too.
-template <int U, typename S, typename T>
-DSCONV_INLINE void depthwise_pixel(const S* x, int64_t row_step, int64_t column_step, const T* weight,
-                                   int64_t weight_row, int64_t weight_column, int64_t rows, int64_t columns,
-                                   const T* bias, Clamp<T> clamp, T* z) {
-  typedef typename Vec<T>::type V;
-  constexpr int n = Vec<T>::n;
-  V acc[U];
-  DSCONV_UNROLL
-  for (int u = 0; u < U; ++u) acc[u] = vload(bias + u * n);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) {
-      const S* xp = x + i * row_step + j * column_step;
-      const T* wp = weight + i * weight_row + j * weight_column;
-      DSCONV_UNROLL
-      for (int u = 0; u < U; ++u) acc[u] = vfma(vload(wp + u * n), vload(xp + u * n), acc[u]);
-    }
-  }
-  DSCONV_UNROLL
-  for (int u = 0; u < U; ++u) vstore(z + u * n, vmin(vset(clamp.hi), vmax(vset(clamp.lo), acc[u])));
-}
-
-// The last channels, fewer than a vector.
-template <typename S, typename T>
-DSCONV_INLINE void depthwise_pixel_tail(const S* x, int64_t row_step, int64_t column_step, const T* weight,
-                                        int64_t weight_row, int64_t weight_column, int64_t rows, int64_t columns,
-                                        const T* bias, Clamp<T> clamp, T* z, int left) {
-  typename Vec<T>::type acc = vload(bias, left);
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) {
-      acc = vfma(vload(weight + i * weight_row + j * weight_column, left),
-                 vload(x + i * row_step + j * column_step, left), acc);
-    }
-  }
-  vstore(z, vmin(vset(clamp.hi), vmax(vset(clamp.lo), acc)), left);
-}
-
 template <typename S, typename T>
 static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z) {
-  constexpr int n = Vec<T>::n;
   const Geometry& g = *in.g;
-  const int64_t row_step = g.dilation_h * in.stride.h, column_step = g.dilation_w * in.stride.w;
-  const int64_t weight_column = in.plan->mid_columns, weight_row = weight_column * g.kernel_w;
-  for (int64_t p = 0; p < count; ++p) {
-    const PixelRun at = run_at(pixel + p, 1, g.h_out, g.w_out, false);
-    const int64_t ih = at.oh * g.stride_h - g.pad_top, iw = at.ow * g.stride_w - g.pad_left;
-    const Range kh = valid_taps(ih, g.dilation_h, g.h_in, g.kernel_h);
-    const Range kw = valid_taps(iw, g.dilation_w, g.w_in, g.kernel_w);
-    const int64_t rows = kh.end - kh.begin, columns = kw.end - kw.begin;
-    const S* x = in.x;
-    if (rows > 0 && columns > 0) {
-      x += at.n * in.stride.n + (ih + kh.begin * g.dilation_h) * in.stride.h +
-           (iw + kw.begin * g.dilation_w) * in.stride.w;
-    }
-    const T* weight = in.weight + kh.begin * weight_row + kw.begin * weight_column;
+  ChannelRow<S> row;
+  row.row_step = in.stride.h;
+  row.column_step = in.stride.w;
+  row.in_h = g.h_in;
+  row.in_w = g.w_in;
+  row.taps_h = g.kernel_h;
+  row.taps_w = g.kernel_w;
+  row.dilation_h = g.dilation_h;
+  row.dilation_w = g.dilation_w;
+  row.step_w = g.stride_w;
+  row.weight_row = in.plan->mid_columns * g.kernel_w;
+  row.weight_column = in.plan->mid_columns;
+  row.channels = g.c_in;
+  row.start_step = 0;
+  for (int64_t p = 0; p < count;) {
+    const PixelRun run = run_at(pixel + p, count - p, g.h_out, g.w_out, false);
+    row.x = in.x + run.n * in.stride.n;
     for (int64_t plane = 0; plane < g.multiplier; ++plane) {
-      const T* w = weight + plane * g.c_in;
-      const T* bias = in.bias + plane * g.c_in;
-      T* out = z + p * in.plan->mid_ld + plane * g.c_in;
-      int64_t c = 0;
-      for (; c + 4 * n <= g.c_in; c += 4 * n) {
-        depthwise_pixel<4>(x + c, row_step, column_step, w + c, weight_row, weight_column, rows, columns, bias + c,
-                           clamp, out + c);
-      }
-      for (; c + n <= g.c_in; c += n) {
-        depthwise_pixel<1>(x + c, row_step, column_step, w + c, weight_row, weight_column, rows, columns, bias + c,
-                           clamp, out + c);
-      }
-      if (c < g.c_in) {
-        depthwise_pixel_tail(x + c, row_step, column_step, w + c, weight_row, weight_column, rows, columns, bias + c,
-                             clamp, out + c, static_cast<int>(g.c_in - c));
-      }
+      row.weight = in.weight + plane * g.c_in;
+      row.start = in.bias + plane * g.c_in;
+      convolve_row(row, run.oh * g.stride_h - g.pad_top, run.ow * g.stride_w - g.pad_left, run.length, clamp,
+                   z + p * in.plan->mid_ld + plane * g.c_in, in.plan->mid_ld);
     }
+    p += run.length;
   }
 }
 

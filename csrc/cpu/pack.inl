@@ -11,16 +11,34 @@ DSCONV_INLINE auto widen_one(const S* p) {
 // Channel of the tensors for the kernels' channel k (cpu_plan.h).
 DSCONV_INLINE int64_t tensor_channel(const Geometry& g, int64_t k) { return k % g.c_in * g.multiplier + k / g.c_in; }
 
+// The channels k of one panel: dst[tap][k] = dw_weight[channel of k][tap].
 template <typename S, typename T>
-static void pack_depthwise(const PackContext& ctx, int64_t tap) {
+static void pack_depthwise(const PackContext& ctx, int64_t panel) {
+  constexpr int n = Vec<T>::n;
   const Geometry& g = ctx.geom;
   const CpuPlan& plan = ctx.plan;
   const S* weight = static_cast<const S*>(ctx.dw_weight);
-  T* row = static_cast<T*>(ctx.packed.dw_weight) + tap * plan.mid_columns;
-  for (int64_t k = 0; k < g.c_mid; ++k) row[k] = widen_one(weight + tensor_channel(g, k) * plan.taps + tap);
-  for (int64_t k = g.c_mid; k < plan.mid_columns; ++k) row[k] = 0;
-  if (tap != 0) return;
+  T* dst = static_cast<T*>(ctx.packed.dw_weight);
+  const int64_t first = panel * plan.micro.columns, last = first + plan.micro.columns;
+  for (int64_t k = first; k < last; k += n) {
+    const int channels = k < g.c_mid ? lanes_left(g.c_mid - k, n) : 0;
+    for (int64_t tap = 0; g.multiplier == 1 && tap < plan.taps; tap += n) {
+      transpose_block(weight + k * plan.taps + tap, plan.taps, channels, lanes_left(plan.taps - tap, n),
+                      dst + tap * plan.mid_columns + k, plan.mid_columns);
+    }
+    for (int64_t tap = 0; g.multiplier > 1 && tap < plan.taps; ++tap) {
+      for (int i = 0; i < n; ++i) {
+        const T value = i < channels ? widen_one(weight + tensor_channel(g, k + i) * plan.taps + tap) : T(0);
+        dst[tap * plan.mid_columns + k + i] = value;
+      }
+    }
+  }
+}
 
+template <typename S, typename T>
+static void pack_biases(const PackContext& ctx) {
+  const Geometry& g = ctx.geom;
+  const CpuPlan& plan = ctx.plan;
   const S* dw_bias = static_cast<const S*>(ctx.dw_bias);
   T* bias = static_cast<T*>(ctx.packed.dw_bias);
   for (int64_t k = 0; k < plan.mid_columns; ++k) {

@@ -8,6 +8,7 @@ DSCONV_INLINE DTypeKernels kernels_of() {
   typedef typename ComputeOf<S>::type T;
   DTypeKernels k;
   k.pack_depthwise = pack_depthwise<S, T>;
+  k.pack_biases = pack_biases<S, T>;
   k.pack_pointwise_forward = pack_pointwise_forward<S, T>;
   k.pack_pointwise_backward = pack_pointwise_backward<S, T>;
   k.forward = forward_tile<S, T>;
