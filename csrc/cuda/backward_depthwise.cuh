@@ -118,13 +118,13 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   const T* x = static_cast<const T*>(p.x) + quotient(c, g.multiplier) * p.x_strides.c;
   const T* source = du + c * du_strides.c;
 
-  // Each tap's step from the window's corner. A tap beyond the last one steps out of every x.
+  // Each tap's step from the window's corner. A tap beyond the last one steps below x.
   int32_t tap_row[kTaps], tap_col[kTaps];
 #pragma unroll
   for (int t = 0; t < kTaps; ++t) {
     const int32_t tap = kKernel > 0 ? t : first_tap + t;
     const int32_t kh = tap / kernel_w, kw = tap - kh * kernel_w;
-    tap_row[t] = tap < taps ? kh * static_cast<int32_t>(g.dilation_h) : INT32_MIN;
+    tap_row[t] = tap < taps ? kh * static_cast<int32_t>(g.dilation_h) : h_in + static_cast<int32_t>(g.pad_top);
     tap_col[t] = kw * static_cast<int32_t>(g.dilation_w);
   }
 

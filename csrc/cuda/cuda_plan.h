@@ -27,14 +27,15 @@ constexpr int unrolled_kernel(const Geometry& g) {
 
 // Coordinates and channels inside the kernels are 32-bit. The text of what is too large, or null.
 constexpr const char* unsupported_extent(const Geometry& g) {
-  constexpr int64_t kLimit = int64_t{1} << 30;
+  constexpr int64_t kLimit = int64_t{1} << 29;
   const auto fits = [](int64_t in, int64_t out, int64_t kernel, int64_t stride, int64_t dilation, int64_t pad) {
     return in < kLimit && out < kLimit && kernel < kLimit && dilation < kLimit && stride < kLimit && pad < kLimit &&
            (kernel - 1) * dilation < kLimit && (out - 1) * stride < kLimit;
   };
-  if (g.c_mid >= kLimit || g.c_out >= kLimit) return "channels";
-  if (!fits(g.h_in, g.h_out, g.kernel_h, g.stride_h, g.dilation_h, g.pad_top)) return "height";
-  if (!fits(g.w_in, g.w_out, g.kernel_w, g.stride_w, g.dilation_w, g.pad_left)) return "width";
+  if (g.c_mid >= kLimit || g.c_out >= kLimit) return "the channels";
+  if (!fits(g.h_in, g.h_out, g.kernel_h, g.stride_h, g.dilation_h, g.pad_top)) return "the height";
+  if (!fits(g.w_in, g.w_out, g.kernel_w, g.stride_w, g.dilation_w, g.pad_left)) return "the width";
+  if (g.kernel_h * g.kernel_w >= kLimit) return "the taps";
   return nullptr;
 }
 

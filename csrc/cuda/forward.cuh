@@ -25,7 +25,7 @@
 //   windows   [kPixels]              1024     2048     1024    2048     1024    2048
 //
 // Global traffic an output element: x once an image and channel tile (taps hit L1), pw_weight once a pixel tile, y
-// once. Preconditions: x has unit stride along w or c, y too; extents and kernel reach below 2^30 (cuda_plan.h checks);
+// once. Preconditions: x has unit stride along w or c, y too; extents and kernel reach below 2^29 (cuda_plan.h checks);
 // offsets of tensors in 64 bits.
 #pragma once
 

@@ -97,21 +97,18 @@ void check_launch(const char* op, const LaunchStatus& status) {
 
 void check_extents(const char* op, const Geometry& g) {
   const char* axis = unsupported_extent(g);
-  STD_TORCH_CHECK(
-      axis == nullptr, op,
-      ": the CUDA kernels count up to 2^30 along an axis, which the input, the output or the reach of the kernel "
-      "exceeds along ",
-      axis != nullptr ? axis : "");
+  STD_TORCH_CHECK(axis == nullptr, op, ": on CUDA, ", axis != nullptr ? axis : "",
+                  " must stay below 2^29 (padding, stride, dilation and the reach of the kernel too)");
 }
 
 ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                         const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                         const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, bool want_pre) {
-  const CurrentDevice device(x);
   ForwardCall call =
       prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, want_pre);
   check_extents(op, call.params.geom);
+  const CurrentDevice device(x);
   check_launch(op, forward(call.params, plan_forward(call.params), device.stream()));
   return call;
 }
@@ -138,12 +135,12 @@ BackwardResult bwd(const Tensor& dy, const Tensor& x, const Tensor& dw_weight, c
                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                    const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, int64_t grad_mask) {
   const char* op = "dsconv_cuda::bwd";
-  const CurrentDevice device(x);
   BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act,
                                        out_act, grad_mask);
   check_extents(op, call.params.geom);
   if (call.params.geom.n == 0) return take_grads(call);  // prepare_backward has zeroed what there is
 
+  const CurrentDevice device(x);
   const BackwardPlan plan = plan_backward(call.params, device_limits());
   const int64_t bytes[1] = {static_cast<int64_t>(plan.workspace_bytes)};
   const Tensor workspace =
