@@ -57,14 +57,16 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) grad_x_kernel(BackwardParams 
       const int32_t row = row0 - kh * static_cast<int32_t>(g.dilation_h);
       const int32_t oh = stride_h == 1 ? row : row / stride_h;
       if (row < 0 || oh * stride_h != row || oh >= h_out) continue;
+      acc_t<T> row_sum = 0;
 #pragma unroll kUnroll
       for (int32_t kw = 0; kw < kernel_w; ++kw) {
         const int32_t col = col0 - kw * static_cast<int32_t>(g.dilation_w);
         const int32_t ow = stride_w == 1 ? col : col / stride_w;
         if (col < 0 || ow * stride_w != col || ow >= w_out) continue;
-        sum = fused_multiply_add(to_acc(source[oh * du_strides.h + ow * du_strides.w]),
-                                 to_acc(weight[kh * kernel_w + kw]), sum);
+        row_sum = fused_multiply_add(to_acc(source[oh * du_strides.h + ow * du_strides.w]),
+                                     to_acc(weight[kh * kernel_w + kw]), row_sum);
       }
+      sum += row_sum;
     }
   }
   static_cast<T*>(p.grad_x)[index] = from_acc<T>(sum);

@@ -169,25 +169,6 @@ struct PointwiseSumTraits {
   static_assert(kOut <= kThreads && kDepth <= kThreads, "one thread a row");
 };
 
-// Adds a chunk's product to acc. A split has thousands of pixels and rounding errors grow with the length of a chain of
-// additions: in single precision a chunk is summed apart first.
-template <class Traits>
-DSCONV_DEVICE void add_chunk(const typename Traits::Gemm& own, const typename Traits::Acc* grad,
-                             const typename Traits::Acc* middle, typename Traits::Gemm::Registers& acc) {
-  using Gemm = typename Traits::Gemm;
-  if constexpr (sizeof(typename Traits::Acc) == 8) {
-    own.template multiply<Traits::kGradStride, Traits::kMiddleStride>(grad, middle, acc);
-  } else {
-    typename Gemm::Registers chunk = {};
-    own.template multiply<Traits::kGradStride, Traits::kMiddleStride>(grad, middle, chunk);
-#pragma unroll
-    for (int i = 0; i < kThreadM; ++i) {
-#pragma unroll
-      for (int j = 0; j < Gemm::kThreadN; ++j) acc[i][j] += chunk[i][j];
-    }
-  }
-}
-
 // Partial sums of one split: weight_partial [splits][c_out][c_mid], bias_partial [splits][c_out]; either may be null.
 template <class Traits, int kKernel>
 DSCONV_KERNEL void DSCONV_BOUNDS(Traits::kThreads, 2)
@@ -229,7 +210,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(Traits::kThreads, 2)
           depthwise_input<T>(p), Middle::value, c0, windows, middle);
     }
     __syncthreads();
-    if (weight_partial != nullptr) add_chunk<Traits>(own, grad, middle, acc);
+    if (weight_partial != nullptr) own.template multiply<Traits::kGradStride, Traits::kMiddleStride>(grad, middle, acc);
     if (sums_bias) {
       for (int k = 0; k < Traits::kDepth; ++k) bias_sum.add(grad[k * Traits::kGradStride + thread]);
     }

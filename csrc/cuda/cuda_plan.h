@@ -55,6 +55,8 @@ constexpr ForwardTile forward_tile(size_t accumulator, bool wide) {
   return accumulator == 8 ? ForwardTile{64, 64} : ForwardTile{64, 128};
 }
 
+constexpr int64_t kForwardBlocks = 2;  // that share a multiprocessor, by their registers
+
 struct ForwardPlan {
   int kernel;  // unrolled_kernel
   bool wide;
@@ -62,23 +64,26 @@ struct ForwardPlan {
   int64_t blocks;  // pixel_tiles * channel_tiles, channel tiles fastest
 };
 
-inline ForwardPlan plan_forward(const ForwardParams& p) {
+constexpr ForwardPlan forward_plan_of(const ForwardParams& p, bool wide) {
   const Geometry& g = p.geom;
-  // Multiply-adds for one pixel and one c_mid channel: the tile's channels, padding included, and the taps of z, which
+  const ForwardTile tile = forward_tile(accumulator_bytes(p.dtype), wide);
+  const int64_t pixel_tiles = ceil_div(g.n * g.h_out * g.w_out, tile.pixels);
+  const int64_t channel_tiles = ceil_div(g.c_out, tile.channels);
+  return {unrolled_kernel(g), wide, pixel_tiles, channel_tiles, pixel_tiles * channel_tiles};
+}
+
+// The tile whose waves of blocks take less time in total. Both tiles sum in the same order: the choice changes no bit.
+inline ForwardPlan plan_forward(const ForwardParams& p, const DeviceLimits& device) {
+  // A block's time, in multiply-adds for one c_mid channel: its channels, padding included, and the taps of z, which
   // every channel tile computes anew and which cost about twice a multiply-add of the product (two loads each).
-  const int64_t taps = g.kernel_h * g.kernel_w;
-  const auto cost = [&](bool wide) {
-    const int64_t channels = forward_tile(accumulator_bytes(p.dtype), wide).channels;
-    return ceil_div(g.c_out, channels) * (channels + 2 * taps);
+  const int64_t taps = p.geom.kernel_h * p.geom.kernel_w;
+  const auto time = [&](const ForwardPlan& plan) {
+    const ForwardTile tile = forward_tile(accumulator_bytes(p.dtype), plan.wide);
+    const int64_t waves = ceil_div(plan.blocks, kForwardBlocks * device.multiprocessors);
+    return waves * tile.pixels * (tile.channels + 2 * taps);
   };
-  ForwardPlan plan{};
-  plan.kernel = unrolled_kernel(g);
-  plan.wide = cost(true) < cost(false);
-  const ForwardTile tile = forward_tile(accumulator_bytes(p.dtype), plan.wide);
-  plan.pixel_tiles = ceil_div(g.n * g.h_out * g.w_out, tile.pixels);
-  plan.channel_tiles = ceil_div(g.c_out, tile.channels);
-  plan.blocks = plan.pixel_tiles * plan.channel_tiles;
-  return plan;
+  const ForwardPlan wide = forward_plan_of(p, true), narrow = forward_plan_of(p, false);
+  return time(wide) < time(narrow) ? wide : narrow;
 }
 
 // --------------------------------------------------------------------------------------------------------- backward

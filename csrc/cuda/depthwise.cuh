@@ -32,7 +32,9 @@ struct DepthwiseInput {
 
 constexpr int kStrip = 4;  // pixels of one item
 
-// Adds one channel's taps at kStrip windows to z. kKernel is the extent of a square kernel, 0 for any other.
+// Adds one channel's taps at kStrip windows to z, each row of taps summed apart: rounding errors grow with the length
+// of a chain of additions, and a kernel may have hundreds of taps. kKernel is the extent of a square kernel, 0 for any
+// other.
 template <int kKernel, typename T>
 DSCONV_DEVICE void accumulate_taps(const T* x, const T* weight, const Window (&windows)[kStrip], const Geometry& g,
                                    const Strides& strides, acc_t<T> (&z)[kStrip]) {
@@ -44,6 +46,7 @@ DSCONV_DEVICE void accumulate_taps(const T* x, const T* weight, const Window (&w
   [[maybe_unused]] constexpr int kUnroll = kKernel > 0 && kKernel * sizeof(acc_t<T>) <= 32 ? kKernel : 1;
 #pragma unroll 1
   for (int32_t kh = 0; kh < kernel_h; ++kh) {
+    acc_t<T> row_sum[kStrip] = {};
     const int64_t row_offset = kh * g.dilation_h * strides.h;
 #pragma unroll kUnroll
     for (int32_t kw = 0; kw < kernel_w; ++kw) {
@@ -53,10 +56,12 @@ DSCONV_DEVICE void accumulate_taps(const T* x, const T* weight, const Window (&w
       for (int i = 0; i < kStrip; ++i) {
         const Window& window = windows[i];
         if (inside(window.row + kh * dilation_h, h_in) && inside(window.col + kw * dilation_w, w_in)) {
-          z[i] = fused_multiply_add(to_acc(x[window.offset + tap_offset]), tap, z[i]);
+          row_sum[i] = fused_multiply_add(to_acc(x[window.offset + tap_offset]), tap, row_sum[i]);
         }
       }
     }
+#pragma unroll
+    for (int i = 0; i < kStrip; ++i) z[i] += row_sum[i];
   }
 }
 

@@ -97,7 +97,11 @@ DSCONV_DEVICE void forward_epilogue(const ForwardParams& p, const typename Trait
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       before[i] = acc[i][j] + bias;
-      after[i] = activate(p.out_act, before[i]);
+      after[i] = before[i];
+    }
+    if (p.out_act != Activation::identity) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) after[i] = activate(p.out_act, before[i]);
     }
     if (vector && count == 4) {
       store_four(y + channel + offset[0], after);
@@ -114,7 +118,8 @@ DSCONV_DEVICE void forward_epilogue(const ForwardParams& p, const typename Trait
 }
 
 template <class Traits, int kKernel>
-DSCONV_KERNEL void DSCONV_BOUNDS(Traits::kThreads, 2) forward_kernel(ForwardParams p, unsigned channel_tiles) {
+DSCONV_KERNEL void DSCONV_BOUNDS(Traits::kThreads, kForwardBlocks)
+    forward_kernel(ForwardParams p, unsigned channel_tiles) {
   using T = typename Traits::T;
   using Acc = typename Traits::Acc;
   using Gemm = typename Traits::Gemm;

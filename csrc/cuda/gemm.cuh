@@ -40,8 +40,26 @@ struct GemmTile {
     return n_fastest ? GemmTile{t / kNLanes * kThreadM, t % kNLanes} : GemmTile{t % kMLanes * kThreadM, t / kMLanes};
   }
 
+  // One chunk. Rounding errors grow with the length of a chain of additions, and a contraction has thousands: in single
+  // precision a chunk's products are summed apart and then added to `acc`.
   template <int kAStride, int kBStride, typename TA, typename TB>
   DSCONV_DEVICE void multiply(const TA* a, const TB* b, Registers& acc) const {
+    if constexpr (sizeof(Acc) == 8) {
+      multiply_add<kAStride, kBStride>(a, b, acc);
+    } else {
+      Registers chunk = {};
+      multiply_add<kAStride, kBStride>(a, b, chunk);
+#pragma unroll
+      for (int i = 0; i < kThreadM; ++i) {
+#pragma unroll
+        for (int j = 0; j < kThreadN; ++j) acc[i][j] += chunk[i][j];
+      }
+    }
+  }
+
+ private:
+  template <int kAStride, int kBStride, typename TA, typename TB>
+  DSCONV_DEVICE void multiply_add(const TA* a, const TB* b, Registers& acc) const {
     constexpr int kStep = kVecWidth<TB>;
     static_assert(kDepth % kStep == 0 && kBStride % kStep == 0 && kAStride * sizeof(TA) % sizeof(Vec<TA, 4>) == 0,
                   "vectors of a and b are aligned");

@@ -109,7 +109,7 @@ ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight
       prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, want_pre);
   check_extents(op, call.params.geom);
   const CurrentDevice device(x);
-  check_launch(op, forward(call.params, plan_forward(call.params), device.stream()));
+  check_launch(op, forward(call.params, plan_forward(call.params, device_limits()), device.stream()));
   return call;
 }
 

@@ -45,32 +45,59 @@ DSCONV_DEVICE OutputOffsets output_offsets_at(int64_t q, int64_t pixel_count, co
   return {pixel_offset(pixel, p.dy_strides), pixel_offset(pixel, p.saved_strides)};
 }
 
+// Whether four channels, starting on a multiple of four, can be loaded as one vector at every pixel of a tensor.
+template <typename T>
+DSCONV_DEVICE bool channels_are_vectors(const T* tensor, const Strides& s, int64_t channels) {
+  return s.c == 1 && (s.n | s.h | s.w | channels) % 4 == 0 && is_aligned(tensor, sizeof(Vec<T, 4>));
+}
+
+// The `count` first of four channels at `from`, the rest zero.
+template <typename T>
+DSCONV_DEVICE Vec<acc_t<T>, 4> load_four(const T* from, int64_t stride, int count, bool vector) {
+  Vec<acc_t<T>, 4> result = {};
+  if (vector && count >= 4) {
+    const Vec<T, 4> loaded = *reinterpret_cast<const Vec<T, 4>*>(from);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) result.v[i] = to_acc(loaded.v[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i < count) result.v[i] = to_acc(from[i * stride]);
+    }
+  }
+  return result;
+}
+
 // The gradient before out_act, g = dy * out_act'(.), of kPixels pixels x kChannels output channels from o0 on, to
 // tile[pixel * kStride + channel]; zero where there is no pixel or channel. An item is one pixel x 4 channels; lanes
-// run along the pixels where dy is unit-strided along w, else along the channels.
+// run along the pixels where dy is unit-strided along w, else along the channels, 4 in one load where they are aligned.
 template <typename T, int kPixels, int kChannels, int kStride, int kThreads>
 DSCONV_DEVICE void load_output_gradient(const BackwardParams& p, int32_t o0, const OutputOffsets* offsets,
                                         acc_t<T>* tile) {
-  constexpr int kGroup = 4, kGroups = kChannels / kGroup, kItems = kPixels * kGroups;
-  static_assert(kChannels % kGroup == 0 && kStride % kGroup == 0, "an item is stored as one vector");
+  constexpr int kGroups = kChannels / 4, kItems = kPixels * kGroups;
+  static_assert(kChannels % 4 == 0 && kStride % 4 == 0, "an item is stored as one vector");
   const T* dy = static_cast<const T*>(p.dy);
   const T* saved = static_cast<const T*>(p.saved);
   const int32_t c_out = static_cast<int32_t>(p.geom.c_out);
   const bool along_w = p.dy_layout == Layout::nchw;
+  const bool dy_vector = channels_are_vectors(dy, p.dy_strides, p.geom.c_out);
+  const bool saved_vector = channels_are_vectors(saved, p.saved_strides, p.geom.c_out);
 #pragma unroll 1
   for (int item = static_cast<int>(threadIdx.x); item < kItems; item += kThreads) {
     const int pixel = along_w ? item % kPixels : item / kGroups;
-    const int channel = (along_w ? item / kPixels : item % kGroups) * kGroup;
+    const int channel = (along_w ? item / kPixels : item % kGroups) * 4;
     const OutputOffsets at = offsets[pixel];
-    Vec<acc_t<T>, kGroup> g = {};
+    const int32_t o = o0 + channel;
+    const int count = at.dy < 0 ? 0 : c_out - o;
+    Vec<acc_t<T>, 4> g = load_four(dy + (at.dy < 0 ? 0 : at.dy) + o * p.dy_strides.c, p.dy_strides.c, count, dy_vector);
+    if (saved != nullptr) {
+      const auto value = load_four(saved + at.saved + o * p.saved_strides.c, p.saved_strides.c, count, saved_vector);
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      const int32_t o = o0 + channel + i;
-      if (at.dy < 0 || o >= c_out) continue;
-      g.v[i] = to_acc(dy[at.dy + o * p.dy_strides.c]);
-      if (saved != nullptr) g.v[i] *= derivative_from_saved(p.out_act, to_acc(saved[at.saved + o * p.saved_strides.c]));
+      for (int i = 0; i < 4; ++i) {
+        if (i < count) g.v[i] *= derivative_from_saved(p.out_act, value.v[i]);
+      }
     }
-    *reinterpret_cast<Vec<acc_t<T>, kGroup>*>(tile + pixel * kStride + channel) = g;
+    *reinterpret_cast<Vec<acc_t<T>, 4>*>(tile + pixel * kStride + channel) = g;
   }
 }
 
