@@ -127,7 +127,7 @@ class CallRun {
     p.y_layout = call_.y_layout;
     p.pre = call_.pre ? pre.buffer.data() : nullptr;
     const auto start = std::chrono::steady_clock::now();
-    const LaunchStatus status = dsconv::forward(p, plan_forward(p), nullptr);
+    const LaunchStatus status = dsconv::forward(p, plan_forward(p, DeviceLimits{kMultiprocessors}), nullptr);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     if (call_.number == 0) tally_.layer_seconds = seconds.count();
     if (failed(status)) return;
