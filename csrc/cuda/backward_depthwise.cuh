@@ -2,19 +2,25 @@
 //
 //   grad_x[n, ci, ih, iw]     = sum over the multiplier's c and taps of du[c][n, oh, ow] * dw_weight[c][kh][kw]
 //       where oh * stride_h = ih + pad_top - kh * dilation_h, ow likewise: the transposed depthwise, gathered
-//   grad_dw_weight[c][kh][kw] = sum over q of du[c][q] * x[n, c / multiplier, row, col]      row, col: see
-//   depthwise.cuh grad_dw_bias[c]           = sum over q of du[c][q]
+//   grad_dw_weight[c][kh][kw] = sum over q of du[c][q] * x[n, c / multiplier, row, col]
+//       row and col as in depthwise.cuh
+//   grad_dw_bias[c]           = sum over q of du[c][q]
 //
 // grad_x kernel: one thread an element of grad_x, numbered as it lies in memory, so stores are coalesced, and so are
 // the loads of du where it has the same layout. du comes through L1: neighbours share their taps there. No shared
 // memory.
 //
-// depthwise_sum kernel: a block of 8 warps owns one split of the pixels for
+// depthwise_sum kernel (grad_dw_weight, grad_dw_bias): a block of 8 warps owns one split of the pixels for
+//
 //   x unit-strided along w: one channel;                   lane l of warp w sums the pixels 32 * w + l + 256 * i
 //   x unit-strided along c: kDepthwiseChannels channels;   lane l is a channel, warp w sums the pixels w + 8 * i
+//
 // and all taps of a 3x3 or 5x5 kernel at once, in registers, else kTapGroup of them. The lanes of a warp are then added
 // by shuffles (along w), the warps through shared memory: always the same tree. One partial sum a split, see
-// reduce.cuh. Shared memory: 8 x 32 accumulators, 1024 or 2048 bytes. Global traffic: du and x once a tap group.
+// reduce.cuh. Shared memory: 8 x 32 accumulators, 1024 or 2048 bytes.
+//
+// Global traffic: grad_x reads du and writes grad_x once; depthwise_sum reads du and x once a tap group.
+// Preconditions: grad_x is dense, x as in forward.cuh.
 #pragma once
 
 #include "depthwise.cuh"

@@ -1,32 +1,39 @@
 // Backward, stage P: everything that contracts with the pointwise weight. With g = dy * out_act'(.):
 //
-//   du[c][q]            = act'(z[c][q]) * sum over o of pw_weight[o][c] * g[o][q]
+//   du[c][q]             = act'(z[c][q]) * sum over o of pw_weight[o][c] * g[o][q]
 //   grad_pw_weight[o][c] = sum over q of g[o][q] * act(z[c][q])
 //   grad_pw_bias[o]      = sum over q of g[o][q]
 //
 // z is recomputed from x (depthwise.cuh). du is the one temporary: a workspace in the dtype of x, laid out as x is.
 //
-// du kernel: a block owns kChannels mid channels x kPixels pixels and walks c_out in chunks of kDepth.
+// du kernel: a block owns kChannels mid channels x kPixels pixels and walks c_out in chunks of kDepth. GemmTile with
+// m = mid channel, n = pixel; lanes along what du is unit-strided along.
 //
-//                 g chunk [kPixels][kDepth]
-//                     |
-//   pw_weight chunk   v         kPixels                GemmTile with m = channel, n = pixel. After the last chunk the
-//   shared [kDepth]   --> +-----------------+                 memory of the chunks is used again for act'(z),
-//   [kPixels][kChannels]: [kChannels]    | accumulators    | * act'(z) --> du    with act = identity it is not
-//   computed.
-//                  | kChannels       |
-//                  +-----------------+
+//                             g chunk
+//                        [kPixels][kDepth]
+//                                |                   After the last chunk the shared memory of the chunks is used
+//   pw_weight chunk     +------------------+         again for act'(z), [kPixels][kChannels]. Where act is the
+//   [kDepth]         -->|   accumulators   |--> du   identity it is not computed, and x not read.
+//   [kChannels]         | kChannels        |
+//                       | x kPixels        |
+//                       +------------------+
 //
-// grad_pw_weight kernel: a block owns kOut x kMid of one split of the pixels and walks it in chunks of kDepth pixels,
-// m = output channel, n = mid channel. It leaves one partial sum a split; sum_partials adds them in the order of the
-// splits. Blocks of the first kMid tile also sum g for grad_pw_bias.
+// pointwise_sum kernel (grad_pw_weight, grad_pw_bias): a block owns kOut output channels x kMid mid channels of one
+// split of the pixels and walks it in chunks of kDepth pixels; GemmTile with m = output channel, n = mid channel. It
+// leaves one partial sum a split, which sum_partials adds in the order of the splits. Blocks of the first kMid tile
+// also sum g.
 //
-// Shared memory, bytes         float, 16-bit      double
-//   du: weight + g chunk       25600 (16-bit 17408)   18432       du: act'(z)   33792    34816
-//   grad_pw_weight: g, act(z)  17920                  18432
+//   Shared memory, bytes                                           float    16-bit   double
+//   du             pw_weight [kDepth][kChannels]                   16384    8192     8192
+//                  g [kPixels][kDepth + 4]                         9216     9216     10240
+//                  or act'(z) [kPixels][kChannels + 4]             33792    33792    34816
+//                  windows, offsets [kPixels]                      2048     2048     2048
+//   pointwise_sum  g [kDepth][kOut + 4]                            8704     8704     8704
+//                  act(z) [kMid][kDepth + 4]                       9216     9216     10240
+//                  windows, offsets [kDepth]                       1024     1024     512
 //
-// Global traffic: du reads dy (and saved) once a channel tile, x once, writes du once; grad_pw_weight reads dy once a
-// kMid tile and x once a kOut tile. Preconditions: those of forward.cuh, for x, dy and saved.
+// Global traffic: du reads dy (and saved) once a channel tile, x once, and writes du once; pointwise_sum reads dy once
+// a kMid tile and x once a kOut tile. Preconditions: those of forward.cuh, for x, dy and saved.
 #pragma once
 
 #include "cuda_launch.h"

@@ -5,27 +5,27 @@
 // A block owns kPixels output pixels (of all images in a row) x kChannels output channels, and walks the c_mid channels
 // in chunks of kDepth:
 //
-//               pw_weight chunk            kChannels o
-//               [kChannels][kDepth]     +------------------+
-//    x --taps--> act(z) chunk           |   accumulators   |       for each chunk: 1. pw_weight chunk under way
-//    (cp.async)
-//                [kDepth][kPixels]  --> |   in registers   |                       2. act(z) chunk from x
-//                                       | kPixels x        |                       3. barrier, multiply, barrier
-//                                       | kChannels        |--> y, pre
-//                                       +------------------+
+//                       pw_weight chunk
+//                     [kChannels][kDepth]
+//                              |                      For each chunk:
+//                     +------------------+              1. start to load the pw_weight chunk (cp.async)
+//   x --taps-->       |   accumulators   |              2. act(z) chunk from x
+//   act(z) chunk  --> |   in registers   |--> y, pre    3. barrier, multiply, barrier
+//   [kDepth][kPixels] | kPixels          |            At the end: bias, out_act and stores, forward_epilogue.
+//                     | x kChannels      |
+//                     +------------------+
 //
 // Thread ownership: GemmTile with m = pixel, n = output channel; lanes along the pixels where y is unit-strided along
-// w, along the output channels else. Blocks that share pixels are neighbours in the grid: x comes from L2 for all but
-// one.
+// w, along the output channels else. Blocks that share pixels are neighbours in the grid: all but one find x in L2.
 //
-// Shared memory, bytes                     float          16-bit            double
-//                                    wide     narrow   wide    narrow   wide    narrow
-//   act(z)    [kDepth][kPixels + 4]  8704     16896    8704    16896    8704    16896
-//   pw_weight [kChannels][kDepth+16B]18432    4608     10240   2560     9216    4608
-//   windows   [kPixels]              1024     2048     1024    2048     1024    2048
+//   Shared memory, bytes                  float              16-bit             double
+//                                         wide     narrow    wide     narrow    wide     narrow
+//   act(z) [kDepth][kPixels + 4]          8704     16896     8704     16896     8704     16896
+//   pw_weight [kChannels][kDepth + 16 B]  18432    4608      10240    2560      9216     4608
+//   windows [kPixels]                     1024     2048      1024     2048      1024     2048
 //
-// Global traffic an output element: x once an image and channel tile (taps hit L1), pw_weight once a pixel tile, y
-// once. Preconditions: x has unit stride along w or c, y too; extents and kernel reach below 2^29 (cuda_plan.h checks);
+// Global traffic: x once a channel tile (taps hit L1), pw_weight once a pixel tile, y once.
+// Preconditions: x has unit stride along w or c, y too; extents and kernel reach below 2^29 (cuda_plan.h checks);
 // offsets of tensors in 64 bits.
 #pragma once
 
