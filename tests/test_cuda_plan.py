@@ -1,0 +1,137 @@
+"""The planner of the CUDA kernels, which is plain host C++: csrc/cuda/cuda_plan.h compiles without CUDA."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+
+PLANNER = r"""
+#include <cstdio>
+#include <initializer_list>
+
+#include "cuda/cuda_dispatch.h"
+using namespace dsconv;
+
+static int failures = 0;
+#define CHECK(condition) \
+  do { \
+    if (!(condition)) ++failures, std::printf("line %d: %s\n", __LINE__, #condition); \
+  } while (false)
+
+static Geometry geometry(int64_t n, int64_t c_mid, int64_t c_out, int64_t size, int64_t kernel) {
+  Geometry g{};
+  g.n = n;
+  g.c_in = g.c_mid = c_mid;
+  g.multiplier = 1;
+  g.c_out = c_out;
+  g.h_in = g.h_out = g.w_in = g.w_out = size;
+  g.kernel_h = g.kernel_w = kernel;
+  g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
+  g.pad_top = g.pad_left = kernel / 2;
+  return g;
+}
+
+// Every pixel in exactly one piece, and none empty.
+static void check_split(const PixelSplit& split, int64_t pixels) {
+  CHECK(split.count * split.pixels >= pixels && (split.count - 1) * split.pixels < pixels);
+  CHECK(split.pixels % 32 == 0);
+}
+
+static ForwardPlan forward_of(const Geometry& g, DType dtype, int64_t multiprocessors) {
+  ForwardParams p{};
+  p.geom = g;
+  p.dtype = dtype;
+  const ForwardPlan plan = plan_forward(p, DeviceLimits{multiprocessors});
+  const ForwardTile tile = forward_tile(accumulator_bytes(dtype), plan.wide);
+  CHECK(plan.pixel_tiles * tile.pixels >= g.n * g.h_out * g.w_out && plan.channel_tiles * tile.channels >= g.c_out);
+  CHECK(plan.blocks == plan.pixel_tiles * plan.channel_tiles);
+  return plan;
+}
+
+// `grads` are bits of GradBit.
+static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, int64_t multiprocessors, int64_t grads) {
+  static char somewhere;
+  const auto asked = [&](GradBit bit) { return (grads & bit) != 0 ? &somewhere : nullptr; };
+  BackwardParams p{};
+  p.geom = g;
+  p.dtype = dtype;
+  p.x_layout = layout;
+  p.grad_x = asked(kGradX);
+  p.grad_dw_weight = asked(kGradDwWeight);
+  p.grad_pw_weight = asked(kGradPwWeight);
+  p.grad_dw_bias = asked(kGradDwBias);
+  p.grad_pw_bias = asked(kGradPwBias);
+  const BackwardPlan plan = plan_backward(p, DeviceLimits{multiprocessors});
+  const int64_t pixels = g.n * g.h_out * g.w_out, accumulator = accumulator_bytes(dtype);
+  check_split(plan.pw_split, pixels);
+  check_split(plan.dw_split, pixels);
+
+  // The parts of the workspace follow each other, and each has room for what is asked for.
+  const int64_t begins[] = {(int64_t)plan.du_at, (int64_t)plan.pw_weight_at, (int64_t)plan.pw_bias_at,
+                            (int64_t)plan.dw_weight_at, (int64_t)plan.dw_bias_at, (int64_t)plan.workspace_bytes};
+  const int64_t taps = g.kernel_h * g.kernel_w;
+  const int64_t needs[] = {plan.du ? pixels * g.c_mid * (int64_t)element_bytes(dtype) : 0,
+                           p.grad_pw_weight ? plan.pw_split.count * g.c_out * g.c_mid * accumulator : 0,
+                           p.grad_pw_bias ? plan.pw_split.count * g.c_out * accumulator : 0,
+                           p.grad_dw_weight ? plan.dw_split.count * g.c_mid * taps * accumulator : 0,
+                           p.grad_dw_bias ? plan.dw_split.count * g.c_mid * accumulator : 0};
+  for (int i = 0; i < 5; ++i) CHECK(begins[i] % 256 == 0 && begins[i + 1] - begins[i] >= needs[i]);
+  for (int i = 0; i < 5; ++i) CHECK(needs[i] != 0 || begins[i + 1] == begins[i]);
+  CHECK(plan.du == ((grads & (kGradX | kGradDwWeight | kGradDwBias)) != 0));
+  CHECK(plan.pw_sums == ((grads & (kGradPwWeight | kGradPwBias)) != 0));
+  return plan;
+}
+
+int main() {
+  const int64_t channels[] = {1, 3, 17, 32, 113, 512, 2048, 100000};
+  for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16})
+    for (const int64_t c_mid : channels)
+      for (const int64_t c_out : channels)
+        for (const int64_t n : {1, 2, 128})
+          for (const int64_t size : {1, 7, 14, 56, 300})
+            for (const int64_t kernel : {1, 3, 31})
+              for (const int64_t multiprocessors : {1, 40, 132}) {
+                const Geometry g = geometry(n, c_mid, c_out, size, kernel);
+                forward_of(g, dtype, multiprocessors);
+                backward_of(g, dtype, Layout::nchw, multiprocessors, 31);
+                backward_of(g, dtype, Layout::nhwc, multiprocessors, 31);
+              }
+  for (int64_t grads = 0; grads < 32; ++grads) {
+    backward_of(geometry(2, 32, 64, 28, 3), DType::f32, Layout::nchw, 132, grads);
+  }
+
+  // The wide tile computes z fewer times; the narrow one pads few output channels less and makes more blocks.
+  CHECK(forward_of(geometry(128, 64, 128, 56, 3), DType::f32, 132).wide);
+  CHECK(!forward_of(geometry(128, 144, 24, 56, 3), DType::f32, 132).wide);
+  CHECK(!forward_of(geometry(1, 1024, 1024, 7, 3), DType::f32, 132).wide);
+
+  CHECK(unrolled_kernel(geometry(1, 1, 1, 9, 3)) == 3 && unrolled_kernel(geometry(1, 1, 1, 9, 5)) == 5);
+  CHECK(unrolled_kernel(geometry(1, 1, 1, 9, 7)) == 0);
+  Geometry g = geometry(1, 1, 1, 9, 3);
+  g.kernel_w = 5;
+  CHECK(unrolled_kernel(g) == 0);
+
+  CHECK(unsupported_extent(geometry(1, 1, 1, 9, 3)) == nullptr);
+  g = geometry(1, 1, 1, 9, 3);
+  g.w_in = int64_t{1} << 29;
+  CHECK(unsupported_extent(g) != nullptr);
+  g = geometry(1, 1, 1, 9, 3);
+  g.dilation_h = int64_t{1} << 28;  // reaches (3 - 1) * 2^28
+  CHECK(unsupported_extent(g) != nullptr);
+  return failures != 0;
+}
+"""
+
+
+def test_the_planner_covers_every_pixel_and_its_workspace_holds_every_part(tmp_path):
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source, program = tmp_path / "planner.cpp", tmp_path / "planner"
+    source.write_text(PLANNER)
+    subprocess.run([compiler, "-std=c++20", "-O1", "-Wall", f"-I{CSRC}", source, "-o", program], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[:4000]
