@@ -57,7 +57,10 @@ class DepthwiseSeparable(torch.autograd.Function):
             return (None,) * 6
         *primals, saved = ctx.saved_tensors
         mask = grad_mask(*ctx.needs_input_grad[:5])
-        grads = DepthwiseSeparableGrad.apply(dy, *primals, saved, ctx.config, mask)
+        if _derivatives_may_follow((dy, *primals)):
+            grads = DepthwiseSeparableGrad.apply(dy, *primals, saved, ctx.config, mask)
+        else:
+            grads = DepthwiseSeparableGrad.forward(dy, *primals, saved, ctx.config, mask)
         return (*_asked_for(grads, mask), None)
 
     @staticmethod
@@ -69,6 +72,19 @@ class DepthwiseSeparable(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *args):
         return forward_vmap(DepthwiseSeparable.apply)(info, in_dims, *args)
+
+
+class _DepthwiseSeparableEager(torch.autograd.Function):
+    """DepthwiseSeparable without setup_context, which torch.func needs and which costs a call some 20 us."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = DepthwiseSeparable.forward(*inputs)
+        DepthwiseSeparable.setup_context(ctx, inputs, output)
+        return output
+
+    backward = DepthwiseSeparable.backward
+    jvp = DepthwiseSeparable.jvp
 
 
 class DepthwiseSeparableGrad(torch.autograd.Function):
@@ -132,19 +148,28 @@ def _asked_for(grads, mask: int) -> tuple:
     return tuple(g if mask & bit else None for g, bit in zip(grads, GRAD_BITS, strict=True))
 
 
+def _derivatives_may_follow(tensors: tuple) -> bool:
+    """Whether a call on `tensors` has to go through a Function."""
+    return (
+        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
+
+
 def apply(
     x: Tensor, dw_weight: Tensor, pw_weight: Tensor, dw_bias: Tensor | None, pw_bias: Tensor | None, config: Config
 ) -> Tensor:
-    """Calls the op, through the Function only where a derivative or a transform may need it."""
+    """Calls the op, through a Function only where a derivative or a transform may need it."""
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if torch.compiler.is_compiling():
         # Graphs hold the bare op; its gradients are registered in ops.py.
-        if needs_grad and not derivative_from_output(config.out_act):
+        needs_pre = torch.is_grad_enabled() and not derivative_from_output(config.out_act)
+        if needs_pre and any(t is not None and t.requires_grad for t in tensors):
             return torch.ops.dsconv_cuda.fwd_with_pre(*tensors, *config.arguments())[0]
         return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments())
-    if not needs_grad and forward_ad._current_level < 0 and not torch._C._are_functorch_transforms_active():
-        # A Function costs some 20 us a call even where nothing is to be differentiated.
+    if not _derivatives_may_follow(tensors):
         return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments())
-    result = DepthwiseSeparable.apply(*tensors, config)
+    functorch = torch._C._are_functorch_transforms_active()
+    result = (DepthwiseSeparable if functorch else _DepthwiseSeparableEager).apply(*tensors, config)
     return result if isinstance(result, Tensor) else result[0]
