@@ -46,6 +46,10 @@ def reading(fused, plain, yardstick):
     )
 
 
+def running_means(values, window):
+    return [statistics.fmean(values[i : i + window]) for i in range(len(values) - window + 1)]
+
+
 def draw(fused, plain, path):
     figure = Figure(figsize=(11, 4.2), layout="constrained")  # without pyplot: needs no display
     losses, accuracy = figure.subplots(1, 2)
@@ -55,10 +59,12 @@ def draw(fused, plain, path):
     )
     epochs = len(fused.accuracies)
     steps_per_epoch = len(fused.losses) // epochs
+    window = max(1, steps_per_epoch // 4)
     for run, style in styles:
-        losses.plot([(i + 1) / steps_per_epoch for i in range(len(run.losses))], run.losses, label=run.name, **style)
+        means = running_means(run.losses, window)
+        losses.plot([(i + window) / steps_per_epoch for i in range(len(means))], means, label=run.name, **style)
         accuracy.plot(range(1, epochs + 1), [100 * a for a in run.accuracies], label=run.name, marker="o", **style)
-    losses.set(xlabel="epoch", ylabel="training loss of a batch", yscale="log", title="Loss curves")
+    losses.set(xlabel="epoch", ylabel=f"training loss, mean of {window} batches", yscale="log", title="Loss curves")
     accuracy.set(xlabel="epoch", ylabel="correct test digits (%)", title="Test accuracy")
     for axes in (losses, accuracy):
         axes.grid(alpha=0.3)

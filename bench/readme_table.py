@@ -33,7 +33,8 @@ def table(path):
     text = tabulate(rows, titles, "github", disable_numparse=True, colalign=["left", "left"] + ["right"] * 5)
     return (
         f"{environment['date']}: {environment['cpu']}, {environment['logical_cpus']} logical CPUs, "
-        f"{environment['kernels']}, torch {environment['torch']}, float32.\n\n{text}"
+        f"load average {environment['load_average_at_start']} at the start, {environment['kernels']}, torch "
+        f"{environment['torch']}, float32.\n\n{text}"
     )
 
 

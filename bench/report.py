@@ -9,6 +9,7 @@ from tabulate import tabulate
 from .ceilings import cache_sizes
 
 CLOCK_NAMES = {"wall": "wall", "cpu": "CPU time of the process"}
+QUIET_SPREAD = 1.08  # a quiet machine stays below
 SHORT = {"channels_last": "CL", "nchw": "NCHW"}
 
 
@@ -61,12 +62,15 @@ def _table(result, group):
 
 def summary(result):
     spreads = [sample.spread for m in result.measurements for sample in m.samples.values()]
-    return (
+    text = (
         "CL: channels_last. limit: what bounds the layer; no form can be below 1.00.\n"
         "gain: time of the best PyTorch form in whichever layout over that of the fused op in this one.\n"
         "Every form was checked against fp64 before it was timed. Spread of a figure over its rounds (90th over 10th\n"
         f"percentile): median {statistics.median(spreads):.2f}, widest {max(spreads):.2f}."
     )
+    if statistics.median(spreads) > QUIET_SPREAD:
+        text += "\nThe machine was busy with something else too: do not rely on these figures."
+    return text
 
 
 def to_json(result):

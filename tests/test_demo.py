@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import demo
-from bench.demo_report import largest_difference
+from bench.demo_report import largest_difference, running_means
 from bench.digits import SIDE, load_digits
 from bench.mnist_net import MnistNet
 from bench.plain import PlainSeparableConv2d
@@ -133,6 +133,11 @@ def test_end_to_end(tmp_path, capsys):
 def test_arguments():
     arguments = demo.parse_arguments(["--epochs", "2", "--batch-size", "16", "--threads", "1", "--output", "a.png"])
     assert (arguments.epochs, arguments.batch_size, arguments.threads, str(arguments.output)) == (2, 16, 1, "a.png")
+
+
+def test_running_means():
+    assert running_means([1.0, 2.0, 6.0], 2) == [1.5, 4.0]
+    assert running_means([1.0, 2.0, 6.0], 1) == [1.0, 2.0, 6.0]
 
 
 def test_the_learning_rate_rises_and_falls():
