@@ -105,7 +105,7 @@ void run_forward(const char* op, const ForwardParams& p) {
   const int64_t element = element_bytes(p.dtype);
   ForwardContext ctx{};
   ctx.p = p;
-  ctx.plan = plan_forward(p.geom, micro_of(table, p.dtype), element, torch::stable::get_num_threads());
+  ctx.plan = plan_forward(p.geom, p.x_layout, micro_of(table, p.dtype), element, torch::stable::get_num_threads());
   const CpuPlan& plan = ctx.plan;
 
   Workspace workspace(element);
@@ -127,7 +127,7 @@ void run_backward(const char* op, const BackwardParams& p) {
   const Geometry& g = p.geom;
   BackwardContext ctx{};
   ctx.p = p;
-  ctx.plan = plan_backward(g, micro_of(table, p.dtype), element);
+  ctx.plan = plan_backward(g, p.x_layout, micro_of(table, p.dtype), element);
   const CpuPlan& plan = ctx.plan;
   const bool nhwc = p.x_layout == Layout::nhwc;
   const bool need_du = p.grad_x != nullptr || p.grad_dw_weight != nullptr;

@@ -176,10 +176,12 @@ int main() {
               g.kernel_h = g.kernel_w = kernel;
               g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
               g.pad_top = g.pad_left = kernel / 2;
-              for (const int64_t threads : {1, 2, 7}) {
-                bad += check(g, micro, element, plan_forward(g, micro, element, threads));
+              for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
+                for (const int64_t threads : {1, 2, 7}) {
+                  bad += check(g, micro, element, plan_forward(g, layout, micro, element, threads));
+                }
+                bad += check(g, micro, element, plan_backward(g, layout, micro, element));
               }
-              bad += check(g, micro, element, plan_backward(g, micro, element));
             }
   return bad != 0;
 }

@@ -25,6 +25,12 @@ DSCONV_INLINE bool is_clamp(Activation a) {
   return a == Activation::identity || a == Activation::relu || a == Activation::relu6;
 }
 
+// (1 + tanh u) / 2 is sigmoid(2 u), which loses no digits where tanh u is near -1: 2 u of gelu_tanh.
+template <typename T, typename V>
+DSCONV_INLINE V gelu_tanh_argument(V z) {
+  return vset(T(1.59576912160573071176)) * (z + vset(T(0.044715)) * z * z * z);
+}
+
 template <Activation A, typename T, typename V>
 DSCONV_INLINE V act_value(V z) {
   const V zero = vset(T(0)), one = vset(T(1)), half = vset(T(0.5));
@@ -34,10 +40,7 @@ DSCONV_INLINE V act_value(V z) {
   if constexpr (A == Activation::silu) return z / (one + vexp(-z));
   if constexpr (A == Activation::hardswish) return z * vmin(vset(T(6)), vmax(zero, z + vset(T(3)))) * vset(T(1. / 6));
   if constexpr (A == Activation::gelu) return half * z * (one + verf(z * vset(T(0.70710678118654752440))));
-  if constexpr (A == Activation::gelu_tanh) {
-    const V inner = vset(T(0.79788456080286535588)) * (z + vset(T(0.044715)) * z * z * z);
-    return half * z * (one + vtanh(inner));
-  }
+  if constexpr (A == Activation::gelu_tanh) return z / (one + vexp(-gelu_tanh_argument<T>(z)));
   if constexpr (A == Activation::sigmoid) return one / (one + vexp(-z));
   if constexpr (A == Activation::tanh) return vtanh(z);
   if constexpr (A == Activation::hardsigmoid) return vmin(vset(T(6)), vmax(zero, z + vset(T(3)))) * vset(T(1. / 6));
@@ -62,18 +65,15 @@ DSCONV_INLINE V act_derivative(V z) {
     return cdf + z * vset(T(0.39894228040143267794)) * vexp(-half * z * z);
   }
   if constexpr (A == Activation::gelu_tanh) {
-    const V beta = vset(T(0.79788456080286535588)), kappa = vset(T(0.044715));
-    const V t = vtanh(beta * (z + kappa * z * z * z));
-    return half * (one + t) + half * z * (one - t * t) * beta * (one + three * kappa * z * z);
+    const V s = one / (one + vexp(-gelu_tanh_argument<T>(z)));
+    const V slope = vset(T(1.59576912160573071176)) * (one + three * vset(T(0.044715)) * z * z);
+    return s + z * s * (one - s) * slope;
   }
   if constexpr (A == Activation::sigmoid) {
     const V s = one / (one + vexp(-z));
     return s * (one - s);
   }
-  if constexpr (A == Activation::tanh) {
-    const V t = vtanh(z);
-    return one - t * t;
-  }
+  if constexpr (A == Activation::tanh) return vtanh_derivative(z);
   if constexpr (A == Activation::hardsigmoid) return z > -three ? (z < three ? vset(T(1. / 6)) : zero) : zero;
   return one;
 }

@@ -147,11 +147,6 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t group, void* 
   for (int64_t tile = first; tile < last; ++tile) backward_pointwise_tile<S>(ctx, tile, t, pw_partial, bias_partial);
 }
 
-template <typename S, typename T>
-DSCONV_INLINE void store_one(T value, S* p) {
-  vstore(p, vset(value), 1);
-}
-
 template <typename T>
 DSCONV_INLINE T sum_groups(const T* first, int64_t step, int64_t groups) {
   T sum = 0;

@@ -33,7 +33,7 @@ struct CpuPlan {
   int64_t mid_columns, out_columns;  // c_mid and c_out rounded up to micro.columns: packed weights, partial sums
   int64_t mid_ld, out_ld;            // row strides of tiles, elements: no multiple of 128 bytes, against set conflicts
   int64_t strip_ld;                  // row stride of the channel strips that nchw goes through
-  int64_t block;                     // pixels a tile is made of: micro.rows, fewer where the scratch holds no more
+  int64_t block;                     // pixels a tile is made of: micro.rows, an image row in nchw, fewer if need be
   int64_t blocks, tiles;             // tiles of whole blocks, whose numbers differ by one at most
   int64_t tile_pixels;               // of the largest tile
   int64_t pointwise_groups;          // partial sums of the pointwise backward
@@ -76,9 +76,11 @@ inline CpuPlan base(const Geometry& g, MicroTile micro, int64_t element) {
   return plan;
 }
 
-// Tiles of at most max_pixels, a multiple of `granule` of them where there are enough blocks.
-inline void cut(CpuPlan& plan, int64_t max_pixels, int64_t granule) {
-  plan.block = clamp64(max_pixels, 1, plan.micro.rows);
+// Tiles of at most max_pixels, a multiple of `granule` of them where there are enough blocks. In nchw, whole rows of
+// the image: a part of a row costs the depthwise stage as much as the whole.
+inline void cut(CpuPlan& plan, const Geometry& g, Layout x_layout, int64_t max_pixels, int64_t granule) {
+  const bool rows = x_layout == Layout::nchw && g.w_out <= max_pixels;
+  plan.block = rows ? g.w_out : clamp64(max_pixels, 1, plan.micro.rows);
   plan.blocks = ceil_div(plan.pixels, plan.block);
   plan.tiles = clamp64(round_up(ceil_div(plan.blocks, max_pixels / plan.block), granule), 1, plan.blocks);
   plan.tile_pixels = ceil_div(plan.blocks, plan.tiles) * plan.block;
@@ -92,26 +94,26 @@ inline int64_t pixels_within(int64_t bytes, int64_t bytes_per_pixel) {
 }  // namespace plan_detail
 
 // Forward: every output value is one chain of FMAs whatever its tile, so tiles may follow the number of threads.
-inline CpuPlan plan_forward(const Geometry& g, MicroTile micro, int64_t element, int64_t threads) {
+inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element, int64_t threads) {
   CpuPlan plan = plan_detail::base(g, micro, element);
   const int64_t per_pixel = (plan.mid_ld + micro.columns + micro.lanes) * element;
   const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 8 * micro.rows, 256);
   const int64_t fits = plan_detail::pixels_within(kScratchBytes - plane_bytes(plan) - (8 << 10), per_pixel);
-  plan_detail::cut(plan, wanted < fits ? wanted : fits, threads);
+  plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, threads);
   plan.scratch_bytes = (plan.tile_pixels * (plan.mid_ld + micro.columns) + micro.lanes * plan.strip_ld) * element +
                        plane_bytes(plan) + 4 * kCacheLine;
   return plan;
 }
 
 // Backward: partial sums follow the tiles, so nothing here may know the number of threads.
-inline CpuPlan plan_backward(const Geometry& g, MicroTile micro, int64_t element) {
+inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element) {
   constexpr int64_t kMaxGroups = 16;
   constexpr int64_t kPartialBytes = int64_t{32} << 20;
   CpuPlan plan = plan_detail::base(g, micro, element);
   const int64_t per_pixel = (2 * plan.mid_ld + 2 * plan.out_ld + micro.lanes) * element;
   const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 12 * micro.rows, 256);
   const int64_t fits = plan_detail::pixels_within(kScratchBytes - plane_bytes(plan) - (8 << 10), per_pixel);
-  plan_detail::cut(plan, wanted < fits ? wanted : fits, 4);
+  plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, 4);
 
   const int64_t pointwise_bytes = g.c_out * plan.mid_columns * element;
   const int64_t affordable = clamp64(kPartialBytes / pointwise_bytes, 2, kMaxGroups);

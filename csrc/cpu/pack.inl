@@ -3,11 +3,6 @@
 #error "pack.inl belongs inside an ISA region"
 #endif
 
-template <typename S>
-DSCONV_INLINE auto widen_one(const S* p) {
-  return vload(p, 1)[0];
-}
-
 // Channel of the tensors for the kernels' channel k (cpu_plan.h).
 DSCONV_INLINE int64_t tensor_channel(const Geometry& g, int64_t k) { return k % g.c_in * g.multiplier + k / g.c_in; }
 

@@ -53,6 +53,20 @@ DSCONV_INLINE void transpose_block_out(const T* src, int64_t src_ld, int columns
   }
 }
 
+// One element, from and to storage.
+template <typename S>
+DSCONV_INLINE auto widen_one(const S* p) {
+  return vload(p, 1)[0];
+}
+DSCONV_INLINE float widen_one(const float* p) { return *p; }
+DSCONV_INLINE double widen_one(const double* p) { return *p; }
+template <typename S, typename T>
+DSCONV_INLINE void store_one(T value, S* p) {
+  vstore(p, vset(value), 1);
+}
+DSCONV_INLINE void store_one(float value, float* p) { *p = value; }
+DSCONV_INLINE void store_one(double value, double* p) { *p = value; }
+
 // Whole vectors: count rounded up to them is written.
 template <typename T>
 static void zero_fill(T* p, int64_t count) {
