@@ -78,7 +78,7 @@ PLAIN_ONLY = ("orders",)
 def run(program: Path, *arguments: str, order: str = "forward") -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"CUDA_HOST_ORDER": order, "TSAN_OPTIONS": "atexit_sleep_ms=0"}
     return subprocess.run(
-        [program, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120
+        [program, *arguments], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
     )
 
 

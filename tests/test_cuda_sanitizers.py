@@ -25,7 +25,7 @@ def run_driver(sanitizer: str | None, order: str, *arguments: int) -> dict[str, 
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=900,
+        timeout=1800,
     )
     assert done.returncode == 0, done.stdout
     return dict(re.findall(r"^(cases|digest|layer) (\S+)$", done.stdout, re.MULTILINE))

@@ -20,7 +20,9 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 
-ENGINE_SOURCES = tuple(HERE / name for name in ("engine.cpp", "fiber.cpp", "host_runtime.cpp", "shared_memory.cpp"))
+ENGINE_SOURCES = tuple(
+    HERE / f"{name}.cpp" for name in ("async_copy", "engine", "fiber", "host_runtime", "shared_memory", "warp")
+)
 SANITIZERS = ("address,undefined", "thread")
 PARALLEL_COMPILES = 2
 

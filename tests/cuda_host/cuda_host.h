@@ -1,5 +1,5 @@
 // CUDA on the host, for tests: what csrc/cuda/portability.cuh includes where the compiler is not nvcc. No CUDA toolkit
-// is needed. The engine behind it (host_runtime.cpp, engine.cpp, shared_memory.cpp, fiber.cpp) runs every block's
+// is needed. The engine behind it (engine.cpp and its neighbours) runs every block's
 // threads as fibers.
 #pragma once
 
