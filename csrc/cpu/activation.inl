@@ -25,10 +25,10 @@ DSCONV_INLINE bool is_clamp(Activation a) {
   return a == Activation::identity || a == Activation::relu || a == Activation::relu6;
 }
 
-// (1 + tanh u) / 2 is sigmoid(2 u), which loses no digits where tanh u is near -1: 2 u of gelu_tanh.
+// (1 + tanh u) / 2 is sigmoid(2 u), which loses no digits where tanh u is near -1: e^(-2 u) of gelu_tanh.
 template <typename T, typename V>
-DSCONV_INLINE V gelu_tanh_argument(V z) {
-  return vset(T(1.59576912160573071176)) * (z + vset(T(0.044715)) * z * z * z);
+DSCONV_INLINE V gelu_tanh_exponential(V z) {
+  return vexp(-z * vfma(vset(T(0.07135481627260024878)), z * z, vset(T(1.59576912160573071176))));
 }
 
 template <Activation A, typename T, typename V>
@@ -40,7 +40,7 @@ DSCONV_INLINE V act_value(V z) {
   if constexpr (A == Activation::silu) return z / (one + vexp(-z));
   if constexpr (A == Activation::hardswish) return z * vmin(vset(T(6)), vmax(zero, z + vset(T(3)))) * vset(T(1. / 6));
   if constexpr (A == Activation::gelu) return half * z * (one + verf(z * vset(T(0.70710678118654752440))));
-  if constexpr (A == Activation::gelu_tanh) return z / (one + vexp(-gelu_tanh_argument<T>(z)));
+  if constexpr (A == Activation::gelu_tanh) return z / (one + gelu_tanh_exponential<T>(z));
   if constexpr (A == Activation::sigmoid) return one / (one + vexp(-z));
   if constexpr (A == Activation::tanh) return vtanh(z);
   if constexpr (A == Activation::hardsigmoid) return vmin(vset(T(6)), vmax(zero, z + vset(T(3)))) * vset(T(1. / 6));
@@ -65,9 +65,10 @@ DSCONV_INLINE V act_derivative(V z) {
     return cdf + z * vset(T(0.39894228040143267794)) * vexp(-half * z * z);
   }
   if constexpr (A == Activation::gelu_tanh) {
-    const V s = one / (one + vexp(-gelu_tanh_argument<T>(z)));
-    const V slope = vset(T(1.59576912160573071176)) * (one + three * vset(T(0.044715)) * z * z);
-    return s + z * s * (one - s) * slope;
+    // 1 - s == e * s, without cancellation; e stays finite.
+    const V e = vmin(vset(T(1e30)), gelu_tanh_exponential<T>(z)), s = one / (one + e);
+    const V slope = vfma(vset(T(3 * 0.07135481627260024878)), z * z, vset(T(1.59576912160573071176)));
+    return vfma(z * s * slope, e * s, s);
   }
   if constexpr (A == Activation::sigmoid) {
     const V s = one / (one + vexp(-z));
