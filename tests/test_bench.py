@@ -136,11 +136,18 @@ def test_a_wrong_competitor_is_not_timed(mode):
         arena.check({Form(FUSED, "nchw"): wrong})
 
 
-def test_long_sums_stay_within_the_budget():
-    """A thousand products in one accumulator are further from fp64 than PyTorch, which sums in parts."""
-    long_sums = layers.parse("long 1 1024 7x7 3x3 1 1 1024 identity")[0]
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "channels 1 1024 7x7 3x3 1 1 1024 identity",
+        "row 1 64 1x1600 1x31 1 1 64 identity",
+        "row_of_pairs 1 64 1x1600 3x3 1 1 64 identity",
+    ],
+)
+def test_long_sums_stay_within_the_budget(layer):
+    """Many products in one accumulator are further from fp64 than PyTorch, which sums in parts."""
     for mode in (FORWARD, TRAINING):
-        arena = Arena(Problem(long_sums, mode, torch.float32))
+        arena = Arena(Problem(layers.parse(layer)[0], mode, torch.float32))
         arena.check({form: arena.call(form) for form in (Form(FUSED, "nchw"), Form(FUSED, "channels_last"))})
 
 

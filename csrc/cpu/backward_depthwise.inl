@@ -96,6 +96,9 @@ static void backward_x_nhwc(const BackwardContext& ctx, int64_t task, void* scra
   }
 }
 
+// Rows longer than this many pixels are summed in parts: rounding errors grow with the chain of additions.
+constexpr int kLongestRow = 64;
+
 // sums[0..U) += sum over `count` pixels of x * du, vectors along channels.
 template <int U, typename S, typename T>
 DSCONV_INLINE void correlate_row(const S* x, int64_t x_step, const T* du, int64_t du_step, int64_t count, T* sums) {
@@ -177,7 +180,10 @@ static int64_t correlate_inner(const Geometry& g, const S* x, int64_t x_column, 
   const int64_t channels = g.c_in / (2 * n) * (2 * n);
   for (int64_t plane = 0; plane < g.multiplier; ++plane, du += g.c_in, sums += g.c_in) {
     for (int64_t c = 0; c < channels; c += 2 * n) {
-      correlate_taps_row<Taps, Step>(x + c, x_column, du + c, g.c_mid, pairs, sums + c, sums_ld);
+      for (int64_t pair = 0; pair < pairs; pair += kLongestRow / 2) {
+        correlate_taps_row<Taps, Step>(x + c + pair * 2 * Step * x_column, x_column, du + c + pair * 2 * g.c_mid,
+                                       g.c_mid, lanes_left(pairs - pair, kLongestRow / 2), sums + c, sums_ld);
+      }
     }
   }
   return channels;
@@ -213,9 +219,10 @@ static void correlate_kernel_row(const BackwardContext& ctx, const S* x, const T
     const Range part[3] = {
         {ow.begin, pairs > 0 ? inner : ow.end}, {inner, inner + 2 * pairs}, {inner + 2 * pairs, ow.end}};
     for (int i = 0; i < (pairs > 0 ? 3 : 1); ++i) {
-      if (part[i].begin >= part[i].end) continue;
-      correlate_tap(g, x + (part[i].begin * g.stride_w + offset) * column, g.stride_w * column,
-                    du + part[i].begin * g.c_mid, part[i].end - part[i].begin, i == 1 ? channels : 0, sums + j * ld);
+      for (int64_t begin = part[i].begin; begin < part[i].end; begin += kLongestRow) {
+        correlate_tap(g, x + (begin * g.stride_w + offset) * column, g.stride_w * column, du + begin * g.c_mid,
+                      lanes_left(part[i].end - begin, kLongestRow), i == 1 ? channels : 0, sums + j * ld);
+      }
     }
   }
 }
