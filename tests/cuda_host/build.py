@@ -34,7 +34,12 @@ class CompileError(RuntimeError):
 def build_emulated_extension(build_dir: Path | str) -> Path:
     """A library for torch.ops.load_library() in which torch.ops.dsconv_cuda.* on CPU tensors run the CUDA kernels."""
     flags = _kernel_flags(None) + _torch_flags() + ["-DTORCH_EXTENSION_NAME=dsconv_cuda_emulated"]
-    torch_sources = [CSRC / "register.cpp", HERE / "no_cpu_kernels.cpp", CSRC / "cuda" / "op_cuda.cu"]
+    torch_sources = [
+        CSRC / "register.cpp",
+        CSRC / "cuda" / "cuda_plan_query.cpp",
+        HERE / "no_cpu_kernels.cpp",
+        CSRC / "cuda" / "op_cuda.cu",
+    ]
     jobs = [(source, flags) for source in torch_sources]
     jobs += [(source, _kernel_flags(None)) for source in kernel_sources()]
     jobs += [(source, _engine_flags(None)) for source in ENGINE_SOURCES]

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "../../csrc/cpu/cpu_isa.h"
+#include "../../csrc/plan_query.h"
 
 namespace dsconv {
 
@@ -16,5 +17,7 @@ std::vector<std::string> isa_available() { return {}; }
 Isa isa_active() { return Isa::generic; }
 
 void set_isa(const std::string&) { throw std::runtime_error("the emulated library has no CPU kernels"); }
+
+PlanNumbers cpu_plan(const PlanQuery&, int64_t) { throw std::runtime_error("the emulated library has no CPU kernels"); }
 
 }  // namespace dsconv

@@ -34,7 +34,7 @@ def build_emulated_avx512(build_dir) -> Path:
     """
     build_dir = Path(build_dir)
     build_dir.mkdir(parents=True, exist_ok=True)
-    sources = [CSRC / "register.cpp", CSRC / "op_cpu.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    sources = [path for folder in ("", "cpu", "cuda") for path in sorted((CSRC / folder).glob("*.cpp"))]
     command = [sys.executable, "-c", _BUILD, NAME, str(build_dir), str(HERE), *map(str, sources)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:

@@ -1,0 +1,28 @@
+// cpu_plan(): the numbers of cpu_plan.h for the active instruction set.
+
+#include "../plan_query.h"
+#include "cpu_isa.h"
+#include "cpu_kernels.h"
+
+namespace dsconv {
+
+PlanNumbers cpu_plan(const PlanQuery& query, int64_t threads) {
+  const Geometry g = geometry_of(query);
+  const bool f64 = dtype_of(query) == DType::f64;
+  const KernelTable& table = active_kernels();
+  const MicroTile micro = f64 ? table.micro_f64 : table.micro_f32;
+  const int64_t element = f64 ? 8 : 4;
+  const Layout layout = layout_of(query);
+  const CpuPlan plan = query.backward ? plan_backward(g, layout, micro, element)
+                                      : plan_forward(g, layout, micro, element, threads > 0 ? threads : 1);
+  return {{"micro_rows", micro.rows},
+          {"micro_columns", micro.columns},
+          {"pixels", plan.pixels},
+          {"tiles", plan.tiles},
+          {"tile_pixels", plan.tile_pixels},
+          {"pointwise_groups", plan.pointwise_groups},
+          {"depthwise_groups", plan.depthwise_groups},
+          {"scratch_bytes", plan.scratch_bytes}};
+}
+
+}  // namespace dsconv
