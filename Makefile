@@ -35,6 +35,10 @@ OTHER_VENV_READY := $(OTHER_VENV)/ready-$(call as_file_name,$(OTHER_TORCH))
 QUICK_ARCHITECTURES := $(shell nvidia-smi -L >/dev/null 2>&1 && echo native || echo 9.0+PTX)
 demo bench: export TORCH_CUDA_ARCH_LIST ?= $(QUICK_ARCHITECTURES)
 
+# Threads that wait leave their core to those that work: where other processes want the cores too, as the tests' own do,
+# spinning threads cost several times the whole time. Benchmarks keep the default.
+demo test: export OMP_WAIT_POLICY ?= passive
+
 .PHONY: build demo test bench format check clean distclean
 
 demo: build
