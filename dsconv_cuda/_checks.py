@@ -75,13 +75,14 @@ def check_operands(op: str, tensors: tuple) -> None:
     for index, t in enumerate(tensors):
         if t is None:
             continue
-        if t.layout is not torch.strided or t.is_nested or t.is_quantized:
+        known = t.dtype in DTYPES  # quantized tensors have dtypes of their own
+        if t.layout is not torch.strided or t.is_nested or (not known and t.is_quantized):
             kind = "nested" if t.is_nested else "quantized" if t.is_quantized else str(t.layout)
             raise TypeError(
                 f"{op}: {ARGUMENTS[index]} must be a dense tensor, got a {kind} one; convert it first, for "
                 f"example with .to_dense(), .to_padded_tensor() or .dequantize()"
             )
-        if t.dtype not in DTYPES:
+        if not known:
             raise TypeError(
                 f"{op}: {ARGUMENTS[index]} must be float64, float32, bfloat16 or float16, got {t.dtype}; convert "
                 f"it with .to()"

@@ -60,7 +60,8 @@ class DepthwiseSeparable(torch.autograd.Function):
         if _derivatives_may_follow((dy, *primals)):
             grads = DepthwiseSeparableGrad.apply(dy, *primals, saved, ctx.config, mask)
         else:
-            grads = DepthwiseSeparableGrad.forward(dy, *primals, saved, ctx.config, mask)
+            with torch._C._AutoDispatchBelowAutograd():
+                grads = DepthwiseSeparableGrad.forward(dy, *primals, saved, ctx.config, mask)
         return (*_asked_for(grads, mask), None)
 
     @staticmethod
@@ -79,7 +80,8 @@ class _DepthwiseSeparableEager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = DepthwiseSeparable.forward(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            output = DepthwiseSeparable.forward(*inputs)
         DepthwiseSeparable.setup_context(ctx, inputs, output)
         return output
 
@@ -169,7 +171,8 @@ def apply(
             return torch.ops.dsconv_cuda.fwd_with_pre(*tensors, *config.arguments())[0]
         return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments())
     if not _derivatives_may_follow(tensors):
-        return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments())
+        with torch._C._AutoDispatchBelowAutograd():  # past the op's own gradients, which would find nothing to do
+            return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments())
     functorch = torch._C._are_functorch_transforms_active()
     result = (DepthwiseSeparable if functorch else _DepthwiseSeparableEager).apply(*tensors, config)
     return result if isinstance(result, Tensor) else result[0]
