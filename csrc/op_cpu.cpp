@@ -135,7 +135,7 @@ void run_backward(const char* op, const BackwardParams& p) {
 
   Workspace workspace(element);
   reserve_depthwise(workspace, plan, ctx.packed);
-  workspace.reserve(&ctx.bias_partial, plan.pointwise_groups * (plan.out_columns + plan.mid_columns));
+  workspace.reserve(&ctx.bias_partial, plan.pointwise_groups * (2 * plan.out_columns + plan.mid_columns));
   if (need_da) workspace.reserve(&ctx.packed.pw_backward, plan.mid_columns * g.c_out);
   if (need_du) workspace.reserve(&ctx.du, plan.pixels * g.c_mid);
   if (p.grad_pw_weight != nullptr) {

@@ -29,6 +29,37 @@ static void add_column_sums(const T* tile, int64_t ld, int64_t rows, int64_t col
   }
 }
 
+// sums - lost += column sums, by Kahan's compensated summation (Comm. ACM 8(1), 1965). What dy sums to is often much
+// smaller than what is summed, and then the order of a plain sum decides most digits.
+template <int U, typename T>
+DSCONV_INLINE void add_column_sums_exactly(const T* tile, int64_t ld, int64_t rows, T* sums, T* lost) {
+  typedef typename Vec<T>::type V;
+  constexpr int n = Vec<T>::n;
+  V sum[U], error[U];
+  DSCONV_UNROLL
+  for (int u = 0; u < U; ++u) sum[u] = vload(sums + u * n), error[u] = vload(lost + u * n);
+  for (int64_t i = 0; i < rows; ++i, tile += ld) {
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) {
+      const V term = vload(tile + u * n) - error[u];
+      const V next = sum[u] + term;
+      error[u] = (next - sum[u]) - term;
+      sum[u] = next;
+    }
+  }
+  DSCONV_UNROLL
+  for (int u = 0; u < U; ++u) vstore(sums + u * n, sum[u]), vstore(lost + u * n, error[u]);
+}
+
+// Four vectors at a time hide the latency of the chain of four additions.
+template <typename T>
+static void add_columns_exactly(const T* tile, int64_t ld, int64_t rows, int64_t columns, T* sums, T* lost) {
+  constexpr int n = Vec<T>::n;
+  int64_t c = 0;
+  for (; c + 3 * n < columns; c += 4 * n) add_column_sums_exactly<4>(tile + c, ld, rows, sums + c, lost + c);
+  for (; c < columns; c += n) add_column_sums_exactly<1>(tile + c, ld, rows, sums + c, lost + c);
+}
+
 template <typename T>
 struct PointwiseTile {
   T* a;      // [pixels][mid_ld], act(z)
@@ -113,12 +144,13 @@ static void backward_pointwise_tile(const BackwardContext& ctx, int64_t tile, co
       activation_pass<ScaleByOutDerivative, T>(p.out_act, g.c_out, t.g + i * plan.out_ld, t.saved + i * plan.out_ld);
     }
   }
-  if (p.grad_pw_bias != nullptr) add_column_sums(t.g, plan.out_ld, count, g.c_out, bias_partial);
+  T* lost = bias_partial + plan.out_columns;
+  if (p.grad_pw_bias != nullptr) add_columns_exactly(t.g, plan.out_ld, count, g.c_out, bias_partial, lost);
   if (pw_partial != nullptr || (need_du && !linear)) recompute_z<S>(ctx, pixel, count, t);
   if (pw_partial != nullptr) pointwise_weight_gradient(g, plan, count, t, pw_partial);
   if (!need_du) return;
   pointwise_input_gradient(g, plan, static_cast<const T*>(ctx.packed.pw_backward), linear, count, t);
-  if (p.grad_dw_bias != nullptr) add_column_sums(t.du, plan.mid_ld, count, g.c_mid, bias_partial + plan.out_columns);
+  if (p.grad_dw_bias != nullptr) add_column_sums(t.du, plan.mid_ld, count, g.c_mid, lost + plan.out_columns);
   if (ctx.du != nullptr) {
     store_tile(t.du, plan.mid_ld, 0, g.c_mid, pixel, count, static_cast<T*>(ctx.du), p.x_layout, g.c_mid,
                plan.image_pixels);
@@ -137,7 +169,7 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t group, void* 
   t.block = t.strips + plan.micro.lanes * plan.strip_ld;
   t.memory = t.block + plan.micro.rows * plan.micro.columns;
 
-  const int64_t pw_size = ctx.p.geom.c_out * plan.mid_columns, bias_size = plan.out_columns + plan.mid_columns;
+  const int64_t pw_size = ctx.p.geom.c_out * plan.mid_columns, bias_size = 2 * plan.out_columns + plan.mid_columns;
   T* pw_partial = ctx.pw_partial != nullptr ? static_cast<T*>(ctx.pw_partial) + group * pw_size : nullptr;
   T* bias_partial = static_cast<T*>(ctx.bias_partial) + group * bias_size;
   if (pw_partial != nullptr) zero_fill(pw_partial, pw_size);
@@ -174,18 +206,34 @@ static void reduce_pointwise(const BackwardContext& ctx, int64_t out_channel) {
   }
 }
 
+// The same of compensated sums, whose lost parts lie `lost` behind them.
+template <typename T>
+DSCONV_INLINE T sum_groups_exactly(const T* first, int64_t step, int64_t groups, int64_t lost) {
+  T sum = 0, error = 0;
+  for (int64_t i = 0; i < 2 * groups; ++i) {
+    const T term = (i % 2 == 0 ? first[i / 2 * step] : -first[i / 2 * step + lost]) - error;
+    const T next = sum + term;
+    error = (next - sum) - term;
+    sum = next;
+  }
+  return sum;
+}
+
 template <typename S, typename T>
 static void reduce_biases(const BackwardContext& ctx) {
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
   const T* partial = static_cast<const T*>(ctx.bias_partial);
-  const int64_t step = plan.out_columns + plan.mid_columns;
+  const int64_t step = 2 * plan.out_columns + plan.mid_columns;
   if (S* grad = static_cast<S*>(ctx.p.grad_pw_bias)) {
-    for (int64_t c = 0; c < g.c_out; ++c) store_one(sum_groups(partial + c, step, plan.pointwise_groups), grad + c);
+    for (int64_t c = 0; c < g.c_out; ++c) {
+      store_one(sum_groups_exactly(partial + c, step, plan.pointwise_groups, plan.out_columns), grad + c);
+    }
   }
   if (S* grad = static_cast<S*>(ctx.p.grad_dw_bias)) {
     for (int64_t k = 0; k < g.c_mid; ++k) {
-      store_one(sum_groups(partial + plan.out_columns + k, step, plan.pointwise_groups), grad + tensor_channel(g, k));
+      store_one(sum_groups(partial + 2 * plan.out_columns + k, step, plan.pointwise_groups),
+                grad + tensor_channel(g, k));
     }
   }
 }

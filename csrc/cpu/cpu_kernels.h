@@ -31,7 +31,7 @@ struct BackwardContext {
   PackedWeights packed;
   void* du;            // gradient of z: [pixels][c_mid] where x is nhwc, [n][c_mid][image_pixels] where nchw
   void* pw_partial;    // [pointwise_groups][c_out][mid_columns]
-  void* bias_partial;  // [pointwise_groups][out_columns + mid_columns]: pw bias, then dw bias
+  void* bias_partial;  // [pointwise_groups][2 * out_columns + mid_columns]: pw bias, what its sums lost, dw bias
   void* dw_partial;    // [depthwise_groups][taps][mid_columns], nhwc only
 };
 
