@@ -67,7 +67,7 @@ struct PointwiseTile {
   T* g;      // [pixels][out_ld]
   T* saved;  // [pixels][out_ld]
   T* strips;
-  T* block;      // [kMicroRows][columns]
+  T* da;         // [pixels][columns], of one panel
   void* memory;  // of plane.inl
 };
 
@@ -97,8 +97,8 @@ static void pointwise_weight_gradient(const Geometry& g, const CpuPlan& plan, in
   for (int64_t k = 0; k < g.c_mid; k += columns) {
     const int64_t width = g.c_mid - k < columns ? g.c_mid - k : columns;
     for (int64_t c = 0; c < g.c_out; c += kMicroRows) {
-      gemm_block<T, false>(lanes_left(g.c_out - c, kMicroRows), width, count, {t.g + c, plan.out_ld},
-                           {t.a + k, plan.mid_ld}, partial + c * plan.mid_columns + k, plan.mid_columns, true);
+      add_gemm_block<T>(lanes_left(g.c_out - c, kMicroRows), width, count, {t.g + c, plan.out_ld},
+                        {t.a + k, plan.mid_ld}, partial + c * plan.mid_columns + k, plan.mid_columns);
     }
   }
 }
@@ -110,16 +110,12 @@ static void pointwise_input_gradient(const Geometry& g, const CpuPlan& plan, con
   constexpr int64_t columns = kMicroVecs * n;
   for (int64_t k = 0; k < g.c_mid; k += columns) {
     const int64_t width = g.c_mid - k < columns ? g.c_mid - k : columns;
-    for (int64_t i = 0; i < count; i += kMicroRows) {
-      const int64_t rows = lanes_left(count - i, kMicroRows);
-      gemm_block<T, true>(rows, width, g.c_out, {t.g + i * plan.out_ld, plan.out_ld}, {packed + k * g.c_out, columns},
-                          t.block, columns, false);
-      for (int64_t r = 0; r < rows; ++r) {
-        T* du = t.du + (i + r) * plan.mid_ld + k;
-        for (int64_t j = 0; j < width; j += n) {
-          const typename Vec<T>::type da = vload(t.block + r * columns + j);
-          vstore(du + j, linear ? da : da * vload(du + j));
-        }
+    gemm_panel<T>(count, width, g.c_out, {t.g, plan.out_ld}, {packed + k * g.c_out, columns}, t.da, columns);
+    for (int64_t i = 0; i < count; ++i) {
+      T* du = t.du + i * plan.mid_ld + k;
+      for (int64_t j = 0; j < width; j += n) {
+        const typename Vec<T>::type da = vload(t.da + i * columns + j);
+        vstore(du + j, linear ? da : da * vload(du + j));
       }
     }
   }
@@ -166,8 +162,8 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t group, void* 
   t.g = t.du + plan.tile_pixels * plan.mid_ld;
   t.saved = t.g + plan.tile_pixels * plan.out_ld;
   t.strips = t.saved + plan.tile_pixels * plan.out_ld;
-  t.block = t.strips + plan.micro.lanes * plan.strip_ld;
-  t.memory = t.block + plan.micro.rows * plan.micro.columns;
+  t.da = t.strips + plan.micro.lanes * plan.strip_ld;
+  t.memory = t.da + plan.tile_pixels * plan.micro.columns;
 
   const int64_t pw_size = ctx.p.geom.c_out * plan.mid_columns, bias_size = 2 * plan.out_columns + plan.mid_columns;
   T* pw_partial = ctx.pw_partial != nullptr ? static_cast<T*>(ctx.pw_partial) + group * pw_size : nullptr;

@@ -110,7 +110,7 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   constexpr int64_t kMaxGroups = 16;
   constexpr int64_t kPartialBytes = int64_t{32} << 20;
   CpuPlan plan = plan_detail::base(g, micro, element);
-  const int64_t per_pixel = (2 * plan.mid_ld + 2 * plan.out_ld + micro.lanes) * element;
+  const int64_t per_pixel = (2 * plan.mid_ld + 2 * plan.out_ld + micro.columns + micro.lanes) * element;
   const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 12 * micro.rows, 256);
   const int64_t fits = plan_detail::pixels_within(kScratchBytes - plane_bytes(plan) - (8 << 10), per_pixel);
   plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, 4);
@@ -127,7 +127,7 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   plan.plane_block = clamp64((kScratchBytes / 4) / (plan.taps * micro.lanes * element), 1, 8);
 
   const int64_t pointwise =
-      plan.tile_pixels * (2 * plan.mid_ld + 2 * plan.out_ld) + micro.lanes * plan.strip_ld + micro.rows * micro.columns;
+      plan.tile_pixels * (2 * plan.mid_ld + 2 * plan.out_ld + micro.columns) + micro.lanes * plan.strip_ld;
   const int64_t nchw = plan.window + micro.lanes + plan.plane_block * plan.taps * micro.lanes;
   const int64_t nhwc = plan.grad_pixels * plan.mid_ld;
   const int64_t depthwise = nchw > nhwc ? nchw : nhwc;

@@ -49,10 +49,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
   for (int64_t channel = 0; channel < g.c_out; channel += columns) {
     const int64_t width = g.c_out - channel < columns ? g.c_out - channel : columns;
     const Operand<T> panel = {static_cast<const T*>(ctx.packed.pw_forward) + channel * g.c_mid, columns};
-    for (int64_t i = 0; i < count; i += kMicroRows) {
-      gemm_block<T, true>(lanes_left(count - i, kMicroRows), width, g.c_mid, {z + i * plan.mid_ld, plan.mid_ld}, panel,
-                          out + i * columns, columns, false);
-    }
+    gemm_panel<T>(count, width, g.c_mid, {z, plan.mid_ld}, panel, out, columns);
     add_bias<S>(static_cast<const T*>(ctx.packed.pw_bias) + channel, count, out);
     if (p.pre != nullptr) {
       store_tile(out, columns, channel, width, pixel, count, static_cast<S*>(p.pre), p.y_layout, g.c_out,

@@ -64,20 +64,44 @@ static void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<T> b, T
 // The longest chain of additions in one accumulator: rounding errors grow with it, and one more pass over C is cheap.
 constexpr int64_t kLongestChain = 256;
 
-// The block above for rows <= kMicroRows and columns <= kMicroVecs vectors.
+// The chain number `chain` of `chains` of a block of rows <= kMicroRows and columns <= kMicroVecs vectors.
 template <typename T, bool AlongK>
-DSCONV_INLINE void gemm_block(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b, T* c, int64_t ldc,
-                              bool accumulate) {
-  const int64_t chains = k > kLongestChain ? ceil_div(k, kLongestChain) : 1;
+DSCONV_INLINE void gemm_chain(int64_t chain, int64_t chains, int64_t rows, int64_t columns, int64_t k, Operand<T> a,
+                              Operand<T> b, T* c, int64_t ldc, bool accumulate) {
+  const int64_t begin = k * chain / chains, steps = k * (chain + 1) / chains - begin;
+  const Operand<T> a_part = {a.data + begin * (AlongK ? 1 : a.stride), a.stride};
+  const Operand<T> b_part = {b.data + begin * b.stride, b.stride};
+  const int r = static_cast<int>(rows);
+  if (columns > Vec<T>::n) {
+    micro_kernel_rows<T, kMicroVecs, AlongK>(r, steps, a_part, b_part, c, ldc, accumulate || chain > 0);
+  } else {
+    micro_kernel_rows<T, 1, AlongK>(r, steps, a_part, b_part, c, ldc, accumulate || chain > 0);
+  }
+}
+
+DSCONV_INLINE int64_t chains_of(int64_t k) { return k > kLongestChain ? ceil_div(k, kLongestChain) : 1; }
+
+// C[rows] += A . B for rows <= kMicroRows, the columns of A along k.
+template <typename T>
+DSCONV_INLINE void add_gemm_block(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b, T* c,
+                                  int64_t ldc) {
+  const int64_t chains = chains_of(k);
   for (int64_t chain = 0; chain < chains; ++chain) {
-    const int64_t begin = k * chain / chains, steps = k * (chain + 1) / chains - begin;
-    const Operand<T> a_part = {a.data + begin * (AlongK ? 1 : a.stride), a.stride};
-    const Operand<T> b_part = {b.data + begin * b.stride, b.stride};
-    if (columns > Vec<T>::n) {
-      micro_kernel_rows<T, kMicroVecs, AlongK>(static_cast<int>(rows), steps, a_part, b_part, c, ldc, accumulate);
-    } else {
-      micro_kernel_rows<T, 1, AlongK>(static_cast<int>(rows), steps, a_part, b_part, c, ldc, accumulate);
+    gemm_chain<T, false>(chain, chains, rows, columns, k, a, b, c, ldc, true);
+  }
+}
+
+DSCONV_INLINE int lanes_left(int64_t left, int lanes) { return static_cast<int>(left < lanes ? left : lanes); }
+
+// C = A . B for all rows of a tile and one panel. Chains outermost: a chain's part of the panel, 16 KiB of floats at
+// most, meets every block of rows while it is in L1.
+template <typename T>
+DSCONV_INLINE void gemm_panel(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b, T* c, int64_t ldc) {
+  const int64_t chains = chains_of(k);
+  for (int64_t chain = 0; chain < chains; ++chain) {
+    for (int64_t i = 0; i < rows; i += kMicroRows) {
+      gemm_chain<T, true>(chain, chains, lanes_left(rows - i, kMicroRows), columns, k,
+                          {a.data + i * a.stride, a.stride}, b, c + i * ldc, ldc, false);
     }
-    accumulate = true;
   }
 }

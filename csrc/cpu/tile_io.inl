@@ -73,8 +73,6 @@ static void zero_fill(T* p, int64_t count) {
   for (int64_t i = 0; i < count; i += Vec<T>::n) vstore(p + i, vset(T(0)));
 }
 
-DSCONV_INLINE int lanes_left(int64_t left, int lanes) { return static_cast<int>(left < lanes ? left : lanes); }
-
 template <typename S, typename T>
 DSCONV_INLINE void copy_row(const S* src, T* dst, int64_t count) {
   constexpr int n = Vec<T>::n;
