@@ -131,18 +131,20 @@ void run_backward(const char* op, const BackwardParams& p) {
   const CpuPlan& plan = ctx.plan;
   const bool nhwc = p.x_layout == Layout::nhwc;
   const bool need_du = p.grad_x != nullptr || p.grad_dw_weight != nullptr;
+  const int64_t vectors = g.multiplier * ceil_div(g.c_in, plan.micro.lanes);
   const bool need_da = need_du || p.grad_dw_bias != nullptr;
 
   Workspace workspace(element);
   reserve_depthwise(workspace, plan, ctx.packed);
   workspace.reserve(&ctx.bias_partial, plan.pointwise_groups * (2 * plan.out_columns + plan.mid_columns));
   if (need_da) workspace.reserve(&ctx.packed.pw_backward, plan.mid_columns * g.c_out);
-  if (need_du) workspace.reserve(&ctx.du, plan.pixels * g.c_mid);
+  if (need_du)
+    workspace.reserve(&ctx.du, plan.pixels * (nhwc ? ceil_div(g.c_mid, plan.du_width) * plan.du_width : g.c_mid));
   if (p.grad_pw_weight != nullptr) {
     workspace.reserve(&ctx.pw_partial, plan.pointwise_groups * g.c_out * plan.mid_columns);
   }
   if (p.grad_dw_weight != nullptr && nhwc) {
-    workspace.reserve(&ctx.dw_partial, plan.depthwise_groups * plan.taps * plan.mid_columns);
+    workspace.reserve(&ctx.dw_partial, plan.depthwise_groups * vectors * plan.micro.lanes * plan.taps);
   }
   workspace.allocate();
 
@@ -163,8 +165,9 @@ void run_backward(const char* op, const BackwardParams& p) {
                   [&](int64_t block) { kernels.backward_x_nchw(ctx, block, thread_scratch(plan.scratch_bytes)); });
   }
   if (p.grad_dw_weight != nullptr && nhwc) {
-    for_each_task(plan.depthwise_groups, [&](int64_t group) { kernels.backward_dw_nhwc(ctx, group); });
-    for_each_task(plan.taps, [&](int64_t tap) { kernels.reduce_depthwise(ctx, tap); });
+    for_each_task(plan.depthwise_groups * plan.depthwise_parts,
+                  [&](int64_t task) { kernels.backward_dw_nhwc(ctx, task); });
+    for_each_task(vectors, [&](int64_t vector) { kernels.reduce_depthwise(ctx, vector); });
   } else if (p.grad_dw_weight != nullptr) {
     for_each_task(ceil_div(g.c_mid, plan.plane_block),
                   [&](int64_t block) { kernels.backward_dw_nchw(ctx, block, thread_scratch(plan.scratch_bytes)); });

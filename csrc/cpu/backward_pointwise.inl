@@ -3,7 +3,7 @@
 //   per tile of pixels:   g = dy * out_act'(saved)              [pixels][c_out]
 //                         z recomputed, a = act(z)              [pixels][c_mid]
 //   grad_pw_weight       += g^T . a                              k = pixels
-//   du                    = (g . pw_weight) * act'(z)            k = c_out, written over act'(z), then to the workspace
+//   du                    = (g . pw_weight) * act'(z)            k = c_out, by panels of channels
 //   bias gradients       += column sums of g and du
 //
 // Which tiles form a group follows from the shape alone, and groups are added in order: the same bits for any number
@@ -62,12 +62,12 @@ static void add_columns_exactly(const T* tile, int64_t ld, int64_t rows, int64_t
 
 template <typename T>
 struct PointwiseTile {
-  T* a;      // [pixels][mid_ld], act(z)
-  T* du;     // [pixels][mid_ld], act'(z) and then du
-  T* g;      // [pixels][out_ld]
-  T* saved;  // [pixels][out_ld]
+  T* a;           // [pixels][mid_ld], act(z)
+  T* derivative;  // [pixels][mid_ld], act'(z)
+  T* g;           // [pixels][out_ld]
+  T* saved;       // [pixels][out_ld]
   T* strips;
-  T* da;         // [pixels][columns], of one panel
+  T* da;         // [pixels][columns], one panel of du
   void* memory;  // of plane.inl
 };
 
@@ -83,10 +83,10 @@ static void recompute_z(const BackwardContext& ctx, int64_t pixel, int64_t count
                                 static_cast<const T*>(ctx.packed.dw_weight),
                                 static_cast<const T*>(ctx.packed.dw_bias)};
   const bool linear = p.act == Activation::identity;
-  depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.du, t.strips, t.memory);
+  depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.derivative, t.strips, t.memory);
   if (linear) return;
   for (int64_t i = 0; i < count; ++i) {
-    activation_pass<ActivateAndDerive, T>(p.act, p.geom.c_mid, t.du + i * plan.mid_ld, t.a + i * plan.mid_ld);
+    activation_pass<ActivateAndDerive, T>(p.act, p.geom.c_mid, t.derivative + i * plan.mid_ld, t.a + i * plan.mid_ld);
   }
 }
 
@@ -103,20 +103,29 @@ static void pointwise_weight_gradient(const Geometry& g, const CpuPlan& plan, in
   }
 }
 
+// du of the tile, a panel of channels at a time. nhwc: GEMM into the panel of the workspace itself; else by t.da.
 template <typename T>
-static void pointwise_input_gradient(const Geometry& g, const CpuPlan& plan, const T* packed, bool linear,
-                                     int64_t count, const PointwiseTile<T>& t) {
+static void pointwise_input_gradient(const BackwardContext& ctx, int64_t pixel, int64_t count,
+                                     const PointwiseTile<T>& t, T* bias_sums) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n;
+  const Geometry& g = ctx.p.geom;
+  const CpuPlan& plan = ctx.plan;
+  const T* packed = static_cast<const T*>(ctx.packed.pw_backward);
+  T* du = static_cast<T*>(ctx.du);
+  const bool panels = du != nullptr && ctx.p.x_layout == Layout::nhwc && plan.du_width == columns;
   for (int64_t k = 0; k < g.c_mid; k += columns) {
     const int64_t width = g.c_mid - k < columns ? g.c_mid - k : columns;
-    gemm_panel<T>(count, width, g.c_out, {t.g, plan.out_ld}, {packed + k * g.c_out, columns}, t.da, columns);
-    for (int64_t i = 0; i < count; ++i) {
-      T* du = t.du + i * plan.mid_ld + k;
+    T* out = panels ? du + k * plan.pixels + pixel * columns : t.da;
+    gemm_panel<T>(count, width, g.c_out, {t.g, plan.out_ld}, {packed + k * g.c_out, columns}, out, columns);
+    for (int64_t i = 0; ctx.p.act != Activation::identity && i < count; ++i) {
       for (int64_t j = 0; j < width; j += n) {
-        const typename Vec<T>::type da = vload(t.da + i * columns + j);
-        vstore(du + j, linear ? da : da * vload(du + j));
+        vstore(out + i * columns + j, vload(out + i * columns + j) * vload(t.derivative + i * plan.mid_ld + k + j));
       }
+    }
+    if (ctx.p.grad_dw_bias != nullptr) add_column_sums(out, columns, count, width, bias_sums + k);
+    if (du != nullptr && !panels) {
+      store_tile(out, columns, k, width, pixel, count, du, ctx.p.x_layout, g.c_mid, plan.image_pixels);
     }
   }
 }
@@ -145,12 +154,7 @@ static void backward_pointwise_tile(const BackwardContext& ctx, int64_t tile, co
   if (pw_partial != nullptr || (need_du && !linear)) recompute_z<S>(ctx, pixel, count, t);
   if (pw_partial != nullptr) pointwise_weight_gradient(g, plan, count, t, pw_partial);
   if (!need_du) return;
-  pointwise_input_gradient(g, plan, static_cast<const T*>(ctx.packed.pw_backward), linear, count, t);
-  if (p.grad_dw_bias != nullptr) add_column_sums(t.du, plan.mid_ld, count, g.c_mid, lost + plan.out_columns);
-  if (ctx.du != nullptr) {
-    store_tile(t.du, plan.mid_ld, 0, g.c_mid, pixel, count, static_cast<T*>(ctx.du), p.x_layout, g.c_mid,
-               plan.image_pixels);
-  }
+  pointwise_input_gradient(ctx, pixel, count, t, lost + plan.out_columns);
 }
 
 template <typename S, typename T>
@@ -158,8 +162,8 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t group, void* 
   const CpuPlan& plan = ctx.plan;
   PointwiseTile<T> t;
   t.a = static_cast<T*>(scratch);
-  t.du = t.a + plan.tile_pixels * plan.mid_ld;
-  t.g = t.du + plan.tile_pixels * plan.mid_ld;
+  t.derivative = t.a + plan.tile_pixels * plan.mid_ld;
+  t.g = t.derivative + plan.tile_pixels * plan.mid_ld;
   t.saved = t.g + plan.tile_pixels * plan.out_ld;
   t.strips = t.saved + plan.tile_pixels * plan.out_ld;
   t.da = t.strips + plan.micro.lanes * plan.strip_ld;

@@ -24,6 +24,7 @@ namespace generic {
 #include "depthwise.inl"
 #include "forward.inl"
 #include "backward_pointwise.inl"
+#include "correlate.inl"
 #include "backward_depthwise.inl"
 #include "backward_depthwise_nchw.inl"
 #include "table.inl"

@@ -29,10 +29,10 @@ struct BackwardContext {
   BackwardParams p;
   CpuPlan plan;
   PackedWeights packed;
-  void* du;            // gradient of z: [pixels][c_mid] where x is nhwc, [n][c_mid][image_pixels] where nchw
+  void* du;            // gradient of z: [c_mid / du_width][pixels][du_width] for nhwc x, else [n][c_mid][image_pixels]
   void* pw_partial;    // [pointwise_groups][c_out][mid_columns]
   void* bias_partial;  // [pointwise_groups][2 * out_columns + mid_columns]: pw bias, what its sums lost, dw bias
-  void* dw_partial;    // [depthwise_groups][taps][mid_columns], nhwc only
+  void* dw_partial;    // [depthwise_groups][vector of channels][taps][lanes], nhwc only
 };
 
 // Packing. A panel is micro.columns channels: of k for the depthwise and pw_backward, output channels for pw_forward.
@@ -57,8 +57,8 @@ struct DTypeKernels {
   void (*reduce_biases)(const BackwardContext&);
   void (*backward_x_nhwc)(const BackwardContext&, int64_t row, void* scratch);    // n * h_in
   void (*backward_x_nchw)(const BackwardContext&, int64_t block, void* scratch);  // of plane_block c_in, per image
-  void (*backward_dw_nhwc)(const BackwardContext&, int64_t group);
-  void (*reduce_depthwise)(const BackwardContext&, int64_t tap);
+  void (*backward_dw_nhwc)(const BackwardContext&, int64_t task);                 // depthwise_groups * depthwise_parts
+  void (*reduce_depthwise)(const BackwardContext&, int64_t vector);
   void (*backward_dw_nchw)(const BackwardContext&, int64_t block, void* scratch);  // of plane_block c_mid
 };
 

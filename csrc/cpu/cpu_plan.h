@@ -37,7 +37,9 @@ struct CpuPlan {
   int64_t blocks, tiles;             // tiles of whole blocks, whose numbers differ by one at most
   int64_t tile_pixels;               // of the largest tile
   int64_t pointwise_groups;          // partial sums of the pointwise backward
+  int64_t du_width;                  // channels of a panel of du, nhwc
   int64_t depthwise_groups;          // partial sums of the nhwc depthwise weight gradient
+  int64_t depthwise_parts;           // parts of the channels, each a task of every group
   int64_t grad_pixels;               // pixels of grad_x at a time in the nhwc stage D
   int64_t plane_block;               // channels per task of the nchw stage D
   int64_t window;                    // elements of the windows of plane.inl, nchw
@@ -120,16 +122,19 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   plan.pointwise_groups = clamp64(plan.tiles / 2, 1, affordable);
   if (plan.tiles > 1 && plan.pointwise_groups == 1) plan.pointwise_groups = 2;
 
-  const int64_t depthwise_bytes = plan.taps * plan.mid_columns * element;
+  const int64_t vectors = g.multiplier * ceil_div(g.c_in, micro.lanes);
+  const int64_t depthwise_bytes = plan.taps * vectors * micro.lanes * element;
   const int64_t rows = g.n * g.h_out;
-  plan.depthwise_groups = clamp64(rows / 4, 1, clamp64(kPartialBytes / depthwise_bytes, 1, kMaxGroups));
-  plan.grad_pixels = clamp64(kTileBytes / (plan.mid_ld * element), 1, 32);
+  plan.du_width = g.multiplier == 1 ? micro.columns : g.c_mid;
+  plan.depthwise_groups = clamp64(rows / 8, 1, clamp64(kPartialBytes / depthwise_bytes, 1, kMaxGroups));
+  plan.depthwise_parts = clamp64(kMaxGroups / plan.depthwise_groups, 1, vectors);
+  plan.grad_pixels = 256;
   plan.plane_block = clamp64((kScratchBytes / 4) / (plan.taps * micro.lanes * element), 1, 8);
 
   const int64_t pointwise =
       plan.tile_pixels * (2 * plan.mid_ld + 2 * plan.out_ld + micro.columns) + micro.lanes * plan.strip_ld;
   const int64_t nchw = plan.window + micro.lanes + plan.plane_block * plan.taps * micro.lanes;
-  const int64_t nhwc = plan.grad_pixels * plan.mid_ld;
+  const int64_t nhwc = plan.grad_pixels * micro.columns;
   const int64_t depthwise = nchw > nhwc ? nchw : nhwc;
   plan.scratch_bytes = (pointwise > depthwise ? pointwise : depthwise) * element + plane_bytes(plan) + 8 * kCacheLine;
   return plan;

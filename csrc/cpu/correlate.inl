@@ -1,0 +1,181 @@
+// The depthwise weight gradient of nhwc tensors, vectors along the channels:
+//
+//   sums[i][j][c] += sum over a block of output pixels of x[oh * stride_h + i * dilation_h - pad_top,
+//                                                           ow * stride_w + j * dilation_w - pad_left, c] * du[oh, ow,
+//                                                           c]
+//
+// One vector of channels and a block of Rows x Cols taps at a time, the sums in registers for all pixels of the block:
+//
+//   x    . . . . . . . .      kPixelsAtOnce values of du meet Rows rows of x; every value of x that is loaded meets all
+//        . . . . . . . .      the taps of its row that read it. Taps outside the image cost a comparison a row, or,
+//        . . . . . . . .      at the ends of a row, a pixel on its own.
+//   du   . D D D D . . .
+//
+// Without such neighbours (dilation, stride above 2, a rest of channels) a pixel at a time: one load a multiply-add.
+#ifndef DSCONV_ISA
+#error "correlate.inl belongs inside an ISA region"
+#endif
+
+constexpr int kPixelsAtOnce = 4;
+#if DSCONV_ISA == DSCONV_ISA_AVX512
+constexpr int kCorrelateSums = 26;  // of 32 registers
+#else
+constexpr int kCorrelateSums = 10;  // of 16
+#endif
+constexpr int correlate_rows(int cols) {
+  const int rows = kCorrelateSums / cols;
+  return cols == 1 ? 5 : (rows < 1 ? 1 : (rows < cols ? rows : cols));
+}
+
+// The longest chain of additions, in pixels: rounding errors grow with it.
+constexpr int64_t kLongestSum = 64;
+
+// Output pixels [row, row_end) x [column, column_end) of an image.
+struct PixelBlock {
+  int64_t row, row_end, column, column_end;
+};
+
+template <typename S, typename T>
+struct Correlation {
+  const Geometry* g;
+  const S* x;  // of an image, at the vector's channels
+  int64_t x_row, x_column;
+  const T* du;  // of the image, at the vector's channels
+  int64_t du_row, du_column;
+  T* sums;                                // [kernel_h][kernel_w][lanes]
+  int64_t tap_row, tap_rows, tap_column;  // the block of taps
+  int left;                               // channels in the vector
+};
+
+// One pixel; row i of the block reads x + i * step, its taps `column_step` apart.
+template <int Rows, int Cols, bool Tail, typename S, typename T, typename V>
+DSCONV_INLINE void correlate_pixel(const S* x, int64_t row_step, int64_t column_step, const T* du, const Range& rows,
+                                   const Range& cols, int left, V (&acc)[Rows][Cols]) {
+  const V d = load_lanes<Tail>(du, left);
+  DSCONV_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    if (i < rows.begin || i >= rows.end) continue;
+    DSCONV_UNROLL
+    for (int j = 0; j < Cols; ++j) {
+      if (j < cols.begin || j >= cols.end) continue;
+      acc[i][j] = vfma(load_lanes<Tail>(x + i * row_step + j * column_step, left), d, acc[i][j]);
+    }
+  }
+}
+
+// kPixelsAtOnce pixels, Step columns of x apart, all of whose taps in `rows` lie inside the image; no dilation.
+template <int Rows, int Cols, int Step, typename S, typename T, typename V>
+DSCONV_INLINE void correlate_pixels(const S* x, int64_t row_step, int64_t column_step, const T* du, int64_t du_step,
+                                    const Range& rows, V (&acc)[Rows][Cols]) {
+  V d[kPixelsAtOnce];
+  DSCONV_UNROLL
+  for (int p = 0; p < kPixelsAtOnce; ++p) d[p] = vload(du + p * du_step);
+  DSCONV_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    if (i < rows.begin || i >= rows.end) continue;
+    DSCONV_UNROLL
+    for (int column = 0; column < (kPixelsAtOnce - 1) * Step + Cols; ++column) {
+      const V v = vload(x + i * row_step + column * column_step);
+      DSCONV_UNROLL
+      for (int p = 0; p < kPixelsAtOnce; ++p) {
+        const int j = column - p * Step;
+        if (j >= 0 && j < Cols) acc[i][j] = vfma(v, d[p], acc[i][j]);
+      }
+    }
+  }
+}
+
+// Step > 0: stride_w, no dilation along w; 0: whatever they are.
+template <int Cols, int Step, bool Tail, typename S, typename T>
+static void correlate_taps_block(const Correlation<S, T>& in, const PixelBlock& block) {
+  typedef typename Vec<T>::type V;
+  constexpr int n = Vec<T>::n, Rows = correlate_rows(Cols);
+  const Geometry& g = *in.g;
+  const int64_t offset = in.tap_column * g.dilation_w - g.pad_left;
+  // All taps are inside from the first pixel of the first one to the last pixel of the last one.
+  const int64_t begin = valid_outputs(offset, g.stride_w, g.w_in, block.column_end).begin;
+  const int64_t end = valid_outputs(offset + (Cols - 1) * g.dilation_w, g.stride_w, g.w_in, block.column_end).end;
+  const int64_t row_step = g.dilation_h * in.x_row, column_step = g.dilation_w * in.x_column;
+  const int64_t pixel_step = g.stride_w * in.x_column;
+  V acc[Rows][Cols];
+  DSCONV_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    DSCONV_UNROLL
+    for (int j = 0; j < Cols; ++j) acc[i][j] = vset(T(0));
+  }
+  for (int64_t oh = block.row; oh < block.row_end; ++oh) {
+    const int64_t top = oh * g.stride_h - g.pad_top + in.tap_row * g.dilation_h;
+    const Range rows = valid_taps(top, g.dilation_h, g.h_in, in.tap_rows);
+    if (rows.begin >= rows.end) continue;
+    const T* du = in.du + oh * in.du_row;
+    const S* x = in.x + top * in.x_row + offset * in.x_column;
+    int64_t ow = block.column;
+    while (ow < block.column_end) {
+      if constexpr (Step > 0 && !Tail) {
+        if (ow >= begin) {
+          for (; ow + kPixelsAtOnce <= end; ow += kPixelsAtOnce) {
+            correlate_pixels<Rows, Cols, Step>(x + ow * pixel_step, row_step, in.x_column, du + ow * in.du_column,
+                                               in.du_column, rows, acc);
+          }
+          if (ow >= block.column_end) break;
+        }
+      }
+      const Range cols = valid_taps(offset + ow * g.stride_w, g.dilation_w, g.w_in, Cols);
+      correlate_pixel<Rows, Cols, Tail>(x + ow * pixel_step, row_step, column_step, du + ow * in.du_column, rows, cols,
+                                        in.left, acc);
+      ++ow;
+    }
+  }
+  DSCONV_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    if (i >= in.tap_rows) break;
+    T* to = in.sums + ((in.tap_row + i) * g.kernel_w + in.tap_column) * n;
+    DSCONV_UNROLL
+    for (int j = 0; j < Cols; ++j) vstore(to + j * n, vload(to + j * n) + acc[i][j]);
+  }
+}
+
+// All rows of the kernel for Cols of its columns.
+template <int Cols, typename S, typename T>
+static void correlate_columns(Correlation<S, T>& in, const PixelBlock& block) {
+  const Geometry& g = *in.g;
+  constexpr int rows = correlate_rows(Cols);
+  const bool dense = g.dilation_w == 1 && in.left == Vec<T>::n;
+  for (in.tap_row = 0; in.tap_row < g.kernel_h; in.tap_row += rows) {
+    in.tap_rows = g.kernel_h - in.tap_row < rows ? g.kernel_h - in.tap_row : rows;
+    if (in.left < Vec<T>::n) {
+      correlate_taps_block<Cols, 0, true>(in, block);
+    } else if (Cols >= 3 && dense && g.stride_w == 1) {
+      correlate_taps_block<Cols, Cols >= 3 ? 1 : 0, false>(in, block);
+    } else if ((Cols == 3 || Cols == 5) && dense && g.stride_w == 2) {
+      correlate_taps_block<Cols, Cols == 3 || Cols == 5 ? 2 : 0, false>(in, block);
+    } else {
+      correlate_taps_block<Cols, 0, false>(in, block);
+    }
+  }
+}
+
+// All taps: in.sums += the correlation over the block's pixels.
+template <typename S, typename T>
+static void correlate_vector(Correlation<S, T>& in, const PixelBlock& block) {
+  const int64_t taps = in.g->kernel_w;
+  for (in.tap_column = 0; in.tap_column < taps;) {
+    const int64_t left = taps - in.tap_column;
+    if (left >= 8) {
+      correlate_columns<8>(in, block);
+      in.tap_column += 8;
+    } else if (left == 7) {
+      correlate_columns<7>(in, block);
+      in.tap_column += 7;
+    } else if (left >= 5) {
+      correlate_columns<5>(in, block);
+      in.tap_column += 5;
+    } else if (left >= 3) {
+      correlate_columns<3>(in, block);
+      in.tap_column += 3;
+    } else {
+      correlate_columns<1>(in, block);
+      in.tap_column += 1;
+    }
+  }
+}
