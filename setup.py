@@ -18,6 +18,9 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).resolve().parent
 os.chdir(ROOT)
 
+# What `python -m bench --peers` measures beside PyTorch.
+PEERS = ["onnxruntime", "onnx", "openvino", "ncnn", "ai-edge-litert", "flatbuffers", "jax"]
+
 COMPILING_COMMANDS = {"build", "build_ext", "bdist", "bdist_wheel", "editable_wheel", "develop", "install"}
 
 
@@ -78,6 +81,7 @@ def package(extensions=(), commands=None) -> None:
         license_files=["LICENSE"],
         python_requires=">=3.10",
         install_requires=["torch>=2.10"],
+        extras_require={"peers": PEERS},
         packages=find_packages(include=["dsconv_cuda", "dsconv_cuda.*"]) + list(csrc),
         package_dir=csrc,
         package_data={"dsconv_cuda": ["py.typed"], **{folder: ["*"] for folder in csrc}},

@@ -3,9 +3,12 @@
     python -m bench                                   # the quick layers, a few minutes
     python -m bench --layers all --threads 1 --json bench/results/local/all.json
     python -m bench --layers mbv1_b01,convnext_k7 --mode forward --layout nchw
+    python -m bench --peers                           # other libraries too: pip install .[peers]
+    python -m bench --isa avx2                        # these kernels against the limit of their instruction set
 
 Columns are multiples of the limit of bench/problem.py (1.00 cannot be beaten); "gain" is the time of the best PyTorch
-form, whatever its layout, over that of the fused op in the layout named.
+form, whatever its layout, over that of the fused op in the layout named. Layouts are marked CL (channels_last), NCHW,
+and "blocked": a peer's own.
 """
 
 import argparse
@@ -16,11 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import problem as problems
-from .environment import keep_freed_memory
+from .ceilings import ISAS
+from .environment import keep_freed_memory, use_isa
 from .layers import select
+from .peers import NAMES, find_peers
 from .plain import LAYOUTS
 from .report import header, summary, tables, to_json
-from .suite import METHODS, run_suite
+from .suite import METHODS, Entrants, Timing, run_suite
 from .timing import CLOCKS
 
 DEFAULT_ROUNDS = 11
@@ -36,6 +41,10 @@ def parse_arguments(argv=None):
     parser.add_argument("--dtype", choices=problems.DTYPES, default="float32")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of the fused op")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument(
+        "--peers", nargs="*", choices=NAMES, help="other libraries too: all that are installed, or these"
+    )
+    parser.add_argument("--isa", choices=ISAS, help="of the fused op and of the limit; default the best there is")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS)
     parser.add_argument(
@@ -55,6 +64,11 @@ def parse_arguments(argv=None):
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda":
         parser.error("--device cuda is not available here yet: the timing is by the host's clock")
+    if arguments.isa:
+        try:
+            use_isa(arguments.isa)
+        except RuntimeError as error:
+            parser.error(str(error))
     if arguments.clock == "cpu" and arguments.threads != [1]:
         parser.error("--clock cpu adds up the threads' times: use it with --threads 1")
     try:
@@ -67,6 +81,7 @@ def parse_arguments(argv=None):
 def main(argv=None):
     arguments = parse_arguments(argv)
     allocator = keep_freed_memory()
+    peers, missing = ({}, []) if arguments.peers is None else find_peers(arguments.peers or None)
     tasks = [
         problems.Problem(layer, mode, problems.DTYPES[arguments.dtype])
         for mode in arguments.mode
@@ -77,12 +92,10 @@ def main(argv=None):
         bar = progress.add_task("ceilings of this machine", total=len(tasks) * len(arguments.threads))
         result = run_suite(
             tasks,
-            methods=arguments.methods,
-            layouts=arguments.layout,
+            Entrants(tuple(arguments.methods), tuple(arguments.layout), peers, tuple(missing)),
+            Timing(arguments.rounds, arguments.least_ms / 1e3, arguments.clock),
             threads=arguments.threads,
-            rounds=arguments.rounds,
-            least_seconds=arguments.least_ms / 1e3,
-            clock=arguments.clock,
+            isa=arguments.isa,
             allocator=allocator,
             starting=lambda text: progress.update(bar, description=text),
             finished=lambda: progress.advance(bar),

@@ -20,6 +20,7 @@ FLAGS = ("-O3", "-std=c++20", "-shared", "-fPIC", "-pthread", "-ffp-contract=fas
 CACHE_FOLDER = Path("/sys/devices/system/cpu/cpu0/cache")
 ASSUMED_CACHES = {"L2": 1 << 20, "L3": 32 << 20}  # where the system does not tell
 DRAM_BYTES = 256 << 20  # read for the DRAM bandwidth; more where the L3 is large
+ISAS = ("generic", "avx2", "avx512")  # the names of the CPU kernels, in the order of ceilings.cpp
 SECONDS = 0.25  # for each ceiling: of its measurements the best counts, since only disturbances differ
 
 
@@ -97,9 +98,12 @@ def cache_sizes():
     return (sizes if told else dict(ASSUMED_CACHES)), told
 
 
-def measure_ceilings(threads, seconds=SECONDS):
+def measure_ceilings(threads, seconds=SECONDS, isa=None):
+    """Those of this machine, or of what the instruction set `isa` (a name of the CPU kernels) has."""
     library = _library()
-    isas = [isa for isa in range(library.isa_count()) if library.isa_available(isa)]
+    isas = [number for number in range(library.isa_count()) if library.isa_available(number)]
+    if isa is not None:
+        isas = [number for number in isas if number <= ISAS.index(isa)]
     sizes, _ = cache_sizes()
 
     def best(function, *arguments):
@@ -118,13 +122,13 @@ def measure_ceilings(threads, seconds=SECONDS):
     return Ceilings(
         threads,
         {
-            library.isa_name(isa).decode(): {
-                "float32": best(library.fma_flops_f32, isa, threads),
-                "float64": best(library.fma_flops_f64, isa, threads),
+            library.isa_name(number).decode(): {
+                "float32": best(library.fma_flops_f32, number, threads),
+                "float64": best(library.fma_flops_f64, number, threads),
             }
-            for isa in isas
+            for number in isas
         },
-        best(library.dot_flops_bf16, threads),
+        best(library.dot_flops_bf16, threads) if isa in (None, "avx512") else 0.0,
         {level: best(library.read_bandwidth, isas[-1], threads, size) for level, size in per_thread.items()},
         {"L2": threads * sizes["L2"], "L3": sizes["L3"]},
     )

@@ -46,7 +46,18 @@ def kernels():
     return f"{module.isa_active()} kernels{optimized}"
 
 
-def describe(allocator, clock):
+def use_isa(name):
+    """Makes the fused op run these CPU kernels; RuntimeError where there are none."""
+    module = _loader.load_library().module
+    if module is None:
+        raise RuntimeError("a library of another origin does not let its kernels be chosen")
+    module.set_isa(name)
+
+
+def describe(allocator, clock, isa=None, peers=None, missing_peers=()):
+    versions = {}
+    for peer in (peers or {}).values():
+        versions.update(peer.versions())
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "cpu": cpu_name(),
@@ -57,4 +68,7 @@ def describe(allocator, clock):
         "kernels": kernels(),
         "allocator": allocator,
         "clock": clock,
+        "isa": isa,
+        "peers": versions,
+        "missing_peers": list(missing_peers),
     }

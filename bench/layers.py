@@ -1,8 +1,9 @@
 """The layers that are measured: the one list for the benchmarks, their tests and their tables.
 
-Each is a pair: depthwise k_h x k_w, then 1x1 from C to C_out, biases on both. Padding is d * (k - 1) / 2, so that the
-map is kept at stride 1. ReLU6 stands between the two; after the 1x1 it stands where the network has an activation
-there. The SiLU, h-swish and GELU of the original networks are replaced by it, since every peer fuses ReLU6.
+Each is a pair: depthwise k_h x k_w, then 1x1 from C (times a multiplier, where there is one) to C_out, biases on both.
+Padding is d * (k - 1) / 2, so that the map is kept at stride 1. ReLU6 stands between the two; after the 1x1 it stands
+where the network has an activation there. The SiLU, h-swish and GELU of the original networks are replaced by it, since
+every peer fuses ReLU6.
 """
 
 from dataclasses import dataclass
@@ -65,7 +66,12 @@ class Layer:
     dilation: int
     out_channels: int
     out_activation: str
+    multiplier: int = 1  # channels between the two convolutions, over those of the input
     quick: bool = False
+
+    @property
+    def middle_channels(self):
+        return self.channels * self.multiplier
 
     @property
     def padding(self):

@@ -21,14 +21,16 @@ class PlainSeparableConv2d(nn.Module):
         bias=False,
         *,
         dilation=1,
+        channel_multiplier=1,
         activation="identity",
         out_activation="identity",
     ):
         super().__init__()
+        middle_channels = in_channels * channel_multiplier
         self.depthwise = nn.Conv2d(
-            in_channels, in_channels, kernel_size, stride, padding, dilation, groups=in_channels, bias=bias
+            in_channels, middle_channels, kernel_size, stride, padding, dilation, groups=in_channels, bias=bias
         )
-        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=bias)
+        self.pointwise = nn.Conv2d(middle_channels, out_channels, 1, bias=bias)
         self.activation = ACTIVATIONS[activation].value
         self.out_activation = ACTIVATIONS[out_activation].value
 

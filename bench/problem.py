@@ -51,8 +51,8 @@ class Problem:
         taps = inner_taps(layer.height, height_out, kernel_h, layer.stride, layer.dilation, pad_h) * inner_taps(
             layer.width, width_out, kernel_w, layer.stride, layer.dilation, pad_w
         )
-        depthwise = layer.channels * taps
-        pointwise = layer.channels * layer.out_channels * height_out * width_out
+        depthwise = layer.middle_channels * taps
+        pointwise = layer.middle_channels * layer.out_channels * height_out * width_out
         return (1 if self.mode == FORWARD else 3) * 2 * layer.batch * (depthwise + pointwise)
 
     @property
@@ -61,8 +61,8 @@ class Problem:
         height_out, width_out = layer.out_size
         x = layer.batch * layer.channels * layer.height * layer.width
         y = layer.batch * layer.out_channels * height_out * width_out
-        weights = layer.channels * (layer.kernel[0] * layer.kernel[1] + layer.out_channels)
-        biases = layer.channels + layer.out_channels
+        weights = layer.middle_channels * (layer.kernel[0] * layer.kernel[1] + layer.out_channels)
+        biases = layer.middle_channels + layer.out_channels
         elements = x + weights + biases + y
         if self.mode == TRAINING:
             elements += x + weights + y  # y stands for dy

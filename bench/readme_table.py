@@ -11,6 +11,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
+from .competitors import PYTORCH
+
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARKERS = re.compile(r"(<!-- performance: .*? -->\n).*?(\n<!-- end of performance -->)", re.DOTALL)
 
@@ -41,7 +43,7 @@ def table(path):
 def _figures(measurement):
     forms = {(form["method"], form["layout"]): form for form in measurement["forms"]}
     ours = [forms["fused", layout] for layout in ("channels_last", "nchw")]
-    best_pytorch = min(form["times_limit"] for (method, _), form in forms.items() if method != "fused")
+    best_pytorch = min(form["times_limit"] for (method, _), form in forms.items() if method in PYTORCH)
     return [*(form["times_limit"] for form in ours), best_pytorch, *(form["gain"] for form in ours)]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import __main__ as command_line
-from bench import layers, suite
+from bench import layers, peers, report, suite
 from bench.ceilings import Ceilings, cache_sizes, measure_ceilings
 from bench.competitors import COMPILED, EAGER, FUSED, Arena, Form, WrongResult
 from bench.problem import FORWARD, TRAINING, Problem, inner_taps
@@ -63,6 +63,14 @@ def test_flops_and_bytes_of_a_tiny_layer():
     assert forward.least_bytes == 4 * (x + y + weights + biases)
     assert training.least_bytes == 4 * (3 * x + 2 * y + 3 * weights + 2 * biases)
     assert Problem(TINY, FORWARD, torch.bfloat16).least_bytes == forward.least_bytes // 2
+
+
+def test_a_channel_multiplier_counts_between_the_convolutions_only():
+    single = Problem(layers.Layer("one", 2, 8, 9, 7, (3, 3), 2, 1, 5, "identity"), FORWARD, torch.float32)
+    double = Problem(layers.Layer("two", 2, 8, 9, 7, (3, 3), 2, 1, 5, "identity", 2), FORWARD, torch.float32)
+    assert double.flops == 2 * single.flops
+    assert double.least_bytes - single.least_bytes == 4 * 8 * (9 + 5 + 1)
+    Arena(double).check({form: Arena(double).call(form) for form in (Form(FUSED, "nchw"), Form(EAGER, "nchw"))})
 
 
 def test_flops_of_a_layer_without_padded_taps_in_one_dimension():
@@ -181,12 +189,9 @@ def test_only_our_own_form_with_one_thread_and_two():
     threads_before = torch.get_num_threads()
     result = suite.run_suite(
         [Problem(TINY, FORWARD, torch.float64)],
-        methods=(FUSED,),
-        layouts=("nchw",),
+        suite.Entrants(methods=(FUSED,), layouts=("nchw",)),
+        suite.Timing(rounds=2, least_seconds=1e-5, clock="cpu"),
         threads=[1, 2],
-        rounds=2,
-        least_seconds=1e-5,
-        clock="cpu",
         allocator="",
         starting=lambda text: None,
         finished=lambda: None,
@@ -196,6 +201,73 @@ def test_only_our_own_form_with_one_thread_and_two():
     for measurement in result.measurements:
         assert list(measurement.samples) == [Form(FUSED, "nchw")]
         assert measurement.gains() == {}
+
+
+class FakePeer:
+    """Computes what it is told to, in a layout of its own."""
+
+    def __init__(self, change=None):
+        self.change = change
+
+    def versions(self):
+        return {"fake": "1.0"}
+
+    def prepare(self, arena, threads):
+        if self.change is None:
+            raise peers.CannotDo("no forward")
+        right = arena.call(Form(EAGER, "nchw"))
+        return {peers.BLOCKED: peers.Call(right, lambda results: (results[0] * self.change,))}
+
+
+def test_peers_are_checked_and_compared():
+    result = suite.run_suite(
+        [Problem(TINY, FORWARD, torch.float32)],
+        suite.Entrants(
+            methods=(FUSED, EAGER),
+            layouts=("channels_last",),
+            peers={"right": FakePeer(1), "wrong": FakePeer(1.01), "unable": FakePeer()},
+            missing_peers=("absent",),
+        ),
+        suite.Timing(rounds=1, least_seconds=1e-5, clock="wall"),
+        threads=[1],
+        allocator="",
+        starting=lambda text: None,
+        finished=lambda: None,
+    )
+    (measurement,) = result.measurements
+    assert [form for form in measurement.samples if form.is_peer] == [Form("right", "blocked")]
+    assert measurement.refused["unable"] == "no forward"
+    assert "y of wrong blocked is off by" in measurement.refused["wrong"]
+    assert measurement.best_peer()[0] == Form("right", "blocked")
+    assert measurement.best_pytorch()[0].method == EAGER
+    others = [sample.median for form, sample in measurement.samples.items() if form.method != FUSED]
+    ours = Form(FUSED, "channels_last")
+    assert measurement.over_best()[ours] == measurement.samples[ours].median / min(others)
+    text = "\n".join([report.header(result), *report.tables(result), report.summary(result)])
+    assert "peers: fake 1.0; not installed: absent" in text
+    assert "ours and the fastest of the others" in text
+    assert "unable, -: no forward" in text
+    found = json.loads(report.to_json(result))["measurements"][0]
+    assert found["best_peer"]["method"] == "right"
+    assert set(found["refused"]) == {"wrong", "unable"}
+
+
+@pytest.mark.parametrize("name", peers.NAMES)
+def test_peers_that_are_installed_give_the_right_result(name):
+    present, missing = peers.find_peers([name])
+    if name in missing:
+        pytest.skip(f"{name} is not installed")
+    for stride, out_activation in ((1, "relu6"), (2, "identity")):
+        layer = layers.Layer("small", 2, 16, 9, 7, (3, 5), stride, 1, 24, out_activation)
+        arena = Arena(Problem(layer, FORWARD, torch.float32))
+        calls = present[name].prepare(arena, 1)
+        arena.check({Form(name, layout): lambda call=call: call.results(call.run()) for layout, call in calls.items()})
+
+
+def test_the_limit_of_an_instruction_set():
+    measured = measure_ceilings(1, seconds=0.02, isa="generic")
+    assert len(measured.fma) == 1
+    assert measured.flops(torch.bfloat16) == measured.flops(torch.float32)
 
 
 @pytest.mark.parametrize(
