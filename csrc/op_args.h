@@ -14,12 +14,13 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
-#include <limits>
 #include <optional>
+#include <stdexcept>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "geometry.h"
 #include "params.h"
 
 namespace dsconv {
@@ -102,28 +103,19 @@ inline Strides walk_strides(const Tensor& t, Layout layout) {
   return s;
 }
 
+// By strides, and so past the lookup of an op by its name: that takes longer than the allocation.
 inline Tensor empty_4d(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
+  const auto at_least_1 = [](int64_t extent) { return extent > 1 ? extent : 1; };
   const int64_t size[4] = {n, c, h, w};
-  return torch::stable::empty({size, 4}, like.scalar_type(), torch::headeronly::Layout::Strided, like.device(),
-                              std::nullopt, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
-inline int64_t checked_product(const char* op, int64_t a, int64_t b) {
-  int64_t result = 0;
-  STD_TORCH_CHECK(!__builtin_mul_overflow(a, b, &result), op, ": the sizes overflow 64 bits (", a, " * ", b, ")");
-  return result;
-}
-
-inline int64_t output_extent(const char* op, const char* axis, int64_t in, int64_t kernel, int64_t pad_before,
-                             int64_t pad_after, int64_t stride, int64_t dilation) {
-  STD_TORCH_CHECK(stride > 0 && dilation > 0, op, ": stride and dilation must be positive along ", axis);
-  STD_TORCH_CHECK(pad_before >= 0 && pad_after >= 0, op, ": padding must not be negative along ", axis);
-  constexpr int64_t kMax = std::numeric_limits<int64_t>::max() / 4;
-  STD_TORCH_CHECK(in < kMax && pad_before < kMax && pad_after < kMax, op, ": the padded input overflows along ", axis);
-  const int64_t span = checked_product(op, dilation, kernel - 1) + 1;
-  const int64_t padded = in + pad_before + pad_after;
-  STD_TORCH_CHECK(padded >= span, op, ": kernel larger than the padded input along ", axis, ": ", span, " > ", padded);
-  return (padded - span) / stride + 1;
+  const int64_t pixel = channels_last ? at_least_1(c) : 1, row = pixel * at_least_1(w), plane = row * at_least_1(h);
+  const int64_t stride[4] = {channels_last ? plane : plane * at_least_1(c), channels_last ? 1 : plane, row, pixel};
+  int32_t dtype = 0, device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(4, size, stride, dtype, device_type, like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 inline void check_operand(const char* op, const char* arg, const Tensor& t, const Tensor& x) {
@@ -137,115 +129,104 @@ inline void check_bias(const char* op, const char* arg, const std::optional<Tens
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size, op, ": ", arg, " must have shape [", size, "]");
 }
 
-// padding is (top, left, bottom, right).
+// The ops' arguments that are no tensors. padding is (top, left, bottom, right).
+struct CallConfig {
+  int64_t stride[2], padding[4], dilation[2], act, out_act;
+};
+
+inline CallConfig config_of(const char* op, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                            const std::vector<int64_t>& dilation, int64_t act, int64_t out_act) {
+  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4 && dilation.size() == 2, op,
+                  ": stride and dilation take 2 numbers, padding 4 (top, left, bottom, right)");
+  return {{stride[0], stride[1]},
+          {padding[0], padding[1], padding[2], padding[3]},
+          {dilation[0], dilation[1]},
+          act,
+          out_act};
+}
+
 inline Geometry geometry_of(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
-                            const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                            const std::vector<int64_t>& dilation) {
+                            const CallConfig& config) {
   STD_TORCH_CHECK(x.dim() == 4, op, ": input must have 4 dimensions, got ", x.dim());
   STD_TORCH_CHECK(dw_weight.dim() == 4 && dw_weight.size(1) == 1, op, ": dw_weight must have shape [C * m, 1, kh, kw]");
   STD_TORCH_CHECK(pw_weight.dim() == 2 || (pw_weight.dim() == 4 && pw_weight.size(2) == 1 && pw_weight.size(3) == 1),
                   op, ": pw_weight must have shape [C_out, C * m, 1, 1] or [C_out, C * m]");
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4 && dilation.size() == 2, op,
-                  ": stride and dilation take 2 numbers, padding 4 (top, left, bottom, right)");
   check_operand(op, "dw_weight", dw_weight, x);
   check_operand(op, "pw_weight", pw_weight, x);
-
-  Geometry g{};
-  g.n = x.size(0);
-  g.c_in = x.size(1);
-  g.h_in = x.size(2);
-  g.w_in = x.size(3);
-  g.c_mid = dw_weight.size(0);
-  STD_TORCH_CHECK(g.c_in > 0 && g.c_mid > 0 && g.c_mid % g.c_in == 0, op,
-                  ": dw_weight's channels must be a positive multiple of input's ", g.c_in, ", got ", g.c_mid);
-  g.multiplier = g.c_mid / g.c_in;
-  g.c_out = pw_weight.size(0);
-  STD_TORCH_CHECK(pw_weight.size(1) == g.c_mid, op, ": pw_weight must have ", g.c_mid, " input channels, got ",
-                  pw_weight.size(1));
-  g.kernel_h = dw_weight.size(2);
-  g.kernel_w = dw_weight.size(3);
-  STD_TORCH_CHECK(g.kernel_h > 0 && g.kernel_w > 0, op, ": dw_weight has an empty kernel");
-  g.stride_h = stride[0];
-  g.stride_w = stride[1];
-  g.pad_top = padding[0];
-  g.pad_left = padding[1];
-  g.dilation_h = dilation[0];
-  g.dilation_w = dilation[1];
-  g.h_out = output_extent(op, "height", g.h_in, g.kernel_h, padding[0], padding[2], g.stride_h, g.dilation_h);
-  g.w_out = output_extent(op, "width", g.w_in, g.kernel_w, padding[1], padding[3], g.stride_w, g.dilation_w);
-  // 16 bytes an element leaves room for every workspace that is computed from these sizes.
-  const int64_t pixels = checked_product(op, checked_product(op, g.n, g.h_out), checked_product(op, g.w_out, 16));
-  checked_product(op, pixels, g.c_mid);
-  checked_product(op, pixels, g.c_out);
-  return g;
+  STD_TORCH_CHECK(pw_weight.size(1) == dw_weight.size(0), op, ": pw_weight must have ", dw_weight.size(0),
+                  " input channels, got ", pw_weight.size(1));
+  try {
+    return geometry_of_sizes(x.sizes().data(), dw_weight.sizes().data(), pw_weight.size(0), config.stride,
+                             config.padding, config.dilation);
+  } catch (const std::invalid_argument& error) {
+    STD_TORCH_CHECK(false, op, ": ", error.what());
+    throw;
+  }
 }
 
-struct ForwardCall {
-  ForwardParams params;
-  Tensor x, dw_weight, pw_weight;  // keep alive what the pointers of params point into
-  std::optional<Tensor> dw_bias, pw_bias;
-  Tensor y;
-  std::optional<Tensor> pre;
-};
-
-inline ForwardCall prepare_forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
-                                   const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
-                                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                   const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, bool want_pre) {
-  ForwardCall call{};
-  ForwardParams& p = call.params;
+// What forward and backward have in common, checked and made ready: everything but pw_bias and what is output-shaped.
+// Call has params, and the tensors that keep alive what the pointers of params point into.
+template <typename Call>
+void prepare_operands(Call& call, const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                      const std::optional<Tensor>& dw_bias, const CallConfig& config) {
+  auto& p = call.params;
   p.dtype = dtype_of(op, x);
-  p.geom = geometry_of(op, x, dw_weight, pw_weight, stride, padding, dilation);
-  const Geometry& g = p.geom;
-  check_bias(op, "dw_bias", dw_bias, x, g.c_mid);
-  check_bias(op, "pw_bias", pw_bias, x, g.c_out);
-  p.act = activation_of(op, "activation", act);
-  p.out_act = activation_of(op, "out_activation", out_act);
-
-  const bool channels_last =
-      suggests_channels_last(x) || suggests_channels_last(dw_weight) || suggests_channels_last(pw_weight);
-  call.y = empty_4d(x, g.n, g.c_out, g.h_out, g.w_out, channels_last);
-  if (want_pre) call.pre = empty_4d(x, g.n, g.c_out, g.h_out, g.w_out, channels_last);
+  p.geom = geometry_of(op, x, dw_weight, pw_weight, config);
+  check_bias(op, "dw_bias", dw_bias, x, p.geom.c_mid);
+  p.act = activation_of(op, "activation", config.act);
+  p.out_act = activation_of(op, "out_activation", config.out_act);
 
   call.x = walkable_or_copy(x, p.x_layout);
   call.dw_weight = dense(dw_weight);
   call.pw_weight = dense(pw_weight);
   if (dw_bias.has_value()) call.dw_bias = dense(*dw_bias);
-  if (pw_bias.has_value()) call.pw_bias = dense(*pw_bias);
-
-  walkable(call.y, p.y_layout);
-  p.x = call.x.const_data_ptr();
-  p.x_strides = walk_strides(call.x, p.x_layout);
-  p.dw_weight = call.dw_weight.const_data_ptr();
+  p.x = call.x->const_data_ptr();
+  p.x_strides = walk_strides(*call.x, p.x_layout);
+  p.dw_weight = call.dw_weight->const_data_ptr();
   p.dw_bias = call.dw_bias.has_value() ? call.dw_bias->const_data_ptr() : nullptr;
-  p.pw_weight = call.pw_weight.const_data_ptr();
+  p.pw_weight = call.pw_weight->const_data_ptr();
+}
+
+struct ForwardCall {
+  ForwardParams params;
+  std::optional<Tensor> x, dw_weight, pw_weight, dw_bias, pw_bias, y, pre;  // an empty Tensor would be an allocation
+};
+
+inline ForwardCall prepare_forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                                   const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
+                                   const CallConfig& config, bool want_pre) {
+  ForwardCall call{};
+  ForwardParams& p = call.params;
+  prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, config);
+  const Geometry& g = p.geom;
+  check_bias(op, "pw_bias", pw_bias, x, g.c_out);
+  if (pw_bias.has_value()) call.pw_bias = dense(*pw_bias);
   p.pw_bias = call.pw_bias.has_value() ? call.pw_bias->const_data_ptr() : nullptr;
-  p.y = call.y.mutable_data_ptr();
-  p.y_strides = walk_strides(call.y, p.y_layout);
+
+  const bool channels_last =
+      suggests_channels_last(x) || suggests_channels_last(dw_weight) || suggests_channels_last(pw_weight);
+  call.y = empty_4d(x, g.n, g.c_out, g.h_out, g.w_out, channels_last);
+  if (want_pre) call.pre = empty_4d(x, g.n, g.c_out, g.h_out, g.w_out, channels_last);
+  walkable(*call.y, p.y_layout);
+  p.y = call.y->mutable_data_ptr();
+  p.y_strides = walk_strides(*call.y, p.y_layout);
   p.pre = call.pre.has_value() ? call.pre->mutable_data_ptr() : nullptr;
   return call;
 }
 
 struct BackwardCall {
   BackwardParams params;
-  Tensor dy, x, dw_weight, pw_weight;
-  std::optional<Tensor> dw_bias, saved;
+  std::optional<Tensor> dy, x, dw_weight, pw_weight, dw_bias, saved;
   Tensor grad_x, grad_dw_weight, grad_pw_weight, grad_dw_bias, grad_pw_bias;  // shape [0] where not asked for
 };
 
 inline BackwardCall prepare_backward(const char* op, const Tensor& dy, const Tensor& x, const Tensor& dw_weight,
                                      const Tensor& pw_weight, const std::optional<Tensor>& dw_bias,
-                                     const std::optional<Tensor>& saved, const std::vector<int64_t>& stride,
-                                     const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                     int64_t act, int64_t out_act, int64_t grad_mask) {
+                                     const std::optional<Tensor>& saved, const CallConfig& config, int64_t grad_mask) {
   BackwardCall call{};
   BackwardParams& p = call.params;
-  p.dtype = dtype_of(op, x);
-  p.geom = geometry_of(op, x, dw_weight, pw_weight, stride, padding, dilation);
+  prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, config);
   const Geometry& g = p.geom;
-  check_bias(op, "dw_bias", dw_bias, x, g.c_mid);
-  p.act = activation_of(op, "activation", act);
-  p.out_act = activation_of(op, "out_activation", out_act);
   const auto check_output_shaped = [&](const char* arg, const Tensor& t) {
     check_operand(op, arg, t, x);
     STD_TORCH_CHECK(
@@ -253,25 +234,14 @@ inline BackwardCall prepare_backward(const char* op, const Tensor& dy, const Ten
         ": ", arg, " must have the shape of the output, [", g.n, ", ", g.c_out, ", ", g.h_out, ", ", g.w_out, "]");
   };
   check_output_shaped("grad_output", dy);
+  call.dy = walkable_or_copy(dy, p.dy_layout);
+  p.dy = call.dy->const_data_ptr();
+  p.dy_strides = walk_strides(*call.dy, p.dy_layout);
   STD_TORCH_CHECK(saved.has_value() == (p.out_act != Activation::identity), op,
                   ": saved is given exactly where out_activation is not identity");
-  if (saved.has_value()) check_output_shaped("saved", *saved);
-
-  call.dy = walkable_or_copy(dy, p.dy_layout);
-  call.x = walkable_or_copy(x, p.x_layout);
-  call.dw_weight = dense(dw_weight);
-  call.pw_weight = dense(pw_weight);
-  if (dw_bias.has_value()) call.dw_bias = dense(*dw_bias);
-  if (saved.has_value()) call.saved = walkable_or_copy(*saved, p.saved_layout);
-
-  p.dy = call.dy.const_data_ptr();
-  p.dy_strides = walk_strides(call.dy, p.dy_layout);
-  p.x = call.x.const_data_ptr();
-  p.x_strides = walk_strides(call.x, p.x_layout);
-  p.dw_weight = call.dw_weight.const_data_ptr();
-  p.dw_bias = call.dw_bias.has_value() ? call.dw_bias->const_data_ptr() : nullptr;
-  p.pw_weight = call.pw_weight.const_data_ptr();
-  if (call.saved.has_value()) {
+  if (saved.has_value()) {
+    check_output_shaped("saved", *saved);
+    call.saved = walkable_or_copy(*saved, p.saved_layout);
     p.saved = call.saved->const_data_ptr();
     p.saved_strides = walk_strides(*call.saved, p.saved_layout);
   }

@@ -63,6 +63,7 @@ class Workspace {
 
 template <typename F>
 void for_each_task(int64_t tasks, const F& f) {
+  if (tasks == 1) return f(0);
   torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) f(task);
   });
@@ -180,31 +181,31 @@ using Ints = std::vector<int64_t>;
 ForwardCall forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                     const Bias& dw_bias, const Bias& pw_bias, const Ints& stride, const Ints& padding,
                     const Ints& dilation, int64_t act, int64_t out_act, bool want_pre) {
-  ForwardCall call =
-      prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, want_pre);
-  if (call.y.numel() > 0) run_forward(op, call.params);
+  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
+                                     config_of(op, stride, padding, dilation, act, out_act), want_pre);
+  if (call.y->numel() > 0) run_forward(op, call.params);
   return call;
 }
 
 Tensor fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Ints stride, Ints padding,
            Ints dilation, int64_t act, int64_t out_act) {
-  return forward("dsconv_cuda::fwd", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act,
-                 false)
-      .y;
+  return *forward("dsconv_cuda::fwd", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act,
+                  out_act, false)
+              .y;
 }
 
 std::tuple<Tensor, Tensor> fwd_with_pre(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
                                         Ints stride, Ints padding, Ints dilation, int64_t act, int64_t out_act) {
   ForwardCall call = forward("dsconv_cuda::fwd_with_pre", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding,
                              dilation, act, out_act, true);
-  return {call.y, *call.pre};
+  return {*call.y, *call.pre};
 }
 
 BackwardResult bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved, Ints stride,
                    Ints padding, Ints dilation, int64_t act, int64_t out_act, int64_t grad_mask) {
   constexpr const char* op = "dsconv_cuda::bwd";
-  BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act,
-                                       out_act, grad_mask);
+  BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
+                                       config_of(op, stride, padding, dilation, act, out_act), grad_mask);
   const BackwardParams& p = call.params;
   const bool asked = p.grad_x != nullptr || p.grad_dw_weight != nullptr || p.grad_pw_weight != nullptr ||
                      p.grad_dw_bias != nullptr || p.grad_pw_bias != nullptr;

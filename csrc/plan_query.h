@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "geometry.h"
 #include "params.h"
 
 namespace dsconv {
@@ -40,38 +41,11 @@ inline Layout layout_of(const PlanQuery& query) { return query.channels_last ? L
 inline Geometry geometry_of(const PlanQuery& q) {
   if (q.input.size() != 4 || q.dw_weight.size() != 4 || q.stride.size() != 2 || q.padding.size() != 4 ||
       q.dilation.size() != 2) {
-    throw std::invalid_argument("input and dw_weight take 4 sizes, stride and dilation 2 numbers, padding 4");
+    throw_invalid("input and dw_weight take 4 sizes, stride and dilation 2 numbers, padding 4");
   }
-  const auto extent = [&](int axis) {
-    const int64_t in = q.input[2 + axis] + q.padding[axis] + q.padding[2 + axis];
-    const int64_t span = q.dilation[axis] * (q.dw_weight[2 + axis] - 1) + 1;
-    if (q.stride[axis] < 1 || q.dilation[axis] < 1 || q.dw_weight[2 + axis] < 1 || in < span) {
-      throw std::invalid_argument("stride, dilation and kernel must be positive, the kernel within the padded input");
-    }
-    return (in - span) / q.stride[axis] + 1;
-  };
-  if (q.input[0] < 1 || q.input[1] < 1 || q.c_out < 1 || q.dw_weight[0] < 1 || q.dw_weight[0] % q.input[1] != 0) {
-    throw std::invalid_argument("sizes must be positive, and dw_weight's channels a multiple of input's");
-  }
-  Geometry g{};
-  g.n = q.input[0];
-  g.c_in = q.input[1];
-  g.h_in = q.input[2];
-  g.w_in = q.input[3];
-  g.c_mid = q.dw_weight[0];
-  g.multiplier = g.c_mid / g.c_in;
-  g.c_out = q.c_out;
-  g.h_out = extent(0);
-  g.w_out = extent(1);
-  g.kernel_h = q.dw_weight[2];
-  g.kernel_w = q.dw_weight[3];
-  g.stride_h = q.stride[0];
-  g.stride_w = q.stride[1];
-  g.pad_top = q.padding[0];
-  g.pad_left = q.padding[1];
-  g.dilation_h = q.dilation[0];
-  g.dilation_w = q.dilation[1];
-  return g;
+  if (q.input[0] < 1 || q.c_out < 1) throw_invalid("the number of images and c_out must be positive");
+  return geometry_of_sizes(q.input.data(), q.dw_weight.data(), q.c_out, q.stride.data(), q.padding.data(),
+                           q.dilation.data());
 }
 
 }  // namespace dsconv

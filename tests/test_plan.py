@@ -50,8 +50,8 @@ def test_the_cuda_planner_answers_without_a_gpu(library):
         ({"dtype": "int8"}, "dtype must be"),
         ({"input": [2, 24, 30]}, "4 sizes"),
         ({"stride": [0, 1]}, "must be positive"),
-        ({"input": [2, 24, 0, 31]}, "within the padded input"),
-        ({"dw_weight": [47, 1, 3, 3]}, "a multiple of input's"),
+        ({"input": [2, 24, 0, 31]}, "larger than the padded input"),
+        ({"dw_weight": [47, 1, 3, 3]}, "a positive multiple of input's"),
     ],
 )
 def test_a_question_without_an_answer_is_refused(library, change, text):
