@@ -129,13 +129,9 @@ inline void check_bias(const char* op, const char* arg, const std::optional<Tens
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size, op, ": ", arg, " must have shape [", size, "]");
 }
 
-// The ops' arguments that are no tensors. padding is (top, left, bottom, right).
-struct CallConfig {
-  int64_t stride[2], padding[4], dilation[2], act, out_act;
-};
-
-inline CallConfig config_of(const char* op, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                            const std::vector<int64_t>& dilation, int64_t act, int64_t out_act) {
+inline CallArguments arguments_of(const char* op, const std::vector<int64_t>& stride,
+                                  const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
+                                  int64_t act, int64_t out_act) {
   STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4 && dilation.size() == 2, op,
                   ": stride and dilation take 2 numbers, padding 4 (top, left, bottom, right)");
   return {{stride[0], stride[1]},
@@ -146,7 +142,7 @@ inline CallConfig config_of(const char* op, const std::vector<int64_t>& stride, 
 }
 
 inline Geometry geometry_of(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
-                            const CallConfig& config) {
+                            const CallArguments& arguments) {
   STD_TORCH_CHECK(x.dim() == 4, op, ": input must have 4 dimensions, got ", x.dim());
   STD_TORCH_CHECK(dw_weight.dim() == 4 && dw_weight.size(1) == 1, op, ": dw_weight must have shape [C * m, 1, kh, kw]");
   STD_TORCH_CHECK(pw_weight.dim() == 2 || (pw_weight.dim() == 4 && pw_weight.size(2) == 1 && pw_weight.size(3) == 1),
@@ -156,8 +152,8 @@ inline Geometry geometry_of(const char* op, const Tensor& x, const Tensor& dw_we
   STD_TORCH_CHECK(pw_weight.size(1) == dw_weight.size(0), op, ": pw_weight must have ", dw_weight.size(0),
                   " input channels, got ", pw_weight.size(1));
   try {
-    return geometry_of_sizes(x.sizes().data(), dw_weight.sizes().data(), pw_weight.size(0), config.stride,
-                             config.padding, config.dilation);
+    return geometry_of_sizes(x.sizes().data(), dw_weight.sizes().data(), pw_weight.size(0), arguments.stride,
+                             arguments.padding, arguments.dilation);
   } catch (const std::invalid_argument& error) {
     STD_TORCH_CHECK(false, op, ": ", error.what());
     throw;
@@ -168,13 +164,13 @@ inline Geometry geometry_of(const char* op, const Tensor& x, const Tensor& dw_we
 // Call has params, and the tensors that keep alive what the pointers of params point into.
 template <typename Call>
 void prepare_operands(Call& call, const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
-                      const std::optional<Tensor>& dw_bias, const CallConfig& config) {
+                      const std::optional<Tensor>& dw_bias, const CallArguments& arguments) {
   auto& p = call.params;
   p.dtype = dtype_of(op, x);
-  p.geom = geometry_of(op, x, dw_weight, pw_weight, config);
+  p.geom = geometry_of(op, x, dw_weight, pw_weight, arguments);
   check_bias(op, "dw_bias", dw_bias, x, p.geom.c_mid);
-  p.act = activation_of(op, "activation", config.act);
-  p.out_act = activation_of(op, "out_activation", config.out_act);
+  p.act = activation_of(op, "activation", arguments.act);
+  p.out_act = activation_of(op, "out_activation", arguments.out_act);
 
   call.x = walkable_or_copy(x, p.x_layout);
   call.dw_weight = dense(dw_weight);
@@ -194,10 +190,10 @@ struct ForwardCall {
 
 inline ForwardCall prepare_forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                                    const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
-                                   const CallConfig& config, bool want_pre) {
+                                   const CallArguments& arguments, bool want_pre) {
   ForwardCall call{};
   ForwardParams& p = call.params;
-  prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, config);
+  prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, arguments);
   const Geometry& g = p.geom;
   check_bias(op, "pw_bias", pw_bias, x, g.c_out);
   if (pw_bias.has_value()) call.pw_bias = dense(*pw_bias);
@@ -222,10 +218,11 @@ struct BackwardCall {
 
 inline BackwardCall prepare_backward(const char* op, const Tensor& dy, const Tensor& x, const Tensor& dw_weight,
                                      const Tensor& pw_weight, const std::optional<Tensor>& dw_bias,
-                                     const std::optional<Tensor>& saved, const CallConfig& config, int64_t grad_mask) {
+                                     const std::optional<Tensor>& saved, const CallArguments& arguments,
+                                     int64_t grad_mask) {
   BackwardCall call{};
   BackwardParams& p = call.params;
-  prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, config);
+  prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, arguments);
   const Geometry& g = p.geom;
   const auto check_output_shaped = [&](const char* arg, const Tensor& t) {
     check_operand(op, arg, t, x);

@@ -11,6 +11,7 @@
 
 #include "cpu/cpu_isa.h"
 #include "cpu/cpu_kernels.h"
+#include "kept_weights.h"
 #include "op_args.h"
 
 namespace dsconv {
@@ -43,21 +44,28 @@ class Workspace {
  public:
   explicit Workspace(int64_t element) : element_(element) {}
   void reserve(void** pointer, int64_t elements) {
-    pieces_.push_back({pointer, total_});
+    STD_TORCH_CHECK(count_ < kMaxPieces, "dsconv_cuda: a workspace of too many pieces");
+    pieces_[count_++] = {pointer, total_};
     total_ += round_up(elements * element_, kCacheLine);
   }
+  int64_t bytes() const { return total_; }
   void allocate() {
     block_.reset(::operator new(static_cast<size_t>(total_), kAlign));
-    for (const Piece& piece : pieces_) *piece.pointer = static_cast<char*>(block_.get()) + piece.offset;
+    place_in(block_.get());
+  }
+  void place_in(void* memory) {
+    for (int i = 0; i < count_; ++i) *pieces_[i].pointer = static_cast<char*>(memory) + pieces_[i].offset;
   }
 
  private:
+  static constexpr int kMaxPieces = 16;
   struct Piece {
     void** pointer;
     int64_t offset;
   };
   int64_t element_, total_ = 0;
-  std::vector<Piece> pieces_;
+  Piece pieces_[kMaxPieces];
+  int count_ = 0;
   AlignedBytes block_;
 };
 
@@ -69,6 +77,7 @@ void for_each_task(int64_t tasks, const F& f) {
   });
 }
 
+int64_t stored_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 int64_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 MicroTile micro_of(const KernelTable& table, DType dtype) {
   return dtype == DType::f64 ? table.micro_f64 : table.micro_f32;
@@ -100,7 +109,19 @@ void pack_all(const DTypeKernels& kernels, const PackContext& pack, int64_t poin
   });
 }
 
-void run_forward(const char* op, const ForwardParams& p) {
+KeptKey key_of(const ForwardParams& p, const CpuPlan& plan, const DTypeKernels& kernels, int64_t version) {
+  const Geometry& g = p.geom;
+  return {&kernels,         g.c_in,
+          g.c_mid,          g.c_out,
+          plan.taps,        plan.micro,
+          plan.mid_columns, plan.out_columns,
+          p.dw_weight,      p.dw_bias,
+          p.pw_weight,      p.pw_bias,
+          version,          fingerprint(p, stored_bytes(p.dtype))};
+}
+
+// kept: where packed weights of earlier calls are, or null; version as in KeptKey.
+void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64_t version) {
   const KernelTable& table = active_table(op);
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
   const int64_t element = element_bytes(p.dtype);
@@ -109,15 +130,23 @@ void run_forward(const char* op, const ForwardParams& p) {
   ctx.plan = plan_forward(p.geom, p.x_layout, micro_of(table, p.dtype), element, torch::stable::get_num_threads());
   const CpuPlan& plan = ctx.plan;
 
-  Workspace workspace(element);
-  reserve_depthwise(workspace, plan, ctx.packed);
-  workspace.reserve(&ctx.packed.pw_forward, plan.out_columns * p.geom.c_mid);
-  workspace.reserve(&ctx.packed.pw_bias, plan.out_columns);
-  workspace.allocate();
+  Workspace weights(element);
+  reserve_depthwise(weights, plan, ctx.packed);
+  weights.reserve(&ctx.packed.pw_forward, plan.out_columns * p.geom.c_mid);
+  weights.reserve(&ctx.packed.pw_bias, plan.out_columns);
 
-  const PackContext pack = {p.geom, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias};
-  const int64_t panels = plan.out_columns / plan.micro.columns;
-  pack_all(kernels, pack, panels, kernels.pack_pointwise_forward);
+  const KeptKey key = kept != nullptr ? key_of(p, plan, kernels, version) : KeptKey{};
+  KeptUse use(kept, key, weights.bytes());
+  if (use.memory() != nullptr) {
+    weights.place_in(use.memory());
+  } else {
+    weights.allocate();
+  }
+  if (use.to_pack()) {
+    const PackContext pack = {p.geom, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias};
+    pack_all(kernels, pack, plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward);
+    use.packed(key);
+  }
   for_each_task(plan.tiles, [&](int64_t tile) { kernels.forward(ctx, tile, thread_scratch(plan.scratch_bytes)); });
 }
 
@@ -175,6 +204,10 @@ void run_backward(const char* op, const BackwardParams& p) {
   }
 }
 
+void* first_line(void* memory) {
+  return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(memory), kCacheLine));
+}
+
 using Bias = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
@@ -182,8 +215,8 @@ ForwardCall forward(const char* op, const Tensor& x, const Tensor& dw_weight, co
                     const Bias& dw_bias, const Bias& pw_bias, const Ints& stride, const Ints& padding,
                     const Ints& dilation, int64_t act, int64_t out_act, bool want_pre) {
   ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
-                                     config_of(op, stride, padding, dilation, act, out_act), want_pre);
-  if (call.y->numel() > 0) run_forward(op, call.params);
+                                     arguments_of(op, stride, padding, dilation, act, out_act), want_pre);
+  if (call.y->numel() > 0) run_forward(op, call.params, nullptr, 0);
   return call;
 }
 
@@ -192,6 +225,54 @@ Tensor fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_b
   return *forward("dsconv_cuda::fwd", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act,
                   out_act, false)
               .y;
+}
+
+// The memory that fwd_kept() takes for these weights and arguments, nothing packed yet.
+Tensor keep(Tensor dw_weight, Tensor pw_weight, Ints stride, Ints padding, Ints dilation, int64_t act,
+            int64_t out_act) {
+  constexpr const char* op = "dsconv_cuda::keep";
+  STD_TORCH_CHECK(dw_weight.dim() == 4 && pw_weight.dim() >= 2, op, ": dw_weight or pw_weight has a wrong shape");
+  const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, out_act);
+  // Room for the panels of every instruction set: their widths divide this one.
+  constexpr int64_t kWidest = 64;
+  const int64_t c_mid = dw_weight.size(0), mid = round_up(c_mid, kWidest), out = round_up(pw_weight.size(0), kWidest);
+  const int64_t elements = (dw_weight.size(2) * dw_weight.size(3) + 1) * mid + out * (c_mid + 1);
+  const int64_t capacity = elements * element_bytes(dtype_of(op, dw_weight)) + 4 * kCacheLine;
+  const int64_t size[1] = {static_cast<int64_t>(sizeof(KeptHeader)) + capacity + kCacheLine}, unit[1] = {1};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, size, unit, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor memory(handle);
+  auto* header = new (first_line(memory.mutable_data_ptr())) KeptHeader{};
+  header->magic = kKeptMagic;
+  header->arguments = arguments;
+  const int64_t sizes[4] = {c_mid, dw_weight.size(2), dw_weight.size(3), pw_weight.size(0)};
+  std::copy(sizes, sizes + 4, header->weight_sizes);
+  header->capacity = capacity;
+  return memory;
+}
+
+KeptHeader* kept_of(const char* op, const Tensor& memory) {
+  auto* header = static_cast<KeptHeader*>(first_line(memory.mutable_data_ptr()));
+  STD_TORCH_CHECK(memory.scalar_type() == ScalarType::Byte && memory.is_contiguous() &&
+                      memory.numel() >= static_cast<int64_t>(sizeof(KeptHeader)) + kCacheLine &&
+                      header->magic == kKeptMagic &&
+                      memory.numel() == static_cast<int64_t>(sizeof(KeptHeader)) + header->capacity + kCacheLine,
+                  op, ": kept is not what dsconv_cuda::keep returned");
+  return header;
+}
+
+Tensor fwd_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor kept,
+                int64_t version) {
+  constexpr const char* op = "dsconv_cuda::fwd_kept";
+  KeptHeader* header = kept_of(op, kept);
+  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, header->arguments, false);
+  const Geometry& g = call.params.geom;
+  const int64_t* sizes = header->weight_sizes;
+  STD_TORCH_CHECK(g.c_mid == sizes[0] && g.kernel_h == sizes[1] && g.kernel_w == sizes[2] && g.c_out == sizes[3], op,
+                  ": kept was made for weights of other sizes");
+  if (call.y->numel() > 0) run_forward(op, call.params, header, version);
+  return *call.y;
 }
 
 std::tuple<Tensor, Tensor> fwd_with_pre(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
@@ -205,7 +286,7 @@ BackwardResult bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias
                    Ints padding, Ints dilation, int64_t act, int64_t out_act, int64_t grad_mask) {
   constexpr const char* op = "dsconv_cuda::bwd";
   BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
-                                       config_of(op, stride, padding, dilation, act, out_act), grad_mask);
+                                       arguments_of(op, stride, padding, dilation, act, out_act), grad_mask);
   const BackwardParams& p = call.params;
   const bool asked = p.grad_x != nullptr || p.grad_dw_weight != nullptr || p.grad_pw_weight != nullptr ||
                      p.grad_dw_bias != nullptr || p.grad_pw_bias != nullptr;
@@ -218,6 +299,8 @@ BackwardResult bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias
 
 STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
   m.impl("fwd", TORCH_BOX(&dsconv::fwd));
+  m.impl("keep", TORCH_BOX(&dsconv::keep));
+  m.impl("fwd_kept", TORCH_BOX(&dsconv::fwd_kept));
   m.impl("fwd_with_pre", TORCH_BOX(&dsconv::fwd_with_pre));
   m.impl("bwd", TORCH_BOX(&dsconv::bwd));
 }

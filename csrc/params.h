@@ -46,6 +46,11 @@ struct Strides {
   int64_t n, c, h, w;
 };
 
+// The ops' arguments that are no tensors. padding is (top, left, bottom, right).
+struct CallArguments {
+  int64_t stride[2], padding[4], dilation[2], act, out_act;
+};
+
 struct Geometry {
   int64_t n;           // images
   int64_t c_in;        // channels of x

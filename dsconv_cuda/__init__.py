@@ -2,6 +2,7 @@
 
     depthwise_separable_conv2d      the function
     DepthwiseSeparableConv2d        the module, also as DepthwiseSeparableConv
+    clear_weight_cache              frees the packed weights that modules keep
     models                          networks that use it
     load                            compiles the library now, with options of your own
     python -m dsconv_cuda.info      what was built and what this machine runs
@@ -13,6 +14,7 @@ import importlib
 
 from dsconv_cuda import models
 from dsconv_cuda.functional import depthwise_separable_conv2d
+from dsconv_cuda.kept_weights import clear_weight_cache
 from dsconv_cuda.modules import DepthwiseSeparableConv, DepthwiseSeparableConv2d
 
 __version__ = "0.1.0"
@@ -21,6 +23,7 @@ __all__ = [
     "DepthwiseSeparableConv",
     "DepthwiseSeparableConv2d",
     "__version__",
+    "clear_weight_cache",
     "depthwise_separable_conv2d",
     "load",
     "models",

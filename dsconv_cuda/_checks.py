@@ -160,7 +160,7 @@ def check_extents(op: str, x: torch.Size, dw: torch.Size, pw: torch.Size, stride
                 f"{stride[axis]}"
             )
         largest *= (padded - span) // stride[axis] + 1
-    if not torch.compiler.is_compiling() and largest >= 2**63:
+    if not torch.compiler.is_compiling() and largest > 2**63 - 1:
         raise ValueError(
             f"{op}: the sizes overflow 64 bits: input {list(x)} with padding {padding[:2]} and stride {stride} "
             f"makes an output or an intermediate of {largest} bytes"

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from dsconv_cuda import kept_weights
 from dsconv_cuda.activations import activation_name
 from dsconv_cuda.functional import depthwise_separable_conv2d
 
@@ -38,6 +39,8 @@ class DepthwiseSeparableConv2d(nn.Module):
         ValueError: a padding_mode other than "zeros", a channel_multiplier below 1, an unknown activation, and what
             nn.Conv2d refuses.
     """
+
+    _kept_call: kept_weights.KeptCall | None = None  # what makes the next call without gradient quick
 
     def __init__(
         self,
@@ -83,6 +86,19 @@ class DepthwiseSeparableConv2d(nn.Module):
         self.pointwise = nn.Conv2d(channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            return self._forward(input)
+        call = self._kept_call
+        if call is not None:
+            y = call(self, input)
+            if y is not None:
+                return y
+        y = self._forward(input)
+        if self._kept_call is None and not y.requires_grad:
+            kept_weights.keep(self, input)
+        return y
+
+    def _forward(self, input: Tensor) -> Tensor:
         depthwise, pointwise = self.depthwise, self.pointwise
         return depthwise_separable_conv2d(
             input,
@@ -96,6 +112,16 @@ class DepthwiseSeparableConv2d(nn.Module):
             self.activation,
             self.out_activation,
         )
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        state.pop("_kept_call", None)
+        return state
+
+    def _apply(self, *args, **kwargs):
+        # What moves or casts the parameters; the packed ones would only take up memory.
+        self.__dict__.pop("_kept_call", None)
+        return super()._apply(*args, **kwargs)
 
     def extra_repr(self) -> str:
         # Sizes are in the repr of the two children.

@@ -26,6 +26,7 @@ GRAD_X, GRAD_DW_WEIGHT, GRAD_PW_WEIGHT, GRAD_DW_BIAS, GRAD_PW_BIAS = GRAD_BITS =
 IDENTITY = ACTIVATIONS["identity"].number
 
 _registered = False
+_fragment: torch.library.Library | None = None  # registrations last as long as this object
 
 
 def grad_mask(*needed: bool) -> int:
@@ -224,7 +225,7 @@ def _no_double_backward(ctx, *grads):
 
 def register_python_parts() -> None:
     """Registers the fake kernels, vmap rules and gradients; the ops must have been defined. Does it only once."""
-    global _registered
+    global _registered, _fragment
     if _registered:
         return
     _registered = True
@@ -236,3 +237,8 @@ def register_python_parts() -> None:
         torch.library.register_autograd(f"dsconv_cuda::{name}", _backward, setup_context=_setup_context)
     torch.library.register_vmap("dsconv_cuda::bwd", backward_vmap(torch.ops.dsconv_cuda.bwd, 5))
     torch.library.register_autograd("dsconv_cuda::bwd", _no_double_backward)
+    if hasattr(torch.ops.dsconv_cuda, "fwd_kept"):
+        # Called where no gradient is needed, and only there: nothing for autograd to do.
+        _fragment = torch.library.Library("dsconv_cuda", "IMPL")
+        for name in ("keep", "fwd_kept"):
+            _fragment.impl(name, torch.library.fallthrough_kernel, "Autograd")

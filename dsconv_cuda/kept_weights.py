@@ -1,0 +1,176 @@
+"""Modules keep their packed weights between calls that need no gradient, on the CPU.
+
+The kernels read the weights in an order of their own. Packing takes as long as reading them, which for many channels
+on a small map is a fifth of the call; so a module that is called again with the same weights packs them once. What is
+packed lies in a buffer beside the module: it dies with the module, is not part of state_dict, copies or pickles, and
+goes when the module is moved or cast. :func:`clear_weight_cache` frees all of them.
+
+When weights count as the same, and what is noticed:
+
+* noticed always: another Parameter, another .data, another instruction set, and every write that PyTorch counts
+  (``_version``): optimisers, load_state_dict, in-place operations under no_grad, init functions;
+* noticed by their effect: writes that PyTorch does not count, through ``weight.data``, numpy, shared memory or a raw
+  pointer. Each call compares a fingerprint of the weights: of all of a matrix up to 16 KiB, of all depthwise kernels of
+  less than 128 bytes a channel, of all biases; of a larger matrix 64 adjacent bytes of every row or more, which move
+  from row to row through all the columns. So a write to a whole matrix, row or column is noticed;
+* not noticed: such an uncounted write to a few elements of a large matrix. Write under ``torch.no_grad()`` without
+  ``.data``, or call :func:`clear_weight_cache` afterwards.
+
+Nothing is kept for calls that need a gradient, under torch.func, torch.compile, autocast, a dispatch or function mode
+or a tracer, nor for subclasses of Tensor and Parameter, parametrized weights and inference tensors.
+"""
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from dsconv_cuda import _checks
+from dsconv_cuda.activations import activation_number
+
+_is_grad_enabled = torch.is_grad_enabled
+_functorch_active = torch._C._are_functorch_transforms_active
+_autocast_enabled = torch._C._is_any_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_tracer = torch._C._get_tracing_state
+
+_calls = weakref.WeakSet()
+
+
+def nobody_watches() -> bool:
+    """Whether a call is just a call: no forward-mode AD, transform, autocast, mode or tracer has a say in it."""
+    return (
+        forward_ad._current_level < 0
+        and not _functorch_active()
+        and not _autocast_enabled()
+        and not _dispatch_modes()
+        and not _function_modes()
+        and _tracer() is None
+    )
+
+
+class KeptCall:
+    """The calls of one module: its weights and arguments as they were checked, and the memory of packed weights."""
+
+    __slots__ = (
+        "__weakref__",
+        "activation",
+        "depthwise",
+        "dilation",
+        "dw_bias",
+        "dw_weight",
+        "memory",
+        "op",
+        "out_activation",
+        "padding",
+        "pointwise",
+        "pw_bias",
+        "pw_weight",
+        "stride",
+    )
+
+    def __call__(self, module: nn.Module, input: Tensor) -> Tensor | None:
+        """What `module` makes of `input`; None where the call is not plain or anything but the input has changed."""
+        if type(input) is not Tensor:
+            return None
+        dw_weight, dw_bias = self.dw_weight, self.dw_bias
+        pw_weight, pw_bias = self.pw_weight, self.pw_bias
+        if _is_grad_enabled() and _any_requires_grad(dw_weight, pw_weight, dw_bias, pw_bias, input):
+            return None
+        if not nobody_watches():
+            return None
+        children = module._modules
+        depthwise, pointwise = children.get("depthwise"), children.get("pointwise")
+        if depthwise is not self.depthwise or pointwise is not self.pointwise:
+            return self._drop(module)
+        parameters = depthwise._parameters
+        if parameters.get("weight") is not dw_weight or parameters.get("bias") is not dw_bias:
+            return self._drop(module)
+        parameters = pointwise._parameters
+        if parameters.get("weight") is not pw_weight or parameters.get("bias") is not pw_bias:
+            return self._drop(module)
+        if (
+            depthwise.stride is not self.stride
+            or depthwise.padding is not self.padding
+            or depthwise.dilation is not self.dilation
+            or module.activation is not self.activation
+            or module.out_activation is not self.out_activation
+        ):
+            return self._drop(module)
+        try:
+            version = dw_weight._version + pw_weight._version
+            if dw_bias is not None:
+                version += dw_bias._version
+            if pw_bias is not None:
+                version += pw_bias._version
+            return self.op(input, dw_weight, pw_weight, dw_bias, pw_bias, self.memory, version)
+        except Exception:
+            # The call with all its checks says what is wrong, if anything is.
+            return self._drop(module)
+
+    def _drop(self, module: nn.Module) -> None:
+        module.__dict__.pop("_kept_call", None)
+
+
+def _any_requires_grad(*tensors: Tensor | None) -> bool:
+    for t in tensors:  # noqa: SIM110 - any() of a generator takes five times as long where the first one says yes
+        if t is not None and t.requires_grad:
+            return True
+    return False
+
+
+def keep(module: nn.Module, input: Tensor) -> None:
+    """Prepares the next calls of `module`, which has just been called with `input`, where they may be KeptCalls."""
+    if type(input) is not Tensor or not input.is_cpu or not nobody_watches() or not _built_in():
+        return
+    depthwise, pointwise = module._modules.get("depthwise"), module._modules.get("pointwise")
+    if type(depthwise) is not nn.Conv2d or type(pointwise) is not nn.Conv2d:
+        return
+    call = KeptCall()
+    call.depthwise, call.pointwise = depthwise, pointwise
+    call.dw_weight, call.pw_weight = depthwise._parameters.get("weight"), pointwise._parameters.get("weight")
+    call.dw_bias, call.pw_bias = depthwise._parameters.get("bias"), pointwise._parameters.get("bias")
+    weights = (call.dw_weight, call.pw_weight)
+    biases = tuple(b for b in (call.dw_bias, call.pw_bias) if b is not None)
+    if any(type(p) is not nn.Parameter or not p.is_cpu or p.is_inference() for p in (*weights, *biases)):
+        return
+    if _is_grad_enabled() and _any_requires_grad(*weights, *biases, input):
+        return
+    call.stride, call.padding, call.dilation = depthwise.stride, depthwise.padding, depthwise.dilation
+    if any(type(a) not in (tuple, str) for a in (call.stride, call.padding, call.dilation)):
+        return  # could change in place
+    call.activation, call.out_activation = module.activation, module.out_activation
+    op = "forward"
+    stride, dilation = _checks.pair(op, "stride", call.stride, 1), _checks.pair(op, "dilation", call.dilation, 1)
+    padding = _checks.padding(op, call.padding, call.dw_weight.shape[2:], stride, dilation)
+    call.op = torch.ops.dsconv_cuda.fwd_kept.default
+    call.memory = torch.ops.dsconv_cuda.keep.default(
+        call.dw_weight.detach(),
+        call.pw_weight.detach(),
+        stride,
+        padding,
+        dilation,
+        activation_number(call.activation),
+        activation_number(call.out_activation),
+    )
+    module.__dict__["_kept_call"] = call
+    _calls.add(call)
+
+
+def _built_in() -> bool:
+    """Whether the loaded library has the op; the CUDA kernels on the host, which tests run, have not."""
+    return hasattr(torch.ops.dsconv_cuda, "fwd_kept") and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "dsconv_cuda::fwd_kept", "CPU"
+    )
+
+
+def clear_weight_cache() -> None:
+    """Frees the packed weights that modules keep between calls without gradient; the next call packs anew.
+
+    Needed after a write to a few elements of a weight that PyTorch does not count (through ``.data``, numpy or shared
+    memory), and of use where the memory matters: what is kept is as large as the weights in float32.
+    """
+    for call in list(_calls):
+        call.memory = None

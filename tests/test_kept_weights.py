@@ -1,0 +1,433 @@
+"""Packed weights kept between calls: never stale, never in the way, gone with the module."""
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import dsconv_cuda
+from dsconv_cuda import DepthwiseSeparableConv2d, _loader, depthwise_separable_conv2d, kept_weights
+
+pytestmark = [pytest.mark.usefixtures("isa")]
+
+
+@pytest.fixture(autouse=True)
+def _kept_at_all(device):
+    _loader.load_library()
+    if device.type != "cpu" or not kept_weights._built_in():
+        pytest.skip("these kernels keep nothing")
+
+
+def _module(c=20, c_out=36, **kwargs) -> DepthwiseSeparableConv2d:
+    arguments = {"padding": 1, "bias": True, "activation": "relu", "out_activation": "silu"} | kwargs
+    return DepthwiseSeparableConv2d(c, c_out, 3, **arguments)
+
+
+def _by_function(module, x):
+    """The same without anything kept."""
+    depthwise, pointwise = module.depthwise, module.pointwise
+    return depthwise_separable_conv2d(
+        x,
+        depthwise.weight,
+        pointwise.weight,
+        depthwise.bias,
+        pointwise.bias,
+        depthwise.stride,
+        depthwise.padding,
+        depthwise.dilation,
+        module.activation,
+        module.out_activation,
+    )
+
+
+def _settled(module, x) -> DepthwiseSeparableConv2d:
+    """`module` with its weights packed and used: the first call checks, the second packs, the third reads."""
+    with torch.no_grad():
+        for _ in range(3):
+            module(x)
+    assert module._kept_call is not None
+    return module
+
+
+@torch.no_grad()
+def _check(module, x):
+    expected = _by_function(module, x)
+    for _ in range(3):
+        assert torch.equal(module(x), expected)
+
+
+X = torch.Size((2, 20, 9, 7))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_same_bits(dtype, channels_last):
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    for arguments in ({}, {"bias": False}, {"channel_multiplier": 3}, {"padding": "same"}, {"stride": (2, 1)}):
+        module = _module(**arguments).to(dtype)
+        x = torch.randn(X, dtype=dtype).contiguous(memory_format=memory_format)
+        _check(_settled(module, x), x)
+        _check(module, torch.randn(1, 20, 30, 30, dtype=dtype))  # the packed weights serve any size of input
+        _check(module, x[:0])
+        with torch.no_grad():
+            assert torch.equal(module(x[0]), _by_function(module, x[0]))
+
+
+def _optimizer_step(module, x):
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1)
+    module(x).square().sum().backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def _in_place(module, x):
+    module.pointwise.weight[3, 5] += 1
+
+
+@torch.no_grad()
+def _depthwise_bias(module, x):
+    module.depthwise.bias[2] = 4
+
+
+@torch.inference_mode()
+def _in_inference_mode(module, x):
+    module.pointwise.bias.add_(1)
+
+
+def _through_data(module, x):
+    module.pointwise.weight.data.normal_()
+
+
+def _one_element_through_data(module, x):
+    module.pointwise.weight.data[7, 7] += 1  # a small matrix is compared as a whole
+
+
+def _other_data(module, x):
+    module.depthwise.weight.data = torch.randn_like(module.depthwise.weight)
+
+
+def _through_numpy(module, x):
+    module.pointwise.weight.detach().numpy()[:] *= 2
+
+
+def _other_parameter(module, x):
+    module.pointwise.weight = nn.Parameter(torch.randn_like(module.pointwise.weight))
+
+
+def _no_bias(module, x):
+    module.depthwise.bias = None
+
+
+def _other_child(module, x):
+    module.depthwise = nn.Conv2d(20, 20, 5, padding=2, groups=20)
+
+
+def _larger_kernel(module, x):
+    module.depthwise.weight.data = torch.randn(20, 1, 5, 5)
+    module.depthwise.padding = (2, 2)
+
+
+def _other_arguments(module, x):
+    module.depthwise.stride = (2, 2)
+    module.activation = "gelu"
+
+
+def _load(module, x):
+    module.load_state_dict(_module().state_dict())
+
+
+def _load_assigned(module, x):
+    module.load_state_dict(_module().state_dict(), assign=True)
+
+
+def _cast_and_back(module, x):
+    module.bfloat16().float()
+
+
+def _parametrized(module, x):
+    nn.utils.parametrizations.weight_norm(module.pointwise)
+    with torch.no_grad():
+        module.pointwise.parametrizations.weight.original0.mul_(2)
+
+
+def _pruned(module, x):
+    from torch.nn.utils import prune
+
+    prune.l1_unstructured(module.pointwise, "weight", 0.5)
+
+
+def _shared_memory(module, x):
+    module.share_memory()
+    module.pointwise.weight.data.mul_(3)
+
+
+CHANGES = (
+    _optimizer_step,
+    _in_place,
+    _depthwise_bias,
+    _in_inference_mode,
+    _through_data,
+    _one_element_through_data,
+    _other_data,
+    _through_numpy,
+    _other_parameter,
+    _no_bias,
+    _other_child,
+    _larger_kernel,
+    _other_arguments,
+    _load,
+    _load_assigned,
+    _cast_and_back,
+    _parametrized,
+    _pruned,
+    _shared_memory,
+)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
+def test_a_change_is_noticed(change):
+    x = torch.randn(X)
+    module = _settled(_module(), x)
+    before = module(x).detach()
+    change(module, x)
+    if change is not _cast_and_back:
+        with torch.no_grad():
+            after = module(x)
+        assert after.shape != before.shape or not torch.equal(after, before)
+    _check(module, x)
+
+
+@pytest.mark.parametrize(("c", "c_out"), [(300, 200), (200, 300), (1000, 40), (40, 1000)])
+def test_a_row_or_a_column_written_behind_pytorch(c, c_out):
+    """Of large matrices a part is compared, and that has a bit of every row and of every column."""
+    x = torch.randn(1, c, 2, 2)
+    module = _settled(_module(c, c_out, activation=None, out_activation=None, padding=1), x)
+    for index in (0, 1, c_out // 2, c_out - 1):
+        module.pointwise.weight.data[index] += 1
+        _check(module, x)
+    for index in (0, 1, c // 2, c - 1):
+        module.pointwise.weight.data[:, index] += 1
+        module.depthwise.weight.data[index] += 1
+        _check(module, x)
+
+
+@pytest.mark.one_isa
+def test_what_is_not_noticed_until_the_cache_is_cleared():
+    """The limit that kept_weights.py states; where this fails it states too much."""
+    x = torch.randn(1, 512, 3, 3)
+    module = _settled(_module(512, 512), x)
+    module.pointwise.weight.data[0, 300] += 100
+    with torch.no_grad():
+        assert not torch.equal(module(x), _by_function(module, x))
+    dsconv_cuda.clear_weight_cache()
+    _check(module, x)
+
+
+@pytest.mark.one_isa
+def test_training_takes_no_part():
+    x = torch.randn(X)
+    module = _settled(_module(), x)
+    reference = _module()
+    reference.load_state_dict(module.state_dict())
+    for m in (module, reference):
+        optimizer = torch.optim.SGD(m.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            m(x).square().mean().backward()
+            optimizer.step()
+            with torch.no_grad():
+                m(x)
+    for p, q in zip(module.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(p, q)
+    x.requires_grad_()
+    module.requires_grad_(False)
+    assert module(x).requires_grad
+    assert not module(x.detach()).requires_grad
+
+
+@pytest.mark.one_isa
+@torch.no_grad()
+def test_transforms_modes_and_autocast_go_the_long_way(monkeypatch):
+    x = torch.randn(X)
+    module = _settled(_module(), x)
+    expected = _by_function(module, x)
+
+    def never(*_):
+        raise AssertionError("the kept weights were used")
+
+    call = module._kept_call
+    call.op = never
+
+    def still_there():
+        assert module._kept_call is call
+
+    torch.testing.assert_close(torch.func.vmap(module)(x[None])[0], expected)
+    still_there()
+    _, tangent = torch.func.jvp(module, (x,), (x,))
+    assert tangent.abs().sum() > 0
+    still_there()
+    with torch.autocast("cpu"):
+        assert module(x).dtype == torch.bfloat16
+    still_there()
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False):
+        module(x)
+    still_there()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(module, x, check_trace=False)
+    assert "fwd_kept" not in str(traced.graph)
+    still_there()
+
+    class Sub(torch.Tensor):
+        pass
+
+    assert type(module(x.as_subclass(Sub))) is Sub
+    still_there()
+    with torch.device("meta"):
+        assert module(x).device.type == "cpu"
+    still_there()
+
+
+@pytest.mark.one_isa
+def test_functional_call_uses_the_weights_it_is_given():
+    x = torch.randn(X)
+    module = _settled(_module(), x)
+    other = {name: torch.randn_like(p) for name, p in module.named_parameters()}
+    with torch.no_grad():
+        for weights in (other, {name: nn.Parameter(p) for name, p in other.items()}):
+            y = torch.func.functional_call(module, weights, (x,))
+            reference = _module()
+            reference.load_state_dict(other)
+            assert torch.equal(y, reference(x))
+    _check(module, x)
+
+
+@pytest.mark.one_isa
+def test_wrong_inputs_say_the_same_as_ever():
+    module = _settled(_module(), torch.randn(X))
+    with torch.no_grad():
+        for wrong, error, text in (
+            (torch.randn(2, 19, 9, 7), ValueError, "dw_weight must have shape"),
+            (torch.randn(X).double(), TypeError, "must have the dtype of input"),
+            (torch.randn(X).to_sparse(), TypeError, "input must be a dense tensor"),
+            (torch.empty(X, device="meta"), RuntimeError, "must be on the device of input"),
+            ([1.0], TypeError, "input must be a Tensor, got list"),
+        ):
+            with pytest.raises(error, match=text):
+                module(wrong)
+    _check(module, torch.randn(X))
+
+
+def test_another_instruction_set():
+    library = _loader.load_library().module
+    if library is None:
+        pytest.skip("the library of this backend has one set of kernels")
+    active = library.isa_active()
+    x = torch.randn(X)
+    module = _settled(_module(), x)
+    try:
+        for name in (*library.isa_available(), *library.isa_available()):
+            library.set_isa(name)
+            _check(module, x)
+    finally:
+        library.set_isa(active)
+
+
+@pytest.mark.one_isa
+def test_copies_and_files_hold_nothing_of_it():
+    x = torch.randn(X)
+    fresh = _module()
+    size = len(pickle.dumps(fresh))
+    module = _settled(fresh, x)
+    assert len(pickle.dumps(module)) == size
+    assert set(module.state_dict()) == {f"{c}wise.{p}" for c in ("depth", "point") for p in ("weight", "bias")}
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    for other in (
+        copy.deepcopy(module),
+        copy.copy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(file, weights_only=False),
+    ):
+        assert other._kept_call is None
+        _check(_settled(other, x), x)
+    _check(module, x)
+
+
+@pytest.mark.one_isa
+def test_two_modules_share_weights():
+    x = torch.randn(X)
+    one, two = _module(), _module(stride=2, activation="gelu")
+    two.depthwise.weight, two.pointwise.weight = one.depthwise.weight, one.pointwise.weight
+    for _ in range(2):
+        _check(_settled(one, x), x)
+        _check(_settled(two, x), x)
+        with torch.no_grad():
+            one.pointwise.weight.mul_(2)
+
+
+@pytest.mark.one_isa
+def test_memory_goes_with_the_module():
+    x = torch.randn(X)
+    module = _settled(_module(), x)
+    kept = weakref.ref(module._kept_call)
+    gc.disable()  # no cycle keeps it
+    try:
+        del module
+        assert kept() is None
+    finally:
+        gc.enable()
+    module = _settled(_module(), x)
+    kept = weakref.ref(module._kept_call)
+    module.double()
+    assert kept() is None
+
+
+@pytest.mark.one_isa
+def test_threads():
+    """Calls at once, while the kept weights are dropped and change between rounds."""
+    x = torch.randn(1, 64, 6, 6)
+    module = _settled(_module(64, 96), x)
+    wrong = []
+
+    def work(expected):
+        with torch.no_grad():
+            for _ in range(50):
+                if not torch.equal(module(x), expected):
+                    wrong.append(threading.get_ident())
+
+    for index in range(6):
+        with torch.no_grad():
+            module.pointwise.weight.normal_()
+            expected = _by_function(module, x)
+        if index % 2:
+            dsconv_cuda.clear_weight_cache()
+        threads = [threading.Thread(target=work, args=(expected,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@pytest.mark.one_isa
+def test_the_op_refuses_memory_that_is_not_its_own():
+    x, dw, pw = torch.randn(X), torch.randn(20, 1, 3, 3), torch.randn(8, 20)
+    ops = torch.ops.dsconv_cuda
+    memory = ops.keep(dw, pw, (1, 1), (1, 1, 1, 1), (1, 1), 0, 0)
+    assert ops.fwd_kept(x, dw, pw, None, None, memory, 0).shape == (2, 8, 9, 7)
+    for wrong in (torch.zeros(10_000, dtype=torch.uint8), torch.zeros(0, dtype=torch.uint8), x, memory[:-1]):
+        with pytest.raises(RuntimeError, match="keep"):
+            ops.fwd_kept(x, dw, pw, None, None, wrong, 0)
+    with pytest.raises(RuntimeError, match="other sizes"):
+        ops.fwd_kept(x, dw, pw[:4], None, None, memory, 0)
