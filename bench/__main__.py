@@ -4,6 +4,7 @@
     python -m bench --layers all --threads 1 --json bench/results/local/all.json
     python -m bench --layers mbv1_b01,convnext_k7 --mode forward --layout nchw
     python -m bench --peers                           # other libraries too: pip install .[peers]
+    python -m bench --sweep 40 --seed 1               # random layers, the worst ten
     python -m bench --isa avx2                        # these kernels against the limit of their instruction set
 
 Columns are multiples of the limit of bench/problem.py (1.00 cannot be beaten); "gain" is the time of the best PyTorch
@@ -20,15 +21,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from . import problem as problems
 from .ceilings import ISAS
+from .competitors import EAGER, FUSED
 from .environment import keep_freed_memory, use_isa
 from .layers import select
 from .peers import NAMES, find_peers
 from .plain import LAYOUTS
 from .report import header, summary, tables, to_json
 from .suite import METHODS, Entrants, Timing, run_suite
+from .sweep import random_layers, sweep_tables
 from .timing import CLOCKS
 
 DEFAULT_ROUNDS = 11
+SWEEP_ROUNDS = 5
+SWEEP_METHODS = (FUSED, EAGER)
 DEFAULT_LEAST_SECONDS = 0.01
 
 
@@ -36,17 +41,19 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--sweep", type=int, metavar="N", help="N random layers instead of those of the list")
+    parser.add_argument("--seed", type=int, default=0, help="of the sweep")
     parser.add_argument("--layers", default="quick", help="quick (default), all, or names separated by commas")
     parser.add_argument("--mode", nargs="+", choices=problems.MODES, default=problems.MODES)
     parser.add_argument("--dtype", choices=problems.DTYPES, default="float32")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of the fused op")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="default all, of a sweep without compile")
     parser.add_argument(
         "--peers", nargs="*", choices=NAMES, help="other libraries too: all that are installed, or these"
     )
     parser.add_argument("--isa", choices=ISAS, help="of the fused op and of the limit; default the best there is")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=DEFAULT_ROUNDS)
+    parser.add_argument("--rounds", type=int, help=f"default {DEFAULT_ROUNDS}, of a sweep {SWEEP_ROUNDS}")
     parser.add_argument(
         "--least-ms",
         type=float,
@@ -71,8 +78,11 @@ def parse_arguments(argv=None):
             parser.error(str(error))
     if arguments.clock == "cpu" and arguments.threads != [1]:
         parser.error("--clock cpu adds up the threads' times: use it with --threads 1")
+    sweep = arguments.sweep is not None
+    arguments.rounds = arguments.rounds or (SWEEP_ROUNDS if sweep else DEFAULT_ROUNDS)
+    arguments.methods = arguments.methods or (SWEEP_METHODS if sweep else METHODS)
     try:
-        arguments.layers = select(arguments.layers)
+        arguments.layers = random_layers(arguments.sweep, arguments.seed) if sweep else select(arguments.layers)
     except ValueError as error:
         parser.error(str(error))
     return arguments
@@ -101,7 +111,7 @@ def main(argv=None):
             finished=lambda: progress.advance(bar),
         )
     print(header(result))
-    for table in tables(result):
+    for table in (tables if arguments.sweep is None else sweep_tables)(result):
         print(f"\n{table}")
     print(f"\n{summary(result)}")
     if arguments.json:

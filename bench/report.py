@@ -35,9 +35,9 @@ def header(result):
         peaks = ", ".join(f"{isa} {rates['float32'] / 1e9:.0f}" for isa, rates in ceilings.fma.items())
         if bf16:
             peaks += (
-                f", bf16 dot product {ceilings.dot_bf16 / 1e9:.0f}"
+                f", of bf16 the limit is the dot product's {ceilings.dot_bf16 / 1e9:.0f}"
                 if ceilings.dot_bf16
-                else "; no bf16 dot product, its limit is that of fp32 multiply-adds"
+                else "; of bf16 the limit is that of fp32 multiply-adds, for lack of a dot product"
             )
         bandwidth = ", ".join(f"{level} {rate / 1e9:.0f}" for level, rate in ceilings.bandwidth.items())
         lines.append(
@@ -122,11 +122,14 @@ def summary(result):
     text = (
         "CL: channels_last. limit: what bounds the layer; no form can be below 1.00.\n"
         "gain: time of the best PyTorch form in whichever layout over that of the fused op in this one.\n"
-        "over best: time of the fused op over that of the fastest form of all others; "
-        f"* where that is above {BEHIND}.\n"
         "Every form was checked against fp64 before it was timed. Spread of a figure over its rounds (90th over 10th\n"
         f"percentile): median {statistics.median(spreads):.2f}, widest {max(spreads):.2f}."
     )
+    if any(measurement.best_peer() for measurement in result.measurements):
+        text += (
+            "\nover best: time of the fused op over that of the fastest form of all others; "
+            f"* where that is above {BEHIND}."
+        )
     for peer, reasons in _refusals(result).items():
         text += f"\n{peer}, {NONE}: {'; '.join(reasons)}"
     if statistics.median(spreads) > QUIET_SPREAD:

@@ -10,9 +10,11 @@ from .environment import describe
 from .peers import CannotDo
 from .plain import LAYOUTS
 from .problem import Problem
-from .timing import CLOCKS, Sample, measure, thread_count
+from .timing import CLOCKS, Sample, WallClock, measure, thread_count
 
 METHODS = (FUSED, EAGER, COMPILED)
+PAUSE = 0.01  # seconds; with several thread pools each call gets the cores to itself only after the others have stopped
+SLOW, SLOW_SECONDS = 10, 0.1  # a peer is not timed whose call takes more than both: so many times PyTorch's, seconds
 BEHIND = 1.03  # over_best() from which a layer is marked
 
 
@@ -116,17 +118,27 @@ def _measure(problem, threads, entrants, timing):
     arena = Arena(problem)
     calls = {form: arena.call(form) for form in entrants.forms()}
     arena.check(calls)
+    reference = _seconds(arena.call(Form(EAGER, "channels_last")))
     refused = {}
     for name, peer in entrants.peers.items():
         try:
-            calls.update(_checked_calls(arena, peer, name, threads))
+            calls.update(_checked_calls(arena, peer, name, threads, reference))
         except (CannotDo, WrongResult) as reason:
             refused[name] = str(reason)
-    samples = measure(calls, rounds=timing.rounds, least_seconds=timing.least_seconds, clock=CLOCKS[timing.clock]())
+    clock = CLOCKS[timing.clock](PAUSE if threads > 1 and entrants.peers else 0.0)
+    samples = measure(calls, rounds=timing.rounds, least_seconds=timing.least_seconds, clock=clock)
     return Measurement(problem, threads, samples, refused)
 
 
-def _checked_calls(arena, peer, name, threads):
+def _checked_calls(arena, peer, name, threads, reference):
     calls = {Form(name, layout): call for layout, call in peer.prepare(arena, threads).items()}
     arena.check({form: lambda call=call: call.results(call.run()) for form, call in calls.items()})
+    seconds = min(_seconds(call.run) for call in calls.values())
+    if seconds > max(SLOW_SECONDS, SLOW * reference):
+        raise CannotDo(f"{arena.problem.layer.name}, {arena.problem.mode}: {seconds / reference:.0f} x PyTorch's time")
     return {form: call.run for form, call in calls.items()}
+
+
+def _seconds(call):
+    call()
+    return WallClock().seconds(call, 1)

@@ -34,8 +34,12 @@ class WallClock:
 
     now = staticmethod(time.perf_counter)
 
+    def __init__(self, pause=0.0):
+        self.pause = pause  # seconds in which the threads that ran the call before stop waiting for more by spinning
+
     def seconds(self, call, repeats):
         """Mean over `repeats` calls in a row, after one that warms the caches again."""
+        time.sleep(self.pause)
         call()
         begin = self.now()
         for _ in range(repeats):

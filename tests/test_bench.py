@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import __main__ as command_line
-from bench import layers, peers, report, suite
+from bench import layers, overhead, peers, report, suite, sweep
 from bench.ceilings import Ceilings, cache_sizes, measure_ceilings
 from bench.competitors import COMPILED, EAGER, FUSED, Arena, Form, WrongResult
 from bench.problem import FORWARD, TRAINING, Problem, inner_taps
@@ -264,6 +264,47 @@ def test_peers_that_are_installed_give_the_right_result(name):
         arena.check({Form(name, layout): lambda call=call: call.results(call.run()) for layout, call in calls.items()})
 
 
+def test_slow_peers_are_named_and_not_timed(monkeypatch):
+    monkeypatch.setattr(suite, "SLOW_SECONDS", 0.0)
+    monkeypatch.setattr(suite, "SLOW", 0.0)
+    arena = Arena(Problem(TINY, FORWARD, torch.float32))
+    with pytest.raises(peers.CannotDo, match=r"tiny, forward: .* x PyTorch's time"):
+        suite._checked_calls(arena, FakePeer(1), "slow", 1, reference=1e-6)
+
+
+def test_the_random_layers_are_those_of_the_seed_and_can_be_computed():
+    drawn = sweep.random_layers(60, seed=1)
+    assert drawn == sweep.random_layers(60, seed=1) != sweep.random_layers(60, seed=2)
+    for attribute, values in (("stride", {1, 2, 3}), ("dilation", {1, 2}), ("multiplier", {1, 2})):
+        assert {getattr(layer, attribute) for layer in drawn} == values
+    assert {3, 17, 37, 113} <= {layer.channels for layer in drawn}
+    assert any(layer.height == 1 for layer in drawn)
+    assert all(min(layer.out_size) >= 1 for layer in drawn)
+
+
+def test_a_sweep_from_end_to_end(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sweep, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(sweep, "MOST_SECONDS", 1e-5)
+    target = tmp_path / "sweep.json"
+    command_line.main(["--sweep", "2", "--threads", "1", "--rounds", "1", "--least-ms", "0.1", "--json", str(target)])
+    text = capsys.readouterr().out
+    assert "training, float32, 1 thread(s), 2 random layers: multiples of the limit, worst first" in text
+    assert "CL: geometric mean" in text
+    assert len(json.loads(target.read_text())["measurements"]) == 4
+
+
+def test_overheads_are_told_above_an_empty_op():
+    rows = overhead.overheads((1, 1, 1), rounds=2, least_seconds=1e-5)
+    assert rows[0][0] == overhead.EMPTY
+    assert rows[0][2] == 0
+    assert [row[0] for row in rows[1:4]] == [
+        "torch.ops.dsconv_cuda.fwd",
+        "depthwise_separable_conv2d",
+        "DepthwiseSeparableConv2d",
+    ]
+    assert all(total > 0 for _, total, _ in rows)
+
+
 def test_the_limit_of_an_instruction_set():
     measured = measure_ceilings(1, seconds=0.02, isa="generic")
     assert len(measured.fma) == 1
@@ -275,6 +316,8 @@ def test_the_limit_of_an_instruction_set():
     [
         ("--device cuda", "not available here"),
         ("--clock cpu --threads 2", "use it with --threads 1"),
+        ("--isa avx9", "invalid choice: 'avx9'"),
+        ("--peers tensorflow", "invalid choice: 'tensorflow'"),
         ("--layers nothing", "no layer nothing; there are: quick, all"),
     ],
 )

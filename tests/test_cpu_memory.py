@@ -1,0 +1,69 @@
+"""The memory of a CPU call beyond its outputs: at most 1 MiB of scratch for each thread, and the packed weights."""
+
+import sys
+
+import pytest
+from fresh_process import ROOT, run
+
+from bench.layers import LAYERS
+from dsconv_cuda import _loader
+
+SCRATCH = 1 << 20
+
+# The most memory that the process had while a forward ran, above what it had before and the output. The intermediate of
+# this layer would be 24 MiB; a first call of another size has loaded the code and started the threads.
+MEASURE_FORWARD = """
+import sys
+import torch
+import dsconv_cuda
+
+def kilobytes(name):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name + ":"))
+
+torch.set_num_threads(2)
+memory_format = getattr(torch, sys.argv[1])
+layer = dsconv_cuda.DepthwiseSeparableConv2d(32, 64, 3, padding=1, bias=True, activation="relu6")
+x = torch.randn(16, 32, 112, 112).contiguous(memory_format=memory_format)
+with torch.no_grad():
+    layer(x[:2, :, :20].contiguous(memory_format=memory_format))
+    before = kilobytes("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # VmHWM begins anew
+    y = layer(x)
+    print(1024 * (kilobytes("VmHWM") - before) - y.nbytes)
+"""
+LIBRARY_PAGES = 2 << 20  # code and tables that the larger call touches first
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_scratch_of_a_thread_is_a_mebibyte_at_most(isa, dtype, channels_last, backward):
+    module = _loader.load_library().module
+    for layer in LAYERS:
+        for threads in (1, 2, 8):
+            plan = module.cpu_plan(
+                input=[layer.batch, layer.channels, layer.height, layer.width],
+                dw_weight=[layer.middle_channels, 1, *layer.kernel],
+                c_out=layer.out_channels,
+                stride=[layer.stride] * 2,
+                padding=[*layer.padding] * 2,
+                dilation=[layer.dilation] * 2,
+                dtype=dtype,
+                channels_last=channels_last,
+                backward=backward,
+                threads=threads,
+            )
+            assert 0 < plan["scratch_bytes"] <= SCRATCH, (layer.name, threads)
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous_format", "channels_last"])
+def test_a_forward_takes_no_more_than_its_output_and_its_scratch(tmp_path, memory_format):
+    script = tmp_path / "measure.py"
+    script.write_text(MEASURE_FORWARD)
+    done = run([sys.executable, script, memory_format], package=ROOT, check=False)
+    if "clear_refs" in done.stderr and "Error" in done.stderr:
+        pytest.skip("this system does not measure the peak of a part of a process")
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 2 * SCRATCH + LIBRARY_PAGES
