@@ -104,18 +104,31 @@ inline Strides walk_strides(const Tensor& t, Layout layout) {
 }
 
 // By strides, and so past the lookup of an op by its name: that takes longer than the allocation.
-inline Tensor empty_4d(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
-  const auto at_least_1 = [](int64_t extent) { return extent > 1 ? extent : 1; };
-  const int64_t size[4] = {n, c, h, w};
-  const int64_t pixel = channels_last ? at_least_1(c) : 1, row = pixel * at_least_1(w), plane = row * at_least_1(h);
-  const int64_t stride[4] = {channels_last ? plane : plane * at_least_1(c), channels_last ? 1 : plane, row, pixel};
+inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* size, const int64_t* stride) {
   int32_t dtype = 0, device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(4, size, stride, dtype, device_type, like.get_device_index(), &handle));
+      aoti_torch_empty_strided(dims, size, stride, dtype, device_type, like.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+constexpr int64_t at_least_1(int64_t extent) { return extent > 1 ? extent : 1; }
+
+inline Tensor empty_4d(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
+  const int64_t size[4] = {n, c, h, w};
+  const int64_t pixel = channels_last ? at_least_1(c) : 1, row = pixel * at_least_1(w), plane = row * at_least_1(h);
+  const int64_t stride[4] = {channels_last ? plane : plane * at_least_1(c), channels_last ? 1 : plane, row, pixel};
+  return empty_strided(like, 4, size, stride);
+}
+
+// Of up to four dimensions.
+inline Tensor empty_contiguous(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size) {
+  int64_t stride[4] = {1, 1, 1, 1};
+  const int64_t dims = static_cast<int64_t>(size.size());
+  for (int64_t d = dims - 2; d >= 0; --d) stride[d] = stride[d + 1] * at_least_1(size[d + 1]);
+  return empty_strided(like, dims, size.data(), stride);
 }
 
 inline void check_operand(const char* op, const char* arg, const Tensor& t, const Tensor& x) {
@@ -246,7 +259,7 @@ inline BackwardCall prepare_backward(const char* op, const Tensor& dy, const Ten
   const auto allocate = [&](GradBit bit, torch::headeronly::IntHeaderOnlyArrayRef size, Tensor& grad, void*& pointer) {
     const int64_t none[1] = {0};
     const bool asked = (grad_mask & bit) != 0;
-    grad = torch::stable::new_empty(x, asked ? size : torch::headeronly::IntHeaderOnlyArrayRef{none, 1});
+    grad = empty_contiguous(x, asked ? size : torch::headeronly::IntHeaderOnlyArrayRef{none, 1});
     if (!asked) return;
     if (g.n == 0) torch::stable::zero_(grad);  // no image, no kernel: the sum over nothing
     pointer = grad.mutable_data_ptr();
@@ -263,7 +276,7 @@ inline BackwardCall prepare_backward(const char* op, const Tensor& dy, const Ten
     p.grad_x_strides = walk_strides(call.grad_x, p.grad_x_layout);
   } else {
     const int64_t none[1] = {0};
-    call.grad_x = torch::stable::new_empty(x, {none, 1});
+    call.grad_x = empty_contiguous(x, {none, 1});
   }
   return call;
 }

@@ -159,6 +159,12 @@ def _derivatives_may_follow(tensors: tuple) -> bool:
     )
 
 
+def apply_with_graph(*inputs) -> Tensor:
+    """Calls the op through the Function for calls outside of torch.func; takes what :func:`apply` takes."""
+    result = _DepthwiseSeparableEager.apply(*inputs)
+    return result if isinstance(result, Tensor) else result[0]
+
+
 def apply(
     x: Tensor, dw_weight: Tensor, pw_weight: Tensor, dw_bias: Tensor | None, pw_bias: Tensor | None, config: Config
 ) -> Tensor:
@@ -173,6 +179,7 @@ def apply(
     if not _derivatives_may_follow(tensors):
         with torch._C._AutoDispatchBelowAutograd():  # past the op's own gradients, which would find nothing to do
             return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments())
-    functorch = torch._C._are_functorch_transforms_active()
-    result = (DepthwiseSeparable if functorch else _DepthwiseSeparableEager).apply(*tensors, config)
+    if not torch._C._are_functorch_transforms_active():
+        return apply_with_graph(*tensors, config)
+    result = DepthwiseSeparable.apply(*tensors, config)
     return result if isinstance(result, Tensor) else result[0]

@@ -26,8 +26,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from dsconv_cuda import _checks
+from dsconv_cuda import _checks, autograd
 from dsconv_cuda.activations import activation_number
+from dsconv_cuda.second_order import Config
 
 _is_grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -52,14 +53,20 @@ def nobody_watches() -> bool:
 
 
 class KeptCall:
-    """The calls of one module: its weights and arguments as they were checked, and the memory of packed weights."""
+    """The calls of one module: its weights and arguments as they were checked, and the memory of packed weights.
+
+    Calls that need a gradient skip the checks too; they pack anew, since training changes the weights at each step, and
+    where no other calls are made there is no memory.
+    """
 
     __slots__ = (
         "__weakref__",
         "activation",
+        "config",
         "depthwise",
         "dilation",
         "dw_bias",
+        "dw_shape",
         "dw_weight",
         "memory",
         "op",
@@ -73,14 +80,10 @@ class KeptCall:
 
     def __call__(self, module: nn.Module, input: Tensor) -> Tensor | None:
         """What `module` makes of `input`; None where the call is not plain or anything but the input has changed."""
-        if type(input) is not Tensor:
+        if type(input) is not Tensor or not nobody_watches():
             return None
         dw_weight, dw_bias = self.dw_weight, self.dw_bias
         pw_weight, pw_bias = self.pw_weight, self.pw_bias
-        if _is_grad_enabled() and _any_requires_grad(dw_weight, pw_weight, dw_bias, pw_bias, input):
-            return None
-        if not nobody_watches():
-            return None
         children = module._modules
         depthwise, pointwise = children.get("depthwise"), children.get("pointwise")
         if depthwise is not self.depthwise or pointwise is not self.pointwise:
@@ -100,15 +103,26 @@ class KeptCall:
         ):
             return self._drop(module)
         try:
+            if _is_grad_enabled() and _any_requires_grad(dw_weight, pw_weight, dw_bias, pw_bias, input):
+                if not input.is_cpu or dw_weight.shape != self.dw_shape:
+                    return self._drop(module)
+                return autograd.apply_with_graph(input, dw_weight, pw_weight, dw_bias, pw_bias, self.config)
             version = dw_weight._version + pw_weight._version
             if dw_bias is not None:
                 version += dw_bias._version
             if pw_bias is not None:
                 version += pw_bias._version
-            return self.op(input, dw_weight, pw_weight, dw_bias, pw_bias, self.memory, version)
+            memory = self.memory
+            if memory is None:
+                memory = self.memory = self._allocate()
+            return self.op(input, dw_weight, pw_weight, dw_bias, pw_bias, memory, version)
         except Exception:
             # The call with all its checks says what is wrong, if anything is.
             return self._drop(module)
+
+    def _allocate(self) -> Tensor:
+        with torch.no_grad():
+            return torch.ops.dsconv_cuda.keep(self.dw_weight, self.pw_weight, *self.config.arguments())
 
     def _drop(self, module: nn.Module) -> None:
         module.__dict__.pop("_kept_call", None)
@@ -136,8 +150,6 @@ def keep(module: nn.Module, input: Tensor) -> None:
     biases = tuple(b for b in (call.dw_bias, call.pw_bias) if b is not None)
     if any(type(p) is not nn.Parameter or not p.is_cpu or p.is_inference() for p in (*weights, *biases)):
         return
-    if _is_grad_enabled() and _any_requires_grad(*weights, *biases, input):
-        return
     call.stride, call.padding, call.dilation = depthwise.stride, depthwise.padding, depthwise.dilation
     if any(type(a) not in (tuple, str) for a in (call.stride, call.padding, call.dilation)):
         return  # could change in place
@@ -145,16 +157,12 @@ def keep(module: nn.Module, input: Tensor) -> None:
     op = "forward"
     stride, dilation = _checks.pair(op, "stride", call.stride, 1), _checks.pair(op, "dilation", call.dilation, 1)
     padding = _checks.padding(op, call.padding, call.dw_weight.shape[2:], stride, dilation)
-    call.op = torch.ops.dsconv_cuda.fwd_kept.default
-    call.memory = torch.ops.dsconv_cuda.keep.default(
-        call.dw_weight.detach(),
-        call.pw_weight.detach(),
-        stride,
-        padding,
-        dilation,
-        activation_number(call.activation),
-        activation_number(call.out_activation),
+    call.config = Config(
+        stride, padding, dilation, activation_number(call.activation), activation_number(call.out_activation)
     )
+    call.dw_shape = call.dw_weight.shape
+    call.op = torch.ops.dsconv_cuda.fwd_kept.default
+    call.memory = None
     module.__dict__["_kept_call"] = call
     _calls.add(call)
 

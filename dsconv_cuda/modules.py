@@ -40,7 +40,7 @@ class DepthwiseSeparableConv2d(nn.Module):
             nn.Conv2d refuses.
     """
 
-    _kept_call: kept_weights.KeptCall | None = None  # what makes the next call without gradient quick
+    _kept_call: kept_weights.KeptCall | None = None  # what makes the next call quick
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class DepthwiseSeparableConv2d(nn.Module):
             if y is not None:
                 return y
         y = self._forward(input)
-        if self._kept_call is None and not y.requires_grad:
+        if self._kept_call is None:
             kept_weights.keep(self, input)
         return y
 
