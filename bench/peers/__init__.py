@@ -1,9 +1,9 @@
 """Other libraries that compute the same pair: each in the layouts that suit it best, with weights prepared once.
 
-A module here is a peer. It has
+A module here is a peer, under its own name without the underscore. It has
 
-    NAME                       in tables and on the command line
     PACKAGES                   what has to be importable
+    available()                where that is not enough: whether it is installed
     versions()                 {package: version}, for the header
     prepare(arena, threads)    {layout: Call} for one problem, or CannotDo with the reason
 
@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 import torch
 
-MODULES = ("onnx_runtime", "openvino", "ncnn", "litert", "jax")
+MODULES = ("onednn", "onnx_runtime", "openvino", "ncnn", "litert", "jax")
+NAMES = tuple(module.replace("_", "") for module in MODULES)  # in tables and on the command line
 BLOCKED = "blocked"
 
 
@@ -38,19 +39,16 @@ class Call:
 def find_peers(names=None):
     """({name: module}, names of the missing) of these peers, or of all."""
     present, missing = {}, []
-    for module_name in MODULES:
-        name = module_name.replace("_", "")
+    for module_name, name in zip(MODULES, NAMES, strict=True):
         if names is not None and name not in names:
             continue
         module = importlib.import_module(f".{module_name}", __name__)
-        if all(importlib.util.find_spec(package) for package in module.PACKAGES):
+        importable = all(importlib.util.find_spec(package) for package in module.PACKAGES)
+        if importable and (not hasattr(module, "available") or module.available()):
             present[name] = module
         else:
             missing.append(name)
     return present, missing
-
-
-NAMES = tuple(module_name.replace("_", "") for module_name in MODULES)
 
 
 def require(arena, modes=("forward",), dtypes=(torch.float32,)):

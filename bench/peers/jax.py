@@ -6,7 +6,6 @@ import torch
 
 from . import Call, require
 
-NAME = "jax"
 PACKAGES = ("jax", "jaxlib")
 NUMBERS = ("NHWC", "OIHW", "NHWC")
 

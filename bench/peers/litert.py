@@ -8,7 +8,6 @@ import torch
 
 from . import Call, require
 
-NAME = "litert"
 PACKAGES = ("ai_edge_litert", "flatbuffers")
 VERSION_OF_SCHEMA = 3
 

@@ -9,7 +9,6 @@ import torch
 
 from . import BLOCKED, Call, require
 
-NAME = "ncnn"
 PACKAGES = ("ncnn",)
 MAGIC = 7767517  # the first line of a .param file
 FLOAT32_TAG = b"\0\0\0\0"  # before each weight of a .bin file

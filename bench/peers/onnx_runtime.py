@@ -11,7 +11,6 @@ import torch
 
 from . import BLOCKED, Call, from_blocks, require, to_blocks
 
-NAME = "onnxruntime"
 PACKAGES = ("onnxruntime", "onnx")
 QUIET = 3  # errors only
 

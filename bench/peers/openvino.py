@@ -4,7 +4,6 @@ import torch
 
 from . import Call, require
 
-NAME = "openvino"
 PACKAGES = ("openvino",)
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 
