@@ -46,6 +46,23 @@ constexpr uint64_t kKeptMagic = 0x64736b6570740001;  // "dskept", and the versio
 // ---- the fingerprint
 // -------------------------------------------------------------------------------------------------
 
+// Through the rows of a matrix, per_row lines in each, and at the same time through the lines of a row.
+struct Walk {
+  const char* row;
+  int64_t row_bytes, lines, per_row, line = 0, in_row = 0;
+
+  const char* next() {
+    const int64_t offset = line * kCacheLine, last = row_bytes - kCacheLine;
+    const char* address = row + (offset < last ? offset : last);
+    line = line + 1 < lines ? line + 1 : 0;
+    if (++in_row == per_row) {
+      in_row = 0;
+      row += row_bytes;
+    }
+    return address;
+  }
+};
+
 // Eight sums, one for each word of a line. 3 is odd, so that no single difference is lost.
 struct LineSums {
   uint64_t sum[8] = {};
@@ -70,11 +87,12 @@ struct LineSums {
     if (rows * row_bytes <= kWhole || row_bytes < kShortRow) return add_whole(data, rows * row_bytes);
     const int64_t lines = ceil_div(row_bytes, kCacheLine);
     const int64_t per_row = ceil_div(lines > kLeastLines ? lines : kLeastLines, rows);
-    for (int64_t row = 0, line = 0; row < rows; ++row, data += row_bytes) {
-      for (int64_t i = 0; i < per_row; ++i, line = line + 1 < lines ? line + 1 : 0) {
-        const int64_t offset = line * kCacheLine, last = row_bytes - kCacheLine;
-        add(data + (offset < last ? offset : last));
-      }
+    // Every line is in a page of its own: the next ones are called for in time.
+    constexpr int64_t kAhead = 24;
+    Walk here{data, row_bytes, lines, per_row}, ahead = here;
+    for (int64_t i = 0; i < rows * per_row + kAhead; ++i) {
+      if (i < rows * per_row) __builtin_prefetch(ahead.next());
+      if (i >= kAhead) add(here.next());
     }
   }
   uint64_t total() const {
