@@ -150,6 +150,33 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
   for_each_task(plan.tiles, [&](int64_t tile) { kernels.forward(ctx, tile, thread_scratch(plan.scratch_bytes)); });
 }
 
+// Backward in one task for each panel of channels (cpu/backward_panels.inl).
+void run_backward_panels(const DTypeKernels& kernels, BackwardContext& ctx) {
+  const BackwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  const CpuPlan& plan = ctx.plan;
+  const bool need_du = p.grad_x != nullptr || p.grad_dw_weight != nullptr;
+  const int64_t pitch = round_up(plan.micro.rows, plan.micro.lanes);
+  const int64_t pixel_blocks = plan.chunks * ceil_div(plan.chunk_pixels, plan.micro.rows);
+
+  Workspace workspace(plan.element);
+  reserve_depthwise(workspace, plan, ctx.packed);
+  workspace.reserve(&ctx.bias_partial, plan.pointwise_groups * (2 * plan.out_columns + plan.mid_columns));
+  if (p.grad_pw_weight != nullptr) {
+    workspace.reserve(&ctx.g_rows, ceil_div(g.c_out, plan.micro.rows) * plan.pixels * pitch);
+  }
+  if (need_du || p.grad_dw_bias != nullptr) workspace.reserve(&ctx.g_pixels, pixel_blocks * g.c_out * pitch);
+  if (need_du && p.x_layout == Layout::nchw) workspace.reserve(&ctx.du, plan.pixels * g.c_mid);
+  workspace.allocate();
+
+  pack_all(kernels, {g, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, nullptr}, 0, nullptr);
+  for_each_task(plan.pointwise_groups,
+                [&](int64_t group) { kernels.backward_turn(ctx, group, thread_scratch(plan.scratch_bytes)); });
+  for_each_task(plan.panels,
+                [&](int64_t panel) { kernels.backward_panel(ctx, panel, thread_scratch(plan.scratch_bytes)); });
+  kernels.reduce_biases(ctx);
+}
+
 void run_backward(const char* op, const BackwardParams& p) {
   const KernelTable& table = active_table(op);
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
@@ -159,6 +186,7 @@ void run_backward(const char* op, const BackwardParams& p) {
   ctx.p = p;
   ctx.plan = plan_backward(g, p.x_layout, micro_of(table, p.dtype), element);
   const CpuPlan& plan = ctx.plan;
+  if (plan.panels > 0) return run_backward_panels(kernels, ctx);
   const bool nhwc = p.x_layout == Layout::nhwc;
   const bool need_du = p.grad_x != nullptr || p.grad_dw_weight != nullptr;
   const int64_t vectors = g.multiplier * ceil_div(g.c_in, plan.micro.lanes);

@@ -49,11 +49,19 @@ struct SameType<A, A> {
   static constexpr bool value = true;
 };
 
-// `count` pixels of grad_x, `step` elements apart, for up to kMicroVecs vectors of channels: straight into the tensor
-// where it can be, else through `tile`.
+// du of an image from some channel on; `plane` elements from plane to plane.
+template <typename T>
+struct ImageDu {
+  const T* data;
+  int64_t plane;
+};
+
+// `count` pixels of grad_x, `step` elements apart, for up to kMicroVecs vectors of channels from c on: straight into
+// the tensor where it can be, else through `tile`.
 template <typename S, typename T>
-static void backward_x_pixels(const BackwardContext& ctx, ChannelRow<T>& row, int64_t image, int64_t c, const T* weight,
-                              int64_t top, int64_t left, int64_t count, S* grad, int64_t step, T* tile) {
+static void backward_x_pixels(const BackwardContext& ctx, ChannelRow<T>& row, int64_t c, const ImageDu<T>& du,
+                              const T* weight, int64_t top, int64_t left, int64_t count, S* grad, int64_t step,
+                              T* tile) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n;
   const Geometry& g = ctx.p.geom;
@@ -69,7 +77,7 @@ static void backward_x_pixels(const BackwardContext& ctx, ChannelRow<T>& row, in
   row.start = zeros;
   row.start_step = 0;
   for (int64_t plane = 0; plane < g.multiplier; ++plane) {
-    row.x = du_at<T>(ctx, image * ctx.plan.image_pixels, plane * g.c_in + c);
+    row.x = du.data + plane * du.plane;
     row.weight = weight + plane * g.c_in + c;
     convolve_row(row, top, left, count, clamp_of<T>(Activation::identity), out, ld);
     row.start = out;
@@ -85,33 +93,41 @@ static void backward_x_pixels(const BackwardContext& ctx, ChannelRow<T>& row, in
   }
 }
 
-// A row of grad_x. Its columns of one residue modulo the stride are a plain convolution of a few rows of du with the
-// kernel walked backwards. `tile` holds plan.grad_pixels of them.
+// A row of grad_x for up to kMicroVecs vectors of channels from c on. Its columns of one residue modulo the stride are
+// a plain convolution of a few rows of du with the kernel walked backwards. `tile` holds plan.grad_pixels of them.
 template <typename S, typename T>
-static void backward_x_columns(const BackwardContext& ctx, ChannelRow<T>& row, int64_t image, const TapWalk& kh,
-                               int64_t first_column, S* grad_row, T* tile) {
+static void backward_x_row(const BackwardContext& ctx, int64_t image, int64_t ih, int64_t c, const ImageDu<T>& du,
+                           T* tile) {
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
   const Strides& stride = ctx.p.grad_x_strides;
-  const TapWalk kw = taps_to(first_column, g.pad_left, g.stride_w, g.dilation_w, g.kernel_w);
-  const int64_t columns = ceil_div(g.w_in - first_column, g.stride_w);
-  row.taps_h = kw.count > 0 ? kh.count : 0;
-  row.taps_w = kh.count > 0 ? kw.count : 0;
-  row.dilation_h = kh.out_step;
-  row.dilation_w = kw.out_step;
-  // The last tap of the walk reads the first output.
-  const int64_t tap_h = kh.first + (kh.count - 1) * kh.step, tap_w = kw.first + (kw.count - 1) * kw.step;
-  const T* weight = static_cast<const T*>(ctx.packed.dw_weight);
-  if (row.taps_h > 0) weight += (tap_h * g.kernel_w + tap_w) * plan.mid_columns;
-  row.weight_row = -kh.step * g.kernel_w * plan.mid_columns;
-  row.weight_column = -kw.step * plan.mid_columns;
-  const int64_t top = kh.out - (kh.count - 1) * kh.out_step, left = kw.out - (kw.count - 1) * kw.out_step;
   const int64_t step = g.stride_w * stride.w;
-  for (int64_t c = 0; c < g.c_in; c += kMicroVecs * Vec<T>::n) {
+  S* grad_row = static_cast<S*>(ctx.p.grad_x) + image * stride.n + ih * stride.h + c * stride.c;
+  ChannelRow<T> row;
+  row.row_step = g.w_out * plan.du_width;
+  row.column_step = plan.du_width;
+  row.in_h = g.h_out;
+  row.in_w = g.w_out;
+  row.step_w = 1;
+  const TapWalk kh = taps_to(ih, g.pad_top, g.stride_h, g.dilation_h, g.kernel_h);
+  for (int64_t first_column = 0; first_column < g.stride_w && first_column < g.w_in; ++first_column) {
+    const TapWalk kw = taps_to(first_column, g.pad_left, g.stride_w, g.dilation_w, g.kernel_w);
+    const int64_t columns = ceil_div(g.w_in - first_column, g.stride_w);
+    row.taps_h = kw.count > 0 ? kh.count : 0;
+    row.taps_w = kh.count > 0 ? kw.count : 0;
+    row.dilation_h = kh.out_step;
+    row.dilation_w = kw.out_step;
+    // The last tap of the walk reads the first output.
+    const int64_t tap_h = kh.first + (kh.count - 1) * kh.step, tap_w = kw.first + (kw.count - 1) * kw.step;
+    const T* weight = static_cast<const T*>(ctx.packed.dw_weight);
+    if (row.taps_h > 0) weight += (tap_h * g.kernel_w + tap_w) * plan.mid_columns;
+    row.weight_row = -kh.step * g.kernel_w * plan.mid_columns;
+    row.weight_column = -kw.step * plan.mid_columns;
+    const int64_t top = kh.out - (kh.count - 1) * kh.out_step, left = kw.out - (kw.count - 1) * kw.out_step;
     for (int64_t p = 0; p < columns; p += plan.grad_pixels) {
       const int64_t count = columns - p < plan.grad_pixels ? columns - p : plan.grad_pixels;
-      backward_x_pixels(ctx, row, image, c, weight, top, left + p, count,
-                        grad_row + first_column * stride.w + p * step + c * stride.c, step, tile);
+      backward_x_pixels(ctx, row, c, du, weight, top, left + p, count, grad_row + first_column * stride.w + p * step,
+                        step, tile);
     }
   }
 }
@@ -120,52 +136,47 @@ template <typename S, typename T>
 static void backward_x_nhwc(const BackwardContext& ctx, int64_t task, void* scratch) {
   const Geometry& g = ctx.p.geom;
   const int64_t image = task / g.h_in, ih = task % g.h_in;
-  const Strides& stride = ctx.p.grad_x_strides;
-  ChannelRow<T> row;
-  row.row_step = g.w_out * ctx.plan.du_width;
-  row.column_step = ctx.plan.du_width;
-  row.in_h = g.h_out;
-  row.in_w = g.w_out;
-  row.step_w = 1;
-  const TapWalk kh = taps_to(ih, g.pad_top, g.stride_h, g.dilation_h, g.kernel_h);
-  S* grad_row = static_cast<S*>(ctx.p.grad_x) + image * stride.n + ih * stride.h;
-  for (int64_t column = 0; column < g.stride_w && column < g.w_in; ++column) {
-    backward_x_columns(ctx, row, image, kh, column, grad_row, static_cast<T*>(scratch));
+  for (int64_t c = 0; c < g.c_in; c += kMicroVecs * Vec<T>::n) {
+    const ImageDu<T> du = {du_at<T>(ctx, image * ctx.plan.image_pixels, c), g.c_in};
+    backward_x_row<S>(ctx, image, ih, c, du, static_cast<T*>(scratch));
   }
 }
 
-// The weight gradient: a group is a range of rows of du. It is summed in blocks of about kLongestSum pixels, which meet
-// all channels while they are in cache, into dw_partial[group][vector of channels][tap][lanes].
+// sums[tap][lanes] of a vector of channels += the correlation over rows [row, row_end) of an image, in blocks of about
+// kLongestSum pixels.
 template <typename S, typename T>
-static void correlate_block(const BackwardContext& ctx, int64_t image, const PixelBlock& block, int64_t first_vector,
-                            int64_t last_vector, T* partial) {
-  constexpr int n = Vec<T>::n;
+static void correlate_rows(const BackwardContext& ctx, int64_t image, int64_t row, int64_t row_end, int64_t c,
+                           const T* du, T* sums) {
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
-  const CpuPlan& plan = ctx.plan;
-  const int64_t per_plane = ceil_div(g.c_in, n);
   Correlation<S, T> in;
   in.g = &g;
+  in.x = static_cast<const S*>(p.x) + image * p.x_strides.n + c;
   in.x_row = p.x_strides.h;
   in.x_column = p.x_strides.w;
-  in.du_row = g.w_out * plan.du_width;
-  in.du_column = plan.du_width;
-  for (int64_t v = first_vector; v < last_vector; ++v) {
-    const int64_t plane = v / per_plane, c = v % per_plane * n;
-    in.x = static_cast<const S*>(p.x) + image * p.x_strides.n + c;
-    in.du = du_at<T>(ctx, image * plan.image_pixels, plane * g.c_in + c);
-    in.sums = partial + v * plan.taps * n;
-    in.left = lanes_left(g.c_in - c, n);
-    correlate_vector(in, block);
+  in.du = du;
+  in.du_row = g.w_out * ctx.plan.du_width;
+  in.du_column = ctx.plan.du_width;
+  in.sums = sums;
+  in.left = lanes_left(g.c_in - c, Vec<T>::n);
+  const int64_t rows_at_once = g.w_out < kLongestSum ? kLongestSum / g.w_out : 1;
+  const int64_t pieces = ceil_div(g.w_out, kLongestSum);
+  for (; row < row_end; row += rows_at_once) {
+    const int64_t last = row_end - row < rows_at_once ? row_end : row + rows_at_once;
+    for (int64_t i = 0; i < pieces; ++i) {
+      correlate_vector(in, {row, last, g.w_out * i / pieces, g.w_out * (i + 1) / pieces});
+    }
   }
 }
 
+// A group is a range of rows of du, summed into dw_partial[group][vector of channels][tap][lanes]. Few rows at a time
+// meet all channels of the task: they stay in cache, and within few pages.
 template <typename S, typename T>
 static void backward_dw_nhwc(const BackwardContext& ctx, int64_t task) {
   constexpr int n = Vec<T>::n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
-  const int64_t vectors = g.multiplier * ceil_div(g.c_in, n);
+  const int64_t per_plane = ceil_div(g.c_in, n), vectors = g.multiplier * per_plane;
   const int64_t group = task / plan.depthwise_parts, part = task % plan.depthwise_parts;
   const int64_t first_vector = vectors * part / plan.depthwise_parts;
   const int64_t last_vector = vectors * (part + 1) / plan.depthwise_parts;
@@ -173,32 +184,41 @@ static void backward_dw_nhwc(const BackwardContext& ctx, int64_t task) {
   zero_fill(partial + first_vector * plan.taps * n, (last_vector - first_vector) * plan.taps * n);
   const int64_t rows = g.n * g.h_out, last_row = rows * (group + 1) / plan.depthwise_groups;
   const int64_t rows_at_once = g.w_out < kLongestSum ? kLongestSum / g.w_out : 1;
-  const int64_t pieces = ceil_div(g.w_out, kLongestSum);
   for (int64_t row = rows * group / plan.depthwise_groups; row < last_row;) {
     const int64_t image = row / g.h_out, oh = row % g.h_out;
     int64_t count = g.h_out - oh < rows_at_once ? g.h_out - oh : rows_at_once;
     if (count > last_row - row) count = last_row - row;
-    for (int64_t i = 0; i < pieces; ++i) {
-      correlate_block<S, T>(ctx, image, {oh, oh + count, g.w_out * i / pieces, g.w_out * (i + 1) / pieces},
-                            first_vector, last_vector, partial);
+    for (int64_t v = first_vector; v < last_vector; ++v) {
+      const int64_t c = v % per_plane * n;
+      correlate_rows<S>(ctx, image, oh, oh + count, c,
+                        du_at<T>(ctx, image * plan.image_pixels, v / per_plane * g.c_in + c),
+                        partial + v * plan.taps * n);
     }
     row += count;
   }
 }
 
+// grad_dw_weight of the vector of channels v from `groups` of sums, `step` apart.
 template <typename S, typename T>
-static void reduce_depthwise(const BackwardContext& ctx, int64_t v) {
+static void store_depthwise_gradient(const BackwardContext& ctx, int64_t v, const T* sums, int64_t groups,
+                                     int64_t step) {
   constexpr int n = Vec<T>::n;
   const Geometry& g = ctx.p.geom;
-  const CpuPlan& plan = ctx.plan;
-  const int64_t per_plane = ceil_div(g.c_in, n), step = g.multiplier * per_plane * plan.taps * n;
+  const int64_t taps = ctx.plan.taps, per_plane = ceil_div(g.c_in, n);
   const int64_t plane = v / per_plane, c = v % per_plane * n;
   const int left = lanes_left(g.c_in - c, n);
-  const T* partial = static_cast<const T*>(ctx.dw_partial) + v * plan.taps * n;
-  S* grad = static_cast<S*>(ctx.p.grad_dw_weight) + (c * g.multiplier + plane) * plan.taps;
-  for (int64_t tap = 0; tap < plan.taps; ++tap) {
+  S* grad = static_cast<S*>(ctx.p.grad_dw_weight) + (c * g.multiplier + plane) * taps;
+  for (int64_t tap = 0; tap < taps; ++tap) {
     typename Vec<T>::type sum = vset(T(0));
-    for (int64_t i = 0; i < plan.depthwise_groups; ++i) sum = sum + vload(partial + i * step + tap * n);
-    for (int i = 0; i < left; ++i) store_one(sum[i], grad + i * g.multiplier * plan.taps + tap);
+    for (int64_t i = 0; i < groups; ++i) sum = sum + vload(sums + i * step + tap * n);
+    for (int i = 0; i < left; ++i) store_one(sum[i], grad + i * g.multiplier * taps + tap);
   }
+}
+
+template <typename S, typename T>
+static void reduce_depthwise(const BackwardContext& ctx, int64_t v) {
+  const CpuPlan& plan = ctx.plan;
+  const int64_t size = plan.taps * Vec<T>::n,
+                step = ctx.p.geom.multiplier * ceil_div(ctx.p.geom.c_in, Vec<T>::n) * size;
+  store_depthwise_gradient<S>(ctx, v, static_cast<const T*>(ctx.dw_partial) + v * size, plan.depthwise_groups, step);
 }

@@ -83,13 +83,12 @@ static void backward_x_class(const BackwardContext& ctx, int64_t image, int64_t 
   }
 }
 
+// `channels` planes of grad_x.
 template <typename S, typename T>
-static void backward_x_nchw(const BackwardContext& ctx, int64_t task, void* scratch) {
+static void backward_x_planes(const BackwardContext& ctx, int64_t image, int64_t channel, int64_t channels,
+                              void* scratch) {
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
-  const int64_t blocks = ceil_div(g.c_in, plan.plane_block);
-  const int64_t image = task / blocks, channel = task % blocks * plan.plane_block;
-  const int64_t channels = lanes_left(g.c_in - channel, static_cast<int>(plan.plane_block));
   T* strip = static_cast<T*>(scratch);
   PlaneTaps taps;
   Window<T> w;
@@ -106,14 +105,20 @@ static void backward_x_nchw(const BackwardContext& ctx, int64_t task, void* scra
 }
 
 template <typename S, typename T>
-static void backward_dw_nchw(const BackwardContext& ctx, int64_t task, void* scratch) {
+static void backward_x_nchw(const BackwardContext& ctx, int64_t task, void* scratch) {
+  const Geometry& g = ctx.p.geom;
+  const int64_t block = ctx.plan.plane_block, blocks = ceil_div(g.c_in, block), channel = task % blocks * block;
+  backward_x_planes<S, T>(ctx, task / blocks, channel, lanes_left(g.c_in - channel, static_cast<int>(block)), scratch);
+}
+
+// The channels k0 .. k0 + channels, plan.plane_block of them at most.
+template <typename S, typename T>
+static void backward_dw_planes(const BackwardContext& ctx, int64_t k0, int64_t channels, void* scratch) {
   constexpr int n = Vec<T>::n;
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
   const PlaneShape shape = {g.h_in, g.w_in, g.w_out, g.stride_h, g.stride_w};
-  const int64_t k0 = task * plan.plane_block;
-  const int64_t channels = lanes_left(g.c_mid - k0, static_cast<int>(plan.plane_block));
   T* sums = static_cast<T*>(scratch);  // [channels][taps][n]
   T* d = sums + plan.plane_block * plan.taps * n;
   PlaneTaps taps;
@@ -141,4 +146,10 @@ static void backward_dw_nchw(const BackwardContext& ctx, int64_t task, void* scr
     S* grad = static_cast<S*>(p.grad_dw_weight) + tensor_channel(g, k0 + i) * plan.taps;
     for (int64_t t = 0; t < plan.taps; ++t) store_one(sum_groups(sums + (i * plan.taps + t) * n, 1, n), grad + t);
   }
+}
+
+template <typename S, typename T>
+static void backward_dw_nchw(const BackwardContext& ctx, int64_t task, void* scratch) {
+  const int64_t block = ctx.plan.plane_block, k = task * block;
+  backward_dw_planes<S, T>(ctx, k, lanes_left(ctx.p.geom.c_mid - k, static_cast<int>(block)), scratch);
 }

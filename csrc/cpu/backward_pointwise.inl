@@ -230,7 +230,8 @@ static void reduce_biases(const BackwardContext& ctx) {
       store_one(sum_groups_exactly(partial + c, step, plan.pointwise_groups, plan.out_columns), grad + c);
     }
   }
-  if (S* grad = static_cast<S*>(ctx.p.grad_dw_bias)) {
+  S* grad = static_cast<S*>(ctx.p.grad_dw_bias);
+  if (grad != nullptr && plan.panels == 0) {
     for (int64_t k = 0; k < g.c_mid; ++k) {
       store_one(sum_groups(partial + 2 * plan.out_columns + k, step, plan.pointwise_groups),
                 grad + tensor_channel(g, k));

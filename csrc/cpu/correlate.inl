@@ -22,7 +22,7 @@ constexpr int kCorrelateSums = 26;  // of 32 registers
 #else
 constexpr int kCorrelateSums = 10;  // of 16
 #endif
-constexpr int correlate_rows(int cols) {
+constexpr int taps_rows(int cols) {
   const int rows = kCorrelateSums / cols;
   return cols == 1 ? 5 : (rows < 1 ? 1 : (rows < cols ? rows : cols));
 }
@@ -89,7 +89,7 @@ DSCONV_INLINE void correlate_pixels(const S* x, int64_t row_step, int64_t column
 template <int Cols, int Step, bool Tail, typename S, typename T>
 static void correlate_taps_block(const Correlation<S, T>& in, const PixelBlock& block) {
   typedef typename Vec<T>::type V;
-  constexpr int n = Vec<T>::n, Rows = correlate_rows(Cols);
+  constexpr int n = Vec<T>::n, Rows = taps_rows(Cols);
   const Geometry& g = *in.g;
   const int64_t offset = in.tap_column * g.dilation_w - g.pad_left;
   // All taps are inside from the first pixel of the first one to the last pixel of the last one.
@@ -139,7 +139,7 @@ static void correlate_taps_block(const Correlation<S, T>& in, const PixelBlock& 
 template <int Cols, typename S, typename T>
 static void correlate_columns(Correlation<S, T>& in, const PixelBlock& block) {
   const Geometry& g = *in.g;
-  constexpr int rows = correlate_rows(Cols);
+  constexpr int rows = taps_rows(Cols);
   const bool dense = g.dilation_w == 1 && in.left == Vec<T>::n;
   for (in.tap_row = 0; in.tap_row < g.kernel_h; in.tap_row += rows) {
     in.tap_rows = g.kernel_h - in.tap_row < rows ? g.kernel_h - in.tap_row : rows;

@@ -31,6 +31,7 @@ namespace avx2 {
 #include "correlate.inl"
 #include "backward_depthwise.inl"
 #include "backward_depthwise_nchw.inl"
+#include "backward_panels.inl"
 #include "table.inl"
 // clang-format on
 

@@ -39,6 +39,7 @@ namespace avx512 {
 #include "correlate.inl"
 #include "backward_depthwise.inl"
 #include "backward_depthwise_nchw.inl"
+#include "backward_panels.inl"
 #include "table.inl"
 // clang-format on
 

@@ -27,6 +27,7 @@ namespace generic {
 #include "correlate.inl"
 #include "backward_depthwise.inl"
 #include "backward_depthwise_nchw.inl"
+#include "backward_panels.inl"
 #include "table.inl"
 // clang-format on
 

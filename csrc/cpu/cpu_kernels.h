@@ -29,7 +29,9 @@ struct BackwardContext {
   BackwardParams p;
   CpuPlan plan;
   PackedWeights packed;
-  void* du;            // gradient of z: [c_mid / du_width][pixels][du_width] for nhwc x, else [n][c_mid][image_pixels]
+  void* du;      // gradient of z: [c_mid / du_width][pixels][du_width] for nhwc x, else [n][c_mid][image_pixels]
+  void* g_rows;  // backward_panels.inl says how these two hold dy * out_act'
+  void* g_pixels;
   void* pw_partial;    // [pointwise_groups][c_out][mid_columns]
   void* bias_partial;  // [pointwise_groups][2 * out_columns + mid_columns]: pw bias, what its sums lost, dw bias
   void* dw_partial;    // [depthwise_groups][vector of channels][taps][lanes], nhwc only
@@ -60,6 +62,8 @@ struct DTypeKernels {
   void (*backward_dw_nhwc)(const BackwardContext&, int64_t task);                 // depthwise_groups * depthwise_parts
   void (*reduce_depthwise)(const BackwardContext&, int64_t vector);
   void (*backward_dw_nchw)(const BackwardContext&, int64_t block, void* scratch);  // of plane_block c_mid
+  void (*backward_turn)(const BackwardContext&, int64_t group, void* scratch);
+  void (*backward_panel)(const BackwardContext&, int64_t panel, void* scratch);
 };
 
 struct KernelTable {

@@ -20,6 +20,8 @@ DSCONV_INLINE DTypeKernels kernels_of() {
   k.backward_dw_nhwc = backward_dw_nhwc<S, T>;
   k.reduce_depthwise = reduce_depthwise<S, T>;
   k.backward_dw_nchw = backward_dw_nchw<S, T>;
+  k.backward_turn = backward_turn<S, T>;
+  k.backward_panel = backward_panel<S, T>;
   return k;
 }
 

@@ -1,0 +1,245 @@
+// Backward where there are many channels: one task computes everything that belongs to a panel of micro.columns
+// channels of z, for all pixels. No partial sums, and du never leaves the task in nhwc.
+//
+//   before:                g = dy * out_act'(saved) turned into the two orders the GEMMs read, and the sums of g
+//   per chunk of images:
+//     per tile of pixels:  z of the panel recomputed, a = act(z)       [pixels][columns]
+//                          sums[c_out][columns] += g^T . a             k = pixels
+//                          du = (g . pw_weight) * act'(z)              k = c_out, [pixels][columns]
+//     stage D              grad_x and grad_dw_weight of these channels (backward_depthwise.inl)
+//
+// A block of kMicroRows rows of either operand g lies contiguous, padded to whole vectors:
+//   g_rows   [c_out / kMicroRows][pixels][kRowPitch]                   columns of g, for the weight gradient
+//   g_pixels [chunk][chunk_pixels / kMicroRows][c_out][kRowPitch]      pixels, for du
+//
+// Every panel reads g once more: c_mid / columns times a byte for each column * kMicroRows multiply-adds, against
+// partial sums of c_out * c_mid values for every group of tiles in backward_pointwise.inl.
+#ifndef DSCONV_ISA
+#error "backward_panels.inl belongs inside an ISA region"
+#endif
+
+template <typename T>
+DSCONV_INLINE int64_t row_pitch() {
+  return round_up(kMicroRows, Vec<T>::n);
+}
+
+// Blocks of kMicroRows pixels are counted from the beginning of their chunk.
+template <typename S, typename T>
+static void turn_block(const BackwardContext& ctx, int64_t block, T* g_tile, T* saved_tile, T* bias_sums) {
+  const BackwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  const CpuPlan& plan = ctx.plan;
+  constexpr int n = Vec<T>::n;
+  const int64_t pitch = row_pitch<T>(), per_chunk = ceil_div(plan.chunk_pixels, kMicroRows);
+  const int64_t begin = block % per_chunk * kMicroRows, pixel = block / per_chunk * plan.chunk_pixels + begin;
+  int count = lanes_left(plan.chunk_pixels - begin, kMicroRows);
+  if (pixel >= plan.pixels) return;
+  count = lanes_left(plan.pixels - pixel, count);
+  load_tile(static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g.h_out, g.w_out, g.c_out, pixel, count, g_tile,
+            plan.out_ld);
+  if (p.saved != nullptr) {
+    load_tile(static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g.h_out, g.w_out, g.c_out, pixel, count,
+              saved_tile, plan.out_ld);
+    for (int i = 0; i < count; ++i) {
+      activation_pass<ScaleByOutDerivative, T>(p.out_act, g.c_out, g_tile + i * plan.out_ld,
+                                               saved_tile + i * plan.out_ld);
+    }
+  }
+  if (p.grad_pw_bias != nullptr) {
+    add_columns_exactly(g_tile, plan.out_ld, count, g.c_out, bias_sums, bias_sums + plan.out_columns);
+  }
+  if (ctx.g_rows != nullptr) {
+    for (int64_t c = 0; c < g.c_out; c += kMicroRows) {
+      T* to = static_cast<T*>(ctx.g_rows) + (c / kMicroRows * plan.pixels + pixel) * pitch;
+      for (int i = 0; i < count; ++i, to += pitch) copy_row(g_tile + i * plan.out_ld + c, to, kMicroRows);
+    }
+  }
+  if (ctx.g_pixels != nullptr) {
+    T* to = static_cast<T*>(ctx.g_pixels) + block * g.c_out * pitch;
+    for (int64_t c = 0; c < g.c_out; c += n) {
+      const int channels = lanes_left(g.c_out - c, n);
+      for (int i = 0; i < count; i += n) {
+        transpose_block(g_tile + i * plan.out_ld + c, plan.out_ld, lanes_left(count - i, n), channels,
+                        to + c * pitch + i, pitch);
+      }
+    }
+  }
+}
+
+template <typename S, typename T>
+static void backward_turn(const BackwardContext& ctx, int64_t group, void* scratch) {
+  const CpuPlan& plan = ctx.plan;
+  T* g_tile = static_cast<T*>(scratch);
+  T* saved_tile = g_tile + (kMicroRows + 1) * plan.out_ld;
+  const int64_t bias_size = 2 * plan.out_columns + plan.mid_columns;
+  T* bias_sums = static_cast<T*>(ctx.bias_partial) + group * bias_size;
+  zero_fill(bias_sums, bias_size);
+  const int64_t blocks = plan.chunks * ceil_div(plan.chunk_pixels, kMicroRows);
+  const int64_t first = blocks * group / plan.pointwise_groups, last = blocks * (group + 1) / plan.pointwise_groups;
+  for (int64_t block = first; block < last; ++block) turn_block<S>(ctx, block, g_tile, saved_tile, bias_sums);
+}
+
+template <typename T>
+struct ChannelPanel {
+  int64_t k, width;
+  T* weight;      // [c_out][columns] of pw_weight
+  T* sums;        // [c_out][columns], its gradient
+  T* a;           // [tile][columns], act(z)
+  T* derivative;  // [tile][columns], act'(z)
+  T* du;          // [chunk_pixels][columns]
+  T* dw_sums;     // [kMicroVecs][taps][lanes]
+  T* bias_sums;   // [columns]
+  void* rest;     // strips and windows of nchw, pixels of grad_x
+};
+
+// z and what follows from it: as if the panel's channels were all there are.
+template <typename S, typename T>
+static void recompute_panel(const BackwardContext& ctx, int64_t pixel, int64_t count, const ChannelPanel<T>& t) {
+  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
+  const BackwardParams& p = ctx.p;
+  Geometry g = p.geom;
+  g.c_in = g.c_mid = t.width;
+  CpuPlan plan = ctx.plan;
+  plan.mid_ld = columns;
+  const DepthwiseInput<S> in = {&g,
+                                &plan,
+                                static_cast<const S*>(p.x) + t.k * p.x_strides.c,
+                                p.x_strides,
+                                p.x_layout,
+                                static_cast<const T*>(ctx.packed.dw_weight) + t.k,
+                                static_cast<const T*>(ctx.packed.dw_bias) + t.k};
+  T* strips = static_cast<T*>(t.rest);
+  const bool linear = p.act == Activation::identity;
+  depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.derivative, strips,
+                 strips + plan.micro.lanes * plan.strip_ld);
+  if (!linear) activation_pass<ActivateAndDerive, T>(p.act, count * columns, t.derivative, t.a);
+}
+
+// The tile of `count` pixels, the first of which is number `begin` of its chunk.
+template <typename S, typename T>
+static void backward_panel_tile(const BackwardContext& ctx, int64_t chunk, int64_t begin, int64_t count,
+                                const ChannelPanel<T>& t) {
+  constexpr int n = Vec<T>::n;
+  constexpr int64_t columns = kMicroVecs * n;
+  const BackwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  const CpuPlan& plan = ctx.plan;
+  const int64_t pitch = row_pitch<T>(), pixel = chunk * plan.chunk_pixels + begin;
+  const bool linear = p.act == Activation::identity, need_du = ctx.g_pixels != nullptr;
+  if (ctx.g_rows != nullptr || (need_du && !linear)) recompute_panel<S>(ctx, pixel, count, t);
+  if (ctx.g_rows != nullptr) {
+    for (int64_t c = 0; c < g.c_out; c += kMicroRows) {
+      const T* rows = static_cast<const T*>(ctx.g_rows) + (c / kMicroRows * plan.pixels + pixel) * pitch;
+      add_gemm_block<T>(lanes_left(g.c_out - c, kMicroRows), t.width, count, {rows, pitch}, {t.a, columns},
+                        t.sums + c * columns, columns);
+    }
+  }
+  if (!need_du) return;
+  const int64_t chains = chains_of(g.c_out), per_chunk = ceil_div(plan.chunk_pixels, kMicroRows);
+  const T* pixels = static_cast<const T*>(ctx.g_pixels) + (chunk * per_chunk + begin / kMicroRows) * g.c_out * pitch;
+  T* du = t.du + begin * columns;
+  for (int64_t chain = 0; chain < chains; ++chain) {
+    for (int64_t i = 0; i < count; i += kMicroRows) {
+      const T* block = pixels + i / kMicroRows * g.c_out * pitch;
+      gemm_chain<T, false>(chain, chains, lanes_left(count - i, kMicroRows), t.width, g.c_out, {block, pitch},
+                           {t.weight, columns}, du + i * columns, columns, false);
+    }
+  }
+  if (!linear) {
+    for (int64_t i = 0; i < count * columns; i += n) vstore(du + i, vload(du + i) * vload(t.derivative + i));
+  }
+  if (p.grad_dw_bias != nullptr) add_column_sums(du, columns, count, t.width, t.bias_sums);
+}
+
+template <typename S, typename T>
+static void backward_panel_images(const BackwardContext& ctx, int64_t first, int64_t last, const ChannelPanel<T>& t) {
+  constexpr int n = Vec<T>::n;
+  constexpr int64_t columns = kMicroVecs * n;
+  const Geometry& g = ctx.p.geom;
+  const CpuPlan& plan = ctx.plan;
+  for (int64_t image = first; image < last; ++image) {
+    const T* du = t.du + (image - first) * plan.image_pixels * columns;
+    for (int64_t ih = 0; ctx.p.grad_x != nullptr && ih < g.h_in; ++ih) {
+      backward_x_row<S, T>(ctx, image, ih, t.k, {du, 0}, static_cast<T*>(t.rest));
+    }
+    for (int64_t c = 0; ctx.p.grad_dw_weight != nullptr && c < t.width; c += n) {
+      correlate_rows<S>(ctx, image, 0, g.h_out, t.k + c, du + c, t.dw_sums + c * plan.taps);
+    }
+  }
+}
+
+template <typename S, typename T>
+static void store_panel_gradients(const BackwardContext& ctx, const ChannelPanel<T>& t) {
+  constexpr int n = Vec<T>::n;
+  constexpr int64_t columns = kMicroVecs * n;
+  const BackwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  const int64_t width = t.width, k = t.k;
+  if (S* grad = static_cast<S*>(p.grad_pw_weight)) {
+    for (int64_t c = 0; c < g.c_out; ++c) store_row(t.sums + c * columns, grad + c * g.c_mid + k, width);
+  }
+  if (S* grad = static_cast<S*>(p.grad_dw_bias)) store_row(t.bias_sums, grad + k, width);
+  if (p.x_layout == Layout::nhwc && p.grad_dw_weight != nullptr) {
+    for (int64_t c = 0; c < width; c += n) {
+      store_depthwise_gradient<S>(ctx, (k + c) / n, t.dw_sums + c * ctx.plan.taps, 1, 0);
+    }
+  }
+}
+
+// The planes of du are in the workspace: stage D of nchw for the panel's channels.
+template <typename S, typename T>
+static void backward_panel_planes(const BackwardContext& ctx, const ChannelPanel<T>& t, void* scratch) {
+  const int block = static_cast<int>(ctx.plan.plane_block);
+  for (int64_t k = t.k; k < t.k + t.width; k += block) {
+    const int64_t channels = lanes_left(t.k + t.width - k, block);
+    for (int64_t image = 0; ctx.p.grad_x != nullptr && image < ctx.p.geom.n; ++image) {
+      backward_x_planes<S, T>(ctx, image, k, channels, scratch);
+    }
+    if (ctx.p.grad_dw_weight != nullptr) backward_dw_planes<S, T>(ctx, k, channels, scratch);
+  }
+}
+
+template <typename S, typename T>
+static void backward_panel(const BackwardContext& ctx, int64_t task, void* scratch) {
+  constexpr int n = Vec<T>::n;
+  constexpr int64_t columns = kMicroVecs * n;
+  const BackwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  const CpuPlan& plan = ctx.plan;
+  ChannelPanel<T> t;
+  t.k = task * columns;
+  t.width = g.c_mid - t.k < columns ? g.c_mid - t.k : columns;
+  t.weight = static_cast<T*>(scratch);
+  t.sums = t.weight + g.c_out * columns;
+  t.a = t.sums + g.c_out * columns;
+  t.derivative = t.a + plan.panel_tile * columns;
+  t.du = t.derivative + plan.panel_tile * columns;
+  t.dw_sums = t.du + plan.chunk_pixels * columns;
+  t.bias_sums = t.dw_sums + plan.taps * columns;
+  t.rest = t.bias_sums + columns;
+
+  if (ctx.g_pixels != nullptr) {
+    const S* weight = static_cast<const S*>(p.pw_weight) + t.k;
+    for (int64_t c = 0; c < g.c_out; ++c) copy_row(weight + c * g.c_mid, t.weight + c * columns, t.width);
+  }
+  zero_fill(t.sums, g.c_out * columns);
+  zero_fill(t.dw_sums, plan.taps * columns + columns);
+  const bool planes = p.x_layout == Layout::nchw;
+  for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
+    const int64_t first = chunk * plan.chunk_images;
+    const int64_t last = g.n - first < plan.chunk_images ? g.n : first + plan.chunk_images;
+    const int64_t pixels = (last - first) * plan.image_pixels;
+    for (int64_t begin = 0; begin < pixels; begin += plan.panel_tile) {
+      const int64_t count = pixels - begin < plan.panel_tile ? pixels - begin : plan.panel_tile;
+      backward_panel_tile<S>(ctx, chunk, begin, count, t);
+    }
+    if (ctx.du != nullptr) {
+      store_tile(t.du, columns, t.k, t.width, first * plan.image_pixels, pixels, static_cast<T*>(ctx.du), p.x_layout,
+                 g.c_mid, plan.image_pixels);
+    } else if (!planes) {
+      backward_panel_images<S>(ctx, first, last, t);
+    }
+  }
+  store_panel_gradients<S>(ctx, t);
+  if (planes) backward_panel_planes<S>(ctx, t, scratch);
+}
