@@ -49,11 +49,11 @@ struct SameType<A, A> {
   static constexpr bool value = true;
 };
 
-// du of an image from some channel on; `plane` elements from plane to plane.
+// du of an image from some channel on; `plane` elements from plane to plane, `panel` from panel to panel.
 template <typename T>
 struct ImageDu {
   const T* data;
-  int64_t plane;
+  int64_t plane, panel;
 };
 
 // `count` pixels of grad_x, `step` elements apart, for up to kMicroVecs vectors of channels from c on: straight into
@@ -93,11 +93,39 @@ static void backward_x_pixels(const BackwardContext& ctx, ChannelRow<T>& row, in
   }
 }
 
-// A row of grad_x for up to kMicroVecs vectors of channels from c on. Its columns of one residue modulo the stride are
-// a plain convolution of a few rows of du with the kernel walked backwards. `tile` holds plan.grad_pixels of them.
+// `channels` channels of a row of grad_x from c on, where has_grad_row() says yes.
 template <typename S, typename T>
-static void backward_x_row(const BackwardContext& ctx, int64_t image, int64_t ih, int64_t c, const ImageDu<T>& du,
-                           T* tile) {
+static void backward_x_row_direct(const BackwardContext& ctx, int64_t image, int64_t ih, int64_t c, int64_t channels,
+                                  const ImageDu<T>& du) {
+  const Geometry& g = ctx.p.geom;
+  const CpuPlan& plan = ctx.plan;
+  const Strides& stride = ctx.p.grad_x_strides;
+  GradRow<T> row;
+  row.rows = 0;
+  for (int64_t i = 0; i < g.kernel_h; ++i) {
+    const int64_t above = ih + g.pad_top - i * g.dilation_h;
+    if (above < 0 || above % g.stride_h != 0 || above / g.stride_h >= g.h_out) continue;
+    row.du[row.rows] = du.data + above / g.stride_h * g.w_out * plan.du_width;
+    row.weight[row.rows++] = static_cast<const T*>(ctx.packed.dw_weight) + i * g.kernel_w * plan.mid_columns + c;
+  }
+  row.du_column = plan.du_width;
+  row.du_panel = du.panel;
+  row.weight_column = plan.mid_columns;
+  row.planes = g.multiplier;
+  row.du_plane = du.plane;
+  row.weight_plane = g.c_in;
+  row.w_in = g.w_in;
+  row.w_out = g.w_out;
+  row.pad = g.pad_left;
+  grad_row(g, row, channels, static_cast<S*>(ctx.p.grad_x) + image * stride.n + ih * stride.h + c, stride.w);
+}
+
+// A row of grad_x for up to kMicroVecs vectors of channels from c on, any geometry. Its columns of one residue modulo
+// the stride are a plain convolution of a few rows of du with the kernel walked backwards. `tile` holds
+// plan.grad_pixels of them.
+template <typename S, typename T>
+static void backward_x_row_general(const BackwardContext& ctx, int64_t image, int64_t ih, int64_t c,
+                                   const ImageDu<T>& du, T* tile) {
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
   const Strides& stride = ctx.p.grad_x_strides;
@@ -133,13 +161,26 @@ static void backward_x_row(const BackwardContext& ctx, int64_t image, int64_t ih
 }
 
 template <typename S, typename T>
+static void backward_x_row(const BackwardContext& ctx, int64_t image, int64_t ih, int64_t c, int64_t channels,
+                           const ImageDu<T>& du, T* tile) {
+  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
+  if (has_grad_row(ctx.p.geom, ctx.p.grad_x_strides)) {
+    return backward_x_row_direct<S>(ctx, image, ih, c, channels, du);
+  }
+  const int64_t width = ctx.plan.du_width;
+  for (int64_t i = 0; i < channels; i += columns) {
+    const ImageDu<T> part = {du.data + i / width * du.panel + i % width, du.plane, du.panel};
+    backward_x_row_general<S>(ctx, image, ih, c + i, part, tile);
+  }
+}
+
+template <typename S, typename T>
 static void backward_x_nhwc(const BackwardContext& ctx, int64_t task, void* scratch) {
   const Geometry& g = ctx.p.geom;
-  const int64_t image = task / g.h_in, ih = task % g.h_in;
-  for (int64_t c = 0; c < g.c_in; c += kMicroVecs * Vec<T>::n) {
-    const ImageDu<T> du = {du_at<T>(ctx, image * ctx.plan.image_pixels, c), g.c_in};
-    backward_x_row<S>(ctx, image, ih, c, du, static_cast<T*>(scratch));
-  }
+  const CpuPlan& plan = ctx.plan;
+  const int64_t image = task / g.h_in;
+  const ImageDu<T> du = {du_at<T>(ctx, image * plan.image_pixels, 0), g.c_in, plan.pixels * plan.du_width};
+  backward_x_row<S>(ctx, image, task % g.h_in, 0, g.c_in, du, static_cast<T*>(scratch));
 }
 
 // sums[tap][lanes] of a vector of channels += the correlation over rows [row, row_end) of an image, in blocks of about

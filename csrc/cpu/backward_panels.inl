@@ -160,7 +160,7 @@ static void backward_panel_images(const BackwardContext& ctx, int64_t first, int
   for (int64_t image = first; image < last; ++image) {
     const T* du = t.du + (image - first) * plan.image_pixels * columns;
     for (int64_t ih = 0; ctx.p.grad_x != nullptr && ih < g.h_in; ++ih) {
-      backward_x_row<S, T>(ctx, image, ih, t.k, {du, 0}, static_cast<T*>(t.rest));
+      backward_x_row<S, T>(ctx, image, ih, t.k, t.width, {du, 0, 0}, static_cast<T*>(t.rest));
     }
     for (int64_t c = 0; ctx.p.grad_dw_weight != nullptr && c < t.width; c += n) {
       correlate_rows<S>(ctx, image, 0, g.h_out, t.k + c, du + c, t.dw_sums + c * plan.taps);

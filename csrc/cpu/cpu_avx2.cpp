@@ -29,6 +29,7 @@ namespace avx2 {
 #include "forward.inl"
 #include "backward_pointwise.inl"
 #include "correlate.inl"
+#include "grad_row.inl"
 #include "backward_depthwise.inl"
 #include "backward_depthwise_nchw.inl"
 #include "backward_panels.inl"
