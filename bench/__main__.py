@@ -5,6 +5,7 @@
     python -m bench --layers mbv1_b01,convnext_k7 --mode forward --layout nchw
     python -m bench --peers                           # other libraries too: pip install .[peers]
     python -m bench --sweep 40 --seed 1               # random layers, the worst ten
+    python -m bench --threads 1 --clock cpu --methods fused eager --rounds 5 --least-ms 3   # short, on a busy machine
     python -m bench --isa avx2                        # these kernels against the limit of their instruction set
 
 Columns are multiples of the limit of bench/problem.py (1.00 cannot be beaten); "gain" is the time of the best PyTorch

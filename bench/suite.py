@@ -125,6 +125,8 @@ def _measure(problem, threads, entrants, timing):
             calls.update(_checked_calls(arena, peer, name, threads, reference))
         except (CannotDo, WrongResult) as reason:
             refused[name] = str(reason)
+        except Exception as error:  # a library's own failure: told, and the others go on
+            refused[name] = f"{problem.layer.name}, {problem.mode}: {type(error).__name__}: {error}"
     clock = CLOCKS[timing.clock](PAUSE if threads > 1 and entrants.peers else 0.0)
     samples = measure(calls, rounds=timing.rounds, least_seconds=timing.least_seconds, clock=clock)
     return Measurement(problem, threads, samples, refused)

@@ -206,15 +206,15 @@ def test_only_our_own_form_with_one_thread_and_two():
 class FakePeer:
     """Computes what it is told to, in a layout of its own."""
 
-    def __init__(self, change=None):
+    def __init__(self, change):
         self.change = change
 
     def versions(self):
         return {"fake": "1.0"}
 
     def prepare(self, arena, threads):
-        if self.change is None:
-            raise peers.CannotDo("no forward")
+        if isinstance(self.change, Exception):
+            raise self.change
         right = arena.call(Form(EAGER, "nchw"))
         return {peers.BLOCKED: peers.Call(right, lambda results: (results[0] * self.change,))}
 
@@ -225,7 +225,12 @@ def test_peers_are_checked_and_compared():
         suite.Entrants(
             methods=(FUSED, EAGER),
             layouts=("channels_last",),
-            peers={"right": FakePeer(1), "wrong": FakePeer(1.01), "unable": FakePeer()},
+            peers={
+                "right": FakePeer(1),
+                "wrong": FakePeer(1.01),
+                "unable": FakePeer(peers.CannotDo("no forward")),
+                "broken": FakePeer(OSError("no such engine")),
+            },
             missing_peers=("absent",),
         ),
         suite.Timing(rounds=1, least_seconds=1e-5, clock="wall"),
@@ -237,6 +242,7 @@ def test_peers_are_checked_and_compared():
     (measurement,) = result.measurements
     assert [form for form in measurement.samples if form.is_peer] == [Form("right", "blocked")]
     assert measurement.refused["unable"] == "no forward"
+    assert measurement.refused["broken"] == "tiny, forward: OSError: no such engine"
     assert "y of wrong blocked is off by" in measurement.refused["wrong"]
     assert measurement.best_peer()[0] == Form("right", "blocked")
     assert measurement.best_pytorch()[0].method == EAGER
@@ -249,7 +255,7 @@ def test_peers_are_checked_and_compared():
     assert "unable, -: no forward" in text
     found = json.loads(report.to_json(result))["measurements"][0]
     assert found["best_peer"]["method"] == "right"
-    assert set(found["refused"]) == {"wrong", "unable"}
+    assert set(found["refused"]) == {"wrong", "unable", "broken"}
 
 
 @pytest.mark.parametrize("name", peers.NAMES)
