@@ -1,10 +1,16 @@
-// Sums over taps for a row of pixels of an nhwc tensor, vectors along the channels.
+// Sums over taps for rows of pixels of an nhwc tensor, vectors along the channels.
 //
 //   out(p, c) = clamp(start(p, c) + sum over taps (i, j) of weight[i][j][c] * in(top + i * dilation_h,
 //                                                                             left + p * step_w + j * dilation_w, c))
 //
-// Pixels whose taps all lie inside the row go kPixels at a time: a weight is loaded once for them, and for 3 and 5
-// taps without dilation a value of x is loaded once for all pixels of the group that read it.
+// One vector of channels at a time; its sums of P <= 7 pixels of a row stay in registers through all taps:
+//
+//   in   . x x x x x x x x x .     a row of taps goes 7, 5 or 3 at a time: their weights are loaded once for the P
+//          \ | /                   pixels, and a value of x once for all taps and pixels that read it
+//   out      o o o o o o o         (P - 1) * step + J loads of x and J of weights for P * J multiply-adds
+//
+// With dilation, or strides above 2, tap by tap: P + 1 loads for P multiply-adds. Columns outside the image are loads
+// of a vector of zeros, rows outside are left out of the loop, and what is left of a last vector of channels is masked.
 #ifndef DSCONV_ISA
 #error "channel_row.inl belongs inside an ISA region"
 #endif
@@ -23,14 +29,14 @@ struct ChannelRow {
   int64_t channels;
 };
 
-// The taps of a pixel that lie inside the image.
-struct TapBlock {
-  int64_t rows, columns;
-  int64_t x_row, x_column;  // steps of x from tap to tap
-  int64_t weight_row, weight_column;
+// Neighbouring pixels of one row, and what their taps read.
+struct RowSegment {
+  int64_t tap_rows;                        // inside the image
+  int64_t x, weight;                       // offsets of the first of them; x at column `left`, inside the image or not
+  int64_t left, count;                     // input column of the first pixel's first tap, pixels
+  int64_t whole_row_begin, whole_row_end;  // the pixels all of whose columns lie inside
+  int64_t pixel;                           // of the first one, counted from the caller's start and out
 };
-
-constexpr int kPixels = 4;
 
 template <bool Tail, typename S>
 DSCONV_INLINE auto load_lanes(const S* p, int left) {
@@ -41,159 +47,206 @@ DSCONV_INLINE auto load_lanes(const S* p, int left) {
   }
 }
 
-// One pixel, U vectors of channels, or the last `left` channels.
-template <int U, bool Tail, typename S, typename T>
-DSCONV_INLINE void convolve_pixel(const TapBlock& taps, const S* x, const T* weight, const T* start, int left,
-                                  Clamp<T> clamp, T* out) {
-  constexpr int n = Vec<T>::n;
-  typename Vec<T>::type acc[U];
+// `top` and `left` are the input position of the first pixel's first tap.
+template <typename S>
+DSCONV_INLINE RowSegment row_segment(const ChannelRow<S>& row, int64_t top, int64_t left, int64_t count,
+                                     int64_t pixel) {
+  RowSegment s;
+  const Range rows = valid_taps(top, row.dilation_h, row.in_h, row.taps_h);
+  s.tap_rows = row.taps_w > 0 && rows.begin < rows.end ? rows.end - rows.begin : 0;
+  s.x = (top + rows.begin * row.dilation_h) * row.row_step + left * row.column_step;
+  s.weight = rows.begin * row.weight_row;
+  s.left = left;
+  s.count = count;
+  s.whole_row_begin = valid_outputs(left, row.step_w, row.in_w, count).begin;
+  s.whole_row_end = valid_outputs(left + (row.taps_w - 1) * row.dilation_w, row.step_w, row.in_w, count).end;
+  s.pixel = pixel;
+  return s;
+}
+
+// Where the columns of a group of pixels lie: all inside the image, or some of them outside; Rest: and these are the
+// last channels, fewer than a vector.
+enum class Columns { inside, edge, rest };
+struct ColumnRange {
+  int64_t column, in_w;  // input column of the first tap of the group's first pixel, columns of the image
+  int left;              // channels, for Columns::rest
+};
+
+template <typename S>
+struct ZeroVector {
+  static constexpr S data[Vec<typename ComputeOf<S>::type>::n] = {};
+};
+
+// Input column `column` + i of the image's row, zero outside the image.
+template <Columns Where, typename S>
+DSCONV_INLINE auto load_column(const S* p, const ColumnRange& range, int64_t i) {
+  const bool inside = static_cast<uint64_t>(range.column + i) < static_cast<uint64_t>(range.in_w);
+  if constexpr (Where == Columns::inside) {
+    return vload(p);
+  } else if constexpr (Where == Columns::edge) {
+    return vload(inside ? p : ZeroVector<S>::data);
+  } else {
+    return vload(p, inside ? range.left : 0);
+  }
+}
+
+// The next address, which the compiler may not derive from the first: it would keep one pointer a column, on the stack.
+template <typename P>
+DSCONV_INLINE void advance(P*& p, int64_t step) {
+  p += step;
+  __asm__("" : "+r"(p));
+}
+
+// J taps next to one another meet P pixels Step columns apart.
+template <int J, int Step, int P, Columns Where, typename S, typename T, typename V>
+DSCONV_INLINE void add_taps(const S* x, int64_t column_step, const T* weight, int64_t weight_column,
+                            const ColumnRange& range, int64_t column, V (&acc)[P]) {
+  V w[J];
   DSCONV_UNROLL
-  for (int u = 0; u < U; ++u) acc[u] = load_lanes<Tail>(start + u * n, left);
-  for (int64_t i = 0; i < taps.rows; ++i) {
-    const S* xp = x + i * taps.x_row;
-    const T* wp = weight + i * taps.weight_row;
-    for (int64_t j = 0; j < taps.columns; ++j, xp += taps.x_column, wp += taps.weight_column) {
-      DSCONV_UNROLL
-      for (int u = 0; u < U; ++u) {
-        acc[u] = vfma(load_lanes<Tail>(wp + u * n, left), load_lanes<Tail>(xp + u * n, left), acc[u]);
-      }
-    }
+  for (int j = 0; j < J; ++j) {
+    w[j] = load_lanes<Where == Columns::rest>(weight, range.left);
+    advance(weight, weight_column);
   }
   DSCONV_UNROLL
-  for (int u = 0; u < U; ++u) {
-    const typename Vec<T>::type v = vmin(vset(clamp.hi), vmax(vset(clamp.lo), acc[u]));
-    if constexpr (Tail) {
-      vstore(out, v, left);
-    } else {
-      vstore(out + u * n, v);
+  for (int i = 0; i < (P - 1) * Step + J; ++i) {
+    const V v = load_column<Where>(x, range, column + i);
+    advance(x, column_step);
+    DSCONV_UNROLL
+    for (int p = 0; p < P; ++p) {
+      const int j = i - p * Step;
+      if (j >= 0 && j < J) acc[p] = vfma(w[j], v, acc[p]);
     }
+  }
+}
+
+// P pixels, `vectors` vectors of channels one after another: that way x is read as it lies in memory, which the
+// prefetchers follow. Step: row.step_w where taps are neighbours, else 0.
+template <int Step, int P, Columns Where, typename S, typename T>
+static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t vectors, const S* x, const T* weight,
+                           const T* start, const ColumnRange& range, Clamp<T> clamp, T* out, int64_t ld) {
+  typedef typename Vec<T>::type V;
+  const int64_t column_step = row.column_step, pixel_step = row.step_w * column_step, tap_step = row.dilation_w;
+  const int64_t taps_w = row.taps_w, start_step = row.start_step;
+  const V lo = vset(clamp.lo), hi = vset(clamp.hi);
+  for (int64_t vector = 0; vector < vectors; ++vector) {
+    V acc[P];
+    const T* from = start;
+    DSCONV_UNROLL
+    for (int p = 0; p < P; ++p) {
+      acc[p] = load_lanes<Where == Columns::rest>(from, range.left);
+      advance(from, start_step);
+    }
+    const S* x_row = x;
+    const T* weight_row = weight;
+    for (int64_t i = 0; i < tap_rows; ++i) {
+      int64_t j = 0;
+      const T* w = weight_row;
+      if constexpr (Step > 0) {
+        for (; j + 7 <= taps_w; j += 7, w += 7 * row.weight_column) {
+          add_taps<7, Step, P, Where>(x_row + j * column_step, column_step, w, row.weight_column, range, j, acc);
+        }
+        if (j + 5 <= taps_w) {
+          add_taps<5, Step, P, Where>(x_row + j * column_step, column_step, w, row.weight_column, range, j, acc);
+          j += 5, w += 5 * row.weight_column;
+        }
+        if (j + 3 <= taps_w) {
+          add_taps<3, Step, P, Where>(x_row + j * column_step, column_step, w, row.weight_column, range, j, acc);
+          j += 3, w += 3 * row.weight_column;
+        }
+      }
+      for (; j < taps_w; ++j, w += row.weight_column) {
+        const V v = load_lanes<Where == Columns::rest>(w, range.left);
+        const S* xp = x_row + j * tap_step * column_step;
+        DSCONV_UNROLL
+        for (int p = 0; p < P; ++p) {
+          acc[p] = vfma(v, load_column<Where>(xp, range, j * tap_step + p * row.step_w), acc[p]);
+          advance(xp, pixel_step);
+        }
+      }
+      x_row += row.dilation_h * row.row_step;
+      weight_row += row.weight_row;
+    }
+    T* to = out;
+    DSCONV_UNROLL
+    for (int p = 0; p < P; ++p) {
+      const V v = vmin(hi, vmax(lo, acc[p]));
+      if constexpr (Where == Columns::rest) {
+        vstore(to, v, range.left);
+      } else {
+        vstore(to, v);
+      }
+      advance(to, ld);
+    }
+    x += Vec<T>::n;
+    weight += Vec<T>::n;
+    start += Vec<T>::n;
+    out += Vec<T>::n;
+  }
+}
+
+template <int Step, Columns Where, typename S, typename T>
+static void convolve_pixels(int pixels, const ChannelRow<S>& row, int64_t tap_rows, int64_t vectors, const S* x,
+                            const T* weight, const T* start, const ColumnRange& range, Clamp<T> clamp, T* out,
+                            int64_t ld) {
+  switch (pixels) {
+    case 7:
+      return convolve_group<Step, 7, Where>(row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
+    case 5:
+      return convolve_group<Step, 5, Where>(row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
+    case 3:
+      return convolve_group<Step, 3, Where>(row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
+    default:
+      return convolve_group<Step, 1, Where>(row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
+  }
+}
+
+// The first of the groups that `left` pixels are cut into: 7, 5, 3 or 1, with no rest of 1 or 2 where that can be.
+DSCONV_INLINE int group_pixels(int64_t left) {
+  if (left < 3) return 1;
+  if (left == 7 || left >= 10) return 7;
+  return left == 5 || left == 8 ? 5 : 3;
+}
+
+template <int Step, typename S, typename T>
+static void convolve_segment(const ChannelRow<S>& row, const RowSegment& s, Clamp<T> clamp, T* out, int64_t ld) {
+  constexpr int n = Vec<T>::n;
+  const int64_t vectors = row.channels / n, rest = vectors * n;
+  const S* x = row.x + s.x;
+  const T* weight = row.weight + s.weight;
+  for (int64_t p = 0; p < s.count;) {
+    const int pixels = group_pixels(s.count - p);
+    const ColumnRange range = {s.left + p * row.step_w, row.in_w, lanes_left(row.channels - rest, n)};
+    const S* from = x + p * row.step_w * row.column_step;
+    const T* start = row.start + (s.pixel + p) * row.start_step;
+    T* to = out + (s.pixel + p) * ld;
+    if (p >= s.whole_row_begin && p + pixels <= s.whole_row_end) {
+      convolve_pixels<Step, Columns::inside>(pixels, row, s.tap_rows, vectors, from, weight, start, range, clamp, to,
+                                             ld);
+    } else {
+      convolve_pixels<Step, Columns::edge>(pixels, row, s.tap_rows, vectors, from, weight, start, range, clamp, to, ld);
+    }
+    if (rest < row.channels) {
+      convolve_pixels<Step, Columns::rest>(pixels, row, s.tap_rows, 1, from + rest, weight + rest, start + rest, range,
+                                           clamp, to + rest, ld);
+    }
+    p += pixels;
   }
 }
 
 template <typename S, typename T>
-static void convolve_one(const TapBlock& taps, const S* x, const T* weight, const T* start, int64_t channels,
-                         Clamp<T> clamp, T* out) {
-  constexpr int n = Vec<T>::n;
-  int64_t c = 0;
-  for (; c + 4 * n <= channels; c += 4 * n) {
-    convolve_pixel<4, false>(taps, x + c, weight + c, start + c, n, clamp, out + c);
-  }
-  for (; c + n <= channels; c += n) convolve_pixel<1, false>(taps, x + c, weight + c, start + c, n, clamp, out + c);
-  if (c < channels) {
-    convolve_pixel<1, true>(taps, x + c, weight + c, start + c, static_cast<int>(channels - c), clamp, out + c);
+DSCONV_INLINE void convolve_segment(const ChannelRow<S>& row, const RowSegment& s, Clamp<T> clamp, T* out, int64_t ld) {
+  const bool neighbours = row.dilation_w == 1 && row.taps_w >= 3;
+  if (neighbours && row.step_w == 1) {
+    convolve_segment<1>(row, s, clamp, out, ld);
+  } else if (neighbours && row.step_w == 2) {
+    convolve_segment<2>(row, s, clamp, out, ld);
+  } else {
+    convolve_segment<0>(row, s, clamp, out, ld);
   }
 }
 
-// kPixels pixels `step` columns of taps apart, one vector of channels. Columns > 0: that many taps in a row, with no
-// dilation, known when compiled, as is Step; 0: taps.columns of them, at any distance.
-template <int Columns, int Step, bool Tail, typename S, typename T>
-DSCONV_INLINE void convolve_group(const TapBlock& taps, const S* x, int64_t pixel_step, const T* weight, const T* start,
-                                  int64_t start_step, int left, Clamp<T> clamp, T* out, int64_t ld) {
-  typedef typename Vec<T>::type V;
-  V acc[kPixels];
-  DSCONV_UNROLL
-  for (int p = 0; p < kPixels; ++p) acc[p] = load_lanes<Tail>(start + p * start_step, left);
-  for (int64_t i = 0; i < taps.rows; ++i, x += taps.x_row, weight += taps.weight_row) {
-    if constexpr (Columns > 0) {
-      V w[Columns];
-      DSCONV_UNROLL
-      for (int j = 0; j < Columns; ++j) w[j] = load_lanes<Tail>(weight + j * taps.weight_column, left);
-      DSCONV_UNROLL
-      for (int column = 0; column < (kPixels - 1) * Step + Columns; ++column) {
-        const V v = load_lanes<Tail>(x + column * taps.x_column, left);
-        DSCONV_UNROLL
-        for (int p = 0; p < kPixels; ++p) {
-          const int j = column - p * Step;
-          if (j >= 0 && j < Columns) acc[p] = vfma(w[j], v, acc[p]);
-        }
-      }
-    } else {
-      const S* xp = x;
-      const T* wp = weight;
-      for (int64_t j = 0; j < taps.columns; ++j, xp += taps.x_column, wp += taps.weight_column) {
-        const V w = load_lanes<Tail>(wp, left);
-        DSCONV_UNROLL
-        for (int p = 0; p < kPixels; ++p) acc[p] = vfma(w, load_lanes<Tail>(xp + p * pixel_step, left), acc[p]);
-      }
-    }
-  }
-  DSCONV_UNROLL
-  for (int p = 0; p < kPixels; ++p) {
-    const V v = vmin(vset(clamp.hi), vmax(vset(clamp.lo), acc[p]));
-    if constexpr (Tail) {
-      vstore(out + p * ld, v, left);
-    } else {
-      vstore(out + p * ld, v);
-    }
-  }
-}
-
-template <int Columns, int Step, typename S, typename T>
-static void convolve_groups(const ChannelRow<S>& row, const TapBlock& taps, const S* x, const T* start, int64_t groups,
-                            const T* weight, Clamp<T> clamp, T* out, int64_t ld) {
-  constexpr int n = Vec<T>::n;
-  const int64_t pixel_step = row.step_w * row.column_step;
-  for (int64_t i = 0; i < groups; ++i) {
-    int64_t c = 0;
-    for (; c + n <= row.channels; c += n) {
-      convolve_group<Columns, Step, false>(taps, x + c, pixel_step, weight + c, start + c, row.start_step, n, clamp,
-                                           out + c, ld);
-    }
-    if (c < row.channels) {
-      convolve_group<Columns, Step, true>(taps, x + c, pixel_step, weight + c, start + c, row.start_step,
-                                          static_cast<int>(row.channels - c), clamp, out + c, ld);
-    }
-    x += kPixels * pixel_step;
-    start += kPixels * row.start_step;
-    out += kPixels * ld;
-  }
-}
-
-// `count` pixels; top and left are the input position of the first one's first tap, inside the image or not.
 template <typename S, typename T>
 static void convolve_row(const ChannelRow<S>& row, int64_t top, int64_t left, int64_t count, Clamp<T> clamp, T* out,
                          int64_t ld) {
-  const Range kh = valid_taps(top, row.dilation_h, row.in_h, row.taps_h);
-  const int64_t last_tap = (row.taps_w - 1) * row.dilation_w;
-  const Range first = valid_outputs(left, row.step_w, row.in_w, count);
-  const Range last = valid_outputs(left + last_tap, row.step_w, row.in_w, count);
-  const int64_t inner_begin = first.begin < last.end ? first.begin : last.end;  // all taps inside: first's begin on
-  const int64_t inner_end = first.end < last.end ? first.end : last.end;
-  TapBlock taps = {
-      kh.end - kh.begin, 0, row.dilation_h * row.row_step, row.dilation_w * row.column_step, row.weight_row,
-      row.weight_column};
-  const S* x_row = taps.rows > 0 ? row.x + (top + kh.begin * row.dilation_h) * row.row_step : row.x;
-  const T* weight_row = row.weight + kh.begin * row.weight_row;
-  for (int64_t p = 0; p < count;) {
-    const int64_t column = left + p * row.step_w;
-    const T* start = row.start + p * row.start_step;
-    T* to = out + p * ld;
-    const int64_t groups = p >= inner_begin && p < inner_end && taps.rows > 0 ? (inner_end - p) / kPixels : 0;
-    if (groups > 0) {
-      const S* x = x_row + column * row.column_step;
-      taps.columns = row.taps_w;
-      const bool dense = row.dilation_w == 1;
-      if (dense && row.taps_w == 3 && row.step_w == 1) {
-        convolve_groups<3, 1>(row, taps, x, start, groups, weight_row, clamp, to, ld);
-      } else if (dense && row.taps_w == 3 && row.step_w == 2) {
-        convolve_groups<3, 2>(row, taps, x, start, groups, weight_row, clamp, to, ld);
-      } else if (dense && row.taps_w == 5 && row.step_w == 1) {
-        convolve_groups<5, 1>(row, taps, x, start, groups, weight_row, clamp, to, ld);
-      } else if (dense && row.taps_w == 5 && row.step_w == 2) {
-        convolve_groups<5, 2>(row, taps, x, start, groups, weight_row, clamp, to, ld);
-      } else {
-        convolve_groups<0, 0>(row, taps, x, start, groups, weight_row, clamp, to, ld);
-      }
-      p += groups * kPixels;
-      continue;
-    }
-    const Range kw = valid_taps(column, row.dilation_w, row.in_w, row.taps_w);
-    TapBlock here = taps;
-    here.columns = kw.end - kw.begin;
-    const bool none = here.columns == 0 || here.rows == 0;
-    if (none) here.rows = 0;
-    convolve_one(here, none ? row.x : x_row + (column + kw.begin * row.dilation_w) * row.column_step,
-                 weight_row + kw.begin * row.weight_column, start, row.channels, clamp, to);
-    ++p;
-  }
+  convolve_segment(row, row_segment(row, top, left, count, 0), clamp, out, ld);
 }
