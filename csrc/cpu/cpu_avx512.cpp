@@ -4,6 +4,7 @@
 // gcc takes the undefined registers that its own intrinsics start from for mistakes of their callers.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #include <immintrin.h>
 

@@ -14,6 +14,8 @@ namespace dsconv {
 constexpr int64_t kScratchBytes = int64_t{1} << 20;  // per thread, beyond packed weights
 constexpr int64_t kTileBytes = 96 << 10;             // z of one tile: leaves half of a 512 KiB L2 to packed weights
 constexpr int64_t kWindowBytes = 32 << 10;           // one channel's part of x: most of an L1
+constexpr int64_t kSharedCacheBytes =
+    16 << 20;  // more than this a call does not find in cache from one layer to the next
 constexpr int64_t kCacheLine = 64;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -47,6 +49,7 @@ struct CpuPlan {
   int64_t plane_block;                         // channels per task of the nchw stage D
   int64_t window;                              // elements of the windows of plane.inl, nchw
   int64_t scratch_bytes;                       // per thread
+  bool beyond_cache;                           // x and y come from and go to DRAM
 };
 
 constexpr int64_t tile_begin(const CpuPlan& plan, int64_t tile) {
@@ -105,6 +108,7 @@ inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro,
   const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 8 * micro.rows, 256);
   const int64_t fits = plan_detail::pixels_within(kScratchBytes - plane_bytes(plan) - (8 << 10), per_pixel);
   plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, threads);
+  plan.beyond_cache = (g.n * g.c_in * g.h_in * g.w_in + plan.pixels * g.c_out) * element > kSharedCacheBytes;
   plan.scratch_bytes = (plan.tile_pixels * (plan.mid_ld + micro.columns) + micro.lanes * plan.strip_ld) * element +
                        plane_bytes(plan) + 4 * kCacheLine;
   return plan;

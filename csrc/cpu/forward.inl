@@ -1,7 +1,9 @@
 // Forward of one tile of output pixels.
 //
-//   x --depthwise, act--> z [pixels][c_mid] in L2 --GEMM with a packed panel--> out [pixels][columns] in L1
-//     --bias, out_act--> y (and pre)
+//   x --depthwise, act--> z [pixels][c_mid] in L2 --GEMM with a packed panel, bias, out_act in registers--> y
+//                                                 --GEMM--> out [pixels][columns] in L1 --> y (and pre)
+//
+// The second way is for nchw, for activations that are no clamp, and where pre is asked for.
 //
 // A panel of the pointwise weights is walked once per tile and meets every block of kMicroRows pixels while it is in
 // cache. x is read once (its halo rows once more per tile), y written once; z never leaves the cache.
@@ -9,7 +11,7 @@
 #error "forward.inl belongs inside an ISA region"
 #endif
 
-template <typename S, typename T>
+template <typename T>
 static void add_bias(const T* bias, int64_t rows, T* out) {
   typedef typename Vec<T>::type V;
   constexpr int n = Vec<T>::n, columns = kMicroVecs * n;
@@ -18,6 +20,47 @@ static void add_bias(const T* bias, int64_t rows, T* out) {
   for (int64_t i = 0; i < rows; ++i, out += columns) {
     for (int j = 0; j < kMicroVecs; ++j) vstore(out + j * n, vload(out + j * n) + b[j]);
   }
+}
+
+// One panel of output channels by way of `out`: for what the micro-kernel cannot write itself.
+template <typename S, typename T>
+static void outputs_by_tile(const ForwardContext& ctx, int64_t pixel, int64_t count, int64_t channel, int64_t width,
+                            Operand<T> z, Operand<T> panel, T* out) {
+  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
+  const ForwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  const CpuPlan& plan = ctx.plan;
+  gemm_panel<T>(count, width, g.c_mid, z, panel, out, columns);
+  add_bias(static_cast<const T*>(ctx.packed.pw_bias) + channel, count, out);
+  if (p.pre != nullptr) {
+    store_tile(out, columns, channel, width, pixel, count, static_cast<S*>(p.pre), p.y_layout, g.c_out,
+               plan.image_pixels);
+  }
+  if (p.out_act != Activation::identity) {
+    activation_pass<ActivateInPlace, T>(p.out_act, count * columns, out, nullptr);
+  }
+  store_tile(out, columns, channel, width, pixel, count, static_cast<S*>(p.y), p.y_layout, g.c_out, plan.image_pixels);
+}
+
+// Where x comes from DRAM: its rows that the next tile reads and this one does not, in as many parts as this one has
+// micro-kernel calls.
+template <typename S>
+static Ahead next_rows(const ForwardContext& ctx, int64_t pixel, int64_t count, int64_t calls) {
+  const ForwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  const int64_t image_pixels = ctx.plan.image_pixels, last = pixel + count - 1;
+  int64_t image = last / image_pixels;
+  int64_t row = last % image_pixels / g.w_out * g.stride_h - g.pad_top + (g.kernel_h - 1) * g.dilation_h + 1;
+  if (last + 1 == (image + 1) * image_pixels) ++image, row = 0;
+  if (!ctx.plan.beyond_cache || p.x_layout != Layout::nhwc || image >= g.n || row >= g.h_in)
+    return {nullptr, nullptr, 0};
+  int64_t rows = ceil_div(count, g.w_out) * g.stride_h;
+  if (rows > g.h_in - row) rows = g.h_in - row;
+  const S* begin = static_cast<const S*>(p.x) + image * p.x_strides.n + row * p.x_strides.h;
+  const S* end = begin + rows * p.x_strides.h;
+  const int64_t bytes = (end - begin) * static_cast<int64_t>(sizeof(S));
+  return {reinterpret_cast<const char*>(begin), reinterpret_cast<const char*>(end),
+          round_up(ceil_div(bytes, calls), kCacheLine)};
 }
 
 template <typename S, typename T>
@@ -46,19 +89,27 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
     }
   }
 
+  const bool direct = p.y_layout == Layout::nhwc && p.pre == nullptr && is_clamp(p.out_act);
+  const uint64_t misaligned = reinterpret_cast<uint64_t>(p.y) | static_cast<uint64_t>(g.c_out) * sizeof(S);
+  const bool stream = plan.beyond_cache && misaligned % kCacheLine == 0;
+  Ahead ahead =
+      next_rows<S>(ctx, pixel, count, ceil_div(count, kMicroRows) * ceil_div(g.c_out, columns) * chains_of(g.c_mid));
   for (int64_t channel = 0; channel < g.c_out; channel += columns) {
     const int64_t width = g.c_out - channel < columns ? g.c_out - channel : columns;
+    const Operand<T> tile_z = {z, plan.mid_ld};
     const Operand<T> panel = {static_cast<const T*>(ctx.packed.pw_forward) + channel * g.c_mid, columns};
-    gemm_panel<T>(count, width, g.c_mid, {z, plan.mid_ld}, panel, out, columns);
-    add_bias<S>(static_cast<const T*>(ctx.packed.pw_bias) + channel, count, out);
-    if (p.pre != nullptr) {
-      store_tile(out, columns, channel, width, pixel, count, static_cast<S*>(p.pre), p.y_layout, g.c_out,
-                 plan.image_pixels);
+    if (direct) {
+      OutputTarget<S, T> target = {};
+      target.bias = static_cast<const T*>(ctx.packed.pw_bias) + channel;
+      target.clamp = clamp_of<T>(p.out_act);
+      target.y = static_cast<S*>(p.y) + pixel * g.c_out + channel;
+      target.ld = g.c_out;
+      target.columns = width;
+      target.stream = stream && width == columns;
+      gemm_panel_outputs(count, width, g.c_mid, tile_z, panel, out, target, ahead);
+    } else {
+      outputs_by_tile<S>(ctx, pixel, count, channel, width, tile_z, panel, out);
     }
-    if (p.out_act != Activation::identity) {
-      activation_pass<ActivateInPlace, T>(p.out_act, count * columns, out, nullptr);
-    }
-    store_tile(out, columns, channel, width, pixel, count, static_cast<S*>(p.y), p.y_layout, g.c_out,
-               plan.image_pixels);
   }
+  if (stream) vstream_fence();
 }

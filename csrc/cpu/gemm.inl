@@ -6,7 +6,10 @@
 //
 // A element (i, k) lies at a[i * row_stride + k] where its rows run along k (tiles of pixels), or at
 // a[i + k * k_stride] where its columns do (gradients read a tile as its transpose); it is broadcast.
-// A step of k costs R broadcasts and NV loads for R * NV FMAs. B is read and C written in whole vectors.
+// A step of k costs R broadcasts and NV loads for R * NV FMAs; half a vector at the end counts as half where vectors
+// are executed as two halves (Zen 4), and costs no more than a whole one elsewhere. B is read in whole vectors. Where C
+// goes is the target's: sums of a tile, or outputs of the layer with bias and clamp applied while they are in
+// registers.
 #ifndef DSCONV_ISA
 #error "gemm.inl belongs inside an ISA region"
 #endif
@@ -17,91 +20,193 @@ struct Operand {
   int64_t stride;
 };
 
-template <typename T, int R, int NV, bool AlongK>
-static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, T* c, int64_t ldc, bool accumulate) {
+// C = or += the sums, whole vectors.
+template <typename T>
+struct SumTarget {
+  T* c;
+  int64_t ld;
+  bool accumulate;
+
+  template <int NV, typename V>
+  inline __attribute__((always_inline)) void take(int64_t row, const V* sums) const {
+    T* out = c + row * ld;
+    DSCONV_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      vstore(out + j * Vec<T>::n, accumulate ? vload(out + j * Vec<T>::n) + sums[j] : sums[j]);
+    }
+  }
+  SumTarget below(int64_t rows) const { return {c + rows * ld, ld, accumulate}; }
+};
+
+// y = clamp(sums + bias), `columns` of them; with `partial` what earlier chains have summed is added first.
+template <typename S, typename T>
+struct OutputTarget {
+  const T* partial;
+  int64_t partial_ld;
+  const T* bias;  // whole vectors
+  Clamp<T> clamp;
+  S* y;
+  int64_t ld, columns;
+  bool stream;
+
+  template <int NV, typename V>
+  inline __attribute__((always_inline)) void take(int64_t row, const V* sums) const {
+    constexpr int n = Vec<T>::n;
+    S* out = y + row * ld;
+    DSCONV_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      V v = sums[j];
+      if (partial != nullptr) v = vload(partial + row * partial_ld + j * n) + v;
+      v = vmin(vset(clamp.hi), vmax(vset(clamp.lo), v + vload(bias + j * n)));
+      if (stream) {
+        vstream(out + j * n, v);
+      } else if ((j + 1) * n <= columns) {
+        vstore(out + j * n, v);
+      } else {
+        vstore(out + j * n, v, static_cast<int>(columns - j * n));
+      }
+    }
+  }
+  OutputTarget below(int64_t rows) const {
+    OutputTarget t = *this;
+    if (partial != nullptr) t.partial += rows * partial_ld;
+    t.y += rows * ld;
+    return t;
+  }
+};
+
+// Memory that is wanted soon: a stretch of it is prefetched into L2 after each micro-kernel, while the multiply-adds
+// leave the memory idle.
+struct Ahead {
+  const char *next, *end;
+  int64_t bytes;  // at a time
+};
+DSCONV_INLINE void prefetch_some(Ahead& ahead) {
+  const char* const end = ahead.end - ahead.next < ahead.bytes ? ahead.end : ahead.next + ahead.bytes;
+  for (; ahead.next < end; ahead.next += kCacheLine) __builtin_prefetch(ahead.next, 0, 2);
+}
+
+// NV vectors, and Half: half a vector more.
+template <typename T, int R, int NV, bool Half, bool AlongK, typename Target>
+static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& target) {
   typedef typename Vec<T>::type V;
+  typedef typename Vec<T>::half H;
   constexpr int n = Vec<T>::n;
-  V acc[R][NV];
+  V acc[R][NV + 1];
+  H rest[R];
   DSCONV_UNROLL
   for (int i = 0; i < R; ++i) {
     DSCONV_UNROLL
     for (int j = 0; j < NV; ++j) acc[i][j] = vset(T(0));
+    if constexpr (Half) rest[i] = vset_half(T(0));
   }
   const T* ap = a.data;
   const T* bp = b.data;
   for (int64_t step = 0; step < k; ++step) {
-    V bv[NV];
+    V bv[NV + 1];
+    H bh;
     DSCONV_UNROLL
     for (int j = 0; j < NV; ++j) bv[j] = vload(bp + j * n);
+    if constexpr (Half) bh = vload_half(bp + NV * n);
     DSCONV_UNROLL
     for (int i = 0; i < R; ++i) {
-      const V av = vset(AlongK ? ap[i * a.stride] : ap[i]);
-      DSCONV_UNROLL
-      for (int j = 0; j < NV; ++j) acc[i][j] = vfma(av, bv[j], acc[i][j]);
+      const T value = AlongK ? ap[i * a.stride] : ap[i];
+      if constexpr (NV > 0) {
+        const V av = vset(value);
+        DSCONV_UNROLL
+        for (int j = 0; j < NV; ++j) acc[i][j] = vfma(av, bv[j], acc[i][j]);
+      }
+      if constexpr (Half) rest[i] = vfma(vset_half(value), bh, rest[i]);
     }
     ap += AlongK ? 1 : a.stride;
     bp += b.stride;
   }
   DSCONV_UNROLL
   for (int i = 0; i < R; ++i) {
-    DSCONV_UNROLL
-    for (int j = 0; j < NV; ++j) {
-      T* out = c + i * ldc + j * n;
-      vstore(out, accumulate ? vload(out) + acc[i][j] : acc[i][j]);
-    }
+    if constexpr (Half) acc[i][NV] = vextend(rest[i]);
+    target.template take<NV + Half>(i, acc[i]);
   }
 }
 
-template <typename T, int NV, bool AlongK, int R = kMicroRows>
-static void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<T> b, T* c, int64_t ldc, bool accumulate) {
+template <typename T, int NV, bool Half, bool AlongK, typename Target, int R = kMicroRows>
+static void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<T> b, const Target& target) {
   if (rows == R) {
-    micro_kernel<T, R, NV, AlongK>(k, a, b, c, ldc, accumulate);
+    micro_kernel<T, R, NV, Half, AlongK>(k, a, b, target);
   } else if constexpr (R > 1) {
-    micro_kernel_rows<T, NV, AlongK, R - 1>(rows, k, a, b, c, ldc, accumulate);
+    micro_kernel_rows<T, NV, Half, AlongK, Target, R - 1>(rows, k, a, b, target);
   }
 }
 
 // The longest chain of additions in one accumulator: rounding errors grow with it, and one more pass over C is cheap.
 constexpr int64_t kLongestChain = 256;
 
+DSCONV_INLINE int64_t chains_of(int64_t k) { return k > kLongestChain ? ceil_div(k, kLongestChain) : 1; }
+
 // The chain number `chain` of `chains` of a block of rows <= kMicroRows and columns <= kMicroVecs vectors.
-template <typename T, bool AlongK>
+template <typename T, bool AlongK, typename Target>
 DSCONV_INLINE void gemm_chain(int64_t chain, int64_t chains, int64_t rows, int64_t columns, int64_t k, Operand<T> a,
-                              Operand<T> b, T* c, int64_t ldc, bool accumulate) {
+                              Operand<T> b, const Target& target) {
   const int64_t begin = k * chain / chains, steps = k * (chain + 1) / chains - begin;
   const Operand<T> a_part = {a.data + begin * (AlongK ? 1 : a.stride), a.stride};
   const Operand<T> b_part = {b.data + begin * b.stride, b.stride};
   const int r = static_cast<int>(rows);
-  if (columns > Vec<T>::n) {
-    micro_kernel_rows<T, kMicroVecs, AlongK>(r, steps, a_part, b_part, c, ldc, accumulate || chain > 0);
+  constexpr int n = Vec<T>::n;
+  if (kHalfVectors && columns <= n / 2) {
+    micro_kernel_rows<T, 0, kHalfVectors, AlongK>(r, steps, a_part, b_part, target);
+  } else if (columns <= n) {
+    micro_kernel_rows<T, 1, false, AlongK>(r, steps, a_part, b_part, target);
+  } else if (kHalfVectors && columns <= n + n / 2) {
+    micro_kernel_rows<T, 1, kHalfVectors, AlongK>(r, steps, a_part, b_part, target);
   } else {
-    micro_kernel_rows<T, 1, AlongK>(r, steps, a_part, b_part, c, ldc, accumulate || chain > 0);
+    micro_kernel_rows<T, kMicroVecs, false, AlongK>(r, steps, a_part, b_part, target);
   }
 }
-
-DSCONV_INLINE int64_t chains_of(int64_t k) { return k > kLongestChain ? ceil_div(k, kLongestChain) : 1; }
 
 // C[rows] += A . B for rows <= kMicroRows, the columns of A along k.
 template <typename T>
 DSCONV_INLINE void add_gemm_block(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b, T* c,
                                   int64_t ldc) {
   const int64_t chains = chains_of(k);
+  const SumTarget<T> target = {c, ldc, true};
   for (int64_t chain = 0; chain < chains; ++chain) {
-    gemm_chain<T, false>(chain, chains, rows, columns, k, a, b, c, ldc, true);
+    gemm_chain<T, false>(chain, chains, rows, columns, k, a, b, target);
   }
 }
 
 DSCONV_INLINE int lanes_left(int64_t left, int lanes) { return static_cast<int>(left < lanes ? left : lanes); }
 
-// C = A . B for all rows of a tile and one panel. Chains outermost: a chain's part of the panel, 16 KiB of floats at
-// most, meets every block of rows while it is in L1.
+// One chain for all rows of a tile and one panel.
+template <typename T, typename Target>
+DSCONV_INLINE void gemm_chain_rows(int64_t chain, int64_t chains, int64_t rows, int64_t columns, int64_t k,
+                                   Operand<T> a, Operand<T> b, const Target& target, Ahead& ahead) {
+  for (int64_t i = 0; i < rows; i += kMicroRows) {
+    gemm_chain<T, true>(chain, chains, lanes_left(rows - i, kMicroRows), columns, k, {a.data + i * a.stride, a.stride},
+                        b, target.below(i));
+    prefetch_some(ahead);
+  }
+}
+
+// C = A . B for all rows of a tile and one panel. Chains outermost: a chain's part of the panel, 32 KiB at most, meets
+// every block of rows while it is near.
 template <typename T>
 DSCONV_INLINE void gemm_panel(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b, T* c, int64_t ldc) {
   const int64_t chains = chains_of(k);
+  Ahead nothing = {nullptr, nullptr, 0};
   for (int64_t chain = 0; chain < chains; ++chain) {
-    for (int64_t i = 0; i < rows; i += kMicroRows) {
-      gemm_chain<T, true>(chain, chains, lanes_left(rows - i, kMicroRows), columns, k,
-                          {a.data + i * a.stride, a.stride}, b, c + i * ldc, ldc, false);
-    }
+    gemm_chain_rows(chain, chains, rows, columns, k, a, b, SumTarget<T>{c, ldc, chain > 0}, nothing);
   }
+}
+
+// The same into outputs; `sums` [rows][micro columns] holds what chains before the last one have summed.
+template <typename S, typename T>
+DSCONV_INLINE void gemm_panel_outputs(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b, T* sums,
+                                      OutputTarget<S, T> target, Ahead& ahead) {
+  constexpr int64_t ld = kMicroVecs * Vec<T>::n;
+  const int64_t last = chains_of(k) - 1;
+  for (int64_t chain = 0; chain < last; ++chain) {
+    gemm_chain_rows(chain, last + 1, rows, columns, k, a, b, SumTarget<T>{sums, ld, chain > 0}, ahead);
+  }
+  target.partial = last > 0 ? sums : nullptr;
+  target.partial_ld = ld;
+  gemm_chain_rows(last, last + 1, rows, columns, k, a, b, target, ahead);
 }

@@ -9,15 +9,18 @@ struct Vec;
 template <>
 struct Vec<float> {
   typedef __m256 type;
+  typedef __m256 half;  // see kHalfVectors
   static constexpr int n = 8;
 };
 template <>
 struct Vec<double> {
   typedef __m256d type;
+  typedef __m256d half;
   static constexpr int n = 4;
 };
 constexpr int kMicroRows = 6;
 constexpr int kMicroVecs = 2;
+constexpr bool kHalfVectors = false;  // half as wide costs as much
 
 DSCONV_INLINE __m256i mask_of(float, int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
@@ -37,6 +40,10 @@ DSCONV_INLINE void vstore(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
 DSCONV_INLINE void vstore(double* p, __m256d v) { _mm256_storeu_pd(p, v); }
 DSCONV_INLINE void vstore(float* p, __m256 v, int n) { _mm256_maskstore_ps(p, mask_of(0.f, n), v); }
 DSCONV_INLINE void vstore(double* p, __m256d v, int n) { _mm256_maskstore_pd(p, mask_of(0., n), v); }
+// Past the caches; aligned.
+DSCONV_INLINE void vstream_fence() { _mm_sfence(); }
+DSCONV_INLINE void vstream(float* p, __m256 v) { _mm256_stream_ps(p, v); }
+DSCONV_INLINE void vstream(double* p, __m256d v) { _mm256_stream_pd(p, v); }
 
 DSCONV_INLINE __m128i load_halves(const void* p, int n) {
   uint16_t part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
@@ -68,12 +75,16 @@ DSCONV_INLINE __m256 vload(const f16* p, int n) { return _mm256_cvtph_ps(load_ha
 DSCONV_INLINE void vstore(f16* p, __m256 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
+DSCONV_INLINE void vstream(f16* p, __m256 v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+}
 DSCONV_INLINE void vstore(f16* p, __m256 v, int n) {
   store_halves(p, _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT), n);
 }
 DSCONV_INLINE __m256 vload(const bf16* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 DSCONV_INLINE __m256 vload(const bf16* p, int n) { return widen_bf16(load_halves(p, n)); }
 DSCONV_INLINE void vstore(bf16* p, __m256 v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v)); }
+DSCONV_INLINE void vstream(bf16* p, __m256 v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v)); }
 DSCONV_INLINE void vstore(bf16* p, __m256 v, int n) { store_halves(p, narrow_bf16(v), n); }
 
 DSCONV_INLINE __m256 vfma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }

@@ -9,15 +9,18 @@ struct Vec;
 template <>
 struct Vec<float> {
   typedef __m512 type;
+  typedef __m256 half;
   static constexpr int n = 16;
 };
 template <>
 struct Vec<double> {
   typedef __m512d type;
+  typedef __m256d half;
   static constexpr int n = 8;
 };
 constexpr int kMicroRows = 14;
 constexpr int kMicroVecs = 2;
+constexpr bool kHalfVectors = true;
 
 DSCONV_INLINE __mmask16 first16(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 DSCONV_INLINE __mmask8 first8(int n) { return static_cast<__mmask8>((1u << n) - 1); }
@@ -33,6 +36,10 @@ DSCONV_INLINE void vstore(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
 DSCONV_INLINE void vstore(double* p, __m512d v) { _mm512_storeu_pd(p, v); }
 DSCONV_INLINE void vstore(float* p, __m512 v, int n) { _mm512_mask_storeu_ps(p, first16(n), v); }
 DSCONV_INLINE void vstore(double* p, __m512d v, int n) { _mm512_mask_storeu_pd(p, first8(n), v); }
+// Past the caches; aligned.
+DSCONV_INLINE void vstream_fence() { _mm_sfence(); }
+DSCONV_INLINE void vstream(float* p, __m512 v) { _mm512_stream_ps(p, v); }
+DSCONV_INLINE void vstream(double* p, __m512d v) { _mm512_stream_pd(p, v); }
 
 DSCONV_INLINE __m256i load_halves(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 DSCONV_INLINE __m256i load_halves(const void* p, int n) { return _mm256_maskz_loadu_epi16(first16(n), p); }
@@ -54,14 +61,24 @@ DSCONV_INLINE __m256i narrow_f16(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUN
 DSCONV_INLINE __m512 vload(const f16* p) { return _mm512_cvtph_ps(load_halves(p)); }
 DSCONV_INLINE __m512 vload(const f16* p, int n) { return _mm512_cvtph_ps(load_halves(p, n)); }
 DSCONV_INLINE void vstore(f16* p, __m512 v) { store_halves(p, narrow_f16(v)); }
+DSCONV_INLINE void vstream(f16* p, __m512 v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_f16(v)); }
 DSCONV_INLINE void vstore(f16* p, __m512 v, int n) { store_halves(p, narrow_f16(v), n); }
 DSCONV_INLINE __m512 vload(const bf16* p) { return widen_bf16(load_halves(p)); }
 DSCONV_INLINE __m512 vload(const bf16* p, int n) { return widen_bf16(load_halves(p, n)); }
 DSCONV_INLINE void vstore(bf16* p, __m512 v) { store_halves(p, narrow_bf16(v)); }
+DSCONV_INLINE void vstream(bf16* p, __m512 v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v)); }
 DSCONV_INLINE void vstore(bf16* p, __m512 v, int n) { store_halves(p, narrow_bf16(v), n); }
 
 DSCONV_INLINE __m512 vfma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 DSCONV_INLINE __m512d vfma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+DSCONV_INLINE __m256 vset_half(float x) { return _mm256_set1_ps(x); }
+DSCONV_INLINE __m256d vset_half(double x) { return _mm256_set1_pd(x); }
+DSCONV_INLINE __m256 vload_half(const float* p) { return _mm256_loadu_ps(p); }
+DSCONV_INLINE __m256d vload_half(const double* p) { return _mm256_loadu_pd(p); }
+DSCONV_INLINE __m256 vfma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+DSCONV_INLINE __m256d vfma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+DSCONV_INLINE __m512 vextend(__m256 a) { return _mm512_zextps256_ps512(a); }
+DSCONV_INLINE __m512d vextend(__m256d a) { return _mm512_zextpd256_pd512(a); }
 DSCONV_INLINE __m512 vmax(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 DSCONV_INLINE __m512d vmax(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
 DSCONV_INLINE __m512 vmin(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }

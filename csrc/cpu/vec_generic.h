@@ -4,11 +4,14 @@
 //   vset(x)                    all lanes x
 //   vload(p), vload(p, n)      from S, converted to its compute type; with n, lanes >= n are zero and not read
 //   vstore(p, v), (p, v, n)    to S, round to nearest even; with n, only the first n lanes
+//   vstream(p, v)              vstore to a p aligned to the vector, past the caches; vstream_fence() ends a run of them
 //   vfma(a, b, c)              a * b + c
 //   vmax(a, b), vmin(a, b)     b where either is NaN
 //   vround(v), vpow2(v)        floats: nearest integer; 2^v for integral v in [-126, 127]
 //   veven(a, b)                lanes 0, 2, 4, ... of a, then of b
 //   vtranspose(r[n])           n x n lanes
+//   kHalfVectors               whether there are half vectors too: vset_half(x), vload_half(p), vfma on them, and
+//                              vextend(h), the vector with zeros behind
 //   kMicroRows, kMicroVecs     register block of the GEMM micro-kernel
 #if DSCONV_ISA != DSCONV_ISA_GENERIC
 #error "vec_generic.h belongs inside the region of cpu_generic.cpp"
@@ -23,15 +26,18 @@ struct Vec;
 template <>
 struct Vec<float> {
   typedef v4f type;
+  typedef v4f half;  // see kHalfVectors
   static constexpr int n = 4;
 };
 template <>
 struct Vec<double> {
   typedef v2d type;
+  typedef v2d half;
   static constexpr int n = 2;
 };
 constexpr int kMicroRows = 4;
 constexpr int kMicroVecs = 2;
+constexpr bool kHalfVectors = false;  // half as wide costs as much
 
 DSCONV_INLINE float bits_to_float(uint32_t u) {
   float f;
@@ -109,6 +115,12 @@ DSCONV_INLINE void vstore(S* p, V v, int n) {
 }
 DSCONV_INLINE void vstore(f16* p, v4f v) { vstore(p, v, 4); }
 DSCONV_INLINE void vstore(bf16* p, v4f v) { vstore(p, v, 4); }
+// The baseline has no such stores for every type.
+template <typename S, typename V>
+DSCONV_INLINE void vstream(S* p, V v) {
+  vstore(p, v);
+}
+DSCONV_INLINE void vstream_fence() {}
 
 template <typename V>
 DSCONV_INLINE V vfma(V a, V b, V c) {

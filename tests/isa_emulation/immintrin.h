@@ -42,6 +42,14 @@ DSCONV_EMULATED void store_all(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
+// A narrower vector, zeros behind.
+template <typename V, typename H>
+DSCONV_EMULATED V extend(H h) {
+  V v = {};
+  __builtin_memcpy(&v, &h, sizeof h);
+  return v;
+}
+
 // The second operand where either is NaN or both are zero, as the instructions have it.
 template <typename V>
 DSCONV_EMULATED V max_of(V a, V b) {
@@ -166,6 +174,10 @@ DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
 #define _mm512_storeu_ps(p, v) ::dsconv_emulation::store_all<__m512>(p, v)
 #undef _mm512_storeu_pd
 #define _mm512_storeu_pd(p, v) ::dsconv_emulation::store_all<__m512d>(p, v)
+#undef _mm512_stream_ps
+#define _mm512_stream_ps(p, v) ::dsconv_emulation::store_all<__m512>(p, v)
+#undef _mm512_stream_pd
+#define _mm512_stream_pd(p, v) ::dsconv_emulation::store_all<__m512d>(p, v)
 #undef _mm512_maskz_loadu_ps
 #define _mm512_maskz_loadu_ps(m, p) ::dsconv_emulation::load<__m512>(p, 16, m)
 #undef _mm512_maskz_loadu_pd
@@ -211,6 +223,10 @@ DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
 #define _mm512_castps_si512(v) reinterpret_cast<__m512i>(v)
 #undef _mm512_castpd_ps
 #define _mm512_castpd_ps(v) reinterpret_cast<__m512>(v)
+#undef _mm512_zextps256_ps512
+#define _mm512_zextps256_ps512(v) ::dsconv_emulation::extend<__m512>(v)
+#undef _mm512_zextpd256_pd512
+#define _mm512_zextpd256_pd512(v) ::dsconv_emulation::extend<__m512d>(v)
 #undef _mm512_castps_pd
 #define _mm512_castps_pd(v) reinterpret_cast<__m512d>(v)
 #undef _mm512_slli_epi32
