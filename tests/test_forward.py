@@ -43,6 +43,8 @@ def test_extreme_values_saturate_as_in_pytorch(device):
         for kwargs in ({"activation": name}, {"out_activation": name}):
             args = (x.view(1, 1, 1, -1), one, one)
             expected = reference.depthwise_separable_conv2d(*args, **kwargs)
+            # PyTorch's gelu of infinity is infinity, but NaN in its AVX-512 kernels.
+            expected = torch.where(expected.isnan() & ~args[0].isnan(), args[0], expected)
             torch.testing.assert_close(depthwise_separable_conv2d(*args, **kwargs), expected, equal_nan=True)
 
 

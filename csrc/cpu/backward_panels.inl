@@ -142,7 +142,7 @@ static void backward_panel_tile(const BackwardContext& ctx, int64_t chunk, int64
     for (int64_t i = 0; i < count; i += kMicroRows) {
       const T* block = pixels + i / kMicroRows * g.c_out * pitch;
       gemm_chain<T, false>(chain, chains, lanes_left(count - i, kMicroRows), t.width, g.c_out, {block, pitch},
-                           {t.weight, columns}, du + i * columns, columns, false);
+                           {t.weight, columns}, SumTarget<T>{du + i * columns, columns, chain > 0});
     }
   }
   if (!linear) {

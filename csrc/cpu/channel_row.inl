@@ -9,8 +9,9 @@
 //          \ | /                   pixels, and a value of x once for all taps and pixels that read it
 //   out      o o o o o o o         (P - 1) * step + J loads of x and J of weights for P * J multiply-adds
 //
-// With dilation, or strides above 2, tap by tap: P + 1 loads for P multiply-adds. Columns outside the image are loads
-// of a vector of zeros, rows outside are left out of the loop, and what is left of a last vector of channels is masked.
+// With dilation, or strides above 2, tap by tap: P + 1 loads for P multiply-adds; and so where masks are slow for the
+// channels left of a last vector. Columns outside the image are loads of a vector of zeros, rows outside are left out
+// of the loop.
 #ifndef DSCONV_ISA
 #error "channel_row.inl belongs inside an ISA region"
 #endif
@@ -210,6 +211,7 @@ DSCONV_INLINE int group_pixels(int64_t left) {
 template <int Step, typename S, typename T>
 static void convolve_segment(const ChannelRow<S>& row, const RowSegment& s, Clamp<T> clamp, T* out, int64_t ld) {
   constexpr int n = Vec<T>::n;
+  constexpr int kRestStep = DSCONV_ISA == DSCONV_ISA_AVX512 ? Step : 0;  // masks cost little there
   const int64_t vectors = row.channels / n, rest = vectors * n;
   const S* x = row.x + s.x;
   const T* weight = row.weight + s.weight;
@@ -226,8 +228,8 @@ static void convolve_segment(const ChannelRow<S>& row, const RowSegment& s, Clam
       convolve_pixels<Step, Columns::edge>(pixels, row, s.tap_rows, vectors, from, weight, start, range, clamp, to, ld);
     }
     if (rest < row.channels) {
-      convolve_pixels<Step, Columns::rest>(pixels, row, s.tap_rows, 1, from + rest, weight + rest, start + rest, range,
-                                           clamp, to + rest, ld);
+      convolve_pixels<kRestStep, Columns::rest>(pixels, row, s.tap_rows, 1, from + rest, weight + rest, start + rest,
+                                                range, clamp, to + rest, ld);
     }
     p += pixels;
   }
@@ -235,11 +237,13 @@ static void convolve_segment(const ChannelRow<S>& row, const RowSegment& s, Clam
 
 template <typename S, typename T>
 DSCONV_INLINE void convolve_segment(const ChannelRow<S>& row, const RowSegment& s, Clamp<T> clamp, T* out, int64_t ld) {
+  // The generic kernels go tap by tap: theirs is code that has to be right and small.
+  constexpr int one = DSCONV_ISA != DSCONV_ISA_GENERIC, two = 2 * one;
   const bool neighbours = row.dilation_w == 1 && row.taps_w >= 3;
   if (neighbours && row.step_w == 1) {
-    convolve_segment<1>(row, s, clamp, out, ld);
+    convolve_segment<one>(row, s, clamp, out, ld);
   } else if (neighbours && row.step_w == 2) {
-    convolve_segment<2>(row, s, clamp, out, ld);
+    convolve_segment<two>(row, s, clamp, out, ld);
   } else {
     convolve_segment<0>(row, s, clamp, out, ld);
   }

@@ -128,12 +128,31 @@ static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& ta
   }
 }
 
-template <typename T, int NV, bool Half, bool AlongK, typename Target, int R = kMicroRows>
-static void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<T> b, const Target& target) {
-  if (rows == R) {
-    micro_kernel<T, R, NV, Half, AlongK>(k, a, b, target);
-  } else if constexpr (R > 1) {
-    micro_kernel_rows<T, NV, Half, AlongK, Target, R - 1>(rows, k, a, b, target);
+// The largest of the register blocks that fewer rows are cut into: a half, then 4, 2 and 1.
+constexpr int next_micro_rows(int rows) {
+  return rows == kMicroRows && rows > 8 ? rows / 2 : (rows > 4 ? 4 : rows / 2);
+}
+
+template <typename T, int NV, bool Half, bool AlongK, int R, typename Target>
+static void micro_kernel_rest(int rows, int64_t k, Operand<T> a, Operand<T> b, const Target& target) {
+  int done = 0;
+  for (; rows - done >= R; done += R) {
+    micro_kernel<T, R, NV, Half, AlongK>(k, {a.data + done * (AlongK ? a.stride : 1), a.stride}, b, target.below(done));
+  }
+  if constexpr (R > 1) {
+    const Operand<T> below = {a.data + done * (AlongK ? a.stride : 1), a.stride};
+    if (done < rows) {
+      micro_kernel_rest<T, NV, Half, AlongK, next_micro_rows(R)>(rows - done, k, below, b, target.below(done));
+    }
+  }
+}
+
+template <typename T, int NV, bool Half, bool AlongK, typename Target>
+DSCONV_INLINE void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<T> b, const Target& target) {
+  if (rows == kMicroRows) {
+    micro_kernel<T, kMicroRows, NV, Half, AlongK>(k, a, b, target);
+  } else {
+    micro_kernel_rest<T, NV, Half, AlongK, next_micro_rows(kMicroRows)>(rows, k, a, b, target);
   }
 }
 
