@@ -19,6 +19,13 @@ def test_layers(case, channels_last, device):
     check_case(case, torch.float32, device, channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=identify)
+@pytest.mark.parametrize("c_out", [32, 40])
+def test_tensors_that_no_cache_holds(c_out, dtype, device):
+    """More than kSharedCacheBytes: x is prefetched, and y written past the caches where its rows are aligned (32)."""
+    check_case(Case(n=2, c=32, c_out=c_out, h=256, w=257), dtype, device, channels_last=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=identify)
 def test_activations_at_their_kinks(dtype, device):
     """A 1x1 depthwise weight of one hands the kinks themselves to the activations, with a margin of nothing."""

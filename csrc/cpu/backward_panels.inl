@@ -108,10 +108,9 @@ static void recompute_panel(const BackwardContext& ctx, int64_t pixel, int64_t c
                                 p.x_layout,
                                 static_cast<const T*>(ctx.packed.dw_weight) + t.k,
                                 static_cast<const T*>(ctx.packed.dw_bias) + t.k};
-  T* strips = static_cast<T*>(t.rest);
   const bool linear = p.act == Activation::identity;
-  depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.derivative, strips,
-                 strips + plan.micro.lanes * plan.strip_ld);
+  depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.derivative,
+                 static_cast<T*>(t.rest));
   if (!linear) activation_pass<ActivateAndDerive, T>(p.act, count * columns, t.derivative, t.a);
 }
 

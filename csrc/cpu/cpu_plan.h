@@ -13,6 +13,7 @@ namespace dsconv {
 
 constexpr int64_t kScratchBytes = int64_t{1} << 20;  // per thread, beyond packed weights
 constexpr int64_t kTileBytes = 96 << 10;             // z of one tile: leaves half of a 512 KiB L2 to packed weights
+constexpr int64_t kTurnedBytes = 192 << 10;          // x of some rows and one vector of channels, turned from nchw
 constexpr int64_t kWindowBytes = 32 << 10;           // one channel's part of x: most of an L1
 constexpr int64_t kSharedCacheBytes =
     16 << 20;  // more than this a call does not find in cache from one layer to the next
@@ -49,6 +50,7 @@ struct CpuPlan {
   int64_t plane_block;                         // channels per task of the nchw stage D
   int64_t window;                              // elements of the windows of plane.inl, nchw
   int64_t scratch_bytes;                       // per thread
+  int64_t turned;                              // elements of the windows of depthwise.inl that nchw is turned into
   bool beyond_cache;                           // x and y come from and go to DRAM
 };
 
@@ -67,14 +69,21 @@ constexpr int64_t skewed(int64_t elements, int64_t element) {
   return elements + (bytes % (2 * kCacheLine) == 0 ? kCacheLine / element : 0);
 }
 
+// What the depthwise stage of a tile needs beside z.
+constexpr int64_t depthwise_scratch(const CpuPlan& plan) {
+  const int64_t strips = plan.micro.lanes * plan.strip_ld * plan.element + plane_bytes(plan);
+  return strips > plan.turned * plan.element ? strips : plan.turned * plan.element;
+}
+
 namespace plan_detail {
 
-inline CpuPlan base(const Geometry& g, MicroTile micro, int64_t element) {
+inline CpuPlan base(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element) {
   CpuPlan plan{};
   plan.micro = micro;
   plan.element = element;
   plan.taps = g.kernel_h * g.kernel_w;
   plan.window = kWindowBytes / element;
+  plan.turned = x_layout == Layout::nchw ? kTurnedBytes / element : 0;
   plan.image_pixels = g.h_out * g.w_out;
   plan.pixels = g.n * plan.image_pixels;
   plan.mid_columns = round_up(g.c_mid, micro.columns);
@@ -103,14 +112,14 @@ inline int64_t pixels_within(int64_t bytes, int64_t bytes_per_pixel) {
 
 // Forward: every output value is one chain of FMAs whatever its tile, so tiles may follow the number of threads.
 inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element, int64_t threads) {
-  CpuPlan plan = plan_detail::base(g, micro, element);
+  CpuPlan plan = plan_detail::base(g, x_layout, micro, element);
   const int64_t per_pixel = (plan.mid_ld + micro.columns + micro.lanes) * element;
   const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 8 * micro.rows, 256);
-  const int64_t fits = plan_detail::pixels_within(kScratchBytes - plane_bytes(plan) - (8 << 10), per_pixel);
+  const int64_t fits = plan_detail::pixels_within(kScratchBytes - depthwise_scratch(plan) - (8 << 10), per_pixel);
   plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, threads);
   plan.beyond_cache = (g.n * g.c_in * g.h_in * g.w_in + plan.pixels * g.c_out) * element > kSharedCacheBytes;
-  plan.scratch_bytes = (plan.tile_pixels * (plan.mid_ld + micro.columns) + micro.lanes * plan.strip_ld) * element +
-                       plane_bytes(plan) + 4 * kCacheLine;
+  plan.scratch_bytes =
+      plan.tile_pixels * (plan.mid_ld + micro.columns) * element + depthwise_scratch(plan) + 4 * kCacheLine;
   return plan;
 }
 
@@ -118,8 +127,9 @@ namespace plan_detail {
 
 // By panels where they are tasks enough, all images of a chunk have du within the scratch, and a panel's pass over dy
 // costs less than the groups' passes over the pointwise weights: measured to be so up to some 2.5 pixels for each
-// output channel. Returns the bytes of scratch, 0 where not.
-inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, int64_t depthwise_bytes) {
+// output channel. `backward`: bytes that stage D needs beside.
+// Returns the bytes of scratch, 0 where not.
+inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, int64_t backward) {
   constexpr int64_t kLeastPanels = 8, kTilePixels = 256;
   const MicroTile& micro = plan.micro;
   const int64_t panels = ceil_div(g.c_mid, micro.columns);
@@ -129,15 +139,18 @@ inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, int64_t depthwise_by
   plan.chunks = ceil_div(g.n, plan.chunk_images);
   const int64_t tiles = ceil_div(plan.chunk_pixels, kTilePixels);
   plan.panel_tile = round_up(ceil_div(plan.chunk_pixels, tiles), micro.rows);
-  const int64_t strip_ld = skewed(round_up(plan.panel_tile, micro.lanes) + micro.lanes, plan.element);
+  const int64_t tile_strip_ld = plan.strip_ld;
+  plan.strip_ld = skewed(round_up(plan.panel_tile, micro.lanes) + micro.lanes, plan.element);
   const int64_t rows = 2 * g.c_out + 2 * plan.panel_tile + plan.chunk_pixels + plan.taps + 1;
-  const int64_t strips = micro.lanes * strip_ld * plan.element + plane_bytes(plan);
-  const int64_t panel = rows * micro.columns * plan.element + (strips > depthwise_bytes ? strips : depthwise_bytes);
+  const int64_t forward = depthwise_scratch(plan);
+  const int64_t panel = rows * micro.columns * plan.element + (forward > backward ? forward : backward);
   const int64_t turn = 2 * (micro.rows + 1) * plan.out_ld * plan.element;
   const int64_t bytes = (panel > turn ? panel : turn) + 8 * kCacheLine;
-  if (bytes > kScratchBytes) return 0;
+  if (bytes > kScratchBytes) {
+    plan.strip_ld = tile_strip_ld;
+    return 0;
+  }
   plan.panels = panels;
-  plan.strip_ld = strip_ld;
   plan.pointwise_groups = clamp64(plan.pixels / (4 * micro.rows), 1, plan.pointwise_groups);
   return bytes;
 }
@@ -148,10 +161,10 @@ inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, int64_t depthwise_by
 inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element) {
   constexpr int64_t kMaxGroups = 16;
   constexpr int64_t kPartialBytes = int64_t{32} << 20;
-  CpuPlan plan = plan_detail::base(g, micro, element);
+  CpuPlan plan = plan_detail::base(g, x_layout, micro, element);
   const int64_t per_pixel = (2 * plan.mid_ld + 2 * plan.out_ld + micro.columns + micro.lanes) * element;
   const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 12 * micro.rows, 256);
-  const int64_t fits = plan_detail::pixels_within(kScratchBytes - plane_bytes(plan) - (8 << 10), per_pixel);
+  const int64_t fits = plan_detail::pixels_within(kScratchBytes - depthwise_scratch(plan) - (8 << 10), per_pixel);
   plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, 4);
 
   const int64_t pointwise_bytes = g.c_out * plan.mid_columns * element;
@@ -173,9 +186,8 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   const int64_t depthwise = (nchw > nhwc ? nchw : nhwc) * element + plane_bytes(plan) + 8 * kCacheLine;
   plan.scratch_bytes = plan_detail::cut_panels(plan, g, depthwise);
   if (plan.panels > 0) return plan;
-  const int64_t pointwise =
-      (plan.tile_pixels * (2 * plan.mid_ld + 2 * plan.out_ld + micro.columns) + micro.lanes * plan.strip_ld) * element +
-      plane_bytes(plan) + 8 * kCacheLine;
+  const int64_t pointwise = plan.tile_pixels * (2 * plan.mid_ld + 2 * plan.out_ld + micro.columns) * element +
+                            depthwise_scratch(plan) + 8 * kCacheLine;
   plan.scratch_bytes = pointwise > depthwise ? pointwise : depthwise;
   return plan;
 }

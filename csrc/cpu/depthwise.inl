@@ -1,7 +1,9 @@
 // z of a tile: z[p][k] = clamp(dw_bias[k] + sum over taps dw_weight[tap][k] * x[tap of p][c(k)]).
 //
 // nhwc: vectors along the channels (channel_row.inl), a row of pixels at a time.
-// nchw: vectors along w (plane.inl). Strips of the tile's pixels are summed for `lanes` channels, then turned into it.
+// nchw: x is turned in registers, `lanes` channels of some rows at a time, and goes the same way.
+//       Kernels whose windows are too large for that: vectors along w (plane.inl). Strips of the tile's pixels are
+//       summed for `lanes` channels, then turned into the tile.
 #ifndef DSCONV_ISA
 #error "depthwise.inl belongs inside an ISA region"
 #endif
@@ -17,12 +19,10 @@ struct DepthwiseInput {
   const typename ComputeOf<S>::type* bias;
 };
 
-template <typename S, typename T>
-static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z) {
-  const Geometry& g = *in.g;
-  ChannelRow<S> row;
-  row.row_step = in.stride.h;
-  row.column_step = in.stride.w;
+// All but where x and the weights are.
+template <typename S>
+DSCONV_INLINE ChannelRow<S> channel_row(const Geometry& g, const CpuPlan& plan) {
+  ChannelRow<S> row = {};
   row.in_h = g.h_in;
   row.in_w = g.w_in;
   row.taps_h = g.kernel_h;
@@ -30,10 +30,18 @@ static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
   row.dilation_h = g.dilation_h;
   row.dilation_w = g.dilation_w;
   row.step_w = g.stride_w;
-  row.weight_row = in.plan->mid_columns * g.kernel_w;
-  row.weight_column = in.plan->mid_columns;
+  row.weight_row = plan.mid_columns * g.kernel_w;
+  row.weight_column = plan.mid_columns;
   row.channels = g.c_in;
-  row.start_step = 0;
+  return row;
+}
+
+template <typename S, typename T>
+static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z) {
+  const Geometry& g = *in.g;
+  ChannelRow<S> row = channel_row<S>(g, *in.plan);
+  row.row_step = in.stride.h;
+  row.column_step = in.stride.w;
   for (int64_t p = 0; p < count;) {
     const PixelRun run = run_at(pixel + p, count - p, g.h_out, g.w_out, false);
     row.x = in.x + run.n * in.stride.n;
@@ -44,6 +52,93 @@ static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
                    z + p * in.plan->mid_ld + plane * g.c_in, in.plan->mid_ld);
     }
     p += run.length;
+  }
+}
+
+// nchw: the part of x that some rows of outputs read, turned into [row][column][lanes of channels].
+struct TurnedPiece {
+  int64_t image, oh, rows, ow, width;                    // outputs: `width` columns of each of `rows` rows
+  int64_t in_row, in_row_end, in_column, in_column_end;  // what they read, inside the image
+};
+
+DSCONV_INLINE Range input_range(int64_t first, int64_t count, int64_t stride, int64_t pad, int64_t reach, int64_t in) {
+  const int64_t begin = first * stride - pad, end = begin + (count - 1) * stride + reach;
+  const Range r = {begin > 0 ? (begin < in ? begin : in) : 0, end < in ? (end > 0 ? end : 0) : in};
+  return r;
+}
+
+// Output columns of a piece of one row, 0 where a window for them is too large to be turned.
+template <typename T>
+DSCONV_INLINE int64_t turned_columns(const Geometry& g, const CpuPlan& plan) {
+  constexpr int64_t kFew = 16;
+  const int64_t reach_h = (g.kernel_h - 1) * g.dilation_h + 1, reach_w = (g.kernel_w - 1) * g.dilation_w + 1;
+  const int64_t rows = reach_h < g.h_in ? reach_h : g.h_in, columns = plan.turned / (Vec<T>::n * rows);
+  if (columns >= g.w_in) return g.w_out;
+  const int64_t outputs = columns < reach_w ? 0 : (columns - reach_w) / g.stride_w + 1;
+  return outputs < kFew ? 0 : outputs;
+}
+
+// The piece that begins at `pixel`, of `limit` pixels at most: whole rows as far as they fit, else a part of one.
+template <typename T>
+DSCONV_INLINE TurnedPiece turned_piece(const Geometry& g, const CpuPlan& plan, int64_t pixel, int64_t limit) {
+  const int64_t reach_h = (g.kernel_h - 1) * g.dilation_h + 1, reach_w = (g.kernel_w - 1) * g.dilation_w + 1;
+  const int64_t most = turned_columns<T>(g, plan);
+  const PixelRun run = run_at(pixel, limit < most ? limit : most, g.h_out, g.w_out, false);
+  TurnedPiece piece = {run.n, run.oh, 1, run.ow, run.length, 0, 0, 0, 0};
+  if (run.length == g.w_out) {
+    const int64_t in_rows = plan.turned / (Vec<T>::n * g.w_in);
+    const int64_t fit = in_rows < reach_h ? 1 : (in_rows - reach_h) / g.stride_h + 1;
+    const int64_t left = limit / g.w_out < g.h_out - run.oh ? limit / g.w_out : g.h_out - run.oh;
+    piece.rows = fit < left ? fit : left;
+  }
+  const Range rows = input_range(piece.oh, piece.rows, g.stride_h, g.pad_top, reach_h, g.h_in);
+  const Range columns = input_range(piece.ow, piece.width, g.stride_w, g.pad_left, reach_w, g.w_in);
+  piece.in_row = rows.begin, piece.in_row_end = rows.end;
+  piece.in_column = columns.begin, piece.in_column_end = columns.end;
+  return piece;
+}
+
+template <typename S, typename T>
+static void turn_channels(const DepthwiseInput<S>& in, const TurnedPiece& piece, int64_t c, int channels, T* to) {
+  constexpr int n = Vec<T>::n;
+  const S* from = in.x + piece.image * in.stride.n + c * in.stride.c + piece.in_column;
+  const int64_t columns = piece.in_column_end - piece.in_column;
+  for (int64_t row = piece.in_row; row < piece.in_row_end; ++row) {
+    const S* x = from + row * in.stride.h;
+    for (int64_t i = 0; i < columns; i += n) {
+      transpose_block(x + i, in.stride.c, channels, lanes_left(columns - i, n), to + i * n, n);
+    }
+    to += columns * n;
+  }
+}
+
+template <typename S, typename T>
+static void depthwise_turned(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z,
+                             T* turned) {
+  constexpr int n = Vec<T>::n;
+  const Geometry& g = *in.g;
+  ChannelRow<T> row = channel_row<T>(g, *in.plan);
+  for (int64_t p = 0; p < count;) {
+    const TurnedPiece piece = turned_piece<T>(g, *in.plan, pixel + p, count - p);
+    const int64_t columns = piece.in_column_end - piece.in_column;
+    row.column_step = n;
+    row.row_step = columns * n;
+    row.x = turned - piece.in_row * row.row_step - piece.in_column * n;
+    for (int64_t c = 0; c < g.c_in; c += n) {
+      const int channels = lanes_left(g.c_in - c, n);
+      turn_channels(in, piece, c, channels, turned);
+      // Lanes past the last channel are zeros, and where nothing stands behind them in z they need no mask.
+      row.channels = g.multiplier == 1 ? n : channels;
+      for (int64_t k = c; k < g.c_mid; k += g.c_in) {
+        row.weight = in.weight + k;
+        row.start = in.bias + k;
+        for (int64_t i = 0; i < piece.rows; ++i) {
+          convolve_row(row, (piece.oh + i) * g.stride_h - g.pad_top, piece.ow * g.stride_w - g.pad_left, piece.width,
+                       clamp, z + (p + i * piece.width) * in.plan->mid_ld + k, in.plan->mid_ld);
+        }
+      }
+    }
+    p += piece.rows * piece.width;
   }
 }
 
@@ -94,13 +189,14 @@ static void depthwise_nchw(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
   }
 }
 
-// `strips` holds lanes rows of plan.strip_ld, `memory` plane_bytes(plan); nchw uses them.
+// `strips`: depthwise_scratch(plan); nchw uses them.
 template <typename S, typename T>
-static void depthwise_tile(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z, T* strips,
-                           void* memory) {
+static void depthwise_tile(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z, T* strips) {
   if (in.layout == Layout::nhwc) {
     depthwise_nhwc(in, pixel, count, clamp, z);
+  } else if (turned_columns<T>(*in.g, *in.plan) > 0) {
+    depthwise_turned(in, pixel, count, clamp, z, strips);
   } else {
-    depthwise_nchw(in, pixel, count, clamp, z, strips, memory);
+    depthwise_nchw(in, pixel, count, clamp, z, strips, strips + in.plan->micro.lanes * in.plan->strip_ld);
   }
 }

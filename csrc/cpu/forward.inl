@@ -73,7 +73,6 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
   T* z = static_cast<T*>(scratch);
   T* out = z + plan.tile_pixels * plan.mid_ld;
   T* strips = out + plan.tile_pixels * columns;
-  void* memory = strips + plan.micro.lanes * plan.strip_ld;
 
   const DepthwiseInput<S> in = {&g,
                                 &plan,
@@ -82,7 +81,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
                                 p.x_layout,
                                 static_cast<const T*>(ctx.packed.dw_weight),
                                 static_cast<const T*>(ctx.packed.dw_bias)};
-  depthwise_tile(in, pixel, count, clamp_of<T>(p.act), z, strips, memory);
+  depthwise_tile(in, pixel, count, clamp_of<T>(p.act), z, strips);
   if (!is_clamp(p.act)) {
     for (int64_t i = 0; i < count; ++i) {
       activation_pass<ActivateInPlace, T>(p.act, g.c_mid, z + i * plan.mid_ld, nullptr);
