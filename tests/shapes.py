@@ -98,6 +98,16 @@ GEOMETRIES = [
         ((13, 13), (1, 1), "same", (1, 1)),
     )
 ]
+# Windows of x that a CPU kernel cannot hold as a whole: it cuts the rows, the columns, or goes by the taps. In float32
+# only: PyTorch's own bfloat16 gradients of such dilations crash (2.14.1 on AVX512-BF16).
+WINDOWS = [
+    Case(n=1, c=17, h=4, w=4200),
+    Case(n=1, c=17, h=400, w=8, padding=(180, 1), dilation=(180, 1)),
+    Case(n=1, c=17, h=70, w=230, padding=(30, 2), dilation=(30, 2)),
+    Case(n=1, c=17, h=70, w=230, stride=(1, 2), padding=(30, 2), dilation=(30, 2)),
+    Case(n=1, c=17, h=210, w=210, padding=(100, 100), dilation=(100, 100)),
+    Case(n=1, c=3, multiplier=2, h=70, w=230, padding=(30, 2), dilation=(30, 2)),
+]
 BIASES = [Case(dw_bias=dw, pw_bias=pw) for dw, pw in itertools.product((False, True), repeat=2) if not (dw and pw)]
 ACTIVATIONS = tuple(dsconv_cuda.activations.ACTIVATIONS)
 MIDDLES = [Case(activation=name) for name in ACTIVATIONS]

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from oracle import check, check_case
-from shapes import ALL, LAYERS, Case, identify, with_dtype
+from shapes import ALL, LAYERS, WINDOWS, Case, identify, with_dtype
 
 from dsconv_cuda import depthwise_separable_conv2d, ops
 from dsconv_cuda.activations import ACTIVATIONS
@@ -21,7 +21,7 @@ def test_shapes_around_tile_edges(case, dtype, channels_last, device):
 
 @numerical
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("case", LAYERS, ids=identify)
+@pytest.mark.parametrize("case", [*LAYERS, *WINDOWS], ids=identify)
 def test_layers(case, channels_last, device):
     check_case(case, torch.float32, device, channels_last, backward=True)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import check, check_case
-from shapes import ALL, LAYERS, Case, identify, with_dtype
+from shapes import ALL, LAYERS, WINDOWS, Case, identify, with_dtype
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -14,7 +14,7 @@ def test_shapes_around_tile_edges(case, dtype, channels_last, device):
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("case", LAYERS, ids=identify)
+@pytest.mark.parametrize("case", [*LAYERS, *WINDOWS], ids=identify)
 def test_layers(case, channels_last, device):
     check_case(case, torch.float32, device, channels_last)
 
