@@ -33,10 +33,12 @@ def table(path):
     rows = [[*row[:2], *(f"{figure:.2f}" for figure in row[2:])] for row in rows]
     titles = ["", "layer", "ours, channels_last", "ours, NCHW", "best PyTorch", "gain channels_last", "gain NCHW"]
     text = tabulate(rows, titles, "github", disable_numparse=True, colalign=["left", "left"] + ["right"] * 5)
+    spread = statistics.median(form["p90"] / form["p10"] for m in found["measurements"] for form in m["forms"])
     return (
         f"{environment['date']}: {environment['cpu']}, {environment['logical_cpus']} logical CPUs, "
         f"load average {environment['load_average_at_start']} at the start, {environment['kernels']}, torch "
-        f"{environment['torch']}, float32.\n\n{text}"
+        f"{environment['torch']}, float32; spread of a figure over its rounds (90th over 10th percentile) "
+        f"{spread:.2f} in the median.\n\n{text}"
     )
 
 

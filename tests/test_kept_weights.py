@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import dsconv_cuda
-from dsconv_cuda import DepthwiseSeparableConv2d, _loader, depthwise_separable_conv2d, kept_weights
+from dsconv_cuda import DepthwiseSeparableConv2d, _loader, kept_weights
 
 pytestmark = [pytest.mark.usefixtures("isa")]
 
@@ -32,19 +32,7 @@ def _module(c=20, c_out=36, **kwargs) -> DepthwiseSeparableConv2d:
 
 def _by_function(module, x):
     """The same without anything kept."""
-    depthwise, pointwise = module.depthwise, module.pointwise
-    return depthwise_separable_conv2d(
-        x,
-        depthwise.weight,
-        pointwise.weight,
-        depthwise.bias,
-        pointwise.bias,
-        depthwise.stride,
-        depthwise.padding,
-        depthwise.dilation,
-        module.activation,
-        module.out_activation,
-    )
+    return module._forward(x)
 
 
 def _settled(module, x) -> DepthwiseSeparableConv2d:

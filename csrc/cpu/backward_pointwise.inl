@@ -67,7 +67,7 @@ struct PointwiseTile {
   T* g;           // [pixels][out_ld]
   T* saved;       // [pixels][out_ld]
   T* da;          // [pixels][columns], one panel of du
-  T* strips;      // depthwise_scratch(plan)
+  T* memory;      // depthwise_scratch(plan) bytes
 };
 
 template <typename S, typename T>
@@ -82,7 +82,7 @@ static void recompute_z(const BackwardContext& ctx, int64_t pixel, int64_t count
                                 static_cast<const T*>(ctx.packed.dw_weight),
                                 static_cast<const T*>(ctx.packed.dw_bias)};
   const bool linear = p.act == Activation::identity;
-  depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.derivative, t.strips);
+  depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.derivative, t.memory);
   if (linear) return;
   for (int64_t i = 0; i < count; ++i) {
     activation_pass<ActivateAndDerive, T>(p.act, p.geom.c_mid, t.derivative + i * plan.mid_ld, t.a + i * plan.mid_ld);
@@ -165,7 +165,7 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t group, void* 
   t.g = t.derivative + plan.tile_pixels * plan.mid_ld;
   t.saved = t.g + plan.tile_pixels * plan.out_ld;
   t.da = t.saved + plan.tile_pixels * plan.out_ld;
-  t.strips = t.da + plan.tile_pixels * plan.micro.columns;
+  t.memory = t.da + plan.tile_pixels * plan.micro.columns;
 
   const int64_t pw_size = ctx.p.geom.c_out * plan.mid_columns, bias_size = 2 * plan.out_columns + plan.mid_columns;
   T* pw_partial = ctx.pw_partial != nullptr ? static_cast<T*>(ctx.pw_partial) + group * pw_size : nullptr;

@@ -30,15 +30,6 @@ struct ChannelRow {
   int64_t channels;
 };
 
-// Neighbouring pixels of one row, and what their taps read.
-struct RowSegment {
-  int64_t tap_rows;                        // inside the image
-  int64_t x, weight;                       // offsets of the first of them; x at column `left`, inside the image or not
-  int64_t left, count;                     // input column of the first pixel's first tap, pixels
-  int64_t whole_row_begin, whole_row_end;  // the pixels all of whose columns lie inside
-  int64_t pixel;                           // of the first one, counted from the caller's start and out
-};
-
 template <bool Tail, typename S>
 DSCONV_INLINE auto load_lanes(const S* p, int left) {
   if constexpr (Tail) {
@@ -48,24 +39,7 @@ DSCONV_INLINE auto load_lanes(const S* p, int left) {
   }
 }
 
-// `top` and `left` are the input position of the first pixel's first tap.
-template <typename S>
-DSCONV_INLINE RowSegment row_segment(const ChannelRow<S>& row, int64_t top, int64_t left, int64_t count,
-                                     int64_t pixel) {
-  RowSegment s;
-  const Range rows = valid_taps(top, row.dilation_h, row.in_h, row.taps_h);
-  s.tap_rows = row.taps_w > 0 && rows.begin < rows.end ? rows.end - rows.begin : 0;
-  s.x = (top + rows.begin * row.dilation_h) * row.row_step + left * row.column_step;
-  s.weight = rows.begin * row.weight_row;
-  s.left = left;
-  s.count = count;
-  s.whole_row_begin = valid_outputs(left, row.step_w, row.in_w, count).begin;
-  s.whole_row_end = valid_outputs(left + (row.taps_w - 1) * row.dilation_w, row.step_w, row.in_w, count).end;
-  s.pixel = pixel;
-  return s;
-}
-
-// Where the columns of a group of pixels lie: all inside the image, or some of them outside; Rest: and these are the
+// Where the columns of a group of pixels lie: all inside the image, or some of them outside; rest: and these are the
 // last channels, fewer than a vector.
 enum class Columns { inside, edge, rest };
 struct ColumnRange {
@@ -209,48 +183,49 @@ DSCONV_INLINE int group_pixels(int64_t left) {
 }
 
 template <int Step, typename S, typename T>
-static void convolve_segment(const ChannelRow<S>& row, const RowSegment& s, Clamp<T> clamp, T* out, int64_t ld) {
+static void convolve_row_steps(const ChannelRow<S>& row, int64_t top, int64_t left, int64_t count, Clamp<T> clamp,
+                               T* out, int64_t ld) {
   constexpr int n = Vec<T>::n;
   constexpr int kRestStep = DSCONV_ISA == DSCONV_ISA_AVX512 ? Step : 0;  // masks cost little there
   const int64_t vectors = row.channels / n, rest = vectors * n;
-  const S* x = row.x + s.x;
-  const T* weight = row.weight + s.weight;
-  for (int64_t p = 0; p < s.count;) {
-    const int pixels = group_pixels(s.count - p);
-    const ColumnRange range = {s.left + p * row.step_w, row.in_w, lanes_left(row.channels - rest, n)};
+  const Range taps = valid_taps(top, row.dilation_h, row.in_h, row.taps_h);
+  const int64_t tap_rows = row.taps_w > 0 && taps.begin < taps.end ? taps.end - taps.begin : 0;
+  const S* x = row.x + (top + taps.begin * row.dilation_h) * row.row_step + left * row.column_step;
+  const T* weight = row.weight + taps.begin * row.weight_row;
+  // The pixels all of whose columns lie inside the image.
+  const int64_t inside_begin = valid_outputs(left, row.step_w, row.in_w, count).begin;
+  const int64_t inside_end = valid_outputs(left + (row.taps_w - 1) * row.dilation_w, row.step_w, row.in_w, count).end;
+  for (int64_t p = 0; p < count;) {
+    const int pixels = group_pixels(count - p);
+    const ColumnRange range = {left + p * row.step_w, row.in_w, lanes_left(row.channels - rest, n)};
     const S* from = x + p * row.step_w * row.column_step;
-    const T* start = row.start + (s.pixel + p) * row.start_step;
-    T* to = out + (s.pixel + p) * ld;
-    if (p >= s.whole_row_begin && p + pixels <= s.whole_row_end) {
-      convolve_pixels<Step, Columns::inside>(pixels, row, s.tap_rows, vectors, from, weight, start, range, clamp, to,
-                                             ld);
+    const T* start = row.start + p * row.start_step;
+    T* to = out + p * ld;
+    if (p >= inside_begin && p + pixels <= inside_end) {
+      convolve_pixels<Step, Columns::inside>(pixels, row, tap_rows, vectors, from, weight, start, range, clamp, to, ld);
     } else {
-      convolve_pixels<Step, Columns::edge>(pixels, row, s.tap_rows, vectors, from, weight, start, range, clamp, to, ld);
+      convolve_pixels<Step, Columns::edge>(pixels, row, tap_rows, vectors, from, weight, start, range, clamp, to, ld);
     }
     if (rest < row.channels) {
-      convolve_pixels<kRestStep, Columns::rest>(pixels, row, s.tap_rows, 1, from + rest, weight + rest, start + rest,
+      convolve_pixels<kRestStep, Columns::rest>(pixels, row, tap_rows, 1, from + rest, weight + rest, start + rest,
                                                 range, clamp, to + rest, ld);
     }
     p += pixels;
   }
 }
 
+// `count` pixels; top and left are the input position of the first one's first tap, inside the image or not.
 template <typename S, typename T>
-DSCONV_INLINE void convolve_segment(const ChannelRow<S>& row, const RowSegment& s, Clamp<T> clamp, T* out, int64_t ld) {
+static void convolve_row(const ChannelRow<S>& row, int64_t top, int64_t left, int64_t count, Clamp<T> clamp, T* out,
+                         int64_t ld) {
   // The generic kernels go tap by tap: theirs is code that has to be right and small.
   constexpr int one = DSCONV_ISA != DSCONV_ISA_GENERIC, two = 2 * one;
   const bool neighbours = row.dilation_w == 1 && row.taps_w >= 3;
   if (neighbours && row.step_w == 1) {
-    convolve_segment<one>(row, s, clamp, out, ld);
+    convolve_row_steps<one>(row, top, left, count, clamp, out, ld);
   } else if (neighbours && row.step_w == 2) {
-    convolve_segment<two>(row, s, clamp, out, ld);
+    convolve_row_steps<two>(row, top, left, count, clamp, out, ld);
   } else {
-    convolve_segment<0>(row, s, clamp, out, ld);
+    convolve_row_steps<0>(row, top, left, count, clamp, out, ld);
   }
-}
-
-template <typename S, typename T>
-static void convolve_row(const ChannelRow<S>& row, int64_t top, int64_t left, int64_t count, Clamp<T> clamp, T* out,
-                         int64_t ld) {
-  convolve_segment(row, row_segment(row, top, left, count, 0), clamp, out, ld);
 }

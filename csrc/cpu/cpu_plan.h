@@ -94,7 +94,7 @@ inline CpuPlan base(const Geometry& g, Layout x_layout, MicroTile micro, int64_t
 }
 
 // Tiles of at most max_pixels, a multiple of `granule` of them where there are enough blocks. In nchw, whole rows of
-// the image: a part of a row costs the depthwise stage as much as the whole.
+// the image: rows that belong together are turned with one halo.
 inline void cut(CpuPlan& plan, const Geometry& g, Layout x_layout, int64_t max_pixels, int64_t granule) {
   const bool rows = x_layout == Layout::nchw && g.w_out <= max_pixels;
   plan.block = rows ? g.w_out : clamp64(max_pixels, 1, plan.micro.rows);

@@ -189,14 +189,14 @@ static void depthwise_nchw(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
   }
 }
 
-// `strips`: depthwise_scratch(plan); nchw uses them.
+// `memory`: depthwise_scratch(plan) bytes, which nchw uses.
 template <typename S, typename T>
-static void depthwise_tile(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z, T* strips) {
+static void depthwise_tile(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z, T* memory) {
   if (in.layout == Layout::nhwc) {
     depthwise_nhwc(in, pixel, count, clamp, z);
   } else if (turned_columns<T>(*in.g, *in.plan) > 0) {
-    depthwise_turned(in, pixel, count, clamp, z, strips);
+    depthwise_turned(in, pixel, count, clamp, z, memory);
   } else {
-    depthwise_nchw(in, pixel, count, clamp, z, strips, strips + in.plan->micro.lanes * in.plan->strip_ld);
+    depthwise_nchw(in, pixel, count, clamp, z, memory, memory + in.plan->micro.lanes * in.plan->strip_ld);
   }
 }

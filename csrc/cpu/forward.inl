@@ -46,14 +46,15 @@ static void outputs_by_tile(const ForwardContext& ctx, int64_t pixel, int64_t co
 // micro-kernel calls.
 template <typename S>
 static Ahead next_rows(const ForwardContext& ctx, int64_t pixel, int64_t count, int64_t calls) {
+  const Ahead nothing = {nullptr, nullptr, 0};
   const ForwardParams& p = ctx.p;
   const Geometry& g = p.geom;
+  if (!ctx.plan.beyond_cache || p.x_layout != Layout::nhwc) return nothing;
   const int64_t image_pixels = ctx.plan.image_pixels, last = pixel + count - 1;
   int64_t image = last / image_pixels;
   int64_t row = last % image_pixels / g.w_out * g.stride_h - g.pad_top + (g.kernel_h - 1) * g.dilation_h + 1;
   if (last + 1 == (image + 1) * image_pixels) ++image, row = 0;
-  if (!ctx.plan.beyond_cache || p.x_layout != Layout::nhwc || image >= g.n || row >= g.h_in)
-    return {nullptr, nullptr, 0};
+  if (image >= g.n || row >= g.h_in) return nothing;
   int64_t rows = ceil_div(count, g.w_out) * g.stride_h;
   if (rows > g.h_in - row) rows = g.h_in - row;
   const S* begin = static_cast<const S*>(p.x) + image * p.x_strides.n + row * p.x_strides.h;
@@ -72,7 +73,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
   const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
   T* z = static_cast<T*>(scratch);
   T* out = z + plan.tile_pixels * plan.mid_ld;
-  T* strips = out + plan.tile_pixels * columns;
+  T* memory = out + plan.tile_pixels * columns;
 
   const DepthwiseInput<S> in = {&g,
                                 &plan,
@@ -81,7 +82,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
                                 p.x_layout,
                                 static_cast<const T*>(ctx.packed.dw_weight),
                                 static_cast<const T*>(ctx.packed.dw_bias)};
-  depthwise_tile(in, pixel, count, clamp_of<T>(p.act), z, strips);
+  depthwise_tile(in, pixel, count, clamp_of<T>(p.act), z, memory);
   if (!is_clamp(p.act)) {
     for (int64_t i = 0; i < count; ++i) {
       activation_pass<ActivateInPlace, T>(p.act, g.c_mid, z + i * plan.mid_ld, nullptr);
