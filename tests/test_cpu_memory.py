@@ -41,6 +41,8 @@ LIBRARY_PAGES = 2 << 20  # code and tables that the larger call touches first
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_scratch_of_a_thread_is_a_mebibyte_at_most(isa, dtype, channels_last, backward):
     module = _loader.load_library().module
+    if module is None:
+        pytest.skip("the kernels of this backend come without the planner's queries")
     for layer in LAYERS:
         for threads in (1, 2, 8):
             plan = module.cpu_plan(
