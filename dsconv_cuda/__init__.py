@@ -3,7 +3,8 @@
     depthwise_separable_conv2d      the function
     DepthwiseSeparableConv2d        the module, also as DepthwiseSeparableConv
     clear_weight_cache              frees the packed weights that modules keep
-    models                          networks that use it
+    models                          networks that use it: MobileNetV1, Xception, ExampleNet
+    complexity                      multiply-adds, bytes and bounds of layers and models
     load                            compiles the library now, with options of your own
     python -m dsconv_cuda.info      what was built and what this machine runs
 
@@ -12,7 +13,7 @@ Importing the package builds and loads nothing; the first call does.
 
 import importlib
 
-from dsconv_cuda import models
+from dsconv_cuda import complexity, models
 from dsconv_cuda.functional import depthwise_separable_conv2d
 from dsconv_cuda.kept_weights import clear_weight_cache
 from dsconv_cuda.modules import DepthwiseSeparableConv, DepthwiseSeparableConv2d
@@ -24,6 +25,7 @@ __all__ = [
     "DepthwiseSeparableConv2d",
     "__version__",
     "clear_weight_cache",
+    "complexity",
     "depthwise_separable_conv2d",
     "load",
     "models",
