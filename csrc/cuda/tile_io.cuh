@@ -21,7 +21,7 @@ DSCONV_DEVICE void load_matrix_tile(const T* matrix, int64_t rows, int64_t cols,
     for (int item = static_cast<int>(threadIdx.x); item < kRows * kRowVecs; item += kThreads) {
       const int r = item / kRowVecs, c = item % kRowVecs * kVec;
       const bool valid = row0 + r < row_end && col0 + c < col_end;
-      cp_async_16(tile + r * kStride + c, valid ? matrix + (row0 + r) * cols + col0 + c : matrix, valid);
+      cp_async<16>(tile + r * kStride + c, valid ? matrix + (row0 + r) * cols + col0 + c : matrix, valid ? 16 : 0);
     }
   } else {
 #pragma unroll 1

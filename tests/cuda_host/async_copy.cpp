@@ -7,9 +7,16 @@ namespace cuda_host {
 
 void queue_copy(AsyncCopy copy) {
   Thread& t = *engine.current;
-  const auto misaligned = [](const void* p) { return reinterpret_cast<std::uintptr_t>(p) % 16 != 0; };
+  const auto misaligned = [&](const void* p) {
+    return reinterpret_cast<std::uintptr_t>(p) % static_cast<unsigned>(copy.bytes) != 0;
+  };
   if (misaligned(copy.dst) || misaligned(copy.src)) {
-    report("thread %d: cp_async_16 with an address that is no multiple of 16", t.number);
+    report("thread %d: cp_async of %d bytes with an address that is no multiple of %d", t.number, copy.bytes,
+           copy.bytes);
+    stop_thread();
+  }
+  if (copy.valid < 0 || copy.valid > copy.bytes || copy.valid % 2 != 0) {
+    report("thread %d: cp_async of %d bytes with %d of them valid", t.number, copy.bytes, copy.valid);
     stop_thread();
   }
   if (t.issued - t.landed == kMaxCopiesInFlight) {

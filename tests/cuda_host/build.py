@@ -21,7 +21,8 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 
 ENGINE_SOURCES = tuple(
-    HERE / f"{name}.cpp" for name in ("async_copy", "engine", "fiber", "host_runtime", "shared_memory", "warp")
+    HERE / f"{name}.cpp"
+    for name in ("async_copy", "engine", "fiber", "host_runtime", "shared_memory", "tensor_core", "warp")
 )
 SANITIZERS = ("address,undefined", "thread")
 PARALLEL_COMPILES = 2

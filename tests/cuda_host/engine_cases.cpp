@@ -83,21 +83,45 @@ DSCONV_KERNEL void write_by_block(float* y) {
 
 // --- asynchronous copies ---------------------------------------------------------------------------------------------
 
-enum class Wait { sound, too_late, none, wrong_count, misaligned };
+enum class Wait { sound, too_late, none, wrong_count, misaligned, beyond };
 
 template <Wait wait>
 DSCONV_KERNEL void copy_async(const float* x, float* y) {
   DSCONV_DYNAMIC_SHARED(float, a);
   float* mine = a + 8 * thread_id();
-  cp_async_16(mine, x + 8 * thread_id() + (wait == Wait::misaligned ? 1 : 0), true);
+  cp_async<16>(mine, x + 8 * thread_id() + (wait == Wait::misaligned ? 1 : 0), wait == Wait::beyond ? 18 : 16);
   cp_async_commit();
-  cp_async_16(mine + 4, x + 8 * thread_id() + 4, thread_id() != 0);
+  cp_async<16>(mine + 4, x + 8 * thread_id() + 4, thread_id() != 0 ? 16 : 0);
   cp_async_commit();
   cp_async_wait<wait == Wait::wrong_count ? 2 : 1>();
   y[8 * thread_id()] = mine[0];
   if (wait != Wait::too_late && wait != Wait::none) cp_async_wait<0>();
   for (int i = 1; i < 8; ++i) y[8 * thread_id() + i] = mine[i];
   if (wait == Wait::too_late) cp_async_wait<0>();
+}
+
+// Every size with every count of valid bytes; x[i] == i, and what is not valid is zero, its source never read.
+template <int kBytes>
+DSCONV_DEVICE bool copies_valid_bytes(const float* x, unsigned char* a) {
+  bool right = true;
+  for (int valid = 0; valid <= kBytes; valid += 2) {
+    cp_async<kBytes>(a, valid == 0 ? nullptr : x + 4 * thread_id(), valid);
+    cp_async_commit();
+    cp_async_wait<0>();
+    for (int i = 0; i < kBytes; ++i) {
+      const int expected = i < valid ? reinterpret_cast<const unsigned char*>(x + 4 * thread_id())[i] : 0;
+      right &= a[i] == expected;
+    }
+  }
+  return right;
+}
+
+DSCONV_KERNEL void copy_async_sizes(const float* x, float* y) {
+  DSCONV_DYNAMIC_SHARED(float, a);
+  unsigned char* mine = reinterpret_cast<unsigned char*>(a + 4 * thread_id());
+  const bool right =
+      copies_valid_bytes<16>(x, mine) && copies_valid_bytes<8>(x, mine + 8) && copies_valid_bytes<4>(x, mine + 4);
+  y[thread_id()] = right ? static_cast<float>(thread_id()) : -1.0f;
 }
 
 // --- bounds and uninitialised memory ---------------------------------------------------------------------------------
@@ -216,6 +240,106 @@ DSCONV_KERNEL void exchange_everything(float* y) {
   y[t] = right ? static_cast<float>(t) : -1.0f;
 }
 
+// --- matrix instructions ---------------------------------------------------------------------------------------------
+
+// One warp's product d[16][8] = c + a . b^T of small integers, exact in every type: a and b go row-major through shared
+// memory and ldmatrix (b by two rows of matrices, of which one is used), or a transposed through ldmatrix.trans, and d
+// and c as the lanes hold them. `y` of the lane is its number where its four results are right.
+enum class Fragments { sound, transposed, by_hand, misaligned, lane_missing, no_barrier };
+
+template <typename T>
+DSCONV_DEVICE T element_of(int value) {
+  return from_acc<T>(static_cast<float>(value));
+}
+
+DSCONV_DEVICE int a_at(int m, int k) { return (5 * m + 3 * k) % 17 - 8; }
+DSCONV_DEVICE int b_at(int n, int k) { return (7 * n + 11 * k + n * k) % 13 - 6; }
+DSCONV_DEVICE int c_at(int m, int n) { return 100 * m + n; }
+
+template <typename T>
+DSCONV_DEVICE uint32_t pair_of(int low, int high) {
+  if constexpr (sizeof(T) == 4) {
+    return float_bits(static_cast<float>(low));
+  } else {
+    return element_of<T>(low).bits | static_cast<uint32_t>(element_of<T>(high).bits) << 16;
+  }
+}
+
+template <typename T, Fragments how>
+DSCONV_KERNEL void multiply_matrices(float* y) {
+  constexpr int kDepth = 32 / static_cast<int>(sizeof(T)), kPerWord = 4 / static_cast<int>(sizeof(T));
+  DSCONV_DYNAMIC_SHARED(T, a);  // [16][kDepth], or transposed
+  T* b = a + 16 * kDepth;       // [16][kDepth], of which 8 rows are used
+  const int lane = thread_id() % 32, g = lane / 4, t = lane % 4;
+  for (int i = thread_id(); i < 16 * kDepth; i += kThreads) {
+    const int row = i / kDepth, column = i % kDepth;
+    a[how == Fragments::transposed ? column * 16 + row : i] = element_of<T>(a_at(row, column));
+    b[i] = element_of<T>(b_at(row, column));
+  }
+  if (how != Fragments::no_barrier) __syncthreads();
+  uint32_t af[4], bf[4];
+  constexpr int kChunk = kDepth / 2;  // elements in 16 bytes
+  if constexpr (how == Fragments::by_hand) {
+    for (int i = 0; i < 4; ++i) {
+      const int m = g + i % 2 * 8, k = t * kPerWord + i / 2 * kChunk;
+      af[i] = pair_of<T>(a_at(m, k), a_at(m, k + 1));
+      if (i < 2) bf[i] = pair_of<T>(b_at(g, t * kPerWord + i * kChunk), b_at(g, t * kPerWord + i * kChunk + 1));
+    }
+  } else {
+    if constexpr (how == Fragments::transposed) {
+      ldmatrix_x4_trans(a + (lane % 8 + lane / 16 * 8) * 16 + lane / 8 % 2 * 8, af);
+    } else {
+      ldmatrix_x4(a + lane % 16 * kDepth + lane / 16 * kChunk + (how == Fragments::misaligned ? 1 : 0), af);
+    }
+    ldmatrix_x4(b + (lane % 8 + lane / 16 * 8) * kDepth + lane / 8 % 2 * kChunk, bf);
+  }
+  float d[4];
+  for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(c_at(g + i / 2 * 8, 2 * t + i % 2));
+  if (how == Fragments::lane_missing && lane == 7) return;
+  mma<T>(d, af, {bf[0], bf[1]});
+  bool right = true;
+  for (int i = 0; i < 4; ++i) {
+    const int m = g + i / 2 * 8, n = 2 * t + i % 2;
+    int expected = c_at(m, n);
+    for (int k = 0; k < kDepth; ++k) expected += a_at(m, k) * b_at(n, k);
+    right &= d[i] == static_cast<float>(expected);
+  }
+  y[thread_id()] = right ? static_cast<float>(thread_id()) : -1.0f;
+}
+
+// The half step of sm_75.
+DSCONV_KERNEL void multiply_half_step(float* y) {
+  const int lane = thread_id() % 32, g = lane / 4, t = lane % 4;
+  const uint32_t a[2] = {pair_of<Half>(a_at(g, 2 * t), a_at(g, 2 * t + 1)),
+                         pair_of<Half>(a_at(g + 8, 2 * t), a_at(g + 8, 2 * t + 1))};
+  float d[4] = {};
+  mma_m16n8k8_f16(d, a, pair_of<Half>(b_at(g, 2 * t), b_at(g, 2 * t + 1)));
+  bool right = true;
+  for (int i = 0; i < 4; ++i) {
+    int expected = 0;
+    for (int k = 0; k < 8; ++k) expected += a_at(g + i / 2 * 8, k) * b_at(2 * t + i % 2, k);
+    right &= d[i] == static_cast<float>(expected);
+  }
+  y[thread_id()] = right ? static_cast<float>(thread_id()) : -1.0f;
+}
+
+// TF32 keeps 10 bits of the fraction: to_tf32 rounds to them, ties away from zero; the multiplication cuts what is
+// left.
+DSCONV_KERNEL void round_to_tf32(float* y) {
+  const float inf = bits_float(0x7f800000u), ulp = 0x1p-10f;
+  bool right =
+      to_tf32(1.0f) == float_bits(1.0f) && to_tf32(inf) == float_bits(inf) && to_tf32(-inf) == float_bits(-inf);
+  right &= bits_float(to_tf32(1 + 0.5f * ulp)) == 1 + ulp && bits_float(to_tf32(-1 - 0.5f * ulp)) == -1 - ulp;
+  right &= bits_float(to_tf32(1 + 0.499f * ulp)) == 1 && bits_float(to_tf32(2 - 0.25f * ulp)) == 2;
+  const float nan = bits_float(to_tf32(bits_float(0x7f800001u)));
+  right &= nan != nan;
+  float d[4] = {};
+  const uint32_t one = float_bits(1.0f), cut = float_bits(1 + 0.999f * ulp);
+  mma<float>(d, {cut, cut, 0, 0}, {one, 0});
+  for (int i = 0; i < 4; ++i) right &= d[i] == 4;
+  y[thread_id()] = right ? static_cast<float>(thread_id()) : -1.0f;
+}
+
 // --- the rest of the model -------------------------------------------------------------------------------------------
 
 DSCONV_DEVICE float* shared_of_function() {
@@ -302,6 +426,11 @@ int run_copy() {
   return check(y, error, [](int i) { return 4 <= i && i < 8 ? 0.0f : static_cast<float>(i); });
 }
 
+template <typename T, Fragments how>
+int run_mma() {
+  return run_y(multiply_matrices<T, how>, 1, kThreads, 2 * 16 * 32);
+}
+
 int run_three_dimensions() {
   Buffer<float> y(2 * 3 * 4 * 40);
   return check(y, launch(number_in_three_dimensions, dim3(2, 3, 4), dim3(5, 4, 2), 0, nullptr, y.data.get()), identity);
@@ -380,6 +509,27 @@ const std::map<std::string, std::function<int()>> kCases = {
     {"copy-never-waited", run_copy<Wait::none>},
     {"copy-wrong-count", run_copy<Wait::wrong_count>},
     {"copy-misaligned", run_copy<Wait::misaligned>},
+    {"copy-beyond", run_copy<Wait::beyond>},
+    {"copy-sizes",
+     [] {
+       Buffer<float> x(4 * kThreads), y(kThreads);
+       return check(
+           y, launch(copy_async_sizes, 1, kThreads, sizeof(float) * 4 * kThreads, nullptr, x.data.get(), y.data.get()),
+           identity);
+     }},
+
+    {"mma-f16", run_mma<Half, Fragments::sound>},
+    {"mma-bf16", run_mma<BFloat16, Fragments::sound>},
+    {"mma-tf32", run_mma<float, Fragments::sound>},
+    {"mma-f16-by-hand", run_mma<Half, Fragments::by_hand>},
+    {"mma-bf16-by-hand", run_mma<BFloat16, Fragments::by_hand>},
+    {"mma-tf32-by-hand", run_mma<float, Fragments::by_hand>},
+    {"mma-f16-transposed", run_mma<Half, Fragments::transposed>},
+    {"mma-half-step", [] { return run_y(multiply_half_step, 1, kThreads, 0); }},
+    {"mma-lane-missing", run_mma<Half, Fragments::lane_missing>},
+    {"ldmatrix-misaligned", run_mma<Half, Fragments::misaligned>},
+    {"ldmatrix-barrier-dropped", run_mma<Half, Fragments::no_barrier>},
+    {"round-to-tf32", [] { return run_y(round_to_tf32, 1, kThreads, 0); }},
 
     {"global", [] { return run_y(write_global<Bug::none>, 2, 150, 0, 150); }},
     {"global-off-by-one", [] { return run_y(write_global<Bug::planted>, 2, 150, 0, 150); }},

@@ -25,7 +25,7 @@ namespace cuda_host {
 
 constexpr int kMaxThreads = 1024;  // of a block
 constexpr int kWarpSyncObjects = 8;
-constexpr uint64_t kMaxCopiesInFlight = 256;
+constexpr uint64_t kMaxCopiesInFlight = 1024;
 // A TSan fiber costs too much to be made anew for each block, and blocks that shared theirs would look ordered. Two
 // sets take turns, so that every block is unordered to its neighbours.
 #if defined(CUDA_HOST_TSAN)
@@ -89,6 +89,11 @@ extern Engine engine;
 
 bool same_site(const Site& a, const Site& b);
 const char* name_of(WarpOp op);
+
+// A collective instruction of a whole warp: when its 32 lanes have come to the one at `site`, `compute` runs once on
+// what they brought.
+using WarpCompute = void (*)(void* const (&lanes)[warpSize]);
+void warp_collective(WarpOp op, void* operands, WarpCompute compute, Site site);
 
 // Ends the launch with a text. A thread that calls it calls stop_thread() next.
 void report(const char* format, ...) __attribute__((format(printf, 1, 2)));

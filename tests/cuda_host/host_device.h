@@ -20,7 +20,7 @@ struct Site {
   int line;
 };
 
-enum class WarpOp : int { sync, shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot };
+enum class WarpOp : int { sync, shuffle, shuffle_up, shuffle_down, shuffle_xor, ballot, ldmatrix, mma };
 
 void* static_shared(const void* key, uint64_t bytes, uint64_t alignment);
 void* dynamic_shared();
@@ -28,8 +28,9 @@ void block_barrier(Site site);
 uint64_t warp_exchange(WarpOp op, unsigned mask, uint64_t bits, int lane_argument, int width, Site site);
 
 struct AsyncCopy {
-  uint4* dst;
-  const uint4* src;  // null: zeros
+  void* dst;
+  const void* src;
+  int bytes, valid;  // zeros from `valid` on
   uint64_t group;
 };
 void queue_copy(AsyncCopy copy);
@@ -37,15 +38,31 @@ bool next_landing(int groups_left_in_flight, AsyncCopy* copy);
 void cp_async_commit();
 
 // Until it lands the destination holds NaNs, so that a read before the wait shows.
-inline void cp_async_16(void* dst, const void* src, bool pred) {
-  queue_copy({static_cast<uint4*>(dst), pred ? static_cast<const uint4*>(src) : nullptr, 0});
-  *static_cast<uint4*>(dst) = make_uint4(~0u, ~0u, ~0u, ~0u);
+template <int kBytes>
+inline void cp_async(void* dst, const void* src, int valid) {
+  queue_copy({dst, src, kBytes, valid, 0});
+  for (int i = 0; i < kBytes / 4; ++i) static_cast<uint32_t*>(dst)[i] = ~0u;
+}
+
+// By accesses of the size of the copy, where all of it is valid.
+inline void land(const AsyncCopy& copy) {
+  if (copy.valid == 16) {
+    *static_cast<uint4*>(copy.dst) = *static_cast<const uint4*>(copy.src);
+  } else if (copy.valid == 8 && copy.bytes == 8) {
+    *static_cast<uint2*>(copy.dst) = *static_cast<const uint2*>(copy.src);
+  } else if (copy.valid == 4 && copy.bytes == 4) {
+    *static_cast<uint32_t*>(copy.dst) = *static_cast<const uint32_t*>(copy.src);
+  } else {
+    for (int i = 0; i < copy.bytes / 2; ++i) {
+      static_cast<uint16_t*>(copy.dst)[i] =
+          2 * i < copy.valid ? static_cast<const uint16_t*>(copy.src)[i] : uint16_t{0};
+    }
+  }
 }
 
 inline void cp_async_wait(int groups_left_in_flight) {
   AsyncCopy copy;
-  while (next_landing(groups_left_in_flight, &copy))
-    *copy.dst = copy.src != nullptr ? *copy.src : make_uint4(0, 0, 0, 0);
+  while (next_landing(groups_left_in_flight, &copy)) land(copy);
 }
 
 template <typename T>
@@ -57,6 +74,41 @@ inline T exchange(WarpOp op, unsigned mask, T value, int lane_argument, int widt
   T result;
   std::memcpy(&result, &bits, sizeof(T));
   return result;
+}
+
+// Matrix instructions, see csrc/cuda/ptx.cuh. Each lane hands in its operands and takes its results back; what is
+// computed over all lanes is in tensor_core.cpp.
+struct MatrixRow {
+  uint32_t words[4];  // in: the row at this lane's address; out: the lane's part of the four matrices
+  bool transposed;
+};
+void exchange_rows(MatrixRow& lane, Site site);
+void check_row_address(const void* address);
+
+// The row is read as this lane's own access.
+inline void ldmatrix_x4(const void* address, uint32_t (&out)[4], bool transposed,
+                        Site site = {__builtin_FILE(), __builtin_LINE()}) {
+  check_row_address(address);
+  const uint4 row = *static_cast<const uint4*>(address);
+  MatrixRow lane{{row.x, row.y, row.z, row.w}, transposed};
+  exchange_rows(lane, site);
+  for (int i = 0; i < 4; ++i) out[i] = lane.words[i];
+}
+
+enum class MmaType : int { f16, f16_k8, bf16, tf32 };
+
+struct MmaOperands {
+  MmaType type;
+  uint32_t a[4], b[2];
+  float d[4];
+};
+void multiply_fragments(MmaOperands& lane, Site site);
+
+inline void mma(MmaType type, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                Site site = {__builtin_FILE(), __builtin_LINE()}) {
+  MmaOperands lane{type, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {d[0], d[1], d[2], d[3]}};
+  multiply_fragments(lane, site);
+  for (int i = 0; i < 4; ++i) d[i] = lane.d[i];
 }
 
 }  // namespace cuda_host

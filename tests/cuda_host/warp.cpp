@@ -1,5 +1,5 @@
-// Warp primitives: __syncwarp, shuffles and votes. Each waits until every lane that its mask names has come to the same
-// one.
+// Warp primitives: __syncwarp, shuffles, votes, and the collective step of the matrix instructions. Each waits until
+// every lane that its mask names has come to the same one.
 
 #include "engine_state.h"
 
@@ -11,12 +11,18 @@ const char* name_of(WarpOp op) {
       return "__syncwarp";
     case WarpOp::ballot:
       return "__ballot_sync";
+    case WarpOp::ldmatrix:
+      return "ldmatrix";
+    case WarpOp::mma:
+      return "mma.sync";
     default:
       return "__shfl_sync";
   }
 }
 
-uint64_t warp_exchange(WarpOp op, unsigned mask, uint64_t bits, int lane_argument, int width, Site site) {
+namespace {
+
+uint64_t meet(WarpOp op, unsigned mask, uint64_t bits, int lane_argument, int width, Site site, WarpCompute compute) {
   Thread& t = *engine.current;
   const int first = t.number / warpSize * warpSize, lane = t.number % warpSize;
   Warp& w = engine.warps[t.number / warpSize];
@@ -46,8 +52,7 @@ uint64_t warp_exchange(WarpOp op, unsigned mask, uint64_t bits, int lane_argumen
     case WarpOp::shuffle_xor:
       if ((lane ^ lane_argument) <= last) t.source_lane = lane ^ lane_argument;
       break;
-    case WarpOp::sync:
-    case WarpOp::ballot:
+    default:
       break;
   }
   if ((mask >> t.source_lane & 1) == 0) refuse("reads a lane that the mask does not name", 1u << t.source_lane);
@@ -73,6 +78,7 @@ uint64_t warp_exchange(WarpOp op, unsigned mask, uint64_t bits, int lane_argumen
     wait_as(State::at_warp_op, site);
   } else {
     uint64_t results[warpSize];
+    void* operands[warpSize];
     uint64_t ballot = 0;
     for (int other = 0; other < warpSize; ++other) {
       if ((mask >> other & 1) == 0) continue;
@@ -83,8 +89,10 @@ uint64_t warp_exchange(WarpOp op, unsigned mask, uint64_t bits, int lane_argumen
         stop_thread();
       }
       results[other] = engine.threads[first + o.source_lane].bits;
+      operands[other] = reinterpret_cast<void*>(static_cast<std::uintptr_t>(o.bits));
       ballot |= (o.bits & 1) << other;
     }
+    if (compute != nullptr) compute(operands);
     for (int other = 0; other < warpSize; ++other) {
       if ((mask >> other & 1) == 0) continue;
       Thread& o = engine.threads[first + other];
@@ -95,6 +103,16 @@ uint64_t warp_exchange(WarpOp op, unsigned mask, uint64_t bits, int lane_argumen
   }
   if (op == WarpOp::sync) DECLARE_ACQUIRE(const_cast<char*>(t.sync_object));
   return t.bits;
+}
+
+}  // namespace
+
+uint64_t warp_exchange(WarpOp op, unsigned mask, uint64_t bits, int lane_argument, int width, Site site) {
+  return meet(op, mask, bits, lane_argument, width, site, nullptr);
+}
+
+void warp_collective(WarpOp op, void* operands, WarpCompute compute, Site site) {
+  meet(op, 0xffffffffu, reinterpret_cast<std::uintptr_t>(operands), 0, warpSize, site, compute);
 }
 
 }  // namespace cuda_host
