@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/cuda_cost.h"
 #include "geometry.h"
 #include "params.h"
 
@@ -22,11 +23,25 @@ struct PlanQuery {
   std::vector<int64_t> stride, padding, dilation;  // as the ops take them
   std::string dtype;                               // float32, float64, float16 or bfloat16
   bool channels_last, backward;
+  bool bent = false;  // whether there is an activation between the convolutions: backward computes z for it
 };
 
 // The CPU forward follows the number of threads, its backward must not; CUDA follows the number of multiprocessors.
 PlanNumbers cpu_plan(const PlanQuery& query, int64_t threads);
 PlanNumbers cuda_plan(const PlanQuery& query, int64_t multiprocessors);
+
+// What the CUDA planner had to choose from: each alternative with its launches and what they are predicted to cost.
+struct PlannedKernel {
+  KernelCost cost;
+  Prediction prediction;
+};
+struct PlannedCall {
+  std::string name;
+  bool chosen, ours;  // an alternative that is not ours is there to compare with
+  int64_t workspace_bytes;
+  std::vector<PlannedKernel> kernels;
+};
+std::vector<PlannedCall> cuda_alternatives(const PlanQuery& query, const DeviceLimits& device);
 
 inline DType dtype_of(const PlanQuery& query) {
   const char* names[] = {"float32", "float64", "float16", "bfloat16"};  // in the order of DType

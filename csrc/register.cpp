@@ -3,13 +3,10 @@
 //
 // padding is (top, left, bottom, right); act and out_act are the numbers of params.h's Activation.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "build_info.h"
 #include "cpu/cpu_isa.h"
 #include "op_args.h"
-#include "plan_query.h"
+#include "plan_binding.h"
 
 STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   // y
@@ -36,33 +33,11 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
       "Tensor)");
 }
 
-namespace {
-
-// A planner's question as Python asks it: positional sizes, the rest by name.
-template <dsconv::PlanNumbers (*kPlan)(const dsconv::PlanQuery&, int64_t)>
-void define_plan(pybind11::module_& m, const char* name, const char* units, const char* text) {
-  namespace py = pybind11;
-  using Sizes = std::vector<int64_t>;
-  m.def(
-      name,
-      [](Sizes input, Sizes dw_weight, int64_t c_out, Sizes stride, Sizes padding, Sizes dilation, std::string dtype,
-         bool channels_last, bool backward, int64_t units) {
-        return kPlan({input, dw_weight, c_out, stride, padding, dilation, dtype, channels_last, backward}, units);
-      },
-      py::arg("input"), py::arg("dw_weight"), py::arg("c_out"), py::arg("stride") = Sizes{1, 1},
-      py::arg("padding") = Sizes{0, 0, 0, 0}, py::arg("dilation") = Sizes{1, 1}, py::arg("dtype") = "float32",
-      py::arg("channels_last") = false, py::arg("backward") = false, py::arg(units) = 1, text);
-}
-
-}  // namespace
-
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &dsconv::build_info, "How this library was built");
   m.def("isa_built", &dsconv::isa_built, "The CPU instruction sets that this library has kernels for");
   m.def("isa_available", &dsconv::isa_available, "Those of them that this machine runs");
   m.def("isa_active", [] { return dsconv::isa_name(dsconv::isa_active()); }, "The one in use");
   m.def("set_isa", &dsconv::set_isa, pybind11::arg("name"), "Uses another one from now on, in the whole process");
-  define_plan<dsconv::cpu_plan>(m, "cpu_plan", "threads", "How the active CPU kernels would cut a call into tasks");
-  define_plan<dsconv::cuda_plan>(m, "cuda_plan", "multiprocessors",
-                                 "How the CUDA kernels would cut a call into blocks; needs no GPU");
+  dsconv::define_plans(m);
 }

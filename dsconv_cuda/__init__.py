@@ -5,6 +5,7 @@
     clear_weight_cache              frees the packed weights that modules keep
     models                          networks that use it: MobileNetV1, Xception, ExampleNet
     complexity                      multiply-adds, bytes and bounds of layers and models
+    plan, gpus, Gpu                 what the planner would run for a call, on a GPU that need not be there
     load                            compiles the library now, with options of your own
     python -m dsconv_cuda.info      what was built and what this machine runs
 
@@ -23,12 +24,15 @@ __version__ = "0.1.0"
 __all__ = [
     "DepthwiseSeparableConv",
     "DepthwiseSeparableConv2d",
+    "Gpu",
     "__version__",
     "clear_weight_cache",
     "complexity",
     "depthwise_separable_conv2d",
+    "gpus",
     "load",
     "models",
+    "plan",
 ]
 
 
@@ -36,6 +40,8 @@ def __getattr__(name: str):
     # Only who compiles by hand needs the build machinery.
     if name == "load":
         return importlib.import_module("dsconv_cuda.jit").load
+    if name in ("plan", "gpus", "Gpu"):
+        return getattr(importlib.import_module("dsconv_cuda.planning"), name)
     if name in ("jit", "info", "reference"):
         return importlib.import_module(f"dsconv_cuda.{name}")
     raise AttributeError(f"module 'dsconv_cuda' has no attribute {name!r}")

@@ -85,6 +85,71 @@ static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, i
   return plan;
 }
 
+static KernelCost cost_of(int64_t blocks, int64_t threads, int64_t shared_bytes, int64_t bounded_blocks) {
+  KernelCost cost;
+  cost.blocks = blocks;
+  cost.threads = threads;
+  cost.shared_bytes = shared_bytes;
+  cost.bounded_blocks = bounded_blocks;
+  return cost;
+}
+
+static void check_costs() {
+  // Blocks that share a multiprocessor, as each limit has it.
+  const DeviceLimits h100, t4 = limits_of(75, 40);
+  CHECK(blocks_per_multiprocessor(cost_of(1, 256, 0, 2), h100) == 2);              // registers
+  CHECK(blocks_per_multiprocessor(cost_of(1, 256, 0, 99), h100) == 8);             // threads
+  CHECK(blocks_per_multiprocessor(cost_of(1, 256, 0, 99), t4) == 4);
+  CHECK(blocks_per_multiprocessor(cost_of(1, 32, 0, 99), h100) == 32);             // blocks
+  CHECK(blocks_per_multiprocessor(cost_of(1, 256, 75 << 10, 99), h100) == 3);      // shared memory, 1 KiB each beside
+  CHECK(blocks_per_multiprocessor(cost_of(1, 256, 76 << 10, 99), h100) == 2);
+  CHECK(blocks_per_multiprocessor(cost_of(1, 256, 32 << 10, 99), t4) == 2);        // none beside
+  CHECK(blocks_per_multiprocessor(cost_of(1, 256, 228 << 10, 99), h100) == 0);     // more than a block may have
+  CHECK(predict(cost_of(1, 256, 228 << 10, 99), h100).seconds == 0);
+
+  // The multiprocessor with the most blocks takes the longest; the largest of the three times counts.
+  KernelCost cost = cost_of(133, 256, 0, 2);
+  cost.rate = h100.fma_f32;
+  cost.multiply_adds = 133 * 1e6;
+  const double block = 1e6 / (h100.fma_f32 / 132);
+  const auto near = [](double a, double b) { return a < b * 1.0001 && b < a * 1.0001; };
+  CHECK(near(predict(cost, h100).arithmetic_seconds, 2 * block));
+  CHECK(near(predict(cost, h100).waves, 133.0 / 264));
+  CHECK(near(predict(cost, h100).seconds, kLaunchSeconds + 2 * block));
+  cost.dram_bytes = 3350000000;
+  CHECK(near(predict(cost, h100).seconds, kLaunchSeconds + 1e-3));
+  cost.l2_bytes = 11000000000;
+  CHECK(near(predict(cost, h100).seconds, kLaunchSeconds + 2e-3));
+
+  // x of a tile: its rows and their halo, cut to the image; whole images where a tile is larger.
+  Geometry g = geometry(2, 8, 8, 28, 3);
+  CHECK(window_elements(g, 28) == 3 * 28 && window_elements(g, 29) == 4 * 28 && window_elements(g, 14) == 3 * 16);
+  CHECK(window_elements(g, 784) == 784 && window_elements(g, 785) == 2 * 784 && window_elements(g, 783) == 784);
+  g.stride_h = g.stride_w = 2;
+  g.h_out = g.w_out = 14;
+  CHECK(window_elements(g, 28) == 5 * 28);
+  g.dilation_h = 3;
+  CHECK(window_elements(g, 28) == 9 * 28);
+
+  // Every entry is what a GPU of its capability and size is taken for; an unknown one is scaled from its elder.
+  for (const Gpu& gpu : kGpus) {
+    const DeviceLimits found = limits_of(gpu.limits.capability, gpu.limits.multiprocessors);
+    CHECK(found.bandwidth == gpu.limits.bandwidth && found.shared_per_block == gpu.limits.shared_per_block);
+    CHECK(gpu.limits.shared_per_block + gpu.limits.shared_reserved <= gpu.limits.shared_per_multiprocessor);
+  }
+  CHECK(near(limits_of(103, 296).bandwidth, 16e12) && limits_of(70, 80).shared_per_block == 64 << 10);
+
+  // Where memory bounds both tiles the one with less arithmetic is taken.
+  ForwardParams p{};
+  p.geom = geometry(128, 32, 16, 112, 3);
+  DeviceLimits slow = h100;
+  slow.bandwidth = 1e9;
+  const Prediction wide = predict(forward_cost(p, forward_candidate(p, 0), slow), slow);
+  const Prediction narrow = predict(forward_cost(p, forward_candidate(p, 1), slow), slow);
+  CHECK(wide.seconds == narrow.seconds && narrow.arithmetic_seconds < wide.arithmetic_seconds);
+  CHECK(!plan_forward(p, slow).wide);
+}
+
 int main() {
   const int64_t channels[] = {1, 3, 17, 32, 113, 512, 2048, 100000};
   for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16})
@@ -107,6 +172,8 @@ int main() {
   CHECK(forward_of(geometry(128, 64, 128, 56, 3), DType::f32, 132).wide);
   CHECK(!forward_of(geometry(128, 144, 24, 56, 3), DType::f32, 132).wide);
   CHECK(!forward_of(geometry(1, 1024, 1024, 7, 3), DType::f32, 132).wide);
+
+  check_costs();
 
   CHECK(unrolled_kernel(geometry(1, 1, 1, 9, 3)) == 3 && unrolled_kernel(geometry(1, 1, 1, 9, 5)) == 5);
   CHECK(unrolled_kernel(geometry(1, 1, 1, 9, 7)) == 0);

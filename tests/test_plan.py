@@ -1,8 +1,12 @@
-"""What Python can ask the planners: cpu_plan() and cuda_plan() of the extension."""
+"""What Python can ask the planners: dsconv_cuda.plan(), and cpu_plan() and cuda_plan() of the extension."""
+
+import dataclasses
 
 import pytest
+import torch
 
-from dsconv_cuda import _loader
+import dsconv_cuda
+from dsconv_cuda import _loader, planning
 
 LAYER = {"input": [2, 24, 30, 31], "dw_weight": [48, 1, 3, 3], "c_out": 40, "stride": [2, 1], "padding": [1, 1, 1, 1]}
 PIXELS = 2 * 15 * 31
@@ -58,3 +62,104 @@ def test_a_question_without_an_answer_is_refused(library, change, text):
     for plan in (library.cpu_plan, library.cuda_plan):
         with pytest.raises(ValueError, match=text):
             plan(**{**LAYER, **change})
+
+
+CALL = ((2, 24, 30, 31), 40, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_plan_for_every_gpu_of_the_table(backward, dtype):
+    assert {"sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"} == set(dsconv_cuda.gpus())
+    for architecture, gpu in dsconv_cuda.gpus().items():
+        plan = dsconv_cuda.plan(*CALL, padding=1, dtype=dtype, backward=backward, arch=architecture)
+        assert plan.gpu == gpu
+        assert [alternative.chosen for alternative in plan.alternatives].count(True) == 1
+        for kernel in plan.kernels:
+            assert 1 <= kernel.blocks_per_multiprocessor <= gpu.blocks_per_multiprocessor, kernel
+            assert kernel.shared_bytes <= gpu.shared_per_block
+            assert kernel.threads <= 1024
+            waves = kernel.blocks / (kernel.blocks_per_multiprocessor * gpu.multiprocessors)
+            assert kernel.waves == pytest.approx(waves)
+            assert kernel.seconds > max(kernel.dram_seconds, kernel.l2_seconds, kernel.arithmetic_seconds)
+
+
+def test_the_plan_is_the_one_that_is_predicted_to_be_fastest():
+    for shape, c_out in (((128, 64, 56, 56), 128), ((128, 144, 56, 56), 24), ((1, 1024, 7, 7), 1024)):
+        plan = dsconv_cuda.plan(shape, c_out, 3, padding=1, arch="sm_90")
+        assert plan.seconds == min(alternative.seconds for alternative in plan.alternatives if alternative.ours)
+        # x, both weights and y, once each
+        pixels = shape[0] * shape[2] * shape[3]
+        assert plan.chosen.dram_bytes == 4 * ((shape[1] + c_out) * pixels + shape[1] * (9 + c_out))
+        unfused = next(alternative for alternative in plan.alternatives if not alternative.ours)
+        assert unfused.dram_bytes == plan.chosen.dram_bytes + 4 * 2 * shape[1] * pixels
+
+
+def test_what_bounds_a_kernel():
+    def bound(gpu, shape=(128, 144, 56, 56), c_out=24):
+        return dsconv_cuda.plan(shape, c_out, 3, padding=1, arch=gpu).kernels[0].bound
+
+    gpu = dsconv_cuda.gpus()["sm_90"]
+    assert bound(dataclasses.replace(gpu, bandwidth=1e10)) == "DRAM"
+    assert bound(dataclasses.replace(gpu, l2_bandwidth=1e10)) == "L2"
+    assert bound(dataclasses.replace(gpu, fma_f32=1e10)) == "arithmetic"
+    assert bound(gpu, (1, 8, 4, 4), 8) == "launch"
+
+
+def test_a_backward_without_activation_needs_no_z():
+    plain, bent = (
+        dsconv_cuda.plan(*CALL, activation=name, backward=True, arch="sm_80") for name in ("identity", "relu6")
+    )
+    assert [kernel.name for kernel in plain.kernels] == [kernel.name for kernel in bent.kernels]
+    assert plain.kernels[0].name == bent.kernels[0].name == "du"
+    assert plain.kernels[0].dram_bytes < bent.kernels[0].dram_bytes
+    assert plain.chosen.workspace_bytes > 0
+
+
+def test_plans_can_be_read():
+    text = str(dsconv_cuda.plan(*CALL, stride=2, padding=1, dtype=torch.float16, arch="sm_90"))
+    assert "forward of [2, 24, 30, 31] float16 NCHW, 3x3, stride (2, 2), padding (1, 1, 1, 1), 24 -> 40" in text
+    assert "on H100 SXM 80 GB (sm_90, 132 multiprocessors)" in text
+    assert text.count("\n->") == 1
+    assert "= unfused" in text
+    backward = dsconv_cuda.plan(
+        *CALL, backward=True, channel_multiplier=2, memory_format=torch.channels_last, arch="sm_86"
+    )
+    assert "float32 channels_last, 3x3, 48 -> 40 channels" in str(backward)
+    assert "workspace" in str(backward)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the default is the GPU")
+def test_without_a_gpu_the_plan_is_that_of_the_cpu(library):
+    plan = dsconv_cuda.plan(*CALL, padding=1)
+    assert plan.numbers == library.cpu_plan([2, 24, 30, 31], [24, 1, 3, 3], 40, padding=[1] * 4, threads=plan.threads)
+    assert f"on the CPU, {library.isa_active()} kernels" in str(plan)
+    with pytest.raises(RuntimeError, match="this machine has no GPU; name an architecture"):
+        dsconv_cuda.plan(*CALL, arch="cuda:0")
+
+
+def test_a_gpu_that_is_no_entry_of_the_table_has_the_rates_of_its_kin():
+    known = list(dsconv_cuda.gpus().values())
+    pcie = planning.scaled(known, 90, 66, "half an H100")
+    assert (pcie.multiprocessors, pcie.bandwidth) == (66, dsconv_cuda.gpus()["sm_90"].bandwidth / 2)
+    assert planning.scaled(known, 87, 16, "Orin").shared_per_block == dsconv_cuda.gpus()["sm_86"].shared_per_block
+    assert planning.scaled(known, 70, 80, "V100").l2_bytes == dsconv_cuda.gpus()["sm_75"].l2_bytes
+    # As the op takes them.
+    assert dsconv_cuda.plan(*CALL, arch=pcie).gpu is pcie
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"arch": "sm_42"}, "arch must be a Gpu, a CUDA device, cpu or one of sm_75, sm_80"),
+        ({"input_size": (24, 30, 31)}, r"input_size must be \[N, C, H, W\]"),
+        ({"dtype": torch.int8}, "dtype must be"),
+        ({"memory_format": torch.preserve_format}, "memory_format must be"),
+        ({"kernel_size": 50}, "kernel larger than the padded input"),
+        ({"padding": "same", "stride": 2}, "takes stride 1 only"),
+    ],
+)
+def test_a_plan_for_what_the_op_refuses_is_refused(arguments, text):
+    call = {"input_size": CALL[0], "out_channels": CALL[1], "kernel_size": CALL[2], "arch": "sm_90", **arguments}
+    with pytest.raises(ValueError, match=text):
+        dsconv_cuda.plan(**call)

@@ -77,6 +77,7 @@ struct DuTraits {
   static constexpr size_t kSharedBytes = kTileBytes + kPixels * (sizeof(Window) + sizeof(OutputOffsets));
   static_assert(kWeightBytes % 16 == 0 && kTileBytes % 16 == 0, "every part starts on 16 bytes");
   static_assert(kSharedBytes <= kDefaultSharedBytes, "fits every architecture without asking");
+  static_assert(kSharedBytes == du_shared_bytes(sizeof(T), sizeof(Acc)), "what the planner counts with");
 };
 
 template <class Traits, int kKernel>
@@ -173,6 +174,7 @@ struct PointwiseSumTraits {
   static constexpr size_t kSharedBytes = kGradBytes + kMiddleBytes + kDepth * (sizeof(Window) + sizeof(OutputOffsets));
   static_assert(kGradBytes % 16 == 0 && kMiddleBytes % 16 == 0, "every part starts on 16 bytes");
   static_assert(kSharedBytes <= kDefaultSharedBytes, "fits every architecture without asking");
+  static_assert(kSharedBytes == pointwise_sum_shared_bytes(sizeof(Acc)), "what the planner counts with");
   static_assert(kOut <= kThreads && kDepth <= kThreads, "one thread a row");
 };
 

@@ -6,14 +6,11 @@
 #include <cstdint>
 
 #include "../params.h"
+#include "cuda_cost.h"
 
 namespace dsconv {
 
 constexpr int kBlockThreads = 256;
-
-struct DeviceLimits {
-  int64_t multiprocessors;
-};
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -39,6 +36,19 @@ constexpr const char* unsupported_extent(const Geometry& g) {
   return nullptr;
 }
 
+constexpr int64_t x_elements(const Geometry& g) { return g.n * g.c_in * g.h_in * g.w_in; }
+
+// Elements of one channel of x that `pixels` output pixels in a row reach: their rows and the halo around them.
+constexpr int64_t window_elements(const Geometry& g, int64_t pixels) {
+  const auto reach = [](int64_t outputs, int64_t kernel, int64_t stride, int64_t dilation, int64_t in) {
+    return smaller((outputs - 1) * stride + (kernel - 1) * dilation + 1, in);
+  };
+  const int64_t image = g.h_out * g.w_out;
+  if (pixels >= image) return ceil_div(pixels, image) * g.h_in * g.w_in;
+  const int64_t rows = reach(ceil_div(pixels, g.w_out), g.kernel_h, g.stride_h, g.dilation_h, g.h_in);
+  return rows * reach(smaller(pixels, g.w_out), g.kernel_w, g.stride_w, g.dilation_w, g.w_in);
+}
+
 constexpr Strides dense_strides(Layout layout, int64_t c, int64_t h, int64_t w) {
   return layout == Layout::nhwc ? Strides{c * h * w, 1, c * w, c} : Strides{c * h * w, h * w, w, 1};
 }
@@ -56,6 +66,15 @@ constexpr ForwardTile forward_tile(size_t accumulator, bool wide) {
 }
 
 constexpr int64_t kForwardBlocks = 2;  // that share a multiprocessor, by their registers
+constexpr int forward_depth(size_t accumulator) { return 128 / static_cast<int>(accumulator); }
+
+// act(z), pw_weight with 16 bytes behind each row, windows of 16 bytes: forward.cuh.
+constexpr size_t forward_shared_bytes(size_t element, size_t accumulator, bool wide) {
+  const ForwardTile tile = forward_tile(accumulator, wide);
+  const size_t depth = static_cast<size_t>(forward_depth(accumulator));
+  return accumulator * depth * static_cast<size_t>(tile.pixels + 4) +
+         static_cast<size_t>(tile.channels) * (element * depth + 16) + 16 * static_cast<size_t>(tile.pixels);
+}
 
 struct ForwardPlan {
   int kernel;  // unrolled_kernel
@@ -72,18 +91,53 @@ constexpr ForwardPlan forward_plan_of(const ForwardParams& p, bool wide) {
   return {unrolled_kernel(g), wide, pixel_tiles, channel_tiles, pixel_tiles * channel_tiles};
 }
 
-// The tile whose waves of blocks take less time in total. Both tiles sum in the same order: the choice changes no bit.
+constexpr bool same_plan(const ForwardPlan& a, const ForwardPlan& b) { return a.wide == b.wide; }
+
+// Every plan that a call can have. A further kernel adds its plans here and what they cost to forward_cost().
+constexpr int kForwardPlans = 2;
+constexpr ForwardPlan forward_candidate(const ForwardParams& p, int i) { return forward_plan_of(p, i == 0); }
+
+constexpr KernelCost forward_cost(const ForwardParams& p, const ForwardPlan& plan, const DeviceLimits& device) {
+  const Geometry& g = p.geom;
+  const size_t element = element_bytes(p.dtype), accumulator = accumulator_bytes(p.dtype);
+  const int64_t bytes = static_cast<int64_t>(element), depth = forward_depth(accumulator);
+  const ForwardTile tile = forward_tile(accumulator, plan.wide);
+  const int64_t mid = ceil_div(g.c_mid, depth) * depth, taps = g.kernel_h * g.kernel_w;
+  KernelCost cost;
+  cost.name = plan.wide ? "forward, wide tile" : "forward, narrow tile";
+  cost.tile_rows = tile.pixels;
+  cost.tile_columns = tile.channels;
+  cost.tile_depth = depth;
+  cost.stages = 1;
+  cost.blocks = plan.blocks;
+  cost.threads = kBlockThreads;
+  cost.shared_bytes = static_cast<int64_t>(forward_shared_bytes(element, accumulator, plan.wide));
+  cost.bounded_blocks = kForwardBlocks;
+  // Every channel tile computes z anew; a tap costs about twice a multiply-add of the product (two loads each).
+  cost.multiply_adds = static_cast<double>(plan.blocks) * static_cast<double>(tile.pixels * mid) *
+                       static_cast<double>(tile.channels + 2 * taps);
+  cost.rate = p.dtype == DType::f64 ? device.fma_f64 : device.fma_f32;
+  const int64_t weights = g.c_mid * (g.c_out + taps), y = g.n * g.c_out * g.h_out * g.w_out;
+  cost.dram_bytes = (x_elements(g) + weights + y) * bytes;
+  cost.l2_bytes = (plan.blocks * g.c_in * window_elements(g, tile.pixels) + plan.pixel_tiles * weights + y) * bytes;
+  return cost;
+}
+
+// The candidate that is predicted to take the least time, and of those the one with the least arithmetic: where memory
+// bounds them all, the prediction does not see the difference. All sum in the same order: the choice changes no bit.
 inline ForwardPlan plan_forward(const ForwardParams& p, const DeviceLimits& device) {
-  // A block's time, in multiply-adds for one c_mid channel: its channels, padding included, and the taps of z, which
-  // every channel tile computes anew and which cost about twice a multiply-add of the product (two loads each).
-  const int64_t taps = p.geom.kernel_h * p.geom.kernel_w;
-  const auto time = [&](const ForwardPlan& plan) {
-    const ForwardTile tile = forward_tile(accumulator_bytes(p.dtype), plan.wide);
-    const int64_t waves = ceil_div(plan.blocks, kForwardBlocks * device.multiprocessors);
-    return waves * tile.pixels * (tile.channels + 2 * taps);
-  };
-  const ForwardPlan wide = forward_plan_of(p, true), narrow = forward_plan_of(p, false);
-  return time(wide) < time(narrow) ? wide : narrow;
+  ForwardPlan best = forward_candidate(p, 0);
+  Prediction least = predict(forward_cost(p, best, device), device);
+  for (int i = 1; i < kForwardPlans; ++i) {
+    const ForwardPlan plan = forward_candidate(p, i);
+    const Prediction found = predict(forward_cost(p, plan, device), device);
+    if (found.seconds < least.seconds ||
+        (found.seconds == least.seconds && found.arithmetic_seconds < least.arithmetic_seconds)) {
+      best = plan;
+      least = found;
+    }
+  }
+  return best;
 }
 
 // --------------------------------------------------------------------------------------------------------- backward
@@ -96,6 +150,23 @@ struct PointwiseTiles {
 
 constexpr PointwiseTiles pointwise_tiles(size_t accumulator) {
   return accumulator == 8 ? PointwiseTiles{64, 64, 64, 64, 16} : PointwiseTiles{128, 64, 64, 64, 32};
+}
+
+// backward_pointwise.cuh: the chunks of pw_weight and g, or act'(z) in their place, windows and offsets.
+constexpr size_t du_shared_bytes(size_t element, size_t accumulator) {
+  const PointwiseTiles t = pointwise_tiles(accumulator);
+  const size_t depth = static_cast<size_t>(t.depth), channels = static_cast<size_t>(t.du_channels);
+  const size_t pixels = static_cast<size_t>(t.du_pixels);
+  const size_t chunks = element * depth * channels + accumulator * pixels * (depth + 4);
+  const size_t middle = accumulator * pixels * (channels + 4);
+  return (chunks > middle ? chunks : middle) + 32 * pixels;
+}
+constexpr size_t pointwise_sum_shared_bytes(size_t accumulator) {
+  const PointwiseTiles t = pointwise_tiles(accumulator);
+  const size_t depth = static_cast<size_t>(t.depth);
+  return accumulator *
+             (depth * static_cast<size_t>(t.weight_out + 4) + static_cast<size_t>(t.weight_mid) * (depth + 4)) +
+         32 * depth;
 }
 
 constexpr int kTapGroup = 8;            // taps a block of grad_dw_weight sums where they are not unrolled

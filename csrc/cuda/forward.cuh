@@ -44,7 +44,7 @@ struct ForwardTraits {
   using Acc = acc_t<T>;
   static constexpr ForwardTile kTile = forward_tile(sizeof(Acc), kWide);
   static constexpr int kPixels = kTile.pixels, kChannels = kTile.channels, kThreads = kBlockThreads;
-  static constexpr int kDepth = 128 / static_cast<int>(sizeof(Acc));
+  static constexpr int kDepth = forward_depth(sizeof(Acc));
   using Gemm = GemmTile<Acc, kPixels, kChannels, kDepth, kThreads>;
 
   static constexpr int kZStride = kPixels + 4;
@@ -55,6 +55,7 @@ struct ForwardTraits {
   static constexpr size_t kSharedBytes = kZBytes + kWeightBytes + kWindowBytes;
   static_assert(kZBytes % 16 == 0 && kWeightBytes % 16 == 0, "every part starts on 16 bytes");
   static_assert(kSharedBytes <= kDefaultSharedBytes, "fits every architecture without asking");
+  static_assert(kSharedBytes == forward_shared_bytes(sizeof(T), sizeof(Acc), kWide), "what the planner counts with");
 };
 
 // The one place where an accumulator becomes an output.

@@ -75,8 +75,17 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
 DeviceLimits device_limits() {
   int device = 0;
   static_cast<void>(cudaGetDevice(&device));
-  const int multiprocessors = device_attribute(cudaDevAttrMultiProcessorCount, device);
-  return {multiprocessors > 0 ? multiprocessors : 1};
+  const auto read = [&](cudaDeviceAttr attribute, int64_t& value) {
+    if (const int found = device_attribute(attribute, device); found > 0) value = found;
+  };
+  int64_t major = 9, minor = 0, multiprocessors = 1;
+  read(cudaDevAttrComputeCapabilityMajor, major);
+  minor = device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+  read(cudaDevAttrMultiProcessorCount, multiprocessors);
+  DeviceLimits limits = limits_of(10 * major + minor, multiprocessors);
+  read(cudaDevAttrMaxSharedMemoryPerBlockOptin, limits.shared_per_block);
+  read(cudaDevAttrMaxSharedMemoryPerMultiprocessor, limits.shared_per_multiprocessor);
+  return limits;
 }
 
 void check_launch(const char* op, const LaunchStatus& status) {
