@@ -2,6 +2,7 @@
 
     depthwise_separable_conv2d      the function
     DepthwiseSeparableConv2d        the module, also as DepthwiseSeparableConv
+    fuse, unfuse, explain_fusion    finds the chains of a model of stock modules and fuses them
     clear_weight_cache              frees the packed weights that modules keep
     models                          networks that use it: MobileNetV1, Xception, ExampleNet
     complexity                      multiply-adds, bytes and bounds of layers and models
@@ -16,6 +17,7 @@ import importlib
 
 from dsconv_cuda import complexity, models
 from dsconv_cuda.functional import depthwise_separable_conv2d
+from dsconv_cuda.fusion import explain_fusion, fuse, unfuse
 from dsconv_cuda.kept_weights import clear_weight_cache
 from dsconv_cuda.modules import DepthwiseSeparableConv, DepthwiseSeparableConv2d
 
@@ -29,10 +31,13 @@ __all__ = [
     "clear_weight_cache",
     "complexity",
     "depthwise_separable_conv2d",
+    "explain_fusion",
+    "fuse",
     "gpus",
     "load",
     "models",
     "plan",
+    "unfuse",
 ]
 
 

@@ -1,0 +1,309 @@
+"""A fused chain at run time: the modules of a model that one call of the op stands for.
+
+The modules stay where they are, with their parameters, buffers and names; so the state_dict, optimisers, EMA and
+everything else that walks over a model sees what it saw before. What changes is their class:
+
+    depthwise  ->  FusedConv2d           its forward computes the whole chain
+    the others ->  AbsorbedBatchNorm2d,  ... their forward hands on what it is given
+                   AbsorbedReLU6,
+
+Each new class is a subclass of the old one. All of them ask the chain how much of it is one operation now, which
+depends on the state of the modules alone, so that all get the same answer:
+
+    ALL     everything
+    PAIR    up to the pointwise convolution, while the BatchNorm after that trains; that one and what follows run
+    NONE    every module runs its old forward: while the BatchNorm between trains, or where a hook or a parametrization
+            was added, a module was exchanged, or the device has no kernels
+
+BatchNorm in evaluation folds into the weights of the convolution before it, in float32 or better:
+
+    s = gamma / sqrt(var + eps)        weight' = weight * s        bias' = (bias - mean) * s + beta
+
+with gradients by autograd where one is asked for, otherwise once, and again when something that goes into it has
+changed. Noticed are other tensors, every write that PyTorch counts (``_version``; BatchNorm's own update of its
+statistics counts in num_batches_tracked), and by their effect also writes through ``.data`` or numpy, to anything but a
+few elements of the weights: of these the first and the last of each row are compared, and all of the other tensors.
+"""
+
+import functools
+import operator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from dsconv_cuda import _checks
+from dsconv_cuda.functional import depthwise_separable_conv2d
+from dsconv_cuda.modules import DepthwiseSeparableConv2d
+
+NONE, PAIR, ALL = 0, 1, 2  # see Chain.extent()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+@dataclass(eq=False)
+class Chain:
+    """depthwise -> [bn1] -> activation -> pointwise -> [bn2] -> out_activation"""
+
+    depthwise: nn.Conv2d
+    bn1: nn.BatchNorm2d | None
+    activation: str
+    pointwise: nn.Conv2d
+    bn2: nn.BatchNorm2d | None
+    out_activation: str
+    places: list[tuple[nn.Module, str, nn.Module]]  # (parent, name of the child, child), of every module of the chain
+    _folded: "dict[int, _Folded]" = field(default_factory=dict, repr=False)
+
+    def extent(self) -> int:
+        """How much of the chain one call of the op computes now. Every module asks, so it has to be quick."""
+        bn1, bn2 = self.bn1, self.bn2
+        extent = ALL
+        if bn2 is not None and (bn2.training or bn2.running_mean is None):
+            extent = PAIR
+        if bn1 is not None and (bn1.training or bn1.running_mean is None):
+            return NONE
+        for module in (self.depthwise, bn1, self.pointwise, bn2):
+            # A parametrization takes them out of there, pruning too.
+            if module is not None and not ("weight" in module._parameters and "bias" in module._parameters):
+                return NONE
+        if torch.compiler.is_dynamo_compiling():
+            return extent
+        for parent, name, child in self.places:
+            if parent._modules.get(name) is not child or has_hooks(child):
+                return NONE
+        weight = self.depthwise._parameters["weight"]
+        return extent if weight.device.type in _checks.DEVICES and weight.dtype in _checks.DTYPES else NONE
+
+    def compute(self, x: Tensor, extent: int) -> Tensor:
+        bn1, bn2 = self.bn1, self.bn2 if extent == ALL else None
+        normed = [bn for bn in (bn1, bn2) if bn is not None]
+        if torch.compiler.is_dynamo_compiling() or _transformed() or (normed and self._wants_gradients(normed)):
+            return self._call(x, extent, *self._operands(extent))
+        folded = self._folded.get(extent)
+        if folded is None:
+            folded = self._folded[extent] = _Folded(self, extent)
+        return folded(x)
+
+    def _wants_gradients(self, normed: list) -> bool:
+        """Of the parameters: folding has to be part of the graph then."""
+        if not torch.is_grad_enabled():
+            return False
+        modules = (self.depthwise, self.pointwise, *normed)
+        return any(p is not None and p.requires_grad for m in modules for p in m._parameters.values())
+
+    def _operands(self, extent: int) -> tuple:
+        dw_weight, dw_bias = fold(self.depthwise, self.bn1)
+        pw_weight, pw_bias = fold(self.pointwise, self.bn2 if extent == ALL else None)
+        return dw_weight, pw_weight, dw_bias, pw_bias
+
+    def _call(self, x: Tensor, extent: int, *operands) -> Tensor:
+        conv = self.depthwise
+        out_activation = self.out_activation if extent == ALL else "identity"
+        return depthwise_separable_conv2d(
+            x, *operands, conv.stride, conv.padding, conv.dilation, self.activation, out_activation
+        )
+
+    def __getstate__(self):
+        return {**self.__dict__, "_folded": {}}
+
+
+def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the convolution that computes bn(conv(x)), with bn in evaluation."""
+    weight, bias = conv.weight, conv.bias
+    if bn is None:
+        return weight, bias
+    dtype = torch.promote_types(bn.running_var.dtype, torch.float32)
+    scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
+    if bn.weight is not None:
+        scale = scale * bn.weight
+    shift = -bn.running_mean * scale if bias is None else (bias - bn.running_mean) * scale
+    if bn.bias is not None:
+        shift = shift + bn.bias
+    return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
+
+
+def _transformed() -> bool:
+    """Whether parameters may be something else than they look like: under torch.func, modes and tracers."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+class _Folded:
+    """The chain for calls without gradients of what folds: a module of the folded weights, kept between calls."""
+
+    def __init__(self, chain: Chain, extent: int):
+        self.chain, self.extent = chain, extent
+        self.bn1, self.bn2 = chain.bn1, chain.bn2 if extent == ALL else None
+        self.sources = [m for m in (chain.depthwise, self.bn1, chain.pointwise, self.bn2) if m is not None]
+        self.tensors: list[Tensor] = []
+        self.versions: list[int] = []
+        self.values: Tensor | None = None
+        self.module = module = DepthwiseSeparableConv2d.__new__(DepthwiseSeparableConv2d)
+        nn.Module.__init__(module)
+        module.activation = chain.activation
+        module.out_activation = chain.out_activation if extent == ALL else "identity"
+        # Of the plain class, which modules.py asks for.
+        module.depthwise, module.pointwise = _shell(chain.depthwise), _shell(chain.pointwise)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        conv, mine = self.chain.depthwise, self.module.depthwise.__dict__
+        mine["stride"], mine["padding"], mine["dilation"] = conv.stride, conv.padding, conv.dilation
+        tensors = [
+            t
+            for module in self.sources
+            for group in (module._parameters, module._buffers)
+            for t in group.values()
+            if t is not None
+        ]
+        if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
+            return self.chain._call(x, self.extent, *self.chain._operands(self.extent))
+        if self._changed(tensors):
+            self._fold_again()
+        return self.module.forward(x)
+
+    def _changed(self, tensors: list[Tensor]) -> bool:
+        """Whether to fold again; remembers what it saw."""
+        if self.bn1 is None and self.bn2 is None:  # nothing folds; modules.py looks after the weights themselves
+            changed = len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors))
+            self.tensors = tensors
+            return changed
+        versions = [t._version for t in tensors]
+        with torch.no_grad():
+            weights = [t.flatten(1) for t in (self.chain.depthwise.weight, self.chain.pointwise.weight)]
+            small = [t for t in tensors if t.dim() == 1]
+            values = torch.cat([*small, *(w[:, i] for w in weights for i in (0, -1))])
+        same = (
+            len(tensors) == len(self.tensors)
+            and all(map(operator.is_, tensors, self.tensors))
+            and versions == self.versions
+            and (values.dtype, values.device) == (self.values.dtype, self.values.device)
+            and torch.equal(values, self.values)
+        )
+        self.tensors, self.versions, self.values = tensors, versions, values
+        return not same
+
+    def _fold_again(self) -> None:
+        pairs = (
+            (self.module.depthwise, self.chain.depthwise, self.bn1),
+            (self.module.pointwise, self.chain.pointwise, self.bn2),
+        )
+        for mine, conv, bn in pairs:
+            if bn is None:
+                mine._parameters.update(conv._parameters)
+            else:
+                with torch.no_grad():
+                    weight, bias = fold(conv, bn)
+                mine.weight, mine.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
+
+
+def _shell(conv: nn.Conv2d) -> nn.Conv2d:
+    shell = nn.Conv2d.__new__(nn.Conv2d)
+    nn.Module.__init__(shell)
+    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+        setattr(shell, name, getattr(conv, name))
+    shell.register_parameter("weight", None)
+    shell.register_parameter("bias", None)
+    return shell
+
+
+# ---- the classes of the modules of a chain --------------------------------------------------------------------------
+
+
+class _Fused:
+    """The depthwise convolution of a chain."""
+
+    def forward(self, x):
+        extent = self._fused_chain.extent()
+        return super().forward(x) if extent == NONE else self._fused_chain.compute(x, extent)
+
+    def extra_repr(self) -> str:
+        chain = self._fused_chain
+        steps = [
+            "bn" if chain.bn1 is not None else None,
+            chain.activation if chain.activation != "identity" else None,
+            f"1x1 to {chain.pointwise.out_channels}",
+            "bn" if chain.bn2 is not None else None,
+            chain.out_activation if chain.out_activation != "identity" else None,
+        ]
+        return f"{super().extra_repr()} -> {' -> '.join(step for step in steps if step)}"
+
+    def __reduce_ex__(self, protocol):
+        return _reduce(self, super().__reduce_ex__(protocol))
+
+
+class _Absorbed:
+    """What comes after it, up to the pointwise convolution."""
+
+    def forward(self, x):
+        return super().forward(x) if self._fused_chain.extent() == NONE else x
+
+    def __reduce_ex__(self, protocol):
+        return _reduce(self, super().__reduce_ex__(protocol))
+
+
+class _AbsorbedAfter:
+    """What comes after the pointwise convolution."""
+
+    def forward(self, x):
+        return x if self._fused_chain.extent() == ALL else super().forward(x)
+
+    def __reduce_ex__(self, protocol):
+        return _reduce(self, super().__reduce_ex__(protocol))
+
+
+_MIXINS = {"depthwise": _Fused, "up to pointwise": _Absorbed, "after pointwise": _AbsorbedAfter}
+
+
+@functools.cache
+def _class(kind: str, original: type) -> type:
+    name = ("Fused" if kind == "depthwise" else "Absorbed") + original.__name__
+    namespace = {"__module__": __name__, "__doc__": _MIXINS[kind].__doc__}
+    namespace |= {"_fused_original": original, "_fused_kind": kind}
+    return type(name, (_MIXINS[kind], original), namespace)
+
+
+def _new(kind: str, original: type):
+    cls = _class(kind, original)
+    return cls.__new__(cls)
+
+
+def _reduce(module, reduced: tuple) -> tuple:
+    """Copies and pickles: the class is made again where the module is."""
+    return (_new, (module._fused_kind, module._fused_original), *reduced[2:])
+
+
+def install(chain: Chain) -> None:
+    """Gives the modules of a chain their new classes."""
+    kind = "depthwise"
+    for _, _, module in chain.places:
+        module._fused_chain = chain
+        module.__class__ = _class(kind, type(module))
+        if kind == "depthwise":
+            kind = "up to pointwise"
+        elif module is chain.pointwise:
+            kind = "after pointwise"
+
+
+def remove(module: nn.Module) -> None:
+    """Gives one of them its old class back."""
+    if type(module) is not _class(module._fused_kind, module._fused_original):
+        raise RuntimeError(
+            f"unfuse: {type(module).__name__} has been given another class since it was fused, as parametrizations do; "
+            f"take that back first"
+        )
+    del module._fused_chain
+    module.__class__ = module._fused_original
+
+
+def chain_of(module: nn.Module) -> Chain | None:
+    return module.__dict__.get("_fused_chain")

@@ -1,0 +1,437 @@
+"""Finds the chains of a model, and says of each depthwise convolution why it is part of one or not.
+
+What follows what is read off a graph of torch.fx. The whole model is traced where that works; otherwise each largest
+part of it that can be traced on its own (an nn.Sequential always can). BatchNorm layers and convolutions are leaves of
+the graph, classes derived from them too.
+
+The graph is taken in training and in evaluation, since a model may take other ways there; where a convolution is
+reached in both, it has to be in the same chain.
+"""
+
+import contextlib
+import inspect
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+from dsconv_cuda import activations
+from dsconv_cuda.fusion.chain import NONE, Chain, chain_of, has_hooks
+from dsconv_cuda.modules import DepthwiseSeparableConv2d
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass
+class Finding:
+    """What becomes of one depthwise convolution."""
+
+    name: str
+    taken: bool
+    reason: str
+    members: tuple[str, ...] = ()  # the names of the modules of its chain
+    chain: Chain | None = field(default=None, repr=False)
+
+    def __str__(self):
+        return f"{'taken' if self.taken else 'left '}  {self.name}: {self.reason}"
+
+
+class _No(Exception):
+    """Why there is no chain."""
+
+
+def find(model: nn.Module) -> list[Finding]:
+    names = {module: name for name, module in model.named_modules()}
+    places = {child: (parent, name, child) for parent in names for name, child in parent._modules.items() if child}
+    inside_fused = {c for m in names if isinstance(m, DepthwiseSeparableConv2d) for c in m.modules() if c is not m}
+    candidates = [m for m in names if is_depthwise(m) and m not in inside_fused]
+    findings = []
+    modes = None
+    for module in candidates:
+        if chain_of(module) is not None:
+            findings.append(_fused_already(module, names))
+            continue
+        try:
+            _check_convolution(module)
+            if modes is None:
+                modes = [_trace_all(model, training) for training in (True, False)]
+            chain = _chain_in_every_mode(module, modes, names, places)
+        except _No as no:
+            findings.append(Finding(names[module], False, str(no)))
+        else:
+            members = tuple(names[child] for _, _, child in chain.places)
+            findings.append(Finding(names[module], True, _describe(chain), members, chain))
+    findings += [
+        Finding(name, True, "a fused module by itself", (name,))
+        for module, name in names.items()
+        if isinstance(module, DepthwiseSeparableConv2d)
+    ]
+    order = list(names.values())
+    return sorted(findings, key=lambda finding: order.index(finding.name))
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    return (
+        isinstance(module, _CONVOLUTIONS)
+        and module.groups == module.in_channels > 1
+        and module.out_channels % module.in_channels == 0
+    )
+
+
+def _fused_already(module: nn.Module, names: dict) -> Finding:
+    chain = chain_of(module)
+    members = tuple(names[child] for _, _, child in chain.places if child in names)
+    norms = [bn for bn in (chain.bn1, chain.bn2) if bn is not None]
+    trains = any(bn.training for bn in norms)
+    reason = _describe(chain)
+    if chain.extent() == NONE and not trains:
+        reason = "fused, but its modules run one by one: one of them was changed since"
+    return Finding(names[module], True, reason, members)
+
+
+def _describe(chain: Chain) -> str:
+    steps = ["depthwise", "BatchNorm" if chain.bn1 is not None else None, _named(chain.activation), "pointwise"]
+    steps += ["BatchNorm" if chain.bn2 is not None else None, _named(chain.out_activation)]
+    text = " -> ".join(step for step in steps if step)
+    if chain.bn1 is not None:
+        text += "; in evaluation only, in training the modules run one by one"
+    elif chain.bn2 is not None:
+        text += "; in training up to the pointwise convolution"
+    return text
+
+
+def _named(activation: str) -> str | None:
+    return None if activation == "identity" else activation
+
+
+# ---- conditions on single modules -----------------------------------------------------------------------------------
+
+
+def _check_convolution(conv: nn.Module) -> None:
+    if isinstance(conv, (nn.Conv1d, nn.Conv3d)):
+        raise _No(f"{type(conv).__name__}: only 2-D convolutions are fused")
+    _check_parameters(conv)
+    if type(conv) is not nn.Conv2d:
+        raise _No(f"{type(conv).__name__} may compute something else than nn.Conv2d")
+    if conv.padding_mode != "zeros":
+        raise _No(f"padding_mode {conv.padding_mode!r}")
+    dtype, device = conv.weight.dtype, conv.weight.device
+    if dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        raise _No(f"its dtype is {dtype}")
+    if device.type not in ("cpu", "cuda", "meta"):
+        raise _No(f"it is on {device}, which has no kernels")
+
+
+def _check_parameters(module: nn.Module) -> None:
+    if parametrize.is_parametrized(module):
+        raise _No(f"the {_kind(module)} is parametrized")
+    if has_hooks(module):
+        raise _No(f"hooks are attached to the {_kind(module)}")
+    if not isinstance(module._parameters.get("weight"), nn.Parameter) and getattr(module, "weight", None) is not None:
+        raise _No(f"the weight of the {_kind(module)} is no parameter but computed")
+
+
+def _kind(module: nn.Module) -> str:
+    if isinstance(module, _CONVOLUTIONS):
+        return "depthwise convolution" if is_depthwise(module) else "convolution"
+    return type(module).__name__
+
+
+def _check_batch_norm(module: nn.Module) -> None:
+    _check_parameters(module)
+    if module.running_mean is None or not module.track_running_stats:
+        raise _No("BatchNorm without running statistics")
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _has_activation(module)
+
+
+def _has_activation(module: nn.Module) -> bool:
+    """timm's BatchNorm with an activation in it."""
+    return (
+        isinstance(module, nn.BatchNorm2d)
+        and type(module).__name__ == "BatchNormAct2d"
+        and type(module).__module__.startswith("timm.")
+        and type(getattr(module, "drop", None)) is nn.Identity
+    )
+
+
+def _check_pointwise(conv: nn.Module) -> None:
+    _check_parameters(conv)
+    if type(conv) is not nn.Conv2d:
+        raise _No(f"the convolution after it is a {type(conv).__name__}")
+    if is_depthwise(conv):
+        raise _No("another depthwise convolution follows")
+    if set(conv.kernel_size) != {1}:
+        raise _No(f"the convolution after it is {'x'.join(map(str, conv.kernel_size))}, not 1x1")
+    if conv.groups != 1:
+        raise _No(f"the 1x1 convolution after it has {conv.groups} groups")
+    if set(conv.stride) != {1}:
+        raise _No("the 1x1 convolution after it is strided")
+    if conv.padding not in ((0, 0), "valid", "same"):
+        raise _No("the 1x1 convolution after it pads")
+
+
+_ACTIVATION_FUNCTIONS = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    "relu": "relu",
+    "relu_": "relu",
+    F.relu6: "relu6",
+    F.silu: "silu",
+    F.hardswish: "hardswish",
+    F.hardsigmoid: "hardsigmoid",
+    F.gelu: "gelu",
+    F.leaky_relu: "leaky_relu",
+    torch.sigmoid: "sigmoid",
+    F.sigmoid: "sigmoid",
+    "sigmoid": "sigmoid",
+    torch.tanh: "tanh",
+    F.tanh: "tanh",
+    "tanh": "tanh",
+}
+_ACTIVATION_MODULES = ("torch.nn.modules.activation",)
+
+
+def _activation_of_module(module: nn.Module) -> str:
+    if has_hooks(module):
+        raise _No(f"hooks are attached to the {type(module).__name__}")
+    try:
+        return activations.activation_name(module)
+    except (TypeError, ValueError):
+        raise _No(f"{module} is no activation of the kernels") from None
+
+
+# ---- graphs ---------------------------------------------------------------------------------------------------------
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, opaque: set[nn.Module]):
+        super().__init__()
+        self.opaque = opaque
+
+    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
+        leaf = (*_CONVOLUTIONS, nn.modules.batchnorm._BatchNorm, DepthwiseSeparableConv2d)
+        return module in self.opaque or isinstance(module, leaf) or super().is_leaf_module(module, qualified_name)
+
+
+@dataclass
+class Graph:
+    """The calls of one part of the model."""
+
+    root: nn.Module
+    graph: fx.Graph
+    modules: dict[fx.Node, nn.Module]  # of the nodes that call one
+    calls: dict[nn.Module, list[fx.Node]]
+
+
+@dataclass
+class _Mode:
+    """All graphs of the model in training or in evaluation, and what could not be traced."""
+
+    graphs: list[Graph]
+    failures: dict[nn.Module, str]
+
+
+def _trace_all(model: nn.Module, training: bool) -> _Mode:
+    with _in_mode(model, training):
+        try:
+            return _Mode([_trace(model, set())], {})
+        except Exception as error:
+            whole = error
+        # Which modules cannot be traced even with all that is in them as leaves?
+        failures: dict[nn.Module, str] = {}
+        for module in model.modules():
+            if any(True for _ in module.children()):
+                try:
+                    _trace(module, set(module.modules()) - {module})
+                except Exception as error:
+                    failures[module] = f"{type(error).__name__}: {error}"
+        failures.setdefault(model, f"{type(whole).__name__}: {whole}")
+        graphs, pending, seen = [], [model], set()
+        while pending:
+            module = pending.pop()
+            if module in seen:
+                continue
+            seen.add(module)
+            children = [m for m in module.children() if any(True for _ in m.children())]
+            if module not in failures:
+                try:
+                    graphs.append(_trace(module, set(failures)))
+                    children = [m for m in graphs[-1].calls if m in failures]
+                except Exception as error:
+                    failures[module] = f"{type(error).__name__}: {error}"
+            pending += children
+        return _Mode(graphs, failures)
+
+
+def _trace(root: nn.Module, opaque: set[nn.Module]) -> Graph:
+    if isinstance(root, (nn.ModuleList, nn.ModuleDict)):
+        raise NotImplementedError(f"{type(root).__name__} has no forward")
+    # Arguments with a default keep it: most are switches.
+    parameters = inspect.signature(root.forward).parameters.values()
+    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    tracer = _Tracer(opaque)
+    graph = tracer.trace(root, concrete_args=defaults or None)
+    modules, calls = {}, {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            module = root.get_submodule(node.target)
+            modules[node] = module
+            calls.setdefault(module, []).append(node)
+    return Graph(root, graph, modules, calls)
+
+
+@contextlib.contextmanager
+def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    before = {module: module.training for module in model.modules()}
+    try:
+        for module in before:
+            module.training = training
+        yield
+    finally:
+        for module, mode in before.items():
+            module.training = mode
+
+
+# ---- chains ---------------------------------------------------------------------------------------------------------
+
+
+def _chain_in_every_mode(conv: nn.Conv2d, modes: list[_Mode], names: dict, places: dict) -> Chain:
+    chains = [chain for mode in modes if (chain := _chain_in(conv, mode, names, places)) is not None]
+    if not chains:
+        raise _No("forward does not call it")
+    if len({tuple(child for _, _, child in chain.places) for chain in chains}) > 1:
+        raise _No("training and evaluation take different ways")
+    return chains[0]
+
+
+def _chain_in(conv: nn.Conv2d, mode: _Mode, names: dict, places: dict) -> Chain | None:
+    nodes = [(graph, node) for graph in mode.graphs for node in graph.calls.get(conv, ())]
+    if len(nodes) > 1:
+        raise _No(f"it is called {len(nodes)} times")
+    if not nodes:
+        for module, failure in mode.failures.items():
+            if conv in module.modules():
+                line = failure.splitlines()[0]
+                raise _No(f"forward of {names[module] or type(module).__name__} cannot be traced: {line}")
+        return None
+    graph, node = nodes[0]
+    if len(node.args) + len(node.kwargs) != 1:
+        raise _No("it is called with more than one argument")
+    return _Walk(graph, node).chain(conv, places)
+
+
+class _Walk:
+    """From a depthwise convolution along its result."""
+
+    def __init__(self, graph: Graph, node: fx.Node):
+        self.graph = graph
+        self.node = node  # the last one that belongs to the chain
+        self.members: list[nn.Module] = [graph.modules[node]]
+
+    def chain(self, conv: nn.Conv2d, places: dict) -> Chain:
+        bn1, activation = self._norm_and_activation(required=True)
+        pointwise = self._pointwise()
+        bn2, out_activation = self._norm_and_activation(required=False)
+        return Chain(conv, bn1, activation, pointwise, bn2, out_activation, [places[m] for m in self.members])
+
+    def _norm_and_activation(self, required: bool) -> tuple[nn.Module | None, str]:
+        """Walks over a BatchNorm and an activation as far as there are any.
+
+        After the depthwise convolution all has to fit, up to the pointwise one; after that the chain may end anywhere.
+        """
+        norm, activation = None, None
+        while True:
+            try:
+                node, module = self._next()
+                if module is not None and _is_batch_norm(module) and norm is None and activation is None:
+                    _check_batch_norm(module)
+                    self._check_single(module)
+                    within = _activation_of_module(module.act) if _has_activation(module) else None
+                    norm, activation = module, within if within != "identity" else None
+                elif type(module) is nn.Identity:
+                    self._check_single(module)
+                    _activation_of_module(module)  # hooks
+                elif module is not None and _is_activation(module) and activation is None:
+                    activation = _activation_of_module(module)
+                    self._check_single(module)
+                elif required and not isinstance(module, _CONVOLUTIONS):
+                    raise _No(self._between(node, module))
+                else:
+                    return norm, activation or "identity"
+            except _No:
+                if required:
+                    raise
+                return norm, activation or "identity"
+            self.members.append(module)
+            self.node = node
+
+    def _pointwise(self) -> nn.Conv2d:
+        node, module = self._next()
+        _check_pointwise(module)
+        self._check_single(module)
+        self.members.append(module)
+        self.node = node
+        return module
+
+    def _next(self) -> tuple[fx.Node, nn.Module | None]:
+        """The only user of the last node, and the module that it calls, if any."""
+        users = list(self.node.users)
+        if len(users) != 1:
+            raise _No(self._several(users))
+        (node,) = users
+        if node.op == "output":
+            raise _No("nothing follows it in the part of the model that can be traced")
+        module = self.graph.modules.get(node)
+        if module is not None and (node.args != (self.node,) or node.kwargs):
+            raise _No(f"{type(module).__name__} takes more than its result")
+        return node, module
+
+    def _check_single(self, module: nn.Module) -> None:
+        calls = len(self.graph.calls[module])
+        if calls > 1:
+            raise _No(f"the {type(module).__name__} after it is called {calls} times")
+
+    def _several(self, users: list[fx.Node]) -> str:
+        pooled = any(self._is_pooling(user) for user in users)
+        if pooled and any(user.target in ("mul", "mul_", operator.mul, torch.mul) for user in users):
+            return "squeeze-excite between it and the 1x1 convolution"
+        return f"its result is used {len(users)} times" if users else "its result is not used"
+
+    def _is_pooling(self, node: fx.Node) -> bool:
+        module = self.graph.modules.get(node)
+        pools = (F.adaptive_avg_pool2d, torch.mean, "mean")
+        return isinstance(module, nn.AdaptiveAvgPool2d) or (module is None and node.target in pools)
+
+    def _between(self, node: fx.Node, module: nn.Module | None) -> str:
+        """What stands where a 1x1 convolution should, seen through changes of the layout."""
+        while (module is None and node.target in ("permute", "transpose", torch.permute)) or _is_permute(module):
+            if len(node.users) != 1 or next(iter(node.users)).op == "output":
+                break
+            (node,) = node.users
+            module = self.graph.modules.get(node)
+        if module is None:
+            target = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", node.target)
+            if "layer_norm" in str(target):
+                return "LayerNorm between it and the 1x1 convolution"
+            return f"{target}() between it and the 1x1 convolution"
+        if "LayerNorm" in type(module).__name__:
+            return "LayerNorm between it and the 1x1 convolution"
+        if any(word in type(module).__name__ for word in ("Squeeze", "SEModule", "SELayer")):
+            return "squeeze-excite between it and the 1x1 convolution"
+        return f"{type(module).__name__} between it and the 1x1 convolution"
+
+
+def _is_permute(module: nn.Module | None) -> bool:
+    return module is not None and type(module).__name__ == "Permute"
+
+
+def _is_activation(module: nn.Module) -> bool:
+    return type(module).__module__ in _ACTIVATION_MODULES or "activation" in type(module).__module__

@@ -1,0 +1,671 @@
+"""fuse(), explain_fusion() and unfuse(): what is found, that it computes what it did, and that it can be taken back."""
+
+import collections
+import copy
+import io
+import pickle
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import prune
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dsconv_cuda
+from dsconv_cuda import explain_fusion, fuse, unfuse
+
+pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
+
+# ---- models ----------------------------------------------------------------------------------------------------------
+
+
+def depthwise(channels=8, kernel=3, stride=1, bias=False, **kwargs):
+    return nn.Conv2d(channels, channels, kernel, stride, kernel // 2, groups=channels, bias=bias, **kwargs)
+
+
+def mobilenet_v1():
+    return nn.Sequential(depthwise(stride=2), nn.BatchNorm2d(8), nn.ReLU6(), *pointwise(), nn.ReLU6(inplace=True))
+
+
+def pointwise(channels=8, out=12):
+    return nn.Conv2d(channels, out, 1, bias=False), nn.BatchNorm2d(out)
+
+
+class InvertedResidual(nn.Module):
+    """MobileNetV2's block; the depthwise half is a module of its own."""
+
+    def __init__(self):
+        super().__init__()
+        expand = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU6(inplace=True))
+        middle = nn.Sequential(depthwise(16), nn.BatchNorm2d(16), nn.ReLU6(inplace=True))
+        self.conv = nn.Sequential(expand, middle, *pointwise(16, 8))
+
+    def forward(self, x):
+        return x + self.conv(x)
+
+
+class ShuffleUnit(nn.Module):
+    """ShuffleNetV2's strided unit: no activation after the depthwise convolutions, two branches."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = nn.Sequential(depthwise(8, stride=2), nn.BatchNorm2d(8), *pointwise(8, 8), nn.ReLU(inplace=True))
+        self.right = nn.Sequential(
+            *pointwise(8, 8),
+            nn.ReLU(inplace=True),
+            depthwise(8, 5, stride=2),
+            nn.BatchNorm2d(8),
+            *pointwise(8, 8),
+            nn.ReLU(inplace=True),
+        )
+
+    def forward(self, x):
+        return torch.cat([self.left(x), self.right(x)], dim=1)
+
+
+def xception():
+    return nn.Sequential(nn.ReLU(), depthwise(), *pointwise(), nn.ReLU(), depthwise(12), *pointwise(12))
+
+
+def with_biases():
+    return nn.Sequential(depthwise(kernel=5, bias=True), nn.GELU(), nn.Conv2d(8, 6, 1), nn.Hardswish())
+
+
+class DataDependent(nn.Module):
+    """Cannot be traced; the parts of it can."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = mobilenet_v1()
+
+    def forward(self, x):
+        return self.block(x) if x.sum() > -1e9 else x
+
+
+class Switched(nn.Module):
+    """An argument with a default, and an output that only training has."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.auxiliary = mobilenet_v1(), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x, mask=None):
+        y = self.block(x)
+        if mask is not None:
+            y = y * mask
+        return torch.cat([y, self.auxiliary(y)], 1) if self.training else y
+
+
+MODELS = {
+    "mobilenet_v1": (mobilenet_v1, 1),
+    "mobilenet_v2": (InvertedResidual, 1),
+    "shufflenet": (ShuffleUnit, 2),
+    "xception": (xception, 2),
+    "with_biases": (with_biases, 1),
+    "data_dependent": (DataDependent, 1),
+    "switched": (Switched, 1),
+}
+
+
+def build(name: str, device="cpu", dtype=torch.float32) -> nn.Module:
+    return randomized(MODELS[name][0]()).to(device, dtype)
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """BatchNorm that is far from the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.2, 2)
+            nn.init.normal_(module.weight, 1, 0.3)
+            nn.init.normal_(module.bias, std=0.3)
+    return model
+
+
+def image(device="cpu", dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(2, 8, 19, 21, device=device, dtype=dtype)
+
+
+# ---- what ran --------------------------------------------------------------------------------------------------------
+
+
+class Calls(TorchDispatchMode):
+    """Counts the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names[str(function).rsplit(".", 1)[0]] += 1
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def fused(self):
+        return sum(n for name, n in self.names.items() if name.startswith("dsconv_cuda.fwd"))
+
+    @property
+    def normalized(self):
+        return sum(n for name, n in self.names.items() if "batch_norm" in name)
+
+
+def calls(model: nn.Module, *args) -> Calls:
+    with Calls() as counted, torch.no_grad():
+        model(*args)
+    return counted
+
+
+def results(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    """The output, the gradient of the input, those of the parameters in one, and the buffers afterwards in one."""
+    x = x.detach().requires_grad_()
+    y = model(x)
+    dy = torch.linspace(-1, 1, y.numel(), device=y.device, dtype=torch.float64).view_as(y).to(y.dtype)
+    dx, *grads = torch.autograd.grad(y, [x, *model.parameters()], dy, allow_unused=True)
+    flat = [
+        torch.cat([t.flatten() for t in ts if t is not None] or [y.new_empty(0)]) for ts in (grads, model.buffers())
+    ]
+    return [y.detach(), dx, flat[0], flat[1].clone()]
+
+
+def assert_as_precise(model: nn.Module, fused: nn.Module, x: torch.Tensor):
+    """Everything is at most twice as far from float64 as the original is, in the layout that suits that less."""
+    exact = results(copy.deepcopy(model).double(), x.double())
+    stock = [
+        results(copy.deepcopy(model), x.contiguous(memory_format=f))
+        for f in (torch.contiguous_format, torch.channels_last)
+    ]
+    mine = results(copy.deepcopy(fused), x)
+    eps = torch.finfo(x.dtype).eps
+    for actual, *references, oracle in zip(mine, *stock, exact, strict=True):
+        off = [torch.linalg.vector_norm(t.double() - oracle) for t in (actual, *references)]
+        assert off[0] <= 2 * max(off[1:]) + eps * torch.linalg.vector_norm(oracle)
+
+
+# ---- equal -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_outputs_and_gradients(name, training, device):
+    model = build(name, device).train(training)
+    fused = fuse(model)
+    assert len(explain_fusion(model).taken) == MODELS[name][1]
+    assert_as_precise(model, fused, image(device))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_one_operation_a_chain_in_evaluation(name, device):
+    model = build(name, device).eval()
+    counted = calls(fuse(model), image(device))
+    assert counted.fused == MODELS[name][1]
+    before = calls(model, image(device))
+    absorbed = sum(str(f).count("BatchNorm") for f in explain_fusion(model))
+    assert (before.fused, before.normalized - counted.normalized) == (0, absorbed)
+
+
+def test_batch_norm_that_trains_is_computed(device):
+    """With BatchNorm between the two the modules run; with none there, the pair is one operation in training too."""
+    counted = calls(fuse(build("mobilenet_v1", device)), image(device))
+    assert (counted.fused, counted.normalized) == (0, 2)
+    counted = calls(fuse(build("xception", device)), image(device))
+    assert (counted.fused, counted.normalized) == (2, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype, device):
+    # No ReLU: in 16 bits a value near a kink falls to either side, and its gradient with it.
+    model = randomized(nn.Sequential(depthwise(), nn.BatchNorm2d(8), nn.SiLU(), *pointwise())).to(device, dtype).eval()
+    if dtype == torch.float64:
+        x = image(device, dtype)
+        torch.testing.assert_close(results(fuse(model), x), results(model, x))
+    else:
+        assert_as_precise(model, fuse(model), image(device, dtype))
+
+
+def test_autocast(device):
+    model = build("mobilenet_v1", device).eval()
+    with torch.autocast(device.type, torch.bfloat16), torch.no_grad():
+        x = image(device)
+        y, expected = fuse(model)(x), model(x)
+        exact = copy.deepcopy(model).double()(x.double())
+    assert y.dtype == expected.dtype
+    assert torch.linalg.vector_norm(y - exact) <= 2 * torch.linalg.vector_norm(expected - exact)
+
+
+@pytest.mark.parametrize("frozen", [("1",), ("4",)])
+def test_one_batch_norm_in_evaluation(frozen, device):
+    """Fine-tuning with frozen statistics."""
+    model = build("mobilenet_v1", device).train()
+    for name in frozen:
+        model.get_submodule(name).eval()
+    fused = fuse(model)
+    assert_as_precise(model, fused, image(device))
+    assert calls(fused, image(device)).fused == (1 if frozen == ("1",) else 0)
+
+
+# ---- follows what changes --------------------------------------------------------------------------------------------
+
+
+def _train_a_step(model, x):
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _train_a_step,
+        lambda model, x: model.train()(x),  # the statistics alone
+        lambda model, x: model.load_state_dict(build("mobilenet_v1", x.device).state_dict()),
+        lambda model, x: model.to(torch.float64).to(torch.float16).to(torch.float32),
+        lambda model, x: setattr(model[3], "weight", nn.Parameter(torch.ones_like(model[3].weight))),
+        lambda model, x: model[1].running_mean.fill_(3),
+        lambda model, x: model[1].bias.requires_grad_(False).fill_(3),
+        lambda model, x: setattr(model[0], "padding", (0, 0)),
+        lambda model, x: [p.data.mul_(1.5) for p in model.parameters()],  # not counted by PyTorch, as some EMAs do it
+        lambda model, x: model[3].weight.data[2:3].fill_(9),
+        lambda model, x: setattr(model[1].weight, "data", torch.ones_like(model[1].weight)),
+    ],
+    ids=["step", "statistics", "load", "to", "exchange", "buffer", "write", "padding", "data", "row", "other data"],
+)
+def test_folded_weights_follow(change, device):
+    model = build("mobilenet_v1", device).eval()
+    fused = fuse(model)
+    x = image(device)
+    with torch.no_grad():
+        before = fused(x)
+    change(fused, x)
+    fused.eval()
+    expected = unfuse(fused)
+    with torch.no_grad():
+        after = fused(x)
+        assert before.shape != after.shape or not torch.allclose(before, after)
+        torch.testing.assert_close(after, expected(x), rtol=1e-4, atol=1e-5)
+        assert calls(fused, x).fused == 1
+
+
+def test_hooks_that_come_later_are_called(device):
+    model = build("mobilenet_v1", device).eval()
+    fused = fuse(model)
+    seen = []
+    handle = fused[1].register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+    x = image(device)
+    assert torch.equal(fused(x), model(x))
+    assert torch.equal(seen[0], model[1](model[0](x)))
+    assert "was changed" in explain_fusion(fused)[0].reason
+    handle.remove()
+    assert calls(fused, x).fused == 1
+
+
+def test_parametrization_and_pruning_that_come_later(device):
+    x = image(device)
+    for change in (
+        nn.utils.parametrizations.weight_norm,
+        lambda module: prune.random_unstructured(module, "weight", 0.5),
+    ):
+        fused = fuse(build("mobilenet_v1", device).eval())
+        change(fused[3])
+        counted = calls(fused, x)
+        assert (counted.fused, counted.normalized) == (0, 2)
+    fused = fuse(build("mobilenet_v1").eval())
+    nn.utils.parametrizations.weight_norm(fused[0])
+    with pytest.raises(RuntimeError, match="parametrizations"):
+        unfuse(fused, inplace=True)
+
+
+def test_a_module_that_is_exchanged_later_is_computed(device):
+    model = build("mobilenet_v1", device).eval()
+    fused = fuse(model)
+    fused = nn.SyncBatchNorm.convert_sync_batchnorm(fused)
+    x = image(device)
+    torch.testing.assert_close(fused(x), model(x))
+    assert calls(fused, x).fused == 0
+    other = fuse(model)
+    other[2] = nn.SiLU()
+    torch.testing.assert_close(other(x), nn.Sequential(*model[:2], nn.SiLU(), *model[3:])(x))
+
+
+# ---- a good citizen --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_state_dict_is_that_of_the_original(name):
+    model = build(name)
+    fused = fuse(model)
+    assert list(fused.state_dict()) == list(model.state_dict())
+    other = build(name)
+    other.load_state_dict(fused.state_dict())
+    fused.load_state_dict(build(name).state_dict())
+    assert all(p is q for p, q in zip(fused.parameters(), model.parameters(), strict=True))
+    assert all(p is q for p, q in zip(fused.buffers(), model.buffers(), strict=True))
+    assert [n for n, _ in fused.named_modules()] == [n for n, _ in model.named_modules()]
+    assert all(isinstance(f, type(m)) for f, m in zip(fused.modules(), model.modules(), strict=True))
+
+
+def test_inplace_and_not():
+    model = build("mobilenet_v2")
+    classes = [type(m) for m in model.modules()]
+    fused = fuse(model)
+    assert [type(m) for m in model.modules()] == classes
+    assert fuse(model, inplace=True) is model
+    assert [type(m) for m in model.modules()] == [type(m) for m in fused.modules()] != classes
+    assert [type(m) for m in unfuse(fused).modules()] == classes
+    assert [type(m) for m in fused.modules()] != classes
+    assert unfuse(model, inplace=True) is model
+    assert [type(m) for m in model.modules()] == classes
+    assert not any("_fused_chain" in vars(m) for m in model.modules())
+
+
+def test_fusing_twice_changes_nothing():
+    model = build("mobilenet_v2").eval()
+    fused = fuse(fuse(model))
+    assert calls(fused, image()).fused == 1
+    assert [f.name for f in explain_fusion(fused).taken] == ["conv.1.0"]
+
+
+def _saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved])
+def test_copies_are_fused_and_share_nothing(copied):
+    fused = fuse(build("mobilenet_v2").eval())
+    x = image()
+    with torch.no_grad():
+        expected = fused(x)
+        other = copied(fused)
+        assert torch.equal(other(x), expected)
+        for p in other.parameters():
+            p.zero_()
+        assert torch.equal(fused(x), expected)
+    assert calls(other, x).fused == 1
+    assert not {id(m) for m in other.modules()} & {id(m) for m in fused.modules()}
+
+
+def test_repr_tells_the_chain():
+    fused = fuse(build("mobilenet_v1"))
+    assert "FusedConv2d(8, 8, kernel_size=(3, 3), stride=(2, 2), padding=(1, 1), groups=8, bias=False" in repr(fused)
+    assert "-> bn -> relu6 -> 1x1 to 12 -> bn -> relu6" in repr(fused)
+    assert "AbsorbedBatchNorm2d" in repr(fused)
+
+
+def test_functional_call_and_per_sample_gradients(device):
+    model = build("mobilenet_v1", device, torch.float64).eval()
+    x = image(device, torch.float64)
+
+    def per_sample(module):
+        def loss(parameters, image):
+            return torch.func.functional_call(module, parameters, (image[None],)).square().sum()
+
+        parameters = dict(module.named_parameters())
+        return torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+
+    torch.testing.assert_close(per_sample(fuse(model)), per_sample(model))
+    doubled = {name: 2 * p for name, p in model.named_parameters()}
+    fused = fuse(model)
+    fused(x)
+    torch.testing.assert_close(
+        torch.func.functional_call(fused, doubled, (x,)), torch.func.functional_call(model, doubled, (x,))
+    )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_compiles_to_one_graph(training, device):
+    model = build("mobilenet_v2", device).train(training)
+    compiled = torch.compile(fuse(model), fullgraph=True, backend="aot_eager")
+    x = image(device)
+    y = compiled(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, copy.deepcopy(model)(x), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def test_meta_and_to_empty():
+    fused = fuse(build("mobilenet_v1").to("meta").eval())
+    assert fused(torch.empty(2, 8, 19, 21, device="meta")).shape == (2, 12, 10, 11)
+    fused = fused.to_empty(device="cpu")
+    model = build("mobilenet_v1").eval()
+    fused.load_state_dict(model.state_dict())
+    x = image()
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_several_threads(device):
+    fused = fuse(build("mobilenet_v1", device).eval())
+    images = [image(device) for _ in range(4)]
+    with torch.no_grad():
+        expected = [unfuse(fused)(x) for x in images]
+    actual = [None] * 4
+
+    def run(i):
+        with torch.no_grad():
+            for _ in range(10):
+                actual[i] = fused(images[i])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- explained -------------------------------------------------------------------------------------------------------
+
+
+class SqueezeExcite(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.before, self.gate = nn.Sequential(depthwise(), nn.BatchNorm2d(8), nn.SiLU()), nn.Conv2d(8, 8, 1)
+        self.after = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        x = self.before(x)
+        return self.after(x * self.gate(F.adaptive_avg_pool2d(x, 1)).sigmoid())
+
+
+class ConvNext(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.depthwise, self.norm, self.linear = depthwise(kernel=7, bias=True), nn.LayerNorm(8), nn.Linear(8, 16)
+
+    def forward(self, x):
+        return self.linear(self.norm(self.depthwise(x).permute(0, 2, 3, 1)))
+
+
+class UsedTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.depthwise, self.pointwise = depthwise(), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        z = self.depthwise(x)
+        return self.pointwise(z) + z
+
+
+class CalledTwice(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.block = module
+
+    def forward(self, x):
+        return self.block(self.block(x))
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.depthwise, self.other = depthwise(), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.other(x)
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.depthwise, self.pointwise = depthwise(), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.pointwise(self.depthwise(x)) if x.sum() > 0 else x
+
+
+class OtherWay(nn.Module):
+    """Drops its activation in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.depthwise, self.relu, self.pointwise = depthwise(), nn.ReLU(), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = self.depthwise(x)
+        return self.pointwise(self.relu(x) if self.training else x)
+
+
+class OwnConv(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def sequential(*between, conv=None, after=None):
+    return nn.Sequential(conv or depthwise(), *between, after or nn.Conv2d(8, 4, 1))
+
+
+def changed(module, change):
+    change(module)
+    return module
+
+
+LEFT = {
+    "squeeze-excite": (SqueezeExcite, "squeeze-excite between"),
+    "layer norm": (ConvNext, "LayerNorm between"),
+    "result used twice": (UsedTwice, "used 2 times"),
+    "called twice": (lambda: CalledTwice(sequential(after=nn.Conv2d(8, 8, 1))), "called 2 times"),
+    "unused": (Unused, "does not call it"),
+    "untraceable": (Untraceable, "cannot be traced"),
+    "another way": (OtherWay, "different ways"),
+    "own class": (lambda: sequential(conv=OwnConv(8, 8, 3, groups=8)), "OwnConv may compute something else"),
+    "padding mode": (lambda: sequential(conv=depthwise(padding_mode="reflect")), "padding_mode 'reflect'"),
+    "activation": (lambda: sequential(nn.PReLU()), "PReLU(num_parameters=1) is no activation"),
+    "slope": (lambda: sequential(nn.LeakyReLU(0.2)), "is no activation of the kernels"),
+    "dropout": (lambda: sequential(nn.Dropout()), "Dropout between"),
+    "two activations": (lambda: sequential(nn.ReLU(), nn.ReLU()), "ReLU between"),
+    "instance norm": (lambda: sequential(nn.InstanceNorm2d(8)), "InstanceNorm2d between"),
+    "no statistics": (lambda: sequential(nn.BatchNorm2d(8, track_running_stats=False)), "without running statistics"),
+    "3x3": (lambda: sequential(after=nn.Conv2d(8, 4, 3)), "3x3, not 1x1"),
+    "grouped": (lambda: sequential(after=nn.Conv2d(8, 4, 1, groups=2)), "2 groups"),
+    "strided": (lambda: sequential(after=nn.Conv2d(8, 4, 1, stride=2)), "strided"),
+    "padded": (lambda: sequential(after=nn.Conv2d(8, 4, 1, padding=1)), "pads"),
+    "depthwise again": (lambda: sequential(after=depthwise()), "another depthwise"),
+    "last": (lambda: nn.Sequential(depthwise()), "nothing follows"),
+    "hook": (lambda: changed(sequential(), lambda m: m[0].register_forward_hook(print)), "hooks are attached"),
+    "hook after": (
+        lambda: changed(sequential(nn.ReLU()), lambda m: m[1].register_full_backward_hook(print)),
+        "hooks are attached to the ReLU",
+    ),
+    "parametrized": (
+        lambda: changed(sequential(), lambda m: nn.utils.parametrizations.spectral_norm(m[1])),
+        "parametrized",
+    ),
+    "pruned": (
+        lambda: changed(sequential(), lambda m: prune.l1_unstructured(m[0], "weight", 2)),
+        "hooks are attached",
+    ),
+    "1-D": (
+        lambda: nn.Sequential(nn.Conv1d(8, 8, 3, groups=8), nn.Conv1d(8, 4, 1)),
+        "only 2-D convolutions",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_what_is_left_and_why(name):
+    build, words = LEFT[name]
+    model = build()
+    explanation = explain_fusion(model)
+    assert not explanation.taken
+    assert words in explanation[0].reason
+    assert explanation[0].reason in str(explanation)
+    assert [type(m) for m in fuse(model).modules()] == [type(m) for m in model.modules()]
+
+
+def test_what_is_taken():
+    (finding,) = explain_fusion(build("mobilenet_v2"))
+    assert (finding.name, finding.taken) == ("conv.1.0", True)
+    assert finding.members == ("conv.1.0", "conv.1.1", "conv.1.2", "conv.2", "conv.3")
+    assert "BatchNorm -> relu6 -> pointwise -> BatchNorm" in finding.reason
+    assert str(explain_fusion(build("shufflenet"))).startswith("2 of 2 depthwise convolutions")
+
+
+def test_the_chain_ends_where_something_does_not_fit():
+    """What follows the pointwise convolution stays outside: hooks, a result that is used twice, another activation."""
+    for tail, members in (
+        ([nn.BatchNorm2d(4), nn.PReLU()], 3),
+        ([nn.PReLU()], 2),
+        ([changed(nn.BatchNorm2d(4), lambda m: m.register_forward_pre_hook(lambda *_: None))], 2),
+        ([nn.ReLU(), nn.ReLU()], 3),
+    ):
+        model = nn.Sequential(*sequential(), *tail).eval()
+        assert len(explain_fusion(model)[0].members) == members
+        x = image()
+        torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_fused_modules_are_listed_and_left_alone():
+    model = dsconv_cuda.models.xception()
+    explanation = explain_fusion(model)
+    assert len(explanation.taken) == 34
+    assert not explanation.left
+    assert [type(m) for m in fuse(model).modules()] == [type(m) for m in model.modules()]
+
+
+def test_explaining_changes_nothing():
+    model = build("switched").train()
+    model.block[1].eval()
+    modes, classes = ([f(m) for m in model.modules()] for f in (lambda m: m.training, type))
+    explain_fusion(model)
+    assert [m.training for m in model.modules()] == modes
+    assert [type(m) for m in model.modules()] == classes
+
+
+# ---- other people's models -------------------------------------------------------------------------------------------
+
+# (of which library, name, depthwise convolutions, chains)
+NETWORKS = [
+    ("torchvision", "mobilenet_v2", 17, 17),
+    ("torchvision", "mobilenet_v3_large", 15, 7),
+    ("torchvision", "mnasnet1_0", 17, 17),
+    ("torchvision", "efficientnet_b0", 16, 0),
+    ("torchvision", "shufflenet_v2_x1_0", 19, 19),
+    ("torchvision", "convnext_tiny", 18, 0),
+    ("timm", "mobilenetv1_100", 13, 13),
+    ("timm", "legacy_xception", 34, 34),
+    ("timm", "efficientnet_lite0", 16, 16),
+    ("timm", "mixnet_s", 43, 1),
+]
+
+
+@pytest.mark.parametrize(("library", "name", "convolutions", "chains"), NETWORKS)
+def test_networks(library, name, convolutions, chains):
+    if library == "timm":
+        model = pytest.importorskip("timm", reason="timm is not installed").create_model(name, num_classes=10)
+    else:
+        models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
+        model = models.get_model(name, num_classes=10)
+    explanation = explain_fusion(model)
+    assert (len(explanation), len(explanation.taken)) == (convolutions, chains)
+    model.eval()
+    fused = fuse(model)
+    x = torch.randn(1, 3, 64, 64)
+    counted = calls(fused, x)
+    assert counted.fused == chains
+    if chains:
+        assert_as_precise(model, fused, x)
