@@ -27,6 +27,10 @@ struct SumTarget {
   int64_t ld;
   bool accumulate;
 
+  inline __attribute__((always_inline)) typename Vec<T>::type start(int) const { return vset(T(0)); }
+  inline __attribute__((always_inline)) typename Vec<T>::half start_half(int) const { return vset_half(T(0)); }
+  template <int NV>
+  inline __attribute__((always_inline)) void expect(int64_t) const {}
   template <int NV, typename V>
   inline __attribute__((always_inline)) void take(int64_t row, const V* sums) const {
     T* out = c + row * ld;
@@ -49,6 +53,19 @@ struct OutputTarget {
   int64_t ld, columns;
   bool stream;
 
+  inline __attribute__((always_inline)) typename Vec<T>::type start(int j) const { return vload(bias + j * Vec<T>::n); }
+  inline __attribute__((always_inline)) typename Vec<T>::half start_half(int j) const {
+    return vload_half(bias + j * Vec<T>::n);
+  }
+  // Lines of y that are not in cache arrive while the sums are made.
+  template <int NV>
+  inline __attribute__((always_inline)) void expect(int64_t row) const {
+    if (stream) return;
+    for (int j = 0; j < NV; ++j) {
+      const S* out = y + row * ld + j * Vec<T>::n;
+      __asm__ volatile("prefetchw %0" : : "m"(*out));
+    }
+  }
   template <int NV, typename V>
   inline __attribute__((always_inline)) void take(int64_t row, const V* sums) const {
     constexpr int n = Vec<T>::n;
@@ -57,7 +74,7 @@ struct OutputTarget {
     for (int j = 0; j < NV; ++j) {
       V v = sums[j];
       if (partial != nullptr) v = vload(partial + row * partial_ld + j * n) + v;
-      v = vmin(vset(clamp.hi), vmax(vset(clamp.lo), v + vload(bias + j * n)));
+      v = vmin(vset(clamp.hi), vmax(vset(clamp.lo), v));
       if (stream) {
         vstream(out + j * n, v);
       } else if ((j + 1) * n <= columns) {
@@ -97,8 +114,9 @@ static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& ta
   DSCONV_UNROLL
   for (int i = 0; i < R; ++i) {
     DSCONV_UNROLL
-    for (int j = 0; j < NV; ++j) acc[i][j] = vset(T(0));
-    if constexpr (Half) rest[i] = vset_half(T(0));
+    for (int j = 0; j < NV; ++j) acc[i][j] = target.start(j);
+    if constexpr (Half) rest[i] = target.start_half(NV);
+    target.template expect<NV + Half>(i);
   }
   const T* ap = a.data;
   const T* bp = b.data;
