@@ -98,6 +98,7 @@ inline CpuPlan base(const Geometry& g, Layout x_layout, MicroTile micro, int64_t
 inline void cut(CpuPlan& plan, const Geometry& g, Layout x_layout, int64_t max_pixels, int64_t granule) {
   const bool rows = x_layout == Layout::nchw && g.w_out <= max_pixels;
   plan.block = rows ? g.w_out : clamp64(max_pixels, 1, plan.micro.rows);
+  if (!rows && 2 * g.w_out <= max_pixels && 2 * g.w_out % plan.micro.rows == 0) plan.block = 2 * g.w_out;
   plan.blocks = ceil_div(plan.pixels, plan.block);
   plan.tiles = clamp64(round_up(ceil_div(plan.blocks, max_pixels / plan.block), granule), 1, plan.blocks);
   plan.tile_pixels = ceil_div(plan.blocks, plan.tiles) * plan.block;

@@ -44,14 +44,17 @@ static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
   row.column_step = in.stride.w;
   for (int64_t p = 0; p < count;) {
     const PixelRun run = run_at(pixel + p, count - p, g.h_out, g.w_out, false);
+    int64_t rows = run.length == g.w_out ? (count - p) / g.w_out : 1;
+    if (rows > g.h_out - run.oh) rows = g.h_out - run.oh;
     row.x = in.x + run.n * in.stride.n;
     for (int64_t plane = 0; plane < g.multiplier; ++plane) {
       row.weight = in.weight + plane * g.c_in;
       row.start = in.bias + plane * g.c_in;
-      convolve_row(row, run.oh * g.stride_h - g.pad_top, run.ow * g.stride_w - g.pad_left, run.length, clamp,
-                   z + p * in.plan->mid_ld + plane * g.c_in, in.plan->mid_ld);
+      convolve_rows(row, g.stride_h, run.oh * g.stride_h - g.pad_top, run.ow * g.stride_w - g.pad_left, rows,
+                    run.length, clamp, z + p * in.plan->mid_ld + plane * g.c_in, in.plan->mid_ld,
+                    g.w_out * in.plan->mid_ld);
     }
-    p += run.length;
+    p += rows * run.length;
   }
 }
 
@@ -132,10 +135,9 @@ static void depthwise_turned(const DepthwiseInput<S>& in, int64_t pixel, int64_t
       for (int64_t k = c; k < g.c_mid; k += g.c_in) {
         row.weight = in.weight + k;
         row.start = in.bias + k;
-        for (int64_t i = 0; i < piece.rows; ++i) {
-          convolve_row(row, (piece.oh + i) * g.stride_h - g.pad_top, piece.ow * g.stride_w - g.pad_left, piece.width,
-                       clamp, z + (p + i * piece.width) * in.plan->mid_ld + k, in.plan->mid_ld);
-        }
+        convolve_rows(row, g.stride_h, piece.oh * g.stride_h - g.pad_top, piece.ow * g.stride_w - g.pad_left,
+                      piece.rows, piece.width, clamp, z + p * in.plan->mid_ld + k, in.plan->mid_ld,
+                      piece.width * in.plan->mid_ld);
       }
     }
     p += piece.rows * piece.width;
