@@ -70,7 +70,6 @@ void run_backward_panels(const DTypeKernels& kernels, BackwardContext& ctx) {
     workspace.reserve(&ctx.g_rows, ceil_div(g.c_out, plan.micro.rows) * plan.pixels * pitch);
   }
   if (need_du || p.grad_dw_bias != nullptr) workspace.reserve(&ctx.g_pixels, pixel_blocks * g.c_out * pitch);
-  if (need_du && p.x_layout == Layout::nchw) workspace.reserve(&ctx.du, plan.pixels * g.c_mid);
   workspace.allocate();
 
   pack_all(kernels, {g, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, nullptr}, 0, nullptr);
@@ -88,10 +87,9 @@ void run_backward(const char* op, const BackwardParams& p) {
   const Geometry& g = p.geom;
   BackwardContext ctx{};
   ctx.p = p;
-  ctx.plan = plan_backward(g, p.x_layout, micro_of(table, p.dtype), element);
+  ctx.plan = plan_backward(g, channels_last(p) ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype), element);
   const CpuPlan& plan = ctx.plan;
   if (plan.panels > 0) return run_backward_panels(kernels, ctx);
-  const bool nhwc = p.x_layout == Layout::nhwc;
   const bool need_du = p.grad_x != nullptr || p.grad_dw_weight != nullptr;
   const int64_t vectors = g.multiplier * ceil_div(g.c_in, plan.micro.lanes);
   const bool need_da = need_du || p.grad_dw_bias != nullptr;
@@ -100,18 +98,22 @@ void run_backward(const char* op, const BackwardParams& p) {
   reserve_depthwise(workspace, plan, ctx.packed);
   workspace.reserve(&ctx.bias_partial, plan.pointwise_groups * (2 * plan.out_columns + plan.mid_columns));
   if (need_da) workspace.reserve(&ctx.packed.pw_backward, plan.mid_columns * g.c_out);
-  if (need_du)
-    workspace.reserve(&ctx.du, plan.pixels * (nhwc ? ceil_div(g.c_mid, plan.du_width) * plan.du_width : g.c_mid));
+  if (need_du) workspace.reserve(&ctx.du, plan.pixels * ceil_div(g.c_mid, plan.du_width) * plan.du_width);
+  const int64_t x_pixels = g.n * g.h_in * g.w_in;
+  if (p.x_layout == Layout::nchw) workspace.reserve(&ctx.x_turned, x_pixels * plan.x_ld);
   if (p.grad_pw_weight != nullptr) {
     workspace.reserve(&ctx.pw_partial, plan.pointwise_groups * g.c_out * plan.mid_columns);
   }
-  if (p.grad_dw_weight != nullptr && nhwc) {
+  if (p.grad_dw_weight != nullptr) {
     workspace.reserve(&ctx.dw_partial, plan.depthwise_groups * vectors * plan.micro.lanes * plan.taps);
   }
   workspace.allocate();
 
   const PackContext pack = {g, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, nullptr};
   pack_all(kernels, pack, need_da ? plan.mid_columns / plan.micro.columns : 0, kernels.pack_pointwise_backward);
+  if (ctx.x_turned != nullptr) {
+    for_each_task(ceil_div(x_pixels, plan.turned_pixels), [&](int64_t task) { kernels.backward_turn_x(ctx, task); });
+  }
   for_each_task(plan.pointwise_groups,
                 [&](int64_t group) { kernels.backward_pointwise(ctx, group, thread_scratch(plan.scratch_bytes)); });
   if (p.grad_pw_weight != nullptr) {
@@ -119,20 +121,15 @@ void run_backward(const char* op, const BackwardParams& p) {
   }
   if (p.grad_pw_bias != nullptr || p.grad_dw_bias != nullptr) kernels.reduce_biases(ctx);
 
-  if (p.grad_x != nullptr && nhwc) {
-    for_each_task(g.n * g.h_in,
-                  [&](int64_t row) { kernels.backward_x_nhwc(ctx, row, thread_scratch(plan.scratch_bytes)); });
-  } else if (p.grad_x != nullptr) {
-    for_each_task(g.n * ceil_div(g.c_in, plan.plane_block),
-                  [&](int64_t block) { kernels.backward_x_nchw(ctx, block, thread_scratch(plan.scratch_bytes)); });
+  if (p.grad_x != nullptr) {
+    const bool nhwc = p.grad_x_layout == Layout::nhwc;
+    const auto backward_x = nhwc ? kernels.backward_x_nhwc : kernels.backward_x_nchw;
+    for_each_task(g.n * (nhwc ? g.h_in : ceil_div(g.h_in, plan.grad_rows)),
+                  [&](int64_t task) { backward_x(ctx, task, thread_scratch(plan.scratch_bytes)); });
   }
-  if (p.grad_dw_weight != nullptr && nhwc) {
-    for_each_task(plan.depthwise_groups * plan.depthwise_parts,
-                  [&](int64_t task) { kernels.backward_dw_nhwc(ctx, task); });
+  if (p.grad_dw_weight != nullptr) {
+    for_each_task(plan.depthwise_groups * plan.depthwise_parts, [&](int64_t task) { kernels.backward_dw(ctx, task); });
     for_each_task(vectors, [&](int64_t vector) { kernels.reduce_depthwise(ctx, vector); });
-  } else if (p.grad_dw_weight != nullptr) {
-    for_each_task(ceil_div(g.c_mid, plan.plane_block),
-                  [&](int64_t block) { kernels.backward_dw_nchw(ctx, block, thread_scratch(plan.scratch_bytes)); });
   }
 }
 

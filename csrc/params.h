@@ -113,6 +113,11 @@ struct BackwardParams {
   void* grad_pw_bias;    // [c_out]
 };
 
+// Whether what backward reads along x and writes along it has its channels next to one another.
+constexpr bool channels_last(const BackwardParams& p) {
+  return p.x_layout == Layout::nhwc && (p.grad_x == nullptr || p.grad_x_layout == Layout::nhwc);
+}
+
 // Bits of the grad_mask argument of dsconv_cuda::bwd.
 enum GradBit : int64_t {
   kGradX = 1,

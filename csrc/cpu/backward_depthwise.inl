@@ -4,9 +4,8 @@
 //                        dw_weight[tap][k] * du[oh, ow, k]                       gathered: every value written once
 //   grad_dw_weight[tap] = sum over pixels of x[tap of pixel] * du[pixel]
 //
-// nhwc: vectors along the channels; rows of images are tasks, groups of rows the partial sums of the weight gradient
+// Vectors along the channels; rows of images are tasks, groups of rows the partial sums of the weight gradient
 // (correlate.inl).
-// nchw: vectors along w; a channel's plane is a task, so the weight gradient needs no partial sums.
 #ifndef DSCONV_ISA
 #error "backward_depthwise.inl belongs inside an ISA region"
 #endif
@@ -33,7 +32,7 @@ DSCONV_INLINE TapWalk taps_to(int64_t position, int64_t pad, int64_t stride, int
   return walk;
 }
 
-// du of the nhwc stage D: panels of plan.du_width channels, [c_mid / du_width][pixels][du_width].
+// du: panels of plan.du_width channels, [c_mid / du_width][pixels][du_width].
 template <typename T>
 DSCONV_INLINE const T* du_at(const BackwardContext& ctx, int64_t pixel, int64_t k) {
   const int64_t width = ctx.plan.du_width;
@@ -56,23 +55,20 @@ struct ImageDu {
   int64_t plane, panel;
 };
 
-// `count` pixels of grad_x, `step` elements apart, for up to kMicroVecs vectors of channels from c on: straight into
-// the tensor where it can be, else through `tile`.
-template <typename S, typename T>
+// `count` pixels of grad_x, `step` elements apart, for up to kMicroVecs vectors of channels from c on: straight to
+// where they go, or by way of `tile` where that is of another type.
+template <typename G, typename T>
 static void backward_x_pixels(const BackwardContext& ctx, ChannelRow<T>& row, int64_t c, const ImageDu<T>& du,
-                              const T* weight, int64_t top, int64_t left, int64_t count, S* grad, int64_t step,
+                              const T* weight, int64_t top, int64_t left, int64_t count, G* grad, int64_t step,
                               T* tile) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n;
   const Geometry& g = ctx.p.geom;
-  const int64_t grad_channel = ctx.p.grad_x_strides.c;
   T zeros[columns];
   zero_fill(zeros, columns);
   T* out = tile;
   int64_t ld = columns;
-  if constexpr (SameType<S, T>::value) {
-    if (grad_channel == 1) out = grad, ld = step;
-  }
+  if constexpr (SameType<G, T>::value) out = grad, ld = step;
   row.channels = g.c_in - c < columns ? g.c_in - c : columns;
   row.start = zeros;
   row.start_step = 0;
@@ -83,23 +79,18 @@ static void backward_x_pixels(const BackwardContext& ctx, ChannelRow<T>& row, in
     row.start = out;
     row.start_step = ld;
   }
-  if (out != tile) return;
-  for (int64_t i = 0; i < count; ++i, grad += step, tile += columns) {
-    if (grad_channel == 1) {
-      store_row(tile, grad, row.channels);
-    } else {
-      for (int64_t j = 0; j < row.channels; ++j) store_one(tile[j], grad + j * grad_channel);
-    }
+  if constexpr (!SameType<G, T>::value) {
+    for (int64_t i = 0; i < count; ++i) store_row(tile + i * columns, grad + i * step, row.channels);
   }
 }
 
-// `channels` channels of a row of grad_x from c on, where has_grad_row() says yes.
-template <typename S, typename T>
-static void backward_x_row_direct(const BackwardContext& ctx, int64_t image, int64_t ih, int64_t c, int64_t channels,
-                                  const ImageDu<T>& du) {
+// `channels` channels of row ih of grad_x from c on, where has_grad_row() says yes. `grad` points to the first one of
+// the row's first pixel, `step` from pixel to pixel.
+template <typename G, typename T>
+static void backward_x_row_direct(const BackwardContext& ctx, int64_t ih, int64_t c, int64_t channels,
+                                  const ImageDu<T>& du, G* grad, int64_t step) {
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
-  const Strides& stride = ctx.p.grad_x_strides;
   GradRow<T> row;
   row.rows = 0;
   for (int64_t i = 0; i < g.kernel_h; ++i) {
@@ -117,20 +108,17 @@ static void backward_x_row_direct(const BackwardContext& ctx, int64_t image, int
   row.w_in = g.w_in;
   row.w_out = g.w_out;
   row.pad = g.pad_left;
-  grad_row(g, row, channels, static_cast<S*>(ctx.p.grad_x) + image * stride.n + ih * stride.h + c, stride.w);
+  grad_row(g, row, channels, grad, step);
 }
 
-// A row of grad_x for up to kMicroVecs vectors of channels from c on, any geometry. Its columns of one residue modulo
-// the stride are a plain convolution of a few rows of du with the kernel walked backwards. `tile` holds
-// plan.grad_pixels of them.
-template <typename S, typename T>
-static void backward_x_row_general(const BackwardContext& ctx, int64_t image, int64_t ih, int64_t c,
-                                   const ImageDu<T>& du, T* tile) {
+// Columns [begin, end) of a row of grad_x for up to kMicroVecs vectors of channels from c on, any geometry; begin is a
+// multiple of the stride. The columns of one residue modulo the stride are a plain convolution of a few rows of du with
+// the kernel walked backwards. `grad` points to column `begin`. `tile` holds plan.grad_pixels pixels.
+template <typename G, typename T>
+static void backward_x_row_general(const BackwardContext& ctx, int64_t ih, int64_t begin, int64_t end, int64_t c,
+                                   const ImageDu<T>& du, G* grad, int64_t step, T* tile) {
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
-  const Strides& stride = ctx.p.grad_x_strides;
-  const int64_t step = g.stride_w * stride.w;
-  S* grad_row = static_cast<S*>(ctx.p.grad_x) + image * stride.n + ih * stride.h + c * stride.c;
   ChannelRow<T> row;
   row.row_step = g.w_out * plan.du_width;
   row.column_step = plan.du_width;
@@ -138,9 +126,9 @@ static void backward_x_row_general(const BackwardContext& ctx, int64_t image, in
   row.in_w = g.w_out;
   row.step_w = 1;
   const TapWalk kh = taps_to(ih, g.pad_top, g.stride_h, g.dilation_h, g.kernel_h);
-  for (int64_t first_column = 0; first_column < g.stride_w && first_column < g.w_in; ++first_column) {
-    const TapWalk kw = taps_to(first_column, g.pad_left, g.stride_w, g.dilation_w, g.kernel_w);
-    const int64_t columns = ceil_div(g.w_in - first_column, g.stride_w);
+  for (int64_t residue = 0; residue < g.stride_w && begin + residue < end; ++residue) {
+    const TapWalk kw = taps_to(begin + residue, g.pad_left, g.stride_w, g.dilation_w, g.kernel_w);
+    const int64_t columns = ceil_div(end - begin - residue, g.stride_w);
     row.taps_h = kw.count > 0 ? kh.count : 0;
     row.taps_w = kh.count > 0 ? kw.count : 0;
     row.dilation_h = kh.out_step;
@@ -148,58 +136,94 @@ static void backward_x_row_general(const BackwardContext& ctx, int64_t image, in
     // The last tap of the walk reads the first output.
     const int64_t tap_h = kh.first + (kh.count - 1) * kh.step, tap_w = kw.first + (kw.count - 1) * kw.step;
     const T* weight = static_cast<const T*>(ctx.packed.dw_weight);
-    if (row.taps_h > 0) weight += (tap_h * g.kernel_w + tap_w) * plan.mid_columns;
+    if (row.taps_h > 0 && row.taps_w > 0) weight += (tap_h * g.kernel_w + tap_w) * plan.mid_columns;
     row.weight_row = -kh.step * g.kernel_w * plan.mid_columns;
     row.weight_column = -kw.step * plan.mid_columns;
     const int64_t top = kh.out - (kh.count - 1) * kh.out_step, left = kw.out - (kw.count - 1) * kw.out_step;
     for (int64_t p = 0; p < columns; p += plan.grad_pixels) {
       const int64_t count = columns - p < plan.grad_pixels ? columns - p : plan.grad_pixels;
-      backward_x_pixels(ctx, row, c, du, weight, top, left + p, count, grad_row + first_column * stride.w + p * step,
-                        step, tile);
+      backward_x_pixels(ctx, row, c, du, weight, top, left + p, count, grad + (residue + p * g.stride_w) * step,
+                        g.stride_w * step, tile);
     }
   }
 }
 
-template <typename S, typename T>
-static void backward_x_row(const BackwardContext& ctx, int64_t image, int64_t ih, int64_t c, int64_t channels,
-                           const ImageDu<T>& du, T* tile) {
+// `channels` channels from c on of row ih of an image of grad_x.
+template <typename G, typename T>
+static void backward_x_row(const BackwardContext& ctx, int64_t ih, int64_t c, int64_t channels, const ImageDu<T>& du,
+                           G* grad, int64_t step, T* tile) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
-  if (has_grad_row(ctx.p.geom, ctx.p.grad_x_strides)) {
-    return backward_x_row_direct<S>(ctx, image, ih, c, channels, du);
-  }
+  const Geometry& g = ctx.p.geom;
+  if (has_grad_row(g)) return backward_x_row_direct(ctx, ih, c, channels, du, grad, step);
   const int64_t width = ctx.plan.du_width;
   for (int64_t i = 0; i < channels; i += columns) {
     const ImageDu<T> part = {du.data + i / width * du.panel + i % width, du.plane, du.panel};
-    backward_x_row_general<S>(ctx, image, ih, c + i, part, tile);
+    backward_x_row_general(ctx, ih, 0, g.w_in, c + i, part, grad + i, step, tile);
   }
+}
+
+template <typename T>
+DSCONV_INLINE ImageDu<T> image_du(const BackwardContext& ctx, int64_t image, int64_t c) {
+  const CpuPlan& plan = ctx.plan;
+  return {du_at<T>(ctx, image * plan.image_pixels, c), ctx.p.geom.c_in, plan.pixels * plan.du_width};
 }
 
 template <typename S, typename T>
 static void backward_x_nhwc(const BackwardContext& ctx, int64_t task, void* scratch) {
   const Geometry& g = ctx.p.geom;
-  const CpuPlan& plan = ctx.plan;
-  const int64_t image = task / g.h_in;
-  const ImageDu<T> du = {du_at<T>(ctx, image * plan.image_pixels, 0), g.c_in, plan.pixels * plan.du_width};
-  backward_x_row<S>(ctx, image, task % g.h_in, 0, g.c_in, du, static_cast<T*>(scratch));
+  const Strides& stride = ctx.p.grad_x_strides;
+  const int64_t image = task / g.h_in, ih = task % g.h_in;
+  S* grad = static_cast<S*>(ctx.p.grad_x) + image * stride.n + ih * stride.h;
+  backward_x_row(ctx, ih, 0, g.c_in, image_du<T>(ctx, image, 0), grad, stride.w, static_cast<T*>(scratch));
 }
 
-// sums[tap][lanes] of a vector of channels += the correlation over rows [row, row_end) of an image, in blocks of about
-// kLongestSum pixels.
+// nchw: some rows of one image, a panel of channels after the other, through [pixels][columns]; pieces of a row where
+// one is longer than that.
 template <typename S, typename T>
-static void correlate_rows(const BackwardContext& ctx, int64_t image, int64_t row, int64_t row_end, int64_t c,
-                           const T* du, T* sums) {
-  const BackwardParams& p = ctx.p;
-  const Geometry& g = p.geom;
-  Correlation<S, T> in;
+static void backward_x_nchw(const BackwardContext& ctx, int64_t task, void* scratch) {
+  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
+  const Geometry& g = ctx.p.geom;
+  const CpuPlan& plan = ctx.plan;
+  T* tile = static_cast<T*>(scratch);
+  const int64_t tasks = ceil_div(g.h_in, plan.grad_rows), image = task / tasks;
+  const int64_t first = task % tasks * plan.grad_rows;
+  const int64_t last = g.h_in - first < plan.grad_rows ? g.h_in : first + plan.grad_rows;
+  const int64_t pixel = image * g.h_in * g.w_in;
+  for (int64_t c = 0; c < g.c_in; c += columns) {
+    const int64_t width = g.c_in - c < columns ? g.c_in - c : columns;
+    const ImageDu<T> du = image_du<T>(ctx, image, c);
+    if (g.w_in * (last - first) <= plan.grad_pixels) {
+      for (int64_t ih = first; ih < last; ++ih) {
+        backward_x_row(ctx, ih, c, width, du, tile + (ih - first) * g.w_in * columns, columns, tile);
+      }
+      turn_grad_x_back<S>(ctx, tile, columns, c, width, pixel + first * g.w_in, (last - first) * g.w_in);
+      continue;
+    }
+    const int64_t most = plan.grad_pixels / g.stride_w * g.stride_w;
+    for (int64_t begin = 0; begin < g.w_in; begin += most) {
+      const int64_t end = g.w_in - begin < most ? g.w_in : begin + most;
+      backward_x_row_general(ctx, first, begin, end, c, du, tile, columns, tile);
+      turn_grad_x_back<S>(ctx, tile, columns, c, width, pixel + first * g.w_in + begin, end - begin);
+    }
+  }
+}
+
+// sums[tap][lanes] of the vector of channels that x begins with += the correlation over rows [row, row_end) of an
+// image, in blocks of about kLongestSum pixels.
+template <typename X, typename T>
+static void correlate_rows(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t image, int64_t row,
+                           int64_t row_end, int64_t channels, const T* du, T* sums) {
+  const Geometry& g = ctx.p.geom;
+  Correlation<X, T> in;
   in.g = &g;
-  in.x = static_cast<const S*>(p.x) + image * p.x_strides.n + c;
-  in.x_row = p.x_strides.h;
-  in.x_column = p.x_strides.w;
+  in.x = x.data + image * x.image;
+  in.x_row = x.row;
+  in.x_column = x.column;
   in.du = du;
   in.du_row = g.w_out * ctx.plan.du_width;
   in.du_column = ctx.plan.du_width;
   in.sums = sums;
-  in.left = lanes_left(g.c_in - c, Vec<T>::n);
+  in.left = lanes_left(channels, Vec<T>::n);
   const int64_t rows_at_once = g.w_out < kLongestSum ? kLongestSum / g.w_out : 1;
   const int64_t pieces = ceil_div(g.w_out, kLongestSum);
   for (; row < row_end; row += rows_at_once) {
@@ -212,8 +236,8 @@ static void correlate_rows(const BackwardContext& ctx, int64_t image, int64_t ro
 
 // A group is a range of rows of du, summed into dw_partial[group][vector of channels][tap][lanes]. Few rows at a time
 // meet all channels of the task: they stay in cache, and within few pages.
-template <typename S, typename T>
-static void backward_dw_nhwc(const BackwardContext& ctx, int64_t task) {
+template <typename X, typename T>
+static void backward_dw_group(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t task) {
   constexpr int n = Vec<T>::n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
@@ -231,11 +255,20 @@ static void backward_dw_nhwc(const BackwardContext& ctx, int64_t task) {
     if (count > last_row - row) count = last_row - row;
     for (int64_t v = first_vector; v < last_vector; ++v) {
       const int64_t c = v % per_plane * n;
-      correlate_rows<S>(ctx, image, oh, oh + count, c,
-                        du_at<T>(ctx, image * plan.image_pixels, v / per_plane * g.c_in + c),
-                        partial + v * plan.taps * n);
+      const ChannelsLast<const X> from = {x.data + c, x.image, x.row, x.column};
+      correlate_rows(ctx, from, image, oh, oh + count, g.c_in - c,
+                     du_at<T>(ctx, image * plan.image_pixels, v / per_plane * g.c_in + c), partial + v * plan.taps * n);
     }
     row += count;
+  }
+}
+
+template <typename S, typename T>
+static void backward_dw(const BackwardContext& ctx, int64_t task) {
+  if (ctx.x_turned != nullptr) {
+    backward_dw_group<T, T>(ctx, x_turned<T>(ctx), task);
+  } else {
+    backward_dw_group<S, T>(ctx, x_as_given<S>(ctx), task);
   }
 }
 

@@ -1,12 +1,12 @@
 // Backward where there are many channels: one task computes everything that belongs to a panel of micro.columns
-// channels of z, for all pixels. No partial sums, and du never leaves the task in nhwc.
+// channels of z, for all pixels. No partial sums, and du never leaves the task.
 //
 //   before:                g = dy * out_act'(saved) turned into the two orders the GEMMs read, and the sums of g
-//   per chunk of images:
+//   per chunk of images:   nchw: the panel of x turned into lanes           [pixels of x][columns]
 //     per tile of pixels:  z of the panel recomputed, a = act(z)       [pixels][columns]
 //                          sums[c_out][columns] += g^T . a             k = pixels
 //                          du = (g . pw_weight) * act'(z)              k = c_out, [pixels][columns]
-//     stage D              grad_x and grad_dw_weight of these channels (backward_depthwise.inl)
+//     stage D              grad_dw_weight and grad_x of these channels (backward_depthwise.inl); nchw: over x, and back
 //
 // A block of kMicroRows rows of either operand g lies contiguous, padded to whole vectors:
 //   g_rows   [c_out / kMicroRows][pixels][kRowPitch]                   columns of g, for the weight gradient
@@ -89,35 +89,36 @@ struct ChannelPanel {
   T* du;          // [chunk_pixels][columns]
   T* dw_sums;     // [kMicroVecs][taps][lanes]
   T* bias_sums;   // [columns]
-  void* rest;     // strips and windows of nchw, pixels of grad_x
+  T* x;           // [chunk_images * h_in * w_in][columns], nchw
+  T* rest;        // [grad_pixels][columns]
 };
 
-// z and what follows from it: as if the panel's channels were all there are.
-template <typename S, typename T>
-static void recompute_panel(const BackwardContext& ctx, int64_t pixel, int64_t count, const ChannelPanel<T>& t) {
+// z and what follows from it, as if the panel's channels and the chunk's images were all there are.
+template <typename X, typename T>
+static void recompute_panel(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t begin, int64_t count,
+                            const ChannelPanel<T>& t) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const BackwardParams& p = ctx.p;
   Geometry g = p.geom;
   g.c_in = g.c_mid = t.width;
   CpuPlan plan = ctx.plan;
   plan.mid_ld = columns;
-  const DepthwiseInput<S> in = {&g,
+  const DepthwiseInput<X> in = {&g,
                                 &plan,
-                                static_cast<const S*>(p.x) + t.k * p.x_strides.c,
-                                p.x_strides,
-                                p.x_layout,
+                                x.data,
+                                {x.image, 1, x.row, x.column},
+                                Layout::nhwc,
                                 static_cast<const T*>(ctx.packed.dw_weight) + t.k,
                                 static_cast<const T*>(ctx.packed.dw_bias) + t.k};
   const bool linear = p.act == Activation::identity;
-  depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.derivative,
-                 static_cast<T*>(t.rest));
+  depthwise_nhwc(in, begin, count, clamp_of<T>(Activation::identity), linear ? t.a : t.derivative);
   if (!linear) activation_pass<ActivateAndDerive, T>(p.act, count * columns, t.derivative, t.a);
 }
 
 // The tile of `count` pixels, the first of which is number `begin` of its chunk.
-template <typename S, typename T>
-static void backward_panel_tile(const BackwardContext& ctx, int64_t chunk, int64_t begin, int64_t count,
-                                const ChannelPanel<T>& t) {
+template <typename X, typename T>
+static void backward_panel_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t chunk,
+                                int64_t begin, int64_t count, const ChannelPanel<T>& t) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n;
   const BackwardParams& p = ctx.p;
@@ -125,7 +126,7 @@ static void backward_panel_tile(const BackwardContext& ctx, int64_t chunk, int64
   const CpuPlan& plan = ctx.plan;
   const int64_t pitch = row_pitch<T>(), pixel = chunk * plan.chunk_pixels + begin;
   const bool linear = p.act == Activation::identity, need_du = ctx.g_pixels != nullptr;
-  if (ctx.g_rows != nullptr || (need_du && !linear)) recompute_panel<S>(ctx, pixel, count, t);
+  if (ctx.g_rows != nullptr || (need_du && !linear)) recompute_panel(ctx, x, begin, count, t);
   if (ctx.g_rows != nullptr) {
     for (int64_t c = 0; c < g.c_out; c += kMicroRows) {
       const T* rows = static_cast<const T*>(ctx.g_rows) + (c / kMicroRows * plan.pixels + pixel) * pitch;
@@ -150,19 +151,30 @@ static void backward_panel_tile(const BackwardContext& ctx, int64_t chunk, int64
   if (p.grad_dw_bias != nullptr) add_column_sums(du, columns, count, t.width, t.bias_sums);
 }
 
-template <typename S, typename T>
-static void backward_panel_images(const BackwardContext& ctx, int64_t first, int64_t last, const ChannelPanel<T>& t) {
+// Chunk `chunk` of `images` images. `x` and `grad` begin with the panel's channels of its first image, and may be the
+// same memory: grad_x comes last.
+template <typename X, typename G, typename T>
+static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int64_t images,
+                                 const ChannelsLast<const X>& x, const ChannelsLast<G>& grad,
+                                 const ChannelPanel<T>& t) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
-  for (int64_t image = first; image < last; ++image) {
-    const T* du = t.du + (image - first) * plan.image_pixels * columns;
-    for (int64_t ih = 0; ctx.p.grad_x != nullptr && ih < g.h_in; ++ih) {
-      backward_x_row<S, T>(ctx, image, ih, t.k, t.width, {du, 0, 0}, static_cast<T*>(t.rest));
-    }
+  const int64_t pixels = images * plan.image_pixels;
+  for (int64_t begin = 0; begin < pixels; begin += plan.panel_tile) {
+    const int64_t count = pixels - begin < plan.panel_tile ? pixels - begin : plan.panel_tile;
+    backward_panel_tile(ctx, x, chunk, begin, count, t);
+  }
+  for (int64_t image = 0; image < images; ++image) {
+    const T* du = t.du + image * plan.image_pixels * columns;
     for (int64_t c = 0; ctx.p.grad_dw_weight != nullptr && c < t.width; c += n) {
-      correlate_rows<S>(ctx, image, 0, g.h_out, t.k + c, du + c, t.dw_sums + c * plan.taps);
+      const ChannelsLast<const X> from = {x.data + c, x.image, x.row, x.column};
+      correlate_rows(ctx, from, image, 0, g.h_out, t.width - c, du + c, t.dw_sums + c * plan.taps);
+    }
+    for (int64_t ih = 0; ctx.p.grad_x != nullptr && ih < g.h_in; ++ih) {
+      backward_x_row(ctx, ih, t.k, t.width, {du, 0, 0}, grad.data + image * grad.image + ih * grad.row, grad.column,
+                     t.rest);
     }
   }
 }
@@ -178,23 +190,10 @@ static void store_panel_gradients(const BackwardContext& ctx, const ChannelPanel
     for (int64_t c = 0; c < g.c_out; ++c) store_row(t.sums + c * columns, grad + c * g.c_mid + k, width);
   }
   if (S* grad = static_cast<S*>(p.grad_dw_bias)) store_row(t.bias_sums, grad + k, width);
-  if (p.x_layout == Layout::nhwc && p.grad_dw_weight != nullptr) {
+  if (p.grad_dw_weight != nullptr) {
     for (int64_t c = 0; c < width; c += n) {
       store_depthwise_gradient<S>(ctx, (k + c) / n, t.dw_sums + c * ctx.plan.taps, 1, 0);
     }
-  }
-}
-
-// The planes of du are in the workspace: stage D of nchw for the panel's channels.
-template <typename S, typename T>
-static void backward_panel_planes(const BackwardContext& ctx, const ChannelPanel<T>& t, void* scratch) {
-  const int block = static_cast<int>(ctx.plan.plane_block);
-  for (int64_t k = t.k; k < t.k + t.width; k += block) {
-    const int64_t channels = lanes_left(t.k + t.width - k, block);
-    for (int64_t image = 0; ctx.p.grad_x != nullptr && image < ctx.p.geom.n; ++image) {
-      backward_x_planes<S, T>(ctx, image, k, channels, scratch);
-    }
-    if (ctx.p.grad_dw_weight != nullptr) backward_dw_planes<S, T>(ctx, k, channels, scratch);
   }
 }
 
@@ -216,6 +215,7 @@ static void backward_panel(const BackwardContext& ctx, int64_t task, void* scrat
   t.dw_sums = t.du + plan.chunk_pixels * columns;
   t.bias_sums = t.dw_sums + plan.taps * columns;
   t.rest = t.bias_sums + columns;
+  t.x = t.rest + plan.grad_pixels * columns;
 
   if (ctx.g_pixels != nullptr) {
     const S* weight = static_cast<const S*>(p.pw_weight) + t.k;
@@ -223,22 +223,23 @@ static void backward_panel(const BackwardContext& ctx, int64_t task, void* scrat
   }
   zero_fill(t.sums, g.c_out * columns);
   zero_fill(t.dw_sums, plan.taps * columns + columns);
-  const bool planes = p.x_layout == Layout::nchw;
+  const int64_t image_pixels = g.h_in * g.w_in;
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
     const int64_t first = chunk * plan.chunk_images;
-    const int64_t last = g.n - first < plan.chunk_images ? g.n : first + plan.chunk_images;
-    const int64_t pixels = (last - first) * plan.image_pixels;
-    for (int64_t begin = 0; begin < pixels; begin += plan.panel_tile) {
-      const int64_t count = pixels - begin < plan.panel_tile ? pixels - begin : plan.panel_tile;
-      backward_panel_tile<S>(ctx, chunk, begin, count, t);
-    }
-    if (ctx.du != nullptr) {
-      store_tile(t.du, columns, t.k, t.width, first * plan.image_pixels, pixels, static_cast<T*>(ctx.du), p.x_layout,
-                 g.c_mid, plan.image_pixels);
-    } else if (!planes) {
-      backward_panel_images<S>(ctx, first, last, t);
+    const int64_t images = g.n - first < plan.chunk_images ? g.n - first : plan.chunk_images;
+    if (channels_last(p)) {
+      const Strides& to = p.grad_x_strides;
+      ChannelsLast<const S> x = x_as_given<S>(ctx);
+      x.data += first * x.image + t.k;
+      const ChannelsLast<S> grad = {static_cast<S*>(p.grad_x) + first * to.n + t.k, to.n, to.h, to.w};
+      backward_panel_chunk(ctx, chunk, images, x, grad, t);
+    } else {
+      turn_x<S>(ctx, t.k, t.width, first * image_pixels, images * image_pixels, t.x, columns);
+      backward_panel_chunk(ctx, chunk, images, dense_lanes(g, static_cast<const T*>(t.x), columns),
+                           dense_lanes(g, t.x, columns), t);
+      if (p.grad_x == nullptr) continue;
+      turn_grad_x_back<S>(ctx, t.x, columns, t.k, t.width, first * image_pixels, images * image_pixels);
     }
   }
   store_panel_gradients<S>(ctx, t);
-  if (planes) backward_panel_planes<S>(ctx, t, scratch);
 }

@@ -67,22 +67,22 @@ struct PointwiseTile {
   T* g;           // [pixels][out_ld]
   T* saved;       // [pixels][out_ld]
   T* da;          // [pixels][columns], one panel of du
-  T* memory;      // depthwise_scratch(plan) bytes
 };
 
-template <typename S, typename T>
-static void recompute_z(const BackwardContext& ctx, int64_t pixel, int64_t count, const PointwiseTile<T>& t) {
+template <typename X, typename T>
+static void recompute_z(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t pixel, int64_t count,
+                        const PointwiseTile<T>& t) {
   const BackwardParams& p = ctx.p;
   const CpuPlan& plan = ctx.plan;
-  const DepthwiseInput<S> in = {&p.geom,
+  const DepthwiseInput<X> in = {&p.geom,
                                 &plan,
-                                static_cast<const S*>(p.x),
-                                p.x_strides,
-                                p.x_layout,
+                                x.data,
+                                {x.image, 1, x.row, x.column},
+                                Layout::nhwc,
                                 static_cast<const T*>(ctx.packed.dw_weight),
                                 static_cast<const T*>(ctx.packed.dw_bias)};
   const bool linear = p.act == Activation::identity;
-  depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.derivative, t.memory);
+  depthwise_nhwc(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.derivative);
   if (linear) return;
   for (int64_t i = 0; i < count; ++i) {
     activation_pass<ActivateAndDerive, T>(p.act, p.geom.c_mid, t.derivative + i * plan.mid_ld, t.a + i * plan.mid_ld);
@@ -102,7 +102,8 @@ static void pointwise_weight_gradient(const Geometry& g, const CpuPlan& plan, in
   }
 }
 
-// du of the tile, a panel of channels at a time. nhwc: GEMM into the panel of the workspace itself; else by t.da.
+// du of the tile, a panel of channels at a time: into the panel of the workspace itself where it has these, else by
+// t.da.
 template <typename T>
 static void pointwise_input_gradient(const BackwardContext& ctx, int64_t pixel, int64_t count,
                                      const PointwiseTile<T>& t, T* bias_sums) {
@@ -112,7 +113,7 @@ static void pointwise_input_gradient(const BackwardContext& ctx, int64_t pixel, 
   const CpuPlan& plan = ctx.plan;
   const T* packed = static_cast<const T*>(ctx.packed.pw_backward);
   T* du = static_cast<T*>(ctx.du);
-  const bool panels = du != nullptr && ctx.p.x_layout == Layout::nhwc && plan.du_width == columns;
+  const bool panels = du != nullptr && plan.du_width == columns;
   for (int64_t k = 0; k < g.c_mid; k += columns) {
     const int64_t width = g.c_mid - k < columns ? g.c_mid - k : columns;
     T* out = panels ? du + k * plan.pixels + pixel * columns : t.da;
@@ -124,7 +125,7 @@ static void pointwise_input_gradient(const BackwardContext& ctx, int64_t pixel, 
     }
     if (ctx.p.grad_dw_bias != nullptr) add_column_sums(out, columns, count, width, bias_sums + k);
     if (du != nullptr && !panels) {
-      store_tile(out, columns, k, width, pixel, count, du, ctx.p.x_layout, g.c_mid, plan.image_pixels);
+      store_tile(out, columns, k, width, pixel, count, du, Layout::nhwc, g.c_mid, plan.image_pixels);
     }
   }
 }
@@ -150,7 +151,13 @@ static void backward_pointwise_tile(const BackwardContext& ctx, int64_t tile, co
   }
   T* lost = bias_partial + plan.out_columns;
   if (p.grad_pw_bias != nullptr) add_columns_exactly(t.g, plan.out_ld, count, g.c_out, bias_partial, lost);
-  if (pw_partial != nullptr || (need_du && !linear)) recompute_z<S>(ctx, pixel, count, t);
+  if (pw_partial != nullptr || (need_du && !linear)) {
+    if (ctx.x_turned != nullptr) {
+      recompute_z(ctx, x_turned<T>(ctx), pixel, count, t);
+    } else {
+      recompute_z(ctx, x_as_given<S>(ctx), pixel, count, t);
+    }
+  }
   if (pw_partial != nullptr) pointwise_weight_gradient(g, plan, count, t, pw_partial);
   if (!need_du) return;
   pointwise_input_gradient(ctx, pixel, count, t, lost + plan.out_columns);
@@ -165,7 +172,6 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t group, void* 
   t.g = t.derivative + plan.tile_pixels * plan.mid_ld;
   t.saved = t.g + plan.tile_pixels * plan.out_ld;
   t.da = t.saved + plan.tile_pixels * plan.out_ld;
-  t.memory = t.da + plan.tile_pixels * plan.micro.columns;
 
   const int64_t pw_size = ctx.p.geom.c_out * plan.mid_columns, bias_size = 2 * plan.out_columns + plan.mid_columns;
   T* pw_partial = ctx.pw_partial != nullptr ? static_cast<T*>(ctx.pw_partial) + group * pw_size : nullptr;

@@ -36,11 +36,11 @@ namespace avx512 {
 #include "channel_row.inl"
 #include "depthwise.inl"
 #include "forward.inl"
+#include "turned.inl"
 #include "backward_pointwise.inl"
 #include "correlate.inl"
 #include "grad_row.inl"
 #include "backward_depthwise.inl"
-#include "backward_depthwise_nchw.inl"
 #include "backward_panels.inl"
 #include "table.inl"
 // clang-format on

@@ -29,12 +29,13 @@ struct BackwardContext {
   BackwardParams p;
   CpuPlan plan;
   PackedWeights packed;
-  void* du;      // gradient of z: [c_mid / du_width][pixels][du_width] for nhwc x, else [n][c_mid][image_pixels]
-  void* g_rows;  // backward_panels.inl says how these two hold dy * out_act'
+  void* x_turned;  // [pixels of x][x_ld] of an nchw x; null where x is nhwc, or is turned by panels
+  void* du;        // gradient of z: [c_mid / du_width][pixels][du_width]
+  void* g_rows;    // backward_panels.inl says how these two hold dy * out_act'
   void* g_pixels;
   void* pw_partial;    // [pointwise_groups][c_out][mid_columns]
   void* bias_partial;  // [pointwise_groups][2 * out_columns + mid_columns]: pw bias, what its sums lost, dw bias
-  void* dw_partial;    // [depthwise_groups][vector of channels][taps][lanes], nhwc only
+  void* dw_partial;    // [depthwise_groups][vector of channels][taps][lanes]
 };
 
 // Packing. A panel is micro.columns channels: of k for the depthwise and pw_backward, output channels for pw_forward.
@@ -57,11 +58,11 @@ struct DTypeKernels {
   void (*backward_pointwise)(const BackwardContext&, int64_t group, void* scratch);
   void (*reduce_pointwise)(const BackwardContext&, int64_t out_channel);
   void (*reduce_biases)(const BackwardContext&);
-  void (*backward_x_nhwc)(const BackwardContext&, int64_t row, void* scratch);    // n * h_in
-  void (*backward_x_nchw)(const BackwardContext&, int64_t block, void* scratch);  // of plane_block c_in, per image
-  void (*backward_dw_nhwc)(const BackwardContext&, int64_t task);                 // depthwise_groups * depthwise_parts
+  void (*backward_turn_x)(const BackwardContext&, int64_t task);                 // of turned_pixels of x
+  void (*backward_x_nhwc)(const BackwardContext&, int64_t row, void* scratch);   // n * h_in
+  void (*backward_x_nchw)(const BackwardContext&, int64_t rows, void* scratch);  // of grad_rows, per image
+  void (*backward_dw)(const BackwardContext&, int64_t task);                     // depthwise_groups * depthwise_parts
   void (*reduce_depthwise)(const BackwardContext&, int64_t vector);
-  void (*backward_dw_nchw)(const BackwardContext&, int64_t block, void* scratch);  // of plane_block c_mid
   void (*backward_turn)(const BackwardContext&, int64_t group, void* scratch);
   void (*backward_panel)(const BackwardContext&, int64_t panel, void* scratch);
 };

@@ -40,14 +40,15 @@ struct CpuPlan {
   int64_t blocks, tiles;             // tiles of whole blocks, whose numbers differ by one at most
   int64_t tile_pixels;               // of the largest tile
   int64_t pointwise_groups;          // partial sums of the pointwise backward
-  int64_t du_width;                  // channels of a panel of du, nhwc
-  int64_t depthwise_groups;          // partial sums of the nhwc depthwise weight gradient
+  int64_t du_width;                  // channels of a panel of du
+  int64_t depthwise_groups;          // partial sums of the depthwise weight gradient
   int64_t depthwise_parts;           // parts of the channels, each a task of every group
-  int64_t grad_pixels;               // pixels of grad_x at a time in the nhwc stage D
+  int64_t grad_pixels;               // pixels of a tile of grad_x
+  int64_t grad_rows;                 // rows of grad_x a task
+  int64_t x_ld, turned_pixels;       // of an nchw x as it is turned: elements a pixel, and pixels a task
   // Backward by panels of channels (backward_panels.inl); panels == 0 where it goes by groups of tiles.
   int64_t panels, panel_tile;                  // panel_tile: pixels at a time, a multiple of micro.rows
   int64_t chunks, chunk_images, chunk_pixels;  // of whole images: du of a chunk stays with its task
-  int64_t plane_block;                         // channels per task of the nchw stage D
   int64_t window;                              // elements of the windows of plane.inl, nchw
   int64_t scratch_bytes;                       // per thread
   int64_t turned;                              // elements of the windows of depthwise.inl that nchw is turned into
@@ -128,9 +129,8 @@ namespace plan_detail {
 
 // By panels where they are tasks enough, all images of a chunk have du within the scratch, and a panel's pass over dy
 // costs less than the groups' passes over the pointwise weights: measured to be so up to some 2.5 pixels for each
-// output channel. `backward`: bytes that stage D needs beside.
-// Returns the bytes of scratch, 0 where not.
-inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, int64_t backward) {
+// output channel. Returns the bytes of scratch, 0 where not.
+inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, Layout x_layout) {
   constexpr int64_t kLeastPanels = 8, kTilePixels = 256;
   const MicroTile& micro = plan.micro;
   const int64_t panels = ceil_div(g.c_mid, micro.columns);
@@ -140,17 +140,13 @@ inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, int64_t backward) {
   plan.chunks = ceil_div(g.n, plan.chunk_images);
   const int64_t tiles = ceil_div(plan.chunk_pixels, kTilePixels);
   plan.panel_tile = round_up(ceil_div(plan.chunk_pixels, tiles), micro.rows);
-  const int64_t tile_strip_ld = plan.strip_ld;
-  plan.strip_ld = skewed(round_up(plan.panel_tile, micro.lanes) + micro.lanes, plan.element);
-  const int64_t rows = 2 * g.c_out + 2 * plan.panel_tile + plan.chunk_pixels + plan.taps + 1;
-  const int64_t forward = depthwise_scratch(plan);
-  const int64_t panel = rows * micro.columns * plan.element + (forward > backward ? forward : backward);
+  const int64_t turned = x_layout == Layout::nchw ? plan.chunk_images * g.h_in * g.w_in : 0;
+  const int64_t rows =
+      2 * g.c_out + 2 * plan.panel_tile + plan.chunk_pixels + plan.taps + 1 + plan.grad_pixels + turned;
+  const int64_t panel = rows * micro.columns * plan.element;
   const int64_t turn = 2 * (micro.rows + 1) * plan.out_ld * plan.element;
   const int64_t bytes = (panel > turn ? panel : turn) + 8 * kCacheLine;
-  if (bytes > kScratchBytes) {
-    plan.strip_ld = tile_strip_ld;
-    return 0;
-  }
+  if (bytes > kScratchBytes) return 0;
   plan.panels = panels;
   plan.pointwise_groups = clamp64(plan.pixels / (4 * micro.rows), 1, plan.pointwise_groups);
   return bytes;
@@ -163,9 +159,9 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   constexpr int64_t kMaxGroups = 16;
   constexpr int64_t kPartialBytes = int64_t{32} << 20;
   CpuPlan plan = plan_detail::base(g, x_layout, micro, element);
-  const int64_t per_pixel = (2 * plan.mid_ld + 2 * plan.out_ld + micro.columns + micro.lanes) * element;
+  const int64_t per_pixel = (2 * plan.mid_ld + 2 * plan.out_ld + micro.columns) * element;
   const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 12 * micro.rows, 256);
-  const int64_t fits = plan_detail::pixels_within(kScratchBytes - depthwise_scratch(plan) - (8 << 10), per_pixel);
+  const int64_t fits = plan_detail::pixels_within(kScratchBytes - (8 << 10), per_pixel);
   plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, 4);
 
   const int64_t pointwise_bytes = g.c_out * plan.mid_columns * element;
@@ -180,15 +176,18 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   plan.depthwise_groups = clamp64(rows / 8, 1, clamp64(kPartialBytes / depthwise_bytes, 1, kMaxGroups));
   plan.depthwise_parts = clamp64(kMaxGroups / plan.depthwise_groups, 1, vectors);
   plan.grad_pixels = 256;
-  plan.plane_block = clamp64((kScratchBytes / 4) / (plan.taps * micro.lanes * element), 1, 8);
-
-  const int64_t nchw = plan.window + micro.lanes + plan.plane_block * plan.taps * micro.lanes;
-  const int64_t nhwc = plan.grad_pixels * micro.columns;
-  const int64_t depthwise = (nchw > nhwc ? nchw : nhwc) * element + plane_bytes(plan) + 8 * kCacheLine;
-  plan.scratch_bytes = plan_detail::cut_panels(plan, g, depthwise);
+  plan.grad_rows = 1;
+  plan.scratch_bytes = plan_detail::cut_panels(plan, g, x_layout);
   if (plan.panels > 0) return plan;
-  const int64_t pointwise = plan.tile_pixels * (2 * plan.mid_ld + 2 * plan.out_ld + micro.columns) * element +
-                            depthwise_scratch(plan) + 8 * kCacheLine;
+  plan.x_ld = skewed(round_up(g.c_in, micro.lanes), element);
+  plan.turned_pixels = 512;
+  if (x_layout == Layout::nchw) {
+    plan.grad_pixels = clamp64(g.w_in, 512, 2048);
+    plan.grad_rows = clamp64(plan.grad_pixels / g.w_in, 1, g.h_in);
+  }
+  const int64_t depthwise = plan.grad_pixels * micro.columns * element + 8 * kCacheLine;
+  const int64_t pointwise =
+      plan.tile_pixels * (2 * plan.mid_ld + 2 * plan.out_ld + micro.columns) * element + 8 * kCacheLine;
   plan.scratch_bytes = pointwise > depthwise ? pointwise : depthwise;
   return plan;
 }

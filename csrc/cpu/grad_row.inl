@@ -87,9 +87,9 @@ static void grad_row_taps(const GradRow<T>& row, int64_t channels, S* grad, int6
   }
 }
 
-DSCONV_INLINE bool has_grad_row(const Geometry& g, const Strides& grad) {
+DSCONV_INLINE bool has_grad_row(const Geometry& g) {
   const int64_t taps = g.kernel_w, step = g.stride_w;
-  return g.dilation_w == 1 && grad.c == 1 && g.kernel_h <= kGradKernelRows &&
+  return g.dilation_w == 1 && g.kernel_h <= kGradKernelRows &&
          (step == 1 ? taps == 3 || taps == 5 || taps == 7 : step == 2 && (taps == 3 || taps == 5));
 }
 

@@ -230,37 +230,3 @@ static void convolve_window(const Window<T>& w, int64_t taps, T start, bool accu
     if (i < w.positions) convolve_window<U / 2>(w, taps, start, accumulate, clamp, strip, i);
   }
 }
-
-// The window's outputs as vectors by position, zero in the lanes that are not in use.
-template <typename S, typename T>
-DSCONV_INLINE void gather_positions(const Window<T>& w, const S* from, T* to) {
-  constexpr int n = Vec<T>::n;
-  for (int64_t i = 0; i < w.positions; ++i) {
-    vstore(to + i * n, w.valid[i] == n ? vload(from + w.out[i]) : vload(from + w.out[i], w.valid[i]));
-  }
-}
-
-// sums[tap][lane] += sum over positions of in * d, for U taps.
-template <int U, typename T>
-DSCONV_INLINE void correlate_taps(const Window<T>& w, const T* d, const int32_t* offset, T* sums) {
-  constexpr int n = Vec<T>::n;
-  typename Vec<T>::type acc[U];
-  DSCONV_UNROLL
-  for (int u = 0; u < U; ++u) acc[u] = vset(T(0));
-  for (int64_t i = 0; i < w.positions; ++i) {
-    const typename Vec<T>::type dv = vload(d + i * n);
-    const T* in = w.buffer + w.in[i];
-    DSCONV_UNROLL
-    for (int u = 0; u < U; ++u) acc[u] = vfma(vload(in + offset[u]), dv, acc[u]);
-  }
-  DSCONV_UNROLL
-  for (int u = 0; u < U; ++u) vstore(sums + u * n, vload(sums + u * n) + acc[u]);
-}
-template <int U = 9, typename T>
-static void correlate_window(const Window<T>& w, const T* d, int64_t taps, const int32_t* offset, T* sums) {
-  int64_t t = 0;
-  for (; t + U <= taps; t += U) correlate_taps<U>(w, d, offset + t, sums + t * Vec<T>::n);
-  if constexpr (U > 1) {
-    if (t < taps) correlate_window<(U + 1) / 2>(w, d, taps - t, offset + t, sums + t * Vec<T>::n);
-  }
-}

@@ -15,11 +15,11 @@ DSCONV_INLINE DTypeKernels kernels_of() {
   k.backward_pointwise = backward_pointwise<S, T>;
   k.reduce_pointwise = reduce_pointwise<S, T>;
   k.reduce_biases = reduce_biases<S, T>;
+  k.backward_turn_x = backward_turn_x<S, T>;
   k.backward_x_nhwc = backward_x_nhwc<S, T>;
   k.backward_x_nchw = backward_x_nchw<S, T>;
-  k.backward_dw_nhwc = backward_dw_nhwc<S, T>;
+  k.backward_dw = backward_dw<S, T>;
   k.reduce_depthwise = reduce_depthwise<S, T>;
-  k.backward_dw_nchw = backward_dw_nchw<S, T>;
   k.backward_turn = backward_turn<S, T>;
   k.backward_panel = backward_panel<S, T>;
   return k;

@@ -1,0 +1,56 @@
+// What backward reads x through, and writes grad_x through: images whose channels are neighbours. An nchw x is turned
+// into such a copy once, in the compute type, since backward reads it twice: for z, and for the depthwise weight
+// gradient. Rows of grad_x are turned back as they are done.
+#ifndef DSCONV_ISA
+#error "turned.inl belongs inside an ISA region"
+#endif
+
+template <typename X>
+struct ChannelsLast {
+  X* data;
+  int64_t image, row, column;  // strides
+};
+
+template <typename S>
+DSCONV_INLINE ChannelsLast<const S> x_as_given(const BackwardContext& ctx) {
+  const Strides& stride = ctx.p.x_strides;
+  return {static_cast<const S*>(ctx.p.x), stride.n, stride.h, stride.w};
+}
+
+template <typename T>
+DSCONV_INLINE ChannelsLast<T> dense_lanes(const Geometry& g, T* data, int64_t column) {
+  return {data, g.h_in * g.w_in * column, g.w_in * column, column};
+}
+
+// `count` pixels of x from `pixel` on, the channels c .. c + channels, into dst[pixel][ld].
+template <typename S, typename T>
+static void turn_x(const BackwardContext& ctx, int64_t c, int64_t channels, int64_t pixel, int64_t count, T* dst,
+                   int64_t ld) {
+  const Geometry& g = ctx.p.geom;
+  load_tile(static_cast<const S*>(ctx.p.x) + c * ctx.p.x_strides.c, ctx.p.x_strides, ctx.p.x_layout, g.h_in, g.w_in,
+            channels, pixel, count, dst, ld);
+}
+
+// The task's part of the copy as a whole.
+template <typename S, typename T>
+static void backward_turn_x(const BackwardContext& ctx, int64_t task) {
+  const Geometry& g = ctx.p.geom;
+  const CpuPlan& plan = ctx.plan;
+  const int64_t pixels = g.n * g.h_in * g.w_in, begin = task * plan.turned_pixels;
+  const int64_t count = pixels - begin < plan.turned_pixels ? pixels - begin : plan.turned_pixels;
+  turn_x<S>(ctx, 0, g.c_in, begin, count, static_cast<T*>(ctx.x_turned) + begin * plan.x_ld, plan.x_ld);
+}
+
+template <typename T>
+DSCONV_INLINE ChannelsLast<const T> x_turned(const BackwardContext& ctx) {
+  return dense_lanes(ctx.p.geom, static_cast<const T*>(ctx.x_turned), ctx.plan.x_ld);
+}
+
+// The channels c .. c + channels of `count` pixels of grad_x from src[pixel][ld].
+template <typename S, typename T>
+static void turn_grad_x_back(const BackwardContext& ctx, const T* src, int64_t ld, int64_t c, int64_t channels,
+                             int64_t pixel, int64_t count) {
+  const Geometry& g = ctx.p.geom;
+  store_tile(src, ld, c, channels, pixel, count, static_cast<S*>(ctx.p.grad_x), ctx.p.grad_x_layout, g.c_in,
+             g.h_in * g.w_in);
+}
