@@ -190,7 +190,8 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
 
 // One row of taps, taps that are neighbours, for P pixels.
 template <int Step, int P, Columns Where, typename S, typename T, typename V>
-DSCONV_INLINE void add_tap_row(const ChannelRow<S>& row, const S* x, const T* w, const ColumnRange& range, V (&acc)[P]) {
+DSCONV_INLINE void add_tap_row(const ChannelRow<S>& row, const S* x, const T* w, const ColumnRange& range,
+                               V (&acc)[P]) {
   const int64_t column_step = row.column_step, weight_column = row.weight_column, taps_w = row.taps_w;
   int64_t j = 0;
   for (; j + 7 <= taps_w; j += 7) {
@@ -212,58 +213,58 @@ DSCONV_INLINE void add_tap_row(const ChannelRow<S>& row, const S* x, const T* w,
 // P pixels of each of two rows of outputs, `apart` rows of x from one another: x is read once for both. Taps that are
 // neighbours, dilation_h 1.
 template <int Step, int P, Columns Where, typename S, typename T>
-static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const Range& rows, int64_t groups, int64_t vectors, const S* x_first,
-                                const ColumnRange& range, Clamp<T> clamp, T* out_first, int64_t ld,
-                                int64_t out_row) {
+static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const Range& rows, int64_t groups,
+                                int64_t vectors, const S* x_first, const ColumnRange& range, Clamp<T> clamp,
+                                T* out_first, int64_t ld, int64_t out_row) {
   typedef typename Vec<T>::type V;
   const int64_t column_step = row.column_step, taps_w = row.taps_w, weight_column = row.weight_column;
   const V lo = vset(clamp.lo), hi = vset(clamp.hi);
   for (int64_t group = 0; group < groups; ++group, x_first += P * Step * column_step, out_first += P * ld) {
-  const S* x = x_first;
-  T* out = out_first;
-  const T* start = row.start;
-  const T* weight = row.weight;
-  for (int64_t vector = 0; vector < vectors; ++vector) {
-    V upper[P], lower[P];
-    DSCONV_UNROLL
-    for (int p = 0; p < P; ++p) upper[p] = lower[p] = vload(start);
-    for (int64_t i = rows.begin; i < rows.end; ++i) {
-      const S* x_row = x + i * row.row_step;
-      const T* w = weight + i * row.weight_row;
-      const T* w_lower = w - apart * row.weight_row;
-      if (i < apart) {
-        add_tap_row<Step, P, Where>(row, x_row, w, range, upper);
-      } else if (i >= row.taps_h) {
-        add_tap_row<Step, P, Where>(row, x_row, w_lower, range, lower);
-      } else {
-        int64_t j = 0;
-        for (; j + 5 <= taps_w; j += 5) {
-          add_taps_pair<5, Step, P, Where>(x_row + j * column_step, column_step, w + j * weight_column,
-                                           w_lower + j * weight_column, weight_column, range, j, upper, lower);
-        }
-        if (j + 3 <= taps_w) {
-          add_taps_pair<3, Step, P, Where>(x_row + j * column_step, column_step, w + j * weight_column,
-                                           w_lower + j * weight_column, weight_column, range, j, upper, lower);
-          j += 3;
-        }
-        for (; j < taps_w; ++j) {
-          add_taps_pair<1, Step, P, Where>(x_row + j * column_step, column_step, w + j * weight_column,
-                                           w_lower + j * weight_column, weight_column, range, j, upper, lower);
+    const S* x = x_first;
+    T* out = out_first;
+    const T* start = row.start;
+    const T* weight = row.weight;
+    for (int64_t vector = 0; vector < vectors; ++vector) {
+      V upper[P], lower[P];
+      DSCONV_UNROLL
+      for (int p = 0; p < P; ++p) upper[p] = lower[p] = vload(start);
+      for (int64_t i = rows.begin; i < rows.end; ++i) {
+        const S* x_row = x + i * row.row_step;
+        const T* w = weight + i * row.weight_row;
+        const T* w_lower = w - apart * row.weight_row;
+        if (i < apart) {
+          add_tap_row<Step, P, Where>(row, x_row, w, range, upper);
+        } else if (i >= row.taps_h) {
+          add_tap_row<Step, P, Where>(row, x_row, w_lower, range, lower);
+        } else {
+          int64_t j = 0;
+          for (; j + 5 <= taps_w; j += 5) {
+            add_taps_pair<5, Step, P, Where>(x_row + j * column_step, column_step, w + j * weight_column,
+                                             w_lower + j * weight_column, weight_column, range, j, upper, lower);
+          }
+          if (j + 3 <= taps_w) {
+            add_taps_pair<3, Step, P, Where>(x_row + j * column_step, column_step, w + j * weight_column,
+                                             w_lower + j * weight_column, weight_column, range, j, upper, lower);
+            j += 3;
+          }
+          for (; j < taps_w; ++j) {
+            add_taps_pair<1, Step, P, Where>(x_row + j * column_step, column_step, w + j * weight_column,
+                                             w_lower + j * weight_column, weight_column, range, j, upper, lower);
+          }
         }
       }
+      T* to = out;
+      DSCONV_UNROLL
+      for (int p = 0; p < P; ++p) {
+        vstore(to, vmin(hi, vmax(lo, upper[p])));
+        vstore(to + out_row, vmin(hi, vmax(lo, lower[p])));
+        advance(to, ld);
+      }
+      x += Vec<T>::n;
+      weight += Vec<T>::n;
+      start += Vec<T>::n;
+      out += Vec<T>::n;
     }
-    T* to = out;
-    DSCONV_UNROLL
-    for (int p = 0; p < P; ++p) {
-      vstore(to, vmin(hi, vmax(lo, upper[p])));
-      vstore(to + out_row, vmin(hi, vmax(lo, lower[p])));
-      advance(to, ld);
-    }
-    x += Vec<T>::n;
-    weight += Vec<T>::n;
-    start += Vec<T>::n;
-    out += Vec<T>::n;
-  }
   }
 }
 
@@ -322,11 +323,12 @@ static void convolve_row_steps(const ChannelRow<S>& row, int64_t top, int64_t le
   }
 }
 
-// Two rows of `count` pixels; the rest of fewer than a vector of channels is left out.
+// Two rows of `count` pixels, a multiple of kPairPixels; channels beyond whole vectors are left out.
+constexpr int kPairPixels = 7;
 template <int Step, typename S, typename T>
 static void convolve_row_pair(const ChannelRow<S>& row, int64_t apart, int64_t top, int64_t left, int64_t count,
                               Clamp<T> clamp, T* out, int64_t ld, int64_t out_row) {
-  constexpr int P = 7;
+  constexpr int P = kPairPixels;
   const int64_t vectors = row.channels / Vec<T>::n;
   const Range rows = valid_taps(top, 1, row.in_h, row.taps_h + apart);
   const S* x = row.x + top * row.row_step + left * row.column_step;
@@ -337,12 +339,12 @@ static void convolve_row_pair(const ChannelRow<S>& row, int64_t apart, int64_t t
     const S* from = x + p * row.step_w * row.column_step;
     const int64_t groups = p >= inside_begin && p < inside_end ? (inside_end - p) / P : 0;
     if (groups > 0) {
-      convolve_group_pair<Step, P, Columns::inside>(row, apart, rows, groups, vectors, from, range, clamp,
-                                                    out + p * ld, ld, out_row);
+      convolve_group_pair<Step, P, Columns::inside>(row, apart, rows, groups, vectors, from, range, clamp, out + p * ld,
+                                                    ld, out_row);
       p += groups * P;
     } else {
-      convolve_group_pair<Step, P, Columns::edge>(row, apart, rows, 1, vectors, from, range, clamp,
-                                                  out + p * ld, ld, out_row);
+      convolve_group_pair<Step, P, Columns::edge>(row, apart, rows, 1, vectors, from, range, clamp, out + p * ld, ld,
+                                                  out_row);
       p += P;
     }
   }
@@ -364,19 +366,43 @@ static void convolve_row(const ChannelRow<S>& row, int64_t top, int64_t left, in
   }
 }
 
+// `row` from channel `begin` on.
+template <typename S>
+DSCONV_INLINE ChannelRow<S> channels_from(const ChannelRow<S>& row, int64_t begin) {
+  ChannelRow<S> rest = row;
+  rest.x += begin;
+  rest.weight += begin;
+  rest.start += begin;
+  rest.channels -= begin;
+  return rest;
+}
+
 // `rows` rows of `count` pixels, `apart` rows of x from one another, out_row elements apart in `out`; start_step is 0.
 template <typename S, typename T>
 static void convolve_rows(const ChannelRow<S>& row, int64_t apart, int64_t top, int64_t left, int64_t rows,
                           int64_t count, Clamp<T> clamp, T* out, int64_t ld, int64_t out_row) {
   int64_t done = 0;
   if constexpr (DSCONV_ISA == DSCONV_ISA_AVX512) {  // twice the sums need its 32 registers
+    const int64_t paired = count / kPairPixels * kPairPixels, vectors = row.channels / Vec<T>::n * Vec<T>::n;
     const bool pairs = row.dilation_w == 1 && row.dilation_h == 1 && row.taps_w >= 3 && row.taps_w <= 5 &&
-                       apart < row.taps_h && row.step_w <= 2 && count % 7 == 0 && row.channels % Vec<T>::n == 0;
+                       apart < row.taps_h && row.step_w <= 2 && paired > 0 && vectors > 0;
+    const ChannelRow<S> rest = channels_from(row, vectors);
     for (; pairs && done + 2 <= rows; done += 2) {
+      const int64_t in = top + done * apart;
+      T* const to = out + done * out_row;
       if (row.step_w == 1) {
-        convolve_row_pair<1>(row, apart, top + done * apart, left, count, clamp, out + done * out_row, ld, out_row);
+        convolve_row_pair<1>(row, apart, in, left, paired, clamp, to, ld, out_row);
       } else {
-        convolve_row_pair<2>(row, apart, top + done * apart, left, count, clamp, out + done * out_row, ld, out_row);
+        convolve_row_pair<2>(row, apart, in, left, paired, clamp, to, ld, out_row);
+      }
+      for (int64_t i = 0; i < 2; ++i) {
+        if (paired < count) {
+          convolve_row(row, in + i * apart, left + paired * row.step_w, count - paired, clamp,
+                       to + i * out_row + paired * ld, ld);
+        }
+        if (rest.channels > 0) {
+          convolve_row(rest, in + i * apart, left, paired, clamp, to + i * out_row + vectors, ld);
+        }
       }
     }
   }
