@@ -98,6 +98,40 @@ class Switched(nn.Module):
         return torch.cat([y, self.auxiliary(y)], 1) if self.training else y
 
 
+class Functional(nn.Module):
+    """Activations as functions and one module for all, as tutorials write it; two chains, and a dropout by function."""
+
+    def __init__(self):
+        super().__init__()
+        self.dw1, self.bn1, self.pw1, self.bn2 = depthwise(), nn.BatchNorm2d(8), *pointwise()
+        self.dw2, self.pw2, self.relu = depthwise(12, bias=True), nn.Conv2d(12, 12, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        x = F.relu6(self.bn1(self.dw1(x)))
+        x = F.silu(self.bn2(self.pw1(x)))
+        x = F.dropout(x, 0.5, training=self.training and False)
+        return self.relu(self.pw2(self.relu(self.dw2(x)))) + x
+
+
+class FunctionalInside(nn.Module):
+    """The module that is rewritten is deep in the model, and the halves of the chain are in modules of their own."""
+
+    class Half(nn.Module):
+        def __init__(self, *layers):
+            super().__init__()
+            self.conv, self.bn = layers
+
+        def forward(self, x):
+            return self.bn(self.conv(x)).relu()
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Sequential(self.Half(depthwise(), nn.BatchNorm2d(8)), self.Half(*pointwise())))
+
+    def forward(self, x, scale=2):
+        return self.net(x) * scale
+
+
 MODELS = {
     "mobilenet_v1": (mobilenet_v1, 1),
     "mobilenet_v2": (InvertedResidual, 1),
@@ -106,6 +140,8 @@ MODELS = {
     "with_biases": (with_biases, 1),
     "data_dependent": (DataDependent, 1),
     "switched": (Switched, 1),
+    "functional": (Functional, 2),
+    "functional_inside": (FunctionalInside, 1),
 }
 
 
@@ -302,6 +338,25 @@ def test_hooks_that_come_later_are_called(device):
     assert calls(fused, x).fused == 1
 
 
+def test_a_rewritten_forward_gives_way_too(device):
+    model = build("functional", device).eval()
+    fused = fuse(model)
+    x = image(device)
+    assert all("another forward of Functional" in finding.reason for finding in explain_fusion(model))
+    assert isinstance(fused, Functional)
+    seen = []
+    handle = fused.bn1.register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
+    assert torch.equal(fused(x), model(x))
+    assert torch.equal(seen[0], model.bn1(model.dw1(x)))
+    handle.remove()
+    assert calls(fused, x).fused == 2
+    assert (calls(fused.train(), x).fused, calls(fused.eval(), x).fused) == (0, 2)
+    assert type(unfuse(fused)) is Functional
+    assert calls(unfuse(fused), x).fused == 0
+    traced = torch.fx.symbolic_trace(fused)
+    assert torch.equal(traced(x), model(x))
+
+
 def test_parametrization_and_pruning_that_come_later(device):
     x = image(device)
     for change in (
@@ -376,8 +431,9 @@ def _saved(model):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved])
-def test_copies_are_fused_and_share_nothing(copied):
-    fused = fuse(build("mobilenet_v2").eval())
+@pytest.mark.parametrize("name", ["mobilenet_v2", "functional"])
+def test_copies_are_fused_and_share_nothing(name, copied):
+    fused = fuse(build(name).eval())
     x = image()
     with torch.no_grad():
         expected = fused(x)
@@ -386,7 +442,7 @@ def test_copies_are_fused_and_share_nothing(copied):
         for p in other.parameters():
             p.zero_()
         assert torch.equal(fused(x), expected)
-    assert calls(other, x).fused == 1
+    assert calls(other, x).fused == MODELS[name][1]
     assert not {id(m) for m in other.modules()} & {id(m) for m in fused.modules()}
 
 
@@ -417,9 +473,9 @@ def test_functional_call_and_per_sample_gradients(device):
     )
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_to_one_graph(training, device):
-    model = build("mobilenet_v2", device).train(training)
+@pytest.mark.parametrize(("name", "training"), [("mobilenet_v2", False), ("mobilenet_v2", True), ("functional", False)])
+def test_compiles_to_one_graph(name, training, device):
+    model = build(name, device).train(training)
     compiled = torch.compile(fuse(model), fullgraph=True, backend="aot_eager")
     x = image(device)
     y = compiled(x)
@@ -530,6 +586,25 @@ class OtherWay(nn.Module):
         return self.pointwise(self.relu(x) if self.training else x)
 
 
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.depthwise, self.pointwise = function, depthwise(), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return self.pointwise(self.function(self.depthwise(x)))
+
+
+class OptionalArgument(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.depthwise, self.pointwise = depthwise(), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x, scale=None):
+        x = self.pointwise(self.depthwise(x).relu())
+        return x if scale is None else x * scale
+
+
 class OwnConv(nn.Conv2d):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -551,6 +626,9 @@ LEFT = {
     "called twice": (lambda: CalledTwice(sequential(after=nn.Conv2d(8, 8, 1))), "called 2 times"),
     "unused": (Unused, "does not call it"),
     "untraceable": (Untraceable, "cannot be traced"),
+    "optional argument": (OptionalArgument, "forward of OptionalArgument cannot be rewritten: it takes arguments"),
+    "slope of a function": (lambda: Applied(lambda x: F.leaky_relu(x, 0.2)), "leaky_relu() between"),
+    "function": (lambda: Applied(F.mish), "mish() between"),
     "another way": (OtherWay, "different ways"),
     "own class": (lambda: sequential(conv=OwnConv(8, 8, 3, groups=8)), "OwnConv may compute something else"),
     "padding mode": (lambda: sequential(conv=depthwise(padding_mode="reflect")), "padding_mode 'reflect'"),
@@ -595,6 +673,25 @@ def test_what_is_left_and_why(name):
     assert words in explanation[0].reason
     assert explanation[0].reason in str(explanation)
     assert [type(m) for m in fuse(model).modules()] == [type(m) for m in model.modules()]
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda x: F.relu(x, inplace=True), "relu"),
+        (lambda x: x.relu_(), "relu"),
+        (lambda x: F.leaky_relu(x, negative_slope=0.01), "leaky_relu"),
+        (lambda x: F.gelu(x, approximate="tanh"), "gelu_tanh"),
+        (lambda x: F.hardswish(input=x), "hardswish"),
+        (torch.sigmoid, "sigmoid"),
+    ],
+)
+def test_activations_as_functions(function, name):
+    model = Applied(function)
+    assert f"-> {name} ->" in explain_fusion(model)[0].reason
+    x = image()
+    torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-4, atol=1e-5)
+    assert calls(fuse(model), x).fused == 1
 
 
 def test_what_is_taken():

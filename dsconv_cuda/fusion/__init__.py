@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dsconv_cuda.fusion import chain as _chain
 from dsconv_cuda.fusion import find as _find
+from dsconv_cuda.fusion import rewrite as _rewrite
 from dsconv_cuda.fusion.find import Finding
 
 __all__ = ["Explanation", "Finding", "explain_fusion", "fuse", "unfuse"]
@@ -39,9 +40,16 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     if not inplace:
         model = _copy_sharing_tensors(model)
+    rewritten: dict[nn.Module, list] = {}
     for finding in _find.find(model):
-        if finding.chain is not None:
+        if finding.chain is None:
+            continue
+        if finding.chain.needs_rewriting:
+            rewritten.setdefault(finding.chain.rewritten, []).append(finding.chain)
+        else:
             _chain.install(finding.chain)
+    for module, chains in rewritten.items():
+        _rewrite.install(module, chains)
     return model
 
 
@@ -55,6 +63,9 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """
     if not inplace:
         model = _copy_sharing_tensors(model)
+    for module in list(model.modules()):
+        if "_fused_forwards" in vars(module):
+            _rewrite.remove(module)
     for module in list(model.modules()):
         if _chain.chain_of(module) is not None:
             _chain.remove(module)

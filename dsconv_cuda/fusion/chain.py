@@ -30,7 +30,7 @@ import operator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from dsconv_cuda import _checks
@@ -57,10 +57,14 @@ class Chain:
     bn2: nn.BatchNorm2d | None
     out_activation: str
     places: list[tuple[nn.Module, str, nn.Module]]  # (parent, name of the child, child), of every module of the chain
+    needs_rewriting: bool = False  # an activation is no module of its own: see rewrite.py
+    rewritten: nn.Module | None = None  # the module of which the forward is rewritten then
     _folded: "dict[int, _Folded]" = field(default_factory=dict, repr=False)
 
-    def extent(self) -> int:
+    def extent(self, x: Tensor | None = None) -> int:
         """How much of the chain one call of the op computes now. Every module asks, so it has to be quick."""
+        if isinstance(x, fx.Proxy):  # a tracer sees the modules
+            return NONE
         bn1, bn2 = self.bn1, self.bn2
         extent = ALL
         if bn2 is not None and (bn2.training or bn2.running_mean is None):
@@ -223,7 +227,7 @@ class _Fused:
     """The depthwise convolution of a chain."""
 
     def forward(self, x):
-        extent = self._fused_chain.extent()
+        extent = self._fused_chain.extent(x)
         return super().forward(x) if extent == NONE else self._fused_chain.compute(x, extent)
 
     def extra_repr(self) -> str:
@@ -238,46 +242,49 @@ class _Fused:
         return f"{super().extra_repr()} -> {' -> '.join(step for step in steps if step)}"
 
     def __reduce_ex__(self, protocol):
-        return _reduce(self, super().__reduce_ex__(protocol))
+        return reduce(self, super().__reduce_ex__(protocol))
 
 
 class _Absorbed:
     """What comes after it, up to the pointwise convolution."""
 
     def forward(self, x):
-        return super().forward(x) if self._fused_chain.extent() == NONE else x
+        return super().forward(x) if self._fused_chain.extent(x) == NONE else x
 
     def __reduce_ex__(self, protocol):
-        return _reduce(self, super().__reduce_ex__(protocol))
+        return reduce(self, super().__reduce_ex__(protocol))
 
 
 class _AbsorbedAfter:
     """What comes after the pointwise convolution."""
 
     def forward(self, x):
-        return x if self._fused_chain.extent() == ALL else super().forward(x)
+        return x if self._fused_chain.extent(x) == ALL else super().forward(x)
 
     def __reduce_ex__(self, protocol):
-        return _reduce(self, super().__reduce_ex__(protocol))
+        return reduce(self, super().__reduce_ex__(protocol))
 
 
-_MIXINS = {"depthwise": _Fused, "up to pointwise": _Absorbed, "after pointwise": _AbsorbedAfter}
+MIXINS = {"depthwise": _Fused, "up to pointwise": _Absorbed, "after pointwise": _AbsorbedAfter}
 
 
 @functools.cache
-def _class(kind: str, original: type) -> type:
+def class_for(kind: str, original: type) -> type:
     name = ("Fused" if kind == "depthwise" else "Absorbed") + original.__name__
-    namespace = {"__module__": __name__, "__doc__": _MIXINS[kind].__doc__}
+    namespace = {"__module__": __name__, "__doc__": MIXINS[kind].__doc__}
     namespace |= {"_fused_original": original, "_fused_kind": kind}
-    return type(name, (_MIXINS[kind], original), namespace)
+    mixin = MIXINS[kind]
+    if hasattr(mixin, "forward_like"):
+        namespace["forward"] = mixin.forward_like(original.forward)
+    return type(name, (mixin, original), namespace)
 
 
 def _new(kind: str, original: type):
-    cls = _class(kind, original)
+    cls = class_for(kind, original)
     return cls.__new__(cls)
 
 
-def _reduce(module, reduced: tuple) -> tuple:
+def reduce(module, reduced: tuple) -> tuple:
     """Copies and pickles: the class is made again where the module is."""
     return (_new, (module._fused_kind, module._fused_original), *reduced[2:])
 
@@ -287,7 +294,7 @@ def install(chain: Chain) -> None:
     kind = "depthwise"
     for _, _, module in chain.places:
         module._fused_chain = chain
-        module.__class__ = _class(kind, type(module))
+        module.__class__ = class_for(kind, type(module))
         if kind == "depthwise":
             kind = "up to pointwise"
         elif module is chain.pointwise:
@@ -296,12 +303,16 @@ def install(chain: Chain) -> None:
 
 def remove(module: nn.Module) -> None:
     """Gives one of them its old class back."""
-    if type(module) is not _class(module._fused_kind, module._fused_original):
+    del module._fused_chain
+    take_class_back(module)
+
+
+def take_class_back(module: nn.Module) -> None:
+    if type(module) is not class_for(module._fused_kind, module._fused_original):
         raise RuntimeError(
             f"unfuse: {type(module).__name__} has been given another class since it was fused, as parametrizations do; "
             f"take that back first"
         )
-    del module._fused_chain
     module.__class__ = module._fused_original
 
 

@@ -97,6 +97,8 @@ def _describe(chain: Chain) -> str:
     steps = ["depthwise", "BatchNorm" if chain.bn1 is not None else None, _named(chain.activation), "pointwise"]
     steps += ["BatchNorm" if chain.bn2 is not None else None, _named(chain.out_activation)]
     text = " -> ".join(step for step in steps if step)
+    if chain.needs_rewriting:
+        text += f", by another forward of {type(chain.rewritten).__name__}"
     if chain.bn1 is not None:
         text += "; in evaluation only, in training the modules run one by one"
     elif chain.bn2 is not None:
@@ -177,25 +179,44 @@ def _check_pointwise(conv: nn.Module) -> None:
         raise _No("the 1x1 convolution after it pads")
 
 
-_ACTIVATION_FUNCTIONS = {
+_ACTIVATION_CALLS = {
     F.relu: "relu",
     torch.relu: "relu",
     torch.relu_: "relu",
     "relu": "relu",
     "relu_": "relu",
     F.relu6: "relu6",
+    F.leaky_relu: "leaky_relu",
     F.silu: "silu",
     F.hardswish: "hardswish",
     F.hardsigmoid: "hardsigmoid",
     F.gelu: "gelu",
-    F.leaky_relu: "leaky_relu",
-    torch.sigmoid: "sigmoid",
     F.sigmoid: "sigmoid",
+    torch.sigmoid: "sigmoid",
     "sigmoid": "sigmoid",
-    torch.tanh: "tanh",
+    "sigmoid_": "sigmoid",
     F.tanh: "tanh",
+    torch.tanh: "tanh",
     "tanh": "tanh",
+    "tanh_": "tanh",
 }
+
+
+def _activation_of_call(node: fx.Node, argument: fx.Node) -> str | None:
+    """The activation that the call of a function or method is, if it is one of the kernels'."""
+    if node.op not in ("call_function", "call_method") or node.target not in _ACTIVATION_CALLS:
+        return None
+    name, options = _ACTIVATION_CALLS[node.target], dict(node.kwargs)
+    options.pop("inplace", None)
+    arguments = [*node.args, *([options.pop("input")] if "input" in options else [])]
+    if name == "leaky_relu" and len(arguments) == 1:
+        slope = options.pop("negative_slope", activations.LEAKY_RELU_SLOPE)
+        name = name if slope == activations.LEAKY_RELU_SLOPE else None
+    elif name == "gelu":
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(options.pop("approximate", "none"))
+    return name if arguments == [argument] and not options else None
+
+
 _ACTIVATION_MODULES = ("torch.nn.modules.activation",)
 
 
@@ -240,9 +261,9 @@ class _Mode:
 
 
 def _trace_all(model: nn.Module, training: bool) -> _Mode:
-    with _in_mode(model, training):
+    with in_mode(model, training):
         try:
-            return _Mode([_trace(model, set())], {})
+            return _Mode([trace(model, set())], {})
         except Exception as error:
             whole = error
         # Which modules cannot be traced even with all that is in them as leaves?
@@ -250,7 +271,7 @@ def _trace_all(model: nn.Module, training: bool) -> _Mode:
         for module in model.modules():
             if any(True for _ in module.children()):
                 try:
-                    _trace(module, set(module.modules()) - {module})
+                    trace(module, set(module.modules()) - {module})
                 except Exception as error:
                     failures[module] = f"{type(error).__name__}: {error}"
         failures.setdefault(model, f"{type(whole).__name__}: {whole}")
@@ -263,7 +284,7 @@ def _trace_all(model: nn.Module, training: bool) -> _Mode:
             children = [m for m in module.children() if any(True for _ in m.children())]
             if module not in failures:
                 try:
-                    graphs.append(_trace(module, set(failures)))
+                    graphs.append(trace(module, set(failures)))
                     children = [m for m in graphs[-1].calls if m in failures]
                 except Exception as error:
                     failures[module] = f"{type(error).__name__}: {error}"
@@ -271,13 +292,13 @@ def _trace_all(model: nn.Module, training: bool) -> _Mode:
         return _Mode(graphs, failures)
 
 
-def _trace(root: nn.Module, opaque: set[nn.Module]) -> Graph:
+def trace(root: nn.Module, opaque: set[nn.Module]) -> Graph:
     if isinstance(root, (nn.ModuleList, nn.ModuleDict)):
         raise NotImplementedError(f"{type(root).__name__} has no forward")
     # Arguments with a default keep it: most are switches.
+    tracer = _Tracer(opaque)
     parameters = inspect.signature(root.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    tracer = _Tracer(opaque)
     graph = tracer.trace(root, concrete_args=defaults or None)
     modules, calls = {}, {}
     for node in graph.nodes:
@@ -289,7 +310,7 @@ def _trace(root: nn.Module, opaque: set[nn.Module]) -> Graph:
 
 
 @contextlib.contextmanager
-def _in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     before = {module: module.training for module in model.modules()}
     try:
         for module in before:
@@ -307,7 +328,10 @@ def _chain_in_every_mode(conv: nn.Conv2d, modes: list[_Mode], names: dict, place
     chains = [chain for mode in modes if (chain := _chain_in(conv, mode, names, places)) is not None]
     if not chains:
         raise _No("forward does not call it")
-    if len({tuple(child for _, _, child in chain.places) for chain in chains}) > 1:
+    if (
+        len({(chain.activation, chain.out_activation, *(child for _, _, child in chain.places)) for chain in chains})
+        > 1
+    ):
         raise _No("training and evaluation take different ways")
     return chains[0]
 
@@ -325,22 +349,50 @@ def _chain_in(conv: nn.Conv2d, mode: _Mode, names: dict, places: dict) -> Chain 
     graph, node = nodes[0]
     if len(node.args) + len(node.kwargs) != 1:
         raise _No("it is called with more than one argument")
-    return _Walk(graph, node).chain(conv, places)
+    chain = Walk(graph, node).chain(conv, places)
+    if chain.needs_rewriting:
+        chain.rewritten = _common_parent(chain, names)
+    return chain
 
 
-class _Walk:
+def _common_parent(chain: Chain, names: dict) -> nn.Module:
+    """The smallest module that holds the whole chain, where its forward can be rewritten."""
+    paths = [names[child].split(".")[:-1] for _, _, child in chain.places]
+    depth = 0
+    while all(len(path) > depth for path in paths) and len({path[depth] for path in paths}) == 1:
+        depth += 1
+    by_name = {name: module for module, name in names.items()}
+    parent = by_name[".".join(paths[0][:depth])]
+    from dsconv_cuda.fusion import rewrite  # which needs this module to read graphs
+
+    try:
+        rewrite.check(parent, chain)
+    except Exception as error:
+        name = names[parent] or type(parent).__name__
+        line = str(error).splitlines()[0]
+        raise _No(f"an activation is no module of its own, and forward of {name} cannot be rewritten: {line}") from None
+    return parent
+
+
+class Walk:
     """From a depthwise convolution along its result."""
 
     def __init__(self, graph: Graph, node: fx.Node):
         self.graph = graph
-        self.node = node  # the last one that belongs to the chain
+        self.nodes = [node]  # that belong to the chain
         self.members: list[nn.Module] = [graph.modules[node]]
+        self.needs_rewriting = False  # an activation is called as a function, or its module elsewhere too
+
+    @property
+    def node(self) -> fx.Node:
+        return self.nodes[-1]
 
     def chain(self, conv: nn.Conv2d, places: dict) -> Chain:
         bn1, activation = self._norm_and_activation(required=True)
         pointwise = self._pointwise()
         bn2, out_activation = self._norm_and_activation(required=False)
-        return Chain(conv, bn1, activation, pointwise, bn2, out_activation, [places[m] for m in self.members])
+        members = [places[m] for m in self.members]
+        return Chain(conv, bn1, activation, pointwise, bn2, out_activation, members, self.needs_rewriting)
 
     def _norm_and_activation(self, required: bool) -> tuple[nn.Module | None, str]:
         """Walks over a BatchNorm and an activation as far as there are any.
@@ -356,12 +408,20 @@ class _Walk:
                     self._check_single(module)
                     within = _activation_of_module(module.act) if _has_activation(module) else None
                     norm, activation = module, within if within != "identity" else None
+                    self.members.append(module)
                 elif type(module) is nn.Identity:
                     self._check_single(module)
                     _activation_of_module(module)  # hooks
+                    self.members.append(module)
                 elif module is not None and _is_activation(module) and activation is None:
                     activation = _activation_of_module(module)
-                    self._check_single(module)
+                    if len(self.graph.calls[module]) == 1:
+                        self.members.append(module)
+                    else:
+                        self._needs_rewriting(required)
+                elif module is None and (name := _activation_of_call(node, self.node)) and activation is None:
+                    activation = name
+                    self._needs_rewriting(required)
                 elif required and not isinstance(module, _CONVOLUTIONS):
                     raise _No(self._between(node, module))
                 else:
@@ -370,15 +430,20 @@ class _Walk:
                 if required:
                     raise
                 return norm, activation or "identity"
-            self.members.append(module)
-            self.node = node
+            self.nodes.append(node)
+
+    def _needs_rewriting(self, required: bool) -> None:
+        """Behind the pointwise convolution such an activation can also stay outside."""
+        if not required and not self.needs_rewriting:
+            raise _No("an activation that is called as a function or more than once")
+        self.needs_rewriting = True
 
     def _pointwise(self) -> nn.Conv2d:
         node, module = self._next()
         _check_pointwise(module)
         self._check_single(module)
         self.members.append(module)
-        self.node = node
+        self.nodes.append(node)
         return module
 
     def _next(self) -> tuple[fx.Node, nn.Module | None]:
