@@ -273,7 +273,8 @@ def table(model: nn.Module, input_size: Sequence[int], *, dtype=torch.float32, m
 
     The model runs once, on the meta device: nothing is computed and the model is not changed.
 
-    A fused module has one row, with two operations unfused and one fused. Bytes count every operand of an operation
+    A fused module, and two convolutions that :func:`dsconv_cuda.fuse` would fuse or has fused, have one row, with two
+    operations unfused and one fused. Bytes count every operand of an operation
     once, in `dtype`, and its parameters: unfused x + 2z + y, fused x + y. Activations and normalisations are counted
     nowhere, as if each were part of the convolution before it; PyTorch in eager mode moves more. Taps that fall into
     the padding count as multiply-adds, as in the formulas.
@@ -287,12 +288,27 @@ def table(model: nn.Module, input_size: Sequence[int], *, dtype=torch.float32, m
     Returns:
         A :class:`Table`: printable, and with ``csv()``, ``plot(path)`` and ``rows``.
     """
-    calls = _record_calls(model, input_size)
-    rows, counted = [], set()
-    for name, module, x, y in calls:
-        rows.append(_row(name or type(module).__name__, module, x, y, dtype.itemsize))
+    from dsconv_cuda import fusion
+    from dsconv_cuda.fusion import find
+
+    parameters = list(model.parameters())
+    if any(find.chain_of(module) is not None for module in model.modules()):
+        model = fusion.unfuse(model)
+    second_of = {f.chain.depthwise: f.chain.pointwise for f in find.find(model) if f.chain is not None}
+    rows, counted, first_of = [], set(), {}
+    for name, module, x, y in _record_calls(model, input_size):
         counted.update(map(id, module.parameters()))
-    other = sum(p.numel() for p in model.parameters() if id(p) not in counted)
+        if module in second_of:
+            first_of[second_of[module]] = (name, module, x)
+        elif module in first_of:
+            name, first, x = first_of[module]
+            rows.append(_pair(name, first, module, x, y, dtype.itemsize))
+        elif _is_pair(module):
+            rows.append(_pair(name or type(module).__name__, module.depthwise, module.pointwise, x, y, dtype.itemsize))
+        else:
+            work = _work(module, x, y, dtype.itemsize)
+            rows.append(Row(name or type(module).__name__, _kind(module), tuple(y), _size(module), (work,), work))
+    other = sum(p.numel() for p in parameters if id(p) not in counted)
     return Table(tuple(rows), other, machine or Machine())
 
 
@@ -336,15 +352,15 @@ def _has_row(module: nn.Module) -> bool:
     return isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)) or _is_pair(module)
 
 
-def _row(name: str, module: nn.Module, x: torch.Size, y: torch.Size, itemsize: int) -> Row:
-    parameters = sum(p.numel() for p in module.parameters())
-    if _is_pair(module):
-        z = (*y[:-3], module.depthwise.out_channels, *y[-2:])
-        first, second = _work(module.depthwise, x, z, itemsize), _work(module.pointwise, z, y, itemsize)
-        fused = Work(first.macs + second.macs, first.bytes + second.bytes - 2 * math.prod(z) * itemsize)
-        return Row(name, f"{_kind(module.depthwise)} + 1x1", tuple(y), parameters, (first, second), fused)
-    work = _work(module, x, y, itemsize)
-    return Row(name, _kind(module), tuple(y), parameters, (work,), work)
+def _pair(name: str, first: nn.Module, second: nn.Module, x: torch.Size, y: torch.Size, itemsize: int) -> Row:
+    z = (*y[:-3], first.out_channels, *y[-2:])
+    works = _work(first, x, z, itemsize), _work(second, z, y, itemsize)
+    fused = Work(works[0].macs + works[1].macs, sum(w.bytes for w in works) - 2 * math.prod(z) * itemsize)
+    return Row(name, f"{_kind(first)} + 1x1", tuple(y), _size(first) + _size(second), works, fused)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _work(module: nn.Module, x: Sequence[int], y: Sequence[int], itemsize: int) -> Work:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import dsconv_cuda
 from dsconv_cuda import DepthwiseSeparableConv2d, complexity, models
 
 LAYER = (14, 32, 48, 3)
@@ -83,6 +84,18 @@ def test_mobilenet_has_the_multiply_adds_of_the_paper(width, millions):
     """arXiv:1704.04861, table 6."""
     table = complexity.table(models.mobilenet_v1(width), (1, 3, 224, 224))
     assert round(table.macs / 1e6) == millions
+    assert sum("+" in row.kind for row in table.rows) == 13
+
+
+def test_fused_and_not_yet_fused_models_have_one_table():
+    model = nn.Sequential(
+        nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1), nn.Conv2d(4, 4, 3)
+    )
+    table = complexity.table(model, (1, 8, 9, 9))
+    assert [row.name for row in table.rows] == ["0", "4"]
+    assert table.rows[0].bytes_unfused - table.rows[0].bytes_fused == 2 * 4 * 8 * 81
+    assert table.other_parameters == 16
+    assert str(complexity.table(dsconv_cuda.fuse(model), (1, 8, 9, 9))) == str(table)
 
 
 def test_the_model_is_not_touched():
