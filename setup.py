@@ -21,6 +21,9 @@ os.chdir(ROOT)
 # What `python -m bench --peers` measures beside PyTorch.
 PEERS = ["onnxruntime", "onnx", "openvino", "ncnn", "ai-edge-litert", "flatbuffers", "jax"]
 
+# What `python -m bench.static` reads machine code with, where neither the CUDA toolkit nor triton brings it along.
+STATIC = ["nvidia-cuda-cuobjdump", "nvidia-cuda-nvdisasm"]
+
 COMPILING_COMMANDS = {"build", "build_ext", "bdist", "bdist_wheel", "editable_wheel", "develop", "install"}
 
 
@@ -81,7 +84,7 @@ def package(extensions=(), commands=None) -> None:
         license_files=["LICENSE"],
         python_requires=">=3.10",
         install_requires=["torch>=2.10"],
-        extras_require={"peers": PEERS},
+        extras_require={"peers": PEERS, "static": STATIC},
         packages=find_packages(include=["dsconv_cuda", "dsconv_cuda.*"]) + list(csrc),
         package_dir=csrc,
         package_data={"dsconv_cuda": ["py.typed"], **{folder: ["*"] for folder in csrc}},

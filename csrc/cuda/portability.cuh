@@ -32,8 +32,8 @@
 
 #define DSCONV_KERNEL
 #define DSCONV_BOUNDS(threads, min_blocks)
-#define DSCONV_DEVICE inline
-#define DSCONV_HOST_DEVICE inline
+#define DSCONV_DEVICE CUDA_HOST_INLINE
+#define DSCONV_HOST_DEVICE CUDA_HOST_INLINE
 // The address of the key tells the engine which of the kernel's arrays is meant.
 #define DSCONV_SHARED(type, name, count) \
   static const char name##_key = 0;      \

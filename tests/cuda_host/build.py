@@ -24,6 +24,7 @@ ENGINE_SOURCES = tuple(
     HERE / f"{name}.cpp"
     for name in ("async_copy", "engine", "fiber", "host_runtime", "shared_memory", "tensor_core", "warp")
 )
+COUNT = "-DCUDA_HOST_COUNT"
 SANITIZERS = ("address,undefined", "thread")
 PARALLEL_COMPILES = 2
 
@@ -59,9 +60,29 @@ def build_engine_cases(build_dir: Path | str, sanitizer: str | None = None, *, u
     return _build_program(Path(build_dir), "engine_cases", jobs, sanitizer, ucontext=ucontext)
 
 
+def build_traffic(build_dir: Path | str) -> Path:
+    """The program traffic.cpp, which counts the memory accesses of the kernels (counters.h)."""
+    jobs = [(source, _counted_flags()) for source in kernel_sources()]
+    jobs += [(HERE / "traffic.cpp", [*_kernel_flags(None), COUNT])]
+    return _build_counting(Path(build_dir), "traffic", jobs)
+
+
+def build_counter_cases(build_dir: Path | str) -> Path:
+    """The program counter_cases.cpp: small kernels whose accesses were counted by hand."""
+    jobs = [(HERE / "counter_kernels.cpp", _counted_flags())]
+    jobs += [(HERE / "counter_cases.cpp", [*_kernel_flags(None), COUNT])]
+    return _build_counting(Path(build_dir), "counter_cases", jobs)
+
+
 def kernel_sources() -> list[Path]:
     """The torch-free .cu files, but for the one that only nvcc can answer (what nvcc was told)."""
     return sorted(path for path in (CSRC / "cuda").glob("cuda_*.cu") if path.name != "cuda_build_info.cu")
+
+
+def _build_counting(build_dir: Path, name: str, jobs) -> Path:
+    engine_flags = [*_engine_flags(None), COUNT]
+    jobs = jobs + [(source, engine_flags) for source in (*ENGINE_SOURCES, HERE / "counters.cpp")]
+    return _build(build_dir, name, jobs, ["-rdynamic", "-ldl"])  # the symbols of kernels are looked up
 
 
 def _build_program(build_dir, name, jobs, sanitizer, *, ucontext=False) -> Path:
@@ -87,6 +108,13 @@ def _kernel_flags(sanitizer: str | None) -> list[str]:
     flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-ffp-contract=off", *_machine_flags()]
     flags += ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DDSCONV_EMULATED", f"-I{HERE}"]
     return flags + _sanitizer_flags(sanitizer)
+
+
+def _counted_flags() -> list[str]:
+    """Kernels that call a function for every access and every basic block; counters.cpp defines these. Accesses stay as
+    the source has them: no vectors made or taken apart, no block moved behind the loop it belongs to."""
+    flags = [*_kernel_flags(None), "-O1", "-fno-tree-sra", "-fno-reorder-blocks", COUNT]
+    return [*flags, "-fsanitize=thread", "-fsanitize-coverage=trace-pc"]
 
 
 def _engine_flags(sanitizer: str | None) -> list[str]:

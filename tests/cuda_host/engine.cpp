@@ -16,6 +16,13 @@
 
 #include "engine_state.h"
 
+#if defined(CUDA_HOST_COUNT)
+#include "counters.h"
+#define COUNT(call) call
+#else
+#define COUNT(call) static_cast<void>(0)
+#endif
+
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
@@ -88,6 +95,7 @@ void start_block() {
 }
 
 void release_barrier() {
+  COUNT(count_barrier());
   const Thread& first = engine.threads[0];
   for (int i = 1; i < engine.thread_count; ++i) {
     const Thread& t = engine.threads[i];
@@ -131,7 +139,9 @@ void run_block() {
       moved = true;
       engine.current = &t;
       threadIdx = t.index;
+      COUNT(count_lane(number));
       t.fiber.resume();
+      COUNT(count_lane(-1));
       if (engine.failed) break;
     }
     if (engine.failed) break;
@@ -144,18 +154,28 @@ void run_block() {
   for (int i = 0; i < engine.thread_count; ++i) {
     if (engine.threads[i].state != State::done) engine.threads[i].fiber.abandon();
   }
+  COUNT(count_barrier());
   if (!engine.failed && !engine.shared.end_block()) report("shared memory was written just outside an array");
 }
 
 void run_blocks() {
   const uint64_t count = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
-  engine.turns.begin_launch(count, engine.thread_count);
-  for (uint64_t i = 0; i < count && !engine.failed; ++i) {
-    const uint64_t b = engine.turns.block(i);
+  const auto run = [](uint64_t b) {
     blockIdx = {static_cast<unsigned>(b % gridDim.x), static_cast<unsigned>(b / gridDim.x % gridDim.y),
                 static_cast<unsigned>(b / gridDim.x / gridDim.y)};
     run_block();
+  };
+  engine.turns.begin_launch(count, engine.thread_count);
+#if defined(CUDA_HOST_COUNT)
+  bool counted = false;
+  for (const uint64_t b : blocks_to_run(count)) {
+    count_block_start(counted);
+    if (!engine.failed) run(b);
+    counted = true;
   }
+#else
+  for (uint64_t i = 0; i < count && !engine.failed; ++i) run(engine.turns.block(i));
+#endif
 }
 
 }  // namespace
@@ -195,6 +215,7 @@ bool run_grid(KernelBody body, void* arguments, const cudaLaunchConfig_t& config
     for (auto& set : engine.thread_sets) set[engine.allocated].fiber.allocate(engine.allocated);
   }
   engine.shared.begin_launch(config.dynamicSmemBytes);
+  COUNT(count_shared(engine.shared.mapping(), SharedMemory::kMappingBytes));
   run_blocks();
   DECLARE_ACQUIRE(&engine.kernel_end);
 

@@ -12,6 +12,14 @@ extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
+// Functions that kernels call. Counting builds tell instructions apart by their place, one for each call.
+#if defined(CUDA_HOST_COUNT)
+#include "counters.h"
+#define CUDA_HOST_INLINE inline __attribute__((always_inline))
+#else
+#define CUDA_HOST_INLINE inline
+#endif
+
 namespace cuda_host {
 
 // A call's place in the kernel source tells two barriers apart.
@@ -36,6 +44,17 @@ struct AsyncCopy {
 void queue_copy(AsyncCopy copy);
 bool next_landing(int groups_left_in_flight, AsyncCopy* copy);
 void cp_async_commit();
+
+#if defined(CUDA_HOST_COUNT)
+
+// Lands at once: what is counted does not depend on values.
+template <int kBytes>
+CUDA_HOST_INLINE void cp_async(void* dst, const void* src, int valid) {
+  count_copy(dst, src, kBytes, valid);
+}
+inline void cp_async_wait(int) {}
+
+#else
 
 // Until it lands the destination holds NaNs, so that a read before the wait shows.
 template <int kBytes>
@@ -65,6 +84,8 @@ inline void cp_async_wait(int groups_left_in_flight) {
   while (next_landing(groups_left_in_flight, &copy)) land(copy);
 }
 
+#endif
+
 template <typename T>
 inline T exchange(WarpOp op, unsigned mask, T value, int lane_argument, int width, Site site) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 8);
@@ -86,8 +107,8 @@ void exchange_rows(MatrixRow& lane, Site site);
 void check_row_address(const void* address);
 
 // The row is read as this lane's own access.
-inline void ldmatrix_x4(const void* address, uint32_t (&out)[4], bool transposed,
-                        Site site = {__builtin_FILE(), __builtin_LINE()}) {
+CUDA_HOST_INLINE void ldmatrix_x4(const void* address, uint32_t (&out)[4], bool transposed,
+                                  Site site = {__builtin_FILE(), __builtin_LINE()}) {
   check_row_address(address);
   const uint4 row = *static_cast<const uint4*>(address);
   MatrixRow lane{{row.x, row.y, row.z, row.w}, transposed};

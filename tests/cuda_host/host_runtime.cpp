@@ -7,6 +7,9 @@
 #include <map>
 #include <mutex>
 
+#if defined(CUDA_HOST_COUNT)
+#include "counters.h"
+#endif
 #include "engine.h"
 
 namespace cuda_host {
@@ -47,6 +50,10 @@ cudaError_t launch_grid(const void* kernel, KernelBody body, void* arguments, co
   const std::lock_guard<std::mutex> lock(launching);
   const cudaError_t refused = check_limits(kernel, config);
   if (refused != cudaSuccess) return remember(refused);
+#if defined(CUDA_HOST_COUNT)
+  count_launch(kernel, uint64_t{config.gridDim.x} * config.gridDim.y * config.gridDim.z,
+               uint64_t{config.blockDim.x} * config.blockDim.y * config.blockDim.z, config.dynamicSmemBytes);
+#endif
   return remember(run_grid(body, arguments, config) ? cudaSuccess : cudaErrorLaunchFailure);
 }
 

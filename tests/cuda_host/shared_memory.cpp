@@ -14,10 +14,8 @@
 namespace cuda_host {
 namespace {
 
-constexpr uint64_t kPage = 4096;
-constexpr uint64_t kStaticArea = 128 * 1024;  // the arrays, their canaries and alignment
-constexpr uint64_t kDynamicArea = SharedMemory::kMaxDynamicBytes + kPage;
-constexpr uint64_t kMappingBytes = kPage + kStaticArea + kPage + kDynamicArea + kPage;
+constexpr uint64_t kPage = SharedMemory::kPage, kStaticArea = SharedMemory::kStaticArea;
+constexpr uint64_t kDynamicArea = SharedMemory::kDynamicArea, kMappingBytes = SharedMemory::kMappingBytes;
 constexpr uint64_t kDynamicAlignment = 128;
 constexpr unsigned char kCanary = 0xa5;
 constexpr unsigned char kNaNByte = 0xff;  // all ones is a NaN in every floating-point type

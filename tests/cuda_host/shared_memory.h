@@ -16,6 +16,10 @@ class SharedMemory {
  public:
   static constexpr uint64_t kMaxStaticBytes = 48 * 1024;
   static constexpr uint64_t kMaxDynamicBytes = 256 * 1024;
+  static constexpr uint64_t kPage = 4096;
+  static constexpr uint64_t kStaticArea = 128 * 1024;  // the arrays, their canaries and alignment
+  static constexpr uint64_t kDynamicArea = kMaxDynamicBytes + kPage;
+  static constexpr uint64_t kMappingBytes = kPage + kStaticArea + kPage + kDynamicArea + kPage;
 
   void begin_launch(uint64_t dynamic_bytes);
   void begin_block();
@@ -25,6 +29,7 @@ class SharedMemory {
   void* dynamic() const { return dynamic_; }
   // Null where the arrays no longer fit in kMaxStaticBytes.
   void* static_array(const void* key, uint64_t bytes, uint64_t alignment);
+  const void* mapping() const { return mapping_; }
   uint64_t static_bytes() const { return static_bytes_; }
 
  private:

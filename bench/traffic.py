@@ -1,0 +1,332 @@
+"""The memory traffic of the CUDA kernels, counted in the emulation: no GPU is needed, g++ is.
+
+    python -m bench.traffic                                   # the layer families, forward and training, both layouts
+    python -m bench.traffic --layers convnext_k7 --kernels    # one layer, with a line for each kernel and tensor
+    python -m bench.traffic --dtype float32 --batch 1 --arch sm_80
+
+tests/cuda_host compiles the kernels' own source for the host, with a call at every access of memory, and puts the
+accesses of a warp's lanes together to instructions (tests/cuda_host/counters.h). Of each launch some blocks, drawn
+evenly, are counted and scaled to the grid. A figure is what instructions ask for, in 32-byte sectors, before any cache;
+"a block" counts a sector once a block: what L2 is asked for where L1 keeps all that a block needs.
+
+    least      x once, the weights once a wave of blocks, y once; training: what bench/problem.py counts for it
+    x and y    of the activations alone: sectors of x and y over their bytes
+    weights    sectors of the weights over one read of them by every block
+    unfused    least bytes of the unfused sequence: x, the intermediate twice, the weights, y
+    wavefronts of shared memory, over as many without bank conflicts
+"""
+
+import argparse
+import functools
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tabulate import tabulate
+
+import dsconv_cuda
+from dsconv_cuda.activations import activation_number
+
+from .layers import Layer, select
+from .problem import DTYPES, FORWARD, MODES, TRAINING, Problem
+from .sass import demangle
+
+ROOT = Path(__file__).resolve().parent.parent
+BUILD = ROOT / ".cache" / "cuda_host"
+LAYOUTS = {"channels_last": "nhwc", "nchw": "nchw"}
+SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
+SECTOR = 32
+FAMILIES = (
+    "mbv1_b01,mbv1_b02,mbv1_b05,mbv1_b07,mbv1_b13,mbv2_96x112s2_24,mbv2_144x56s1_24,mbv2_576x14s1_96,mbv2_960x7s1_160,"
+    "effb0_k5_144x56s2_40,effb0_k5_672x14s1_112,effb0_k5_1152x7s1_192,mbv3_k5_72x56s2_40,xception_mid,convnext_k7,"
+    "replknet_k31,conformer_k31,dilated_d2"
+)
+BATCH = 32
+BLOCKS = 12
+MANY_TAPS = 50  # from which fewer blocks are counted: they take as much longer
+GOALS = {3: 1.25, 5: 1.5, 7: 1.5}  # of the forward, by the kernel's extent
+TRAINING_GOAL, WAVEFRONT_GOAL = 1.5, 1.1
+
+MIDDLE = "relu6"  # training too: backward then needs z
+ACTIVATIONS = ("x", "y", "pre")
+WEIGHTS = ("dw_weight", "dw_bias", "pw_weight", "pw_bias")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Of one tensor in one launch, in bytes, scaled to the whole grid."""
+
+    read: float
+    written: float
+    of_blocks: float  # each sector once a block
+
+
+@dataclass(frozen=True)
+class Launch:
+    phase: str
+    name: str
+    blocks: int
+    tensors: dict[str, Traffic]
+    wavefronts: float
+    free_wavefronts: float
+
+    def bytes(self, names=None, kind="requested"):
+        wanted = [t for name, t in self.tensors.items() if names is None or name in names]
+        return sum(t.of_blocks if kind == "of_blocks" else t.read + t.written for t in wanted)
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What the launches of one problem ask for."""
+
+    problem: Problem
+    layout: str
+    waves: int  # of the forward kernel, rounded up
+    launches: tuple[Launch, ...]
+
+    @property
+    def _item(self):
+        return self.problem.dtype.itemsize
+
+    @property
+    def _sizes(self):
+        """Bytes of x, z, y, the weights with their biases."""
+        layer = self.problem.layer
+        pixels = layer.batch * math.prod(layer.out_size)
+        return tuple(
+            size * self._item
+            for size in (
+                layer.batch * layer.channels * layer.height * layer.width,
+                pixels * layer.middle_channels,
+                pixels * layer.out_channels,
+                layer.middle_channels * (math.prod(layer.kernel) + layer.out_channels + 1) + layer.out_channels,
+            )
+        )
+
+    @property
+    def least(self):
+        if self.problem.mode == TRAINING:
+            return self.problem.least_bytes
+        x, _, y, weights = self._sizes
+        return x + y + self.waves * weights
+
+    @property
+    def unfused(self):
+        x, z, y, weights = self._sizes
+        forward = x + 2 * z + y + weights
+        # Backward of the pair: dy and z, du written and read twice, x; gradients written.
+        return forward if self.problem.mode == FORWARD else forward + (y + z + 3 * z + x) + (x + 2 * weights)
+
+    @property
+    def over_least(self):
+        return sum(launch.bytes() for launch in self.launches) / self.least
+
+    @property
+    def over_least_of_blocks(self):
+        return sum(launch.bytes(kind="of_blocks") for launch in self.launches) / self.least
+
+    @property
+    def over_unfused(self):
+        return sum(launch.bytes() for launch in self.launches) / self.unfused
+
+    @property
+    def activations(self):
+        x, _, y, _ = self._sizes
+        return sum(launch.bytes(ACTIVATIONS) for launch in self.launches) / (x + y)
+
+    @property
+    def weights(self):
+        """Of the forward."""
+        *_, weights = self._sizes
+        (launch,) = self.launches[:1]
+        return launch.bytes(WEIGHTS) / (weights * launch.blocks)
+
+    @property
+    def wavefronts(self):
+        free = sum(launch.free_wavefronts for launch in self.launches)
+        return sum(launch.wavefronts for launch in self.launches) / free if free else 1.0
+
+    @property
+    def goal(self):
+        if self.problem.mode == TRAINING:
+            return TRAINING_GOAL
+        return GOALS.get(max(self.problem.layer.kernel))
+
+
+@functools.cache
+def builder():
+    path = ROOT / "tests" / "cuda_host" / "build.py"
+    spec = importlib.util.spec_from_file_location("cuda_host_build", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def launches() -> dict[str, tuple[int, int]]:
+    """{symbol: (threads, most bytes of dynamic shared memory)} of every kernel that the launchers start."""
+    program = builder().build_traffic(BUILD)
+    done = subprocess.run([program, "launches"], capture_output=True, text=True, check=True)
+    found = {}
+    for line in done.stdout.splitlines():
+        launch = json.loads(line)
+        threads, shared = found.get(launch["symbol"], (0, 0))
+        found[launch["symbol"]] = (max(threads, launch["threads"]), max(shared, launch["dynamic_shared"]))
+    return found
+
+
+def count(problems: list[Problem], layout: str, gpu: dsconv_cuda.Gpu, blocks: int = BLOCKS) -> list[Counted]:
+    program = builder().build_traffic(BUILD)
+    lines = [_request(str(index), problem, layout, gpu, blocks) for index, problem in enumerate(problems)]
+    done = subprocess.run([program, "count"], input="\n".join(lines), capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"counting failed\n{done.stdout[-2000:]}{done.stderr}")
+    found = defaultdict(list)
+    for line in done.stdout.splitlines():
+        launch = json.loads(line)
+        found[int(launch["call"])].append(_launch(launch))
+    return [
+        Counted(problem, layout, _waves(problem, layout, gpu), tuple(found[index]))
+        for index, problem in enumerate(problems)
+    ]
+
+
+def _request(name, problem, layout, gpu, blocks):
+    layer = problem.layer
+    dtype = SHORT[str(problem.dtype).removeprefix("torch.")]
+    fields = (name, dtype, LAYOUTS[layout], problem.mode, layer.batch, layer.channels, layer.height, layer.width)
+    fields += (*layer.kernel, layer.stride, layer.dilation, layer.out_channels, layer.multiplier)
+    fields += (activation_number(MIDDLE), activation_number(problem.out_activation))
+    blocks = max(2, min(blocks, blocks * MANY_TAPS // math.prod(layer.kernel)))
+    return " ".join(map(str, (*fields, gpu.capability, gpu.multiprocessors, blocks)))
+
+
+def _launch(found):
+    scale = found["blocks"] / found["counted_blocks"]
+    return Launch(
+        found["phase"],
+        found["symbol"],
+        found["blocks"],
+        {
+            name: Traffic(*(scale * SECTOR * sectors for sectors in (read, written, of_blocks)))
+            for name, (read, written, of_blocks, _) in found["tensors"].items()
+        },
+        scale * (found["load_wavefronts"] + found["store_wavefronts"]),
+        scale * (found["free_load_wavefronts"] + found["free_store_wavefronts"]),
+    )
+
+
+def _waves(problem, layout, gpu):
+    layer = problem.layer
+    plan = dsconv_cuda.plan(
+        (layer.batch, layer.channels, layer.height, layer.width),
+        layer.out_channels,
+        layer.kernel,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        layer.multiplier,
+        activation=MIDDLE,
+        dtype=problem.dtype,
+        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format,
+        arch=gpu,
+    )
+    return math.ceil(plan.kernels[0].waves)
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def table(counted: list[Counted]) -> str:
+    mode = counted[0].problem.mode
+    titles = ["layer", "layout", "over least", "goal", "", "a block", "over unfused", "wavefronts"]
+    if mode == FORWARD:
+        titles += ["x and y", "weights", "waves"]
+    rows = []
+    for c in counted:
+        met = "" if c.goal is None else "met" if c.over_least <= c.goal else "missed"
+        row = [c.problem.layer.name, c.layout, f"{c.over_least:.2f}", f"{c.goal:.2f}" if c.goal else "", met]
+        row += [f"{c.over_least_of_blocks:.2f}", f"{c.over_unfused:.2f}", f"{c.wavefronts:.2f}"]
+        if mode == FORWARD:
+            row += [f"{c.activations:.2f}", f"{c.weights:.2f}", str(c.waves)]
+        rows.append(row)
+    alignment = ["left", "left", *["right"] * 2, "left", *["right"] * (len(titles) - 5)]
+    return tabulate(rows, titles, tablefmt="github", disable_numparse=True, colalign=alignment)
+
+
+def kernel_table(counted: Counted) -> str:
+    names = dict(zip([k.name for k in counted.launches], demangle([k.name for k in counted.launches]), strict=True))
+    rows = []
+    for launch in counted.launches:
+        for index, (tensor, t) in enumerate(launch.tensors.items()):
+            free = launch.free_wavefronts
+            left = (names[launch.name], launch.blocks, f"{launch.wavefronts / free:.2f}" if free else "")
+            rows.append(
+                [
+                    *(left if index == 0 else ("", "", "")),
+                    tensor,
+                    *(f"{v / 1e6:.3f}" for v in (t.read, t.written, t.of_blocks)),
+                ]
+            )
+    titles = ["kernel", "blocks", "wavefronts", "tensor", "MB read", "MB written", "MB, once a block"]
+    return tabulate(rows, titles, tablefmt="github", disable_numparse=True)
+
+
+def summary(counted: list[Counted]) -> str:
+    lines = []
+    for mode in dict.fromkeys(c.problem.mode for c in counted):
+        group = [c for c in counted if c.problem.mode == mode]
+        goals = [c for c in group if c.goal is not None]
+        met = sum(c.over_least <= c.goal for c in goals)
+        still = sum(c.wavefronts <= WAVEFRONT_GOAL for c in group)
+        lines.append(
+            f"{mode}: sectors over least within the goal in {met} of {len(goals)}; "
+            f"wavefronts within {WAVEFRONT_GOAL} in {still} of {len(group)}"
+        )
+    return "\n".join(lines)
+
+
+def parse_arguments(argv=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layers", default=FAMILIES, help="quick, all, or names separated by commas")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--dtype", choices=DTYPES, default="float16")
+    parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"images of every layer (default {BATCH})")
+    parser.add_argument("--blocks", type=int, default=BLOCKS, help=f"counted of a launch (default {BLOCKS})")
+    parser.add_argument("--arch", default="sm_90", choices=dsconv_cuda.gpus(), help="that the planner plans for")
+    parser.add_argument("--kernels", action="store_true", help="a table of every kernel and tensor too")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    arguments = parse_arguments(argv)
+    gpu = dsconv_cuda.gpus()[arguments.arch]
+    layers: list[Layer] = [replace(layer, batch=arguments.batch) for layer in select(arguments.layers)]
+    print(
+        f"Memory traffic of the CUDA kernels, counted in the emulation: {arguments.dtype}, {arguments.batch} images, "
+        f"planned for {gpu}, {arguments.blocks} blocks of each launch"
+    )
+    everything = []
+    for mode in arguments.mode:
+        problems = [Problem(layer, mode, DTYPES[arguments.dtype]) for layer in layers]
+        by_layout = [count(problems, layout, gpu, arguments.blocks) for layout in arguments.layout]
+        counted = [c for together in zip(*by_layout, strict=True) for c in together]
+        everything += counted
+        print(f"\n{mode}\n\n{table(counted)}")
+        if arguments.kernels:
+            for c in counted:
+                print(f"\n{c.problem.layer.name}, {mode}, {c.layout}\n\n{kernel_table(c)}")
+    print(f"\n{summary(everything)}")
+    print("\nover least: sectors asked for by instructions over the least bytes; a block: each sector once a block.")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
