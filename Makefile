@@ -1,4 +1,5 @@
 # make demo | test | bench      each sets up a virtual environment and builds the extension first, and reuses them
+# make bench-cuda               measures on the GPU and writes bench/results/<its name>.md and .json
 # make build                    only that
 # make format | check           formats the sources | only says what is not formatted
 # make clean | distclean        removes what was built | and the virtual environments
@@ -33,19 +34,22 @@ OTHER_VENV_READY := $(OTHER_VENV)/ready-$(call as_file_name,$(OTHER_TORCH))
 
 # Enough to look at the thing: the GPU that is there, or one architecture where there is none.
 QUICK_ARCHITECTURES := $(shell nvidia-smi -L >/dev/null 2>&1 && echo native || echo 9.0+PTX)
-demo bench: export TORCH_CUDA_ARCH_LIST ?= $(QUICK_ARCHITECTURES)
+demo bench bench-cuda: export TORCH_CUDA_ARCH_LIST ?= $(QUICK_ARCHITECTURES)
 
 # Threads that wait leave their core to those that work: where other processes want the cores too, as the tests' own do,
 # spinning threads cost several times the whole time. Benchmarks keep the default.
 demo test: export OMP_WAIT_POLICY ?= passive
 
-.PHONY: build demo test bench format check clean distclean
+.PHONY: build demo test bench bench-cuda format check clean distclean
 
 demo: build
 	python -m bench.demo $(DEMO_ARGS)
 
 bench: build
 	python -m bench $(BENCH_ARGS)
+
+bench-cuda: build
+	python -m bench --device cuda $(BENCH_ARGS)
 
 # The compilers' command lines go to build/build.log; of each, its number and its file are shown.
 build: $(VENV_READY)

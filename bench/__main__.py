@@ -7,6 +7,7 @@
     python -m bench --sweep 40 --seed 1               # random layers, the worst ten
     python -m bench --threads 1 --clock cpu --methods fused eager --rounds 5 --least-ms 3   # short, on a busy machine
     python -m bench --isa avx2                        # these kernels against the limit of their instruction set
+    python -m bench --device cuda                     # on a GPU (bench/gpu.py)
 
 Columns are multiples of the limit of bench/problem.py (1.00 cannot be beaten); "gain" is the time of the best PyTorch
 form, whatever its layout, over that of the fused op in the layout named. Layouts are marked CL (channels_last), NCHW,
@@ -20,10 +21,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from . import gpu
 from . import problem as problems
 from .ceilings import ISAS
 from .competitors import EAGER, FUSED
+from .device import NoGpu
 from .environment import keep_freed_memory, use_isa
+from .gpu import PRECISIONS
 from .layers import select
 from .peers import NAMES, find_peers
 from .plain import LAYOUTS
@@ -53,6 +57,7 @@ def parse_arguments(argv=None):
         "--peers", nargs="*", choices=NAMES, help="other libraries too: all that are installed, or these"
     )
     parser.add_argument("--isa", choices=ISAS, help="of the fused op and of the limit; default the best there is")
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=list(PRECISIONS), help="on a GPU")
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, help=f"default {DEFAULT_ROUNDS}, of a sweep {SWEEP_ROUNDS}")
     parser.add_argument(
@@ -70,8 +75,9 @@ def parse_arguments(argv=None):
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="write every figure, with the environment, to this file")
     arguments = parser.parse_args(argv)
-    if arguments.device == "cuda":
-        parser.error("--device cuda is not available here yet: the timing is by the host's clock")
+    on_gpu = arguments.device == "cuda"
+    if on_gpu and (arguments.sweep is not None or arguments.peers is not None or arguments.isa):
+        parser.error("--sweep, --peers and --isa are for the CPU")
     if arguments.isa:
         try:
             use_isa(arguments.isa)
@@ -83,7 +89,7 @@ def parse_arguments(argv=None):
     arguments.rounds = arguments.rounds or (SWEEP_ROUNDS if sweep else DEFAULT_ROUNDS)
     arguments.methods = arguments.methods or (SWEEP_METHODS if sweep else METHODS)
     try:
-        arguments.layers = random_layers(arguments.sweep, arguments.seed) if sweep else select(arguments.layers)
+        arguments.layers = random_layers(arguments.sweep, arguments.seed) if sweep else select(arguments.layers, on_gpu)
     except ValueError as error:
         parser.error(str(error))
     return arguments
@@ -91,6 +97,11 @@ def parse_arguments(argv=None):
 
 def main(argv=None):
     arguments = parse_arguments(argv)
+    if arguments.device == "cuda":
+        try:
+            return gpu.main(arguments)
+        except NoGpu as missing:
+            sys.exit(str(missing))
     allocator = keep_freed_memory()
     peers, missing = ({}, []) if arguments.peers is None else find_peers(arguments.peers or None)
     tasks = [

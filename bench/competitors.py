@@ -42,13 +42,14 @@ class WrongResult(RuntimeError):
 class Arena:
     """A problem's tensors, and the calls that compute it."""
 
-    def __init__(self, problem, seed=0):
+    def __init__(self, problem, seed=0, device="cpu"):
         self.problem = problem
+        self.device = torch.device(device)
         layer = problem.layer
         generator = torch.Generator().manual_seed(seed)
 
         def values(*shape, scale=1.0):
-            return (torch.randn(shape, generator=generator) * scale).to(problem.dtype)
+            return (torch.randn(shape, generator=generator) * scale).to(self.device, problem.dtype)
 
         height_out, width_out = layer.out_size
         middle = layer.middle_channels
@@ -119,7 +120,7 @@ class Arena:
             out_activation=self.problem.out_activation,
         )
         module.load_state_dict(self.state)
-        return module
+        return module.to(self.device)
 
     def _step(self, module, dtype, layout):
         x = self.x.to(dtype).contiguous(memory_format=LAYOUTS[layout]).detach()

@@ -1,4 +1,4 @@
-"""The layers that are measured: the one list for the benchmarks, their tests and their tables.
+"""The layers that are measured: the lists for the benchmarks, their tests and their tables.
 
 Each is a pair: depthwise k_h x k_w, then 1x1 from C (times a multiplier, where there is one) to C_out, biases on both.
 Padding is d * (k - 1) / 2, so that the map is kept at stride 1. ReLU6 stands between the two; after the 1x1 it stands
@@ -53,6 +53,41 @@ conformer_k31           1   256    1x400   1x31  1  1   256  relu6
 dilated_d2              1   256    28x28    3x3  1  2   256  relu6
 """
 
+# For GPUs: whole maps and batches, from the networks named. A 1-D layer is a map of one row.
+GPU_TABLE = """
+# name                  N     C      HxW      k  s  d C_out  out_activation
+mbv1_b01_n128         128    32  112x112    3x3  1  1    64  relu6     quick
+mbv1_b02_n128         128    64  112x112    3x3  2  1   128  relu6
+mbv1_b03_n128         128   128    56x56    3x3  1  1   128  relu6
+mbv1_b04_n128         128   128    56x56    3x3  2  1   256  relu6
+mbv1_b05_n128         128   256    28x28    3x3  1  1   256  relu6     quick
+mbv1_b06_n128         128   256    28x28    3x3  2  1   512  relu6
+mbv1_b07_n128         128   512    14x14    3x3  1  1   512  relu6     quick
+mbv1_b12_n128         128   512    14x14    3x3  2  1  1024  relu6
+mbv1_b13_n128         128  1024      7x7    3x3  1  1  1024  relu6
+mbv1_b07_n1             1   512    14x14    3x3  1  1   512  relu6     quick
+mbv2_144_n128         128   144    56x56    3x3  1  1    24  identity  quick
+effb0_1152_n128       128  1152      7x7    5x5  1  1   192  identity
+effb0_672_n128        128   672    14x14    5x5  1  1   112  identity  quick
+mnasnet_240_n128      128   240    28x28    5x5  2  1    80  identity
+xception_entry_n32     32   128    74x74    3x3  1  1   256  identity
+xception_mid_n32       32   728    19x19    3x3  1  1   728  identity
+xception_exit_n32      32  1536    10x10    3x3  1  1  2048  identity
+convnext_s1_n64        64    96    56x56    7x7  1  1   384  relu6     quick
+convnext_s3_n64        64   384    14x14    7x7  1  1  1536  relu6
+replk_s1_n64           64   128    56x56  31x31  1  1   128  relu6
+replk_s3_n64           64   512    14x14  27x27  1  1   512  relu6
+replk_s4_n64           64  1024      7x7  13x13  1  1  1024  relu6
+conformer_n16          16   512    1x400   1x31  1  1   512  relu6
+quartznet_b1_n32       32   256    1x835   1x33  1  1   256  relu6
+quartznet_b3_n32       32   512    1x835   1x51  1  1   512  relu6
+quartznet_b5_n32       32   512    1x835   1x75  1  1   512  relu6
+quartznet_c2_n32       32   512    1x835   1x87  1  2   512  relu6
+mobileclip_64_n8        8    64    64x64    7x7  1  1   128  relu6     multiplier=2
+mobileclip_128_n8       8   128    32x32    7x7  1  1   256  relu6     multiplier=2
+mobileclip_256_n8       8   256    16x16    7x7  1  1   512  relu6     multiplier=2
+"""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -91,7 +126,8 @@ def parse(table):
         if not fields:
             continue
         name, batch, channels, size, kernel, stride, dilation, out_channels, out_activation, *marks = fields
-        if not set(marks) <= {"quick"}:
+        multiplier = [mark.removeprefix("multiplier=") for mark in marks if mark.startswith("multiplier=")]
+        if len(set(marks) - {"quick"}) > len(multiplier):
             raise ValueError(f"layer {name}: unknown mark in {marks}")
         height, width = map(int, size.split("x"))
         layers.append(
@@ -106,22 +142,25 @@ def parse(table):
                 int(dilation),
                 int(out_channels),
                 out_activation,
-                quick="quick" in marks,
+                int(multiplier[0]) if multiplier else 1,
+                "quick" in marks,
             )
         )
     return tuple(layers)
 
 
 LAYERS = parse(TABLE)
+GPU_LAYERS = parse(GPU_TABLE)
 
 
-def select(choice):
-    """`quick`, `all`, or layer names separated by commas."""
+def select(choice, gpu=False):
+    """`quick`, `all`, or layer names separated by commas; `quick` and `all` of those for GPUs where `gpu`."""
+    layers = GPU_LAYERS if gpu else LAYERS
     if choice == "all":
-        return LAYERS
+        return layers
     if choice == "quick":
-        return tuple(layer for layer in LAYERS if layer.quick)
-    by_name = {layer.name: layer for layer in LAYERS}
+        return tuple(layer for layer in layers if layer.quick)
+    by_name = {layer.name: layer for layer in (*layers, *(LAYERS if gpu else ()))}
     unknown = [name for name in choice.split(",") if name not in by_name]
     if unknown:
         raise ValueError(f"no layer {', '.join(unknown)}; there are: quick, all, {', '.join(by_name)}")

@@ -320,7 +320,7 @@ def test_the_limit_of_an_instruction_set():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--device cuda", "not available here"),
+        ("--device cuda --peers", "are for the CPU"),
         ("--clock cpu --threads 2", "use it with --threads 1"),
         ("--isa avx9", "invalid choice: 'avx9'"),
         ("--peers tensorflow", "invalid choice: 'tensorflow'"),
