@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from dsconv_cuda import _build
@@ -28,6 +28,8 @@ TOOLS = "pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm (or pip install 
 # Column -> the opcodes that it counts.
 INSTRUCTIONS = {
     "HMMA": r"HMMA",
+    "HMMA.16816": r"HMMA\.16816",  # 16 x 8 x 16
+    "HMMA.1688": r"HMMA\.1688",  # 16 x 8 x 8
     "DMMA": r"DMMA",
     "LDSM": r"LDSM",
     "LDGSTS": r"LDGSTS",
@@ -51,7 +53,9 @@ _PTXAS = re.compile(
     r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\s+"
     r"ptxas info\s*: Used (?P<registers>\d+) registers(?P<rest>[^\n]*)"
 )
-_OPCODE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", re.MULTILINE)
+_LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+([^;]*;)", re.MULTILINE)
+_OPCODE = re.compile(r"(?:@!?U?P\w+\s+)?([A-Z][\w.]*)")
+_JUMP = re.compile(r"(?:@!?U?P\w+\s+)?BRA(?:\.\w+)*\s+(?:!?U?P\w+,\s*)?`?\(?(?:\.L_x_\d+|0x([0-9a-f]+))")
 _MOVED_CONSTANT = re.compile(r"HFMA2(\.\w+)* \w+, -RZ, RZ,")  # how ptxas may load a constant: no multiply-add
 
 
@@ -74,6 +78,7 @@ class CompiledKernel:
     most_threads: int  # of a block, by __launch_bounds__; 0 where there are none
     least_blocks: int  # of a multiprocessor, by __launch_bounds__
     instructions: dict[str, int]  # by column of INSTRUCTIONS, and "all"
+    loops: list[dict[str, int]] = field(default_factory=list)  # the same of each innermost loop
 
 
 def sources() -> list[str]:
@@ -176,26 +181,39 @@ def _kernels(source: str, report: str, listing: str, bounds: dict) -> list[Compi
                 int(match["stores"]) + int(match["loads"]),
                 int(shared[1]) if shared else 0,
                 *bounds[match["symbol"]],
-                counted[match["architecture"], match["symbol"]],
+                *counted[match["architecture"], match["symbol"]],
             )
         )
     return kernels
 
 
-def instruction_counts(listing: str) -> dict[tuple[str, str], dict[str, int]]:
-    """{(architecture, symbol): {column: instructions}} of what cuobjdump -sass prints."""
+def instruction_counts(listing: str) -> dict[tuple[str, str], tuple[dict[str, int], list[dict[str, int]]]]:
+    """{(architecture, symbol): ({column: instructions}, the same of each innermost loop)} of what cuobjdump prints."""
     counts, architecture = {}, ""
     for part in re.split(r"^(?=\s*(?:Function : |code for |\.target\s))", listing, flags=re.MULTILINE):
         if found := re.match(r"\s*(?:code for|\.target)\s+(sm_\d+)", part):
             architecture = found[1]
         elif found := re.match(r"\s*Function : (\w+)", part):
-            opcodes = Counter(_OPCODE.findall(_MOVED_CONSTANT.sub("MOV", part)))
-            opcodes.pop("NOP", None)
-            counts[architecture, found[1]] = {"all": opcodes.total()} | {
-                column: sum(count for opcode, count in opcodes.items() if pattern.match(opcode))
-                for column, pattern in _PATTERNS.items()
-            }
+            code = [(int(at, 16), text) for at, text in _LINE.findall(part)]
+            counts[architecture, found[1]] = (_count(code), [_count(loop) for loop in _innermost_loops(code)])
     return counts
+
+
+def _count(code) -> dict[str, int]:
+    opcodes = Counter(_OPCODE.match(_MOVED_CONSTANT.sub("MOV", text))[1] for _, text in code)
+    opcodes.pop("NOP", None)
+    return {"all": opcodes.total()} | {
+        column: sum(count for opcode, count in opcodes.items() if pattern.match(opcode))
+        for column, pattern in _PATTERNS.items()
+    }
+
+
+def _innermost_loops(code):
+    """The code from each target of a jump back to the jump, of those that hold no other such stretch."""
+    jumps = [(int(target[1], 16), at) for at, text in code if (target := _JUMP.match(text)) and target[1]]
+    loops = sorted({(begin, end) for begin, end in jumps if begin <= end and begin != end})
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return [[line for line in code if begin <= line[0] <= end] for begin, end in inner]
 
 
 def demangle(symbols: list[str]) -> list[str]:

@@ -31,7 +31,14 @@ LISTING = """
         /*0080*/                   NOP ;                                   /* 0x0000000000007918 */
 		Function : _Z6secondv
         /*0000*/                   LDG.E R4, [R2.64] ;                     /* 0x0000000402047981 */
-        /*0010*/                   FFMA R4, R4, R4, RZ ;                   /* 0x00000004040472fe */
+        /*0010*/                   LDG.E R5, [R2.64] ;                     /* 0x0000000402047981 */
+        /*0020*/                   FFMA R4, R4, R4, RZ ;                   /* 0x00000004040472fe */
+        /*0030*/               @P0 BRA 0x10 ;                              /* 0xffffffd000000947 */
+        /*0040*/                   FFMA R4, R4, R4, RZ ;                   /* 0x00000004040472fe */
+        /*0050*/              @!P1 BRA 0x0 ;                               /* 0xffffffd000000947 */
+        /*0060*/                   FFMA R4, R4, R4, RZ ;                   /* 0x00000004040472fe */
+        /*0070*/              @!P1 BRA P2, 0x60 ;                          /* 0xffffffd000000947 */
+        /*0080*/                   BRA 0x80;                               /* 0xfffffff000007947 */
 """
 
 PTX = """
@@ -51,10 +58,12 @@ PTX = """
 
 def test_instructions_are_counted():
     counts = sass.instruction_counts(LISTING)
-    first, second = counts["sm_80", "_Z5firstv"], counts["sm_80", "_Z6secondv"]
+    (first, _), (second, loops) = counts["sm_80", "_Z5firstv"], counts["sm_80", "_Z6secondv"]
     expected = {"HMMA": 1, "LDSM": 1, "LDGSTS": 1, "LDG.128": 1, "LDG": 1, "BAR": 1, "local": 1, "HFMA2": 0, "all": 8}
     assert {column: first[column] for column in expected} == expected
-    assert (second["LDG"], second["LDG.128"], second["FFMA"], second["all"]) == (1, 0, 1, 2)
+    assert (second["LDG"], second["LDG.128"], second["FFMA"], second["all"]) == (2, 0, 3, 9)
+    # The inner loop and the loop of one line; not the outer one, not the jump to itself at the end.
+    assert [(loop["FFMA"], loop["LDG"], loop["all"]) for loop in loops] == [(1, 1, 3), (1, 0, 2)]
 
 
 def test_launch_bounds_are_read():

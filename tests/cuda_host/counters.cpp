@@ -22,16 +22,23 @@ struct Access {
   uint64_t key;
   uintptr_t address;
   uint32_t bytes;
-  uint32_t repetition;  // of the same key by the same lane
   int16_t tensor;
   Kind kind;
 };
+
+uint64_t mix(uint64_t a, uint64_t b) {
+  uint64_t h = (a ^ b) * 0x9e3779b97f4a7c15u;
+  h = (h ^ h >> 32) * 0xd6e8feb86659fd93u;
+  return h ^ h >> 32;
+}
 
 struct Loop {
   uintptr_t header;
   uintptr_t* end;  // the last block from which it was seen to jump back, shared by all threads
   uint64_t outer;  // the hash of the loops around it
   uint32_t iteration;
+
+  uint64_t hash() const { return mix(outer, mix(header, iteration)); }
 };
 
 struct Lane {
@@ -60,30 +67,21 @@ std::vector<Tensor> tensors;
 std::vector<KernelTraffic> launches;
 std::unordered_map<uintptr_t, uintptr_t> loop_ends;
 
-uint64_t mix(uint64_t a, uint64_t b) {
-  uint64_t h = (a ^ b) * 0x9e3779b97f4a7c15u;
-  h = (h ^ h >> 32) * 0xd6e8feb86659fd93u;
-  return h ^ h >> 32;
-}
-
-void enter_block(uintptr_t block) {
+inline void enter_block(uintptr_t block) {
   Lane& lane = *current;
   auto& loops = lane.loops;
   if (block <= lane.block) {
-    uintptr_t& end = loop_ends[block];
-    end = std::max(end, lane.block);
     while (!loops.empty() && loops.back().header > block) loops.pop_back();
     if (loops.empty() || loops.back().header != block) {
-      const uint64_t outer =
-          loops.empty() ? 0 : mix(loops.back().outer, mix(loops.back().header, loops.back().iteration));
-      loops.push_back({block, &end, outer, 0});
+      loops.push_back({block, &loop_ends[block], loops.empty() ? 0 : loops.back().hash(), 0});
     }
-    ++loops.back().iteration;
+    Loop& loop = loops.back();
+    ++loop.iteration;
+    if (*loop.end < lane.block) *loop.end = lane.block;
   } else {
     while (!loops.empty() && block > *loops.back().end) loops.pop_back();
   }
   lane.block = block;
-  lane.place = loops.empty() ? 0 : mix(loops.back().outer, mix(loops.back().header, loops.back().iteration));
   ++lane.entered;
 }
 
@@ -109,14 +107,15 @@ void record(uintptr_t place, uintptr_t address, uint32_t bytes, bool write) {
     }
   }
   lane.last_entered = lane.entered;
-  lane.accesses.push_back({mix(place, lane.place), address, bytes, 0, tensor, kind});
+  lane.accesses.push_back(
+      {mix(place, lane.loops.empty() ? 0 : lane.loops.back().hash()), address, bytes, tensor, kind});
 }
 
 // ----------------------------------------------------------------------------------------------- one warp instruction
 
 struct Instruction {
   uint64_t key;
-  uint32_t repetition;
+  std::size_t slot;
   Kind kind;
   int16_t tensor;
   uint32_t bytes;
@@ -174,33 +173,35 @@ void count_wavefronts(const Instruction& i, KernelTraffic& traffic) {
 class Instructions {
  public:
   void add(const Access& access, int lane) {
-    if (2 * (all_.size() + 1) > slots_.size()) grow();
-    Instruction& i = find(access);
-    // Of a load through pointers that differ in alignment the widest counts; it does not happen in practice.
-    i.bytes = std::max(i.bytes, access.bytes);
-    i.mask |= 1u << lane;
-    i.address[lane] = access.address;
+    // The kinds of one place are apart: an asynchronous copy reads and writes. A lane that comes to a key again (a loop
+    // that was not recognised) is at another instruction.
+    const uint64_t key = mix(access.key, static_cast<uint64_t>(access.kind) + 1);
+    Instruction* i = &find(key, access);
+    for (uint64_t again = 1; (i->mask >> lane & 1) != 0; ++again) i = &find(mix(key, again), access);
+    i->bytes = std::max(i->bytes, access.bytes);
+    i->mask |= 1u << lane;
+    i->address[lane] = access.address;
   }
   template <typename Visit>
   void take(Visit visit) {
-    for (const Instruction& i : all_) visit(i);
+    for (const Instruction& i : all_) {
+      visit(i);
+      slots_[i.slot] = 0;
+    }
     all_.clear();
-    std::fill(slots_.begin(), slots_.end(), 0);
   }
 
  private:
-  std::size_t slot_of(uint64_t key, uint32_t repetition) const {
-    std::size_t slot = mix(key, repetition + 1) & (slots_.size() - 1);
-    while (slots_[slot] != 0 &&
-           (all_[slots_[slot] - 1].key != key || all_[slots_[slot] - 1].repetition != repetition)) {
-      slot = (slot + 1) & (slots_.size() - 1);
-    }
+  std::size_t slot_of(uint64_t key) const {
+    std::size_t slot = key & (slots_.size() - 1);
+    while (slots_[slot] != 0 && all_[slots_[slot] - 1].key != key) slot = (slot + 1) & (slots_.size() - 1);
     return slot;
   }
-  Instruction& find(const Access& a) {
-    const std::size_t slot = slot_of(a.key, a.repetition);
+  Instruction& find(uint64_t key, const Access& a) {
+    if (2 * (all_.size() + 1) > slots_.size()) grow();
+    const std::size_t slot = slot_of(key);
     if (slots_[slot] == 0) {
-      all_.push_back({a.key, a.repetition, a.kind, a.tensor, 0, 0, {}});
+      all_.push_back({key, slot, a.kind, a.tensor, 0, 0, {}});
       slots_[slot] = static_cast<uint32_t>(all_.size());
     }
     return all_[slots_[slot] - 1];
@@ -208,7 +209,8 @@ class Instructions {
   void grow() {
     slots_.assign(std::max<std::size_t>(1024, 2 * slots_.size()), 0);
     for (std::size_t i = 0; i < all_.size(); ++i) {
-      slots_[slot_of(all_[i].key, all_[i].repetition)] = static_cast<uint32_t>(i + 1);
+      all_[i].slot = slot_of(all_[i].key);
+      slots_[all_[i].slot] = static_cast<uint32_t>(i + 1);
     }
   }
 
@@ -217,17 +219,6 @@ class Instructions {
 };
 
 Instructions instructions;
-
-// A key that a lane has more than once (a loop that was not recognised) stands for as many instructions.
-void number_repetitions(std::vector<Access>& accesses) {
-  static std::unordered_map<uint64_t, uint32_t> seen;
-  seen.clear();
-  for (Access& access : accesses) {
-    // The kinds of one place are apart: an asynchronous copy reads and writes.
-    access.key = mix(access.key, static_cast<uint64_t>(access.kind) + 1);
-    access.repetition = seen[access.key]++;
-  }
-}
 
 }  // namespace
 
@@ -284,7 +275,7 @@ void count_block_start(bool counted) {
   for (int i = 0; i < threads; ++i) {
     lanes[i].loops.clear();
     lanes[i].accesses.clear();
-    lanes[i].block = lanes[i].place = lanes[i].entered = 0;
+    lanes[i].block = lanes[i].entered = 0;
     lanes[i].last_entered = ~uint64_t{0};
   }
 }
@@ -301,7 +292,6 @@ void count_barrier() {
   KernelTraffic& traffic = launches.back();
   for (int first = 0; first < threads; first += kLanes) {
     for (int i = first; i < std::min(first + kLanes, threads); ++i) {
-      number_repetitions(lanes[i].accesses);
       for (const Access& access : lanes[i].accesses) instructions.add(access, i - first);
       lanes[i].accesses.clear();
       lanes[i].last_entered = ~uint64_t{0};
