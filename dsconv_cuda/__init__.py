@@ -4,6 +4,7 @@
     DepthwiseSeparableConv2d        the module, also as DepthwiseSeparableConv
     fuse, unfuse, explain_fusion    finds the chains of a model of stock modules and fuses them
     clear_weight_cache              frees the packed weights that modules keep
+    decomposition_table             the op as two convolutions, for exports to other runtimes
     models                          networks that use it: MobileNetV1, Xception, ExampleNet
     complexity                      multiply-adds, bytes and bounds of layers and models
     plan, gpus, Gpu                 what the planner would run for a call, on a GPU that need not be there
@@ -16,6 +17,7 @@ Importing the package builds and loads nothing; the first call does.
 import importlib
 
 from dsconv_cuda import complexity, models
+from dsconv_cuda.decompositions import decomposition_table
 from dsconv_cuda.functional import depthwise_separable_conv2d
 from dsconv_cuda.fusion import explain_fusion, fuse, unfuse
 from dsconv_cuda.kept_weights import clear_weight_cache
@@ -30,6 +32,7 @@ __all__ = [
     "__version__",
     "clear_weight_cache",
     "complexity",
+    "decomposition_table",
     "depthwise_separable_conv2d",
     "explain_fusion",
     "fuse",

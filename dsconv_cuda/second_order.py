@@ -79,7 +79,7 @@ def _sum_pixels(t: OptionalTensor) -> OptionalTensor:
     return None if t is None else t.sum((0, 2, 3))
 
 
-class _Depthwise:
+class Depthwise:
     """D, D^T and C for one geometry. Padding that differs between the sides is made with F.pad and undone by a crop."""
 
     def __init__(self, config: Config, channels: int):
@@ -95,11 +95,11 @@ class _Depthwise:
     def _crop(self, x: Tensor) -> Tensor:
         return x if self.symmetric else F.pad(x, [-b for b in self.border])
 
-    def conv(self, x: OptionalTensor, w: OptionalTensor) -> OptionalTensor:
-        """D(x, w)"""
+    def conv(self, x: OptionalTensor, w: OptionalTensor, bias: OptionalTensor = None) -> OptionalTensor:
+        """D(x, w) + bias"""
         if x is None or w is None:
             return None
-        return F.conv2d(self._pad(x), w, None, self.stride, self.conv_padding, self.dilation, self.groups)
+        return F.conv2d(self._pad(x), w, bias, self.stride, self.conv_padding, self.dilation, self.groups)
 
     def adjoints(
         self, u: OptionalTensor, x: OptionalTensor, w: OptionalTensor, like_x: Tensor, like_w: Tensor
@@ -123,16 +123,16 @@ class _Depthwise:
         return (None if grad_x is None else self._crop(grad_x)), grad_w
 
 
-class _Pointwise:
+class Pointwise:
     """W a, W^T g and g a^T, for a weight with two or with four dimensions."""
 
     def __init__(self, weight: Tensor):
         self.shape = weight.shape
 
-    def conv(self, w: OptionalTensor, a: OptionalTensor) -> OptionalTensor:
+    def conv(self, w: OptionalTensor, a: OptionalTensor, bias: OptionalTensor = None) -> OptionalTensor:
         if w is None or a is None:
             return None
-        return F.conv2d(a, w.reshape(*self.shape[:2], 1, 1))
+        return F.conv2d(a, w.reshape(*self.shape[:2], 1, 1), bias)
 
     def transposed(self, w: OptionalTensor, g: OptionalTensor) -> OptionalTensor:
         if w is None or g is None:
@@ -153,8 +153,8 @@ class _Point:
     def __init__(self, x: Tensor, dw_weight: Tensor, pw_weight: Tensor, dw_bias, pw_bias, config: Config):
         self.x, self.w1, self.w = x, dw_weight, pw_weight
         self.f, self.o = BY_NUMBER[config.act], BY_NUMBER[config.out_act]
-        self.depthwise = _Depthwise(config, x.shape[1])
-        self.pointwise = _Pointwise(pw_weight)
+        self.depthwise = Depthwise(config, x.shape[1])
+        self.pointwise = Pointwise(pw_weight)
         self.z = _add(self.depthwise.conv(x, dw_weight), _per_channel(dw_bias))
         self.a = self.f.value(self.z)
         self.df = self.f.first(self.z)

@@ -61,6 +61,20 @@ def test_one_graph_serves_several_sizes(device):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_the_module_becomes_dynamic_after_its_first_size(device):
+    """Without dynamic=True: the second size compiles anew, with every size free, and no other does."""
+    torch._dynamo.utils.counters.clear()
+    net = DepthwiseSeparableConv2d(4, 8, 3, 2, 1, bias=True, activation="relu", out_activation="silu").to(device)
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for n, h, w in ((2, 9, 11), (3, 12, 7), (5, 30, 30), (4, 31, 8), (7, 6, 40)):
+        x = torch.randn(n, 4, h, w, device=device, requires_grad=True)
+        torch.testing.assert_close(
+            torch.autograd.grad(compiled(x).sum(), [x, *net.parameters()]),
+            torch.autograd.grad(net(x).sum(), [x, *net.parameters()]),
+        )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
 def test_inductor_and_the_module(device):
     net = torch.nn.Sequential(
         DepthwiseSeparableConv2d(4, 8, 3, padding=1, bias=True, activation="relu", out_activation="hardswish"),

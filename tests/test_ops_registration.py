@@ -73,6 +73,20 @@ def test_opcheck_backward(layout, out_activation, device):
     opcheck(torch.ops.dsconv_cuda.bwd.default, (torch.randn_like(y), *args[:4], saved, *args[5:], mask))
 
 
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck_with_and_without_biases(biases, channels_last, device):
+    """Every op, what it saves included."""
+    layout = "channels_last" if channels_last else "contiguous"
+    case = Case(dw_bias=biases, pw_bias=biases, activation="gelu", out_activation="hardswish")
+    args = _arguments(case, torch.float32, device, layout, requires_grad=True)
+    opcheck(torch.ops.dsconv_cuda.fwd.default, args)
+    opcheck(torch.ops.dsconv_cuda.fwd_with_pre.default, args)
+    args = _arguments(case, torch.float32, device, layout)
+    y, pre = torch.ops.dsconv_cuda.fwd_with_pre(*args)
+    opcheck(torch.ops.dsconv_cuda.bwd.default, (torch.randn_like(y), *args[:4], pre, *args[5:], 31))
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_opcheck_dtypes(dtype, device):
     args = _arguments(Case(), dtype, device)
