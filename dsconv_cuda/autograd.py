@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dsconv_cuda import second_order
+from dsconv_cuda import decompositions, second_order
 from dsconv_cuda.activations import derivative_from_output
 from dsconv_cuda.ops import GRAD_BITS, IDENTITY, backward_vmap, forward_vmap, grad_mask
 from dsconv_cuda.second_order import Config
@@ -171,6 +171,8 @@ def apply(
     """Calls the op, through a Function only where a derivative or a transform may need it."""
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias)
     if torch.compiler.is_compiling():
+        if torch.onnx.is_in_onnx_export():
+            return decompositions.fwd(*tensors, *config.arguments())
         # Graphs hold the bare op; its gradients are registered in ops.py.
         needs_pre = torch.is_grad_enabled() and not derivative_from_output(config.out_act)
         if needs_pre and any(t is not None and t.requires_grad for t in tensors):

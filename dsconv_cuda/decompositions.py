@@ -2,8 +2,9 @@
 
     program = torch.export.export(model, (x,)).run_decompositions(dsconv_cuda.decomposition_table())
 
-leaves two convolutions where the op was. The table is also PyTorch's own for these ops (torch._decomp), which
-torch.onnx.export(dynamo=True) looks into by itself. torch.compile does not: its graphs keep the op.
+leaves two convolutions where the op was. torch.onnx.export(dynamo=True) needs no table: autograd.py calls `fwd` here
+while that traces. The table is not put into PyTorch's own (torch._decomp): fake tensors of symbolic size would take what
+is there instead of the op's fake kernel.
 """
 
 import torch
@@ -64,15 +65,9 @@ def decomposition_table() -> dict:
     """{operator: function of the same arguments made of PyTorch's own operators}, of all operators of the package.
 
     For ``ExportedProgram.run_decompositions``; together with ``torch.export.default_decompositions()`` where PyTorch's
-    operators are to be decomposed too. ``torch.onnx.export(dynamo=True)`` needs no table: it finds this one.
+    operators are to be decomposed too. ``torch.onnx.export(dynamo=True)`` of a module needs no table.
     """
     from dsconv_cuda._loader import load_library
 
     load_library()
     return {getattr(torch.ops.dsconv_cuda, name).default: function for name, function in _FUNCTIONS.items()}
-
-
-def register() -> None:
-    """Puts them into PyTorch's table, from which torch.onnx takes what it does not know."""
-    for name, function in _FUNCTIONS.items():
-        torch._decomp.register_decomposition(getattr(torch.ops.dsconv_cuda, name).default)(function)

@@ -235,9 +235,6 @@ def register_python_parts() -> None:
     for name in ("fwd", "fwd_with_pre"):
         torch.library.register_vmap(f"dsconv_cuda::{name}", forward_vmap(getattr(torch.ops.dsconv_cuda, name)))
         torch.library.register_autograd(f"dsconv_cuda::{name}", _backward, setup_context=_setup_context)
-    from dsconv_cuda import decompositions  # which needs what is here
-
-    decompositions.register()
     torch.library.register_vmap("dsconv_cuda::bwd", backward_vmap(torch.ops.dsconv_cuda.bwd, 5))
     torch.library.register_autograd("dsconv_cuda::bwd", _no_double_backward)
     if hasattr(torch.ops.dsconv_cuda, "fwd_kept"):

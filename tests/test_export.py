@@ -71,7 +71,7 @@ def test_an_export_without_the_ops(strict, device):
 
 
 def test_onnx(tmp_path):
-    """torch.onnx.export(dynamo=True) finds the decomposition by itself; two Conv nodes for each op."""
+    """torch.onnx.export(dynamo=True) of a module needs no table; two Conv nodes for each op."""
     onnx = pytest.importorskip("onnx", reason="onnx is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
