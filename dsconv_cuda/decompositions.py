@@ -3,8 +3,8 @@
     program = torch.export.export(model, (x,)).run_decompositions(dsconv_cuda.decomposition_table())
 
 leaves two convolutions where the op was. torch.onnx.export(dynamo=True) needs no table: autograd.py calls `fwd` here
-while that traces. The table is not put into PyTorch's own (torch._decomp): fake tensors of symbolic size would take what
-is there instead of the op's fake kernel.
+while that traces. The table is not put into PyTorch's own (torch._decomp), as fake tensors of symbolic size would take
+from there what the op's fake kernel is for.
 """
 
 import torch
