@@ -31,6 +31,7 @@ import torch
 from tabulate import tabulate
 
 import dsconv_cuda
+from dsconv_cuda import planning
 from dsconv_cuda.activations import activation_number
 
 from .layers import Layer, select
@@ -191,7 +192,7 @@ def count(problems: list[Problem], layout: str, gpu: dsconv_cuda.Gpu, blocks: in
         launch = json.loads(line)
         found[int(launch["call"])].append(_launch(launch))
     return [
-        Counted(problem, layout, _waves(problem, layout, gpu), tuple(found[index]))
+        Counted(problem, layout, math.ceil(plan_of(problem, layout, gpu).kernels[0].waves), tuple(found[index]))
         for index, problem in enumerate(problems)
     ]
 
@@ -221,9 +222,10 @@ def _launch(found):
     )
 
 
-def _waves(problem, layout, gpu):
+def plan_of(problem, layout, gpu) -> planning.CudaPlan:
+    """The plan of the problem's forward."""
     layer = problem.layer
-    plan = dsconv_cuda.plan(
+    return dsconv_cuda.plan(
         (layer.batch, layer.channels, layer.height, layer.width),
         layer.out_channels,
         layer.kernel,
@@ -236,7 +238,6 @@ def _waves(problem, layout, gpu):
         memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format,
         arch=gpu,
     )
-    return math.ceil(plan.kernels[0].waves)
 
 
 # ------------------------------------------------------------------------------------------------------------- report

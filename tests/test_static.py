@@ -10,7 +10,7 @@ import torch
 from cuda_host.build import build_counter_cases
 
 import dsconv_cuda
-from bench import layers, sass, static, traffic
+from bench import layers, roofline, sass, static, traffic
 from bench.problem import FORWARD, TRAINING, Problem
 
 BUILD_DIR = Path(__file__).resolve().parents[1] / ".cache" / "cuda_host"
@@ -207,3 +207,37 @@ def test_every_kernel_that_is_launched_is_known():
     names = sass.demangle(list(launched))
     for kind in ("forward", "du", "pointwise_sum", "grad_x", "depthwise_sum", "sum_partials"):
         assert any(name.startswith(kind) for name in names), kind
+
+
+LOOP = dict.fromkeys([*sass.INSTRUCTIONS, "all"], 0)
+PRODUCT = {**LOOP, "all": 40, "HMMA": 16, "HMMA.16816": 16, "LDSM": 6}
+TAPS = {**LOOP, "all": 36, "FFMA": 12, "LDG": 15}
+
+
+def test_inner_loops_are_told_by_their_multiply_adds():
+    kernel = dataclasses.replace(KERNEL, loops=[LOOP, PRODUCT, {**TAPS, "FFMA": 2}, TAPS])
+    found = roofline.inner_loops(kernel)
+    assert found == roofline.Loops(PRODUCT, TAPS)
+    assert roofline.Loops.per_multiply_add(TAPS) * 32 == 3
+    assert roofline.Loops.per_multiply_add(PRODUCT) * 16 * 2048 == 40
+    with pytest.raises(ValueError, match="no loop with multiply-adds"):
+        roofline.inner_loops(KERNEL)
+
+
+def test_the_busiest_resource_decides(tiny):
+    counted = tiny["channels_last", FORWARD]
+    kernel = dataclasses.replace(KERNEL, loops=[PRODUCT, TAPS], instructions={**KERNEL.instructions, "HMMA": 16})
+    gpu = GPU()["sm_90"]
+    assert math.isclose(roofline.clock(gpu), 1.98e9, rel_tol=0.01)
+    assert math.isclose(roofline.clock(GPU()["sm_80"]), 1.41e9, rel_tol=0.01)
+    taps, product = roofline.multiply_adds(counted.problem)
+    assert (taps, product) == (32 * 46 * 46, 32 * 64 * 256)
+    predicted = roofline.predict(counted, gpu, kernel)
+    assert predicted.total == roofline.LAUNCH + predicted.seconds[predicted.bound]
+    assert math.isclose(predicted.seconds["tensor cores"], product / gpu.mma_f16)
+    assert math.isclose(predicted.seconds["DRAM"], counted.problem.least_bytes / gpu.bandwidth)
+    assert predicted.fused < predicted.unfused
+    slow = roofline.predict(counted, dataclasses.replace(gpu, bandwidth=1e6), kernel)
+    assert slow.bound == "DRAM"
+    assert "| tiny" in roofline.times_table([predicted, slow])
+    assert roofline.loops_table([kernel, kernel]).count("kernel<Half>") == 1
