@@ -35,8 +35,8 @@ Assumptions, each of which a measurement may overturn:
 
 1. Clocks, bandwidths and rates are those of the data sheets at boost, as in `dsconv_cuda.gpus()`; the bandwidth of L2
    and the 62 % that mma.sync reaches on sm_90 are from published micro-benchmarks.
-2. Everything overlaps: a kernel takes as long as its busiest resource, and a launch 2 us beside it. Latency that too few
-   warps hide is not counted, nor is the last, partly filled wave.
+2. Everything overlaps: a kernel takes as long as its busiest resource, and a launch 2 us beside it. Latency that too
+   few warps hide is not counted, nor is the last, partly filled wave.
 3. DRAM: x, y and the weights cross once; what blocks share they find in L2. L2: each block asks for a sector once, as
    if L1 and shared memory kept all that a block needs. L1 and shared memory: 128 bytes a clock together, by counted
    sectors and wavefronts.
