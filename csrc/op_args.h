@@ -229,6 +229,34 @@ struct BackwardCall {
   Tensor grad_x, grad_dw_weight, grad_pw_weight, grad_dw_bias, grad_pw_bias;  // shape [0] where not asked for
 };
 
+inline void allocate_grads(BackwardCall& call, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                           int64_t grad_mask) {
+  BackwardParams& p = call.params;
+  const Geometry& g = p.geom;
+  const auto allocate = [&](GradBit bit, torch::headeronly::IntHeaderOnlyArrayRef size, Tensor& grad, void*& pointer) {
+    const int64_t none[1] = {0};
+    const bool asked = (grad_mask & bit) != 0;
+    grad = empty_contiguous(x, asked ? size : torch::headeronly::IntHeaderOnlyArrayRef{none, 1});
+    if (!asked) return;
+    if (g.n == 0) torch::stable::zero_(grad);  // no image, no kernel: the sum over nothing
+    pointer = grad.mutable_data_ptr();
+  };
+  const int64_t c_mid[1] = {g.c_mid}, c_out[1] = {g.c_out};
+  allocate(kGradDwWeight, dw_weight.sizes(), call.grad_dw_weight, p.grad_dw_weight);
+  allocate(kGradPwWeight, pw_weight.sizes(), call.grad_pw_weight, p.grad_pw_weight);
+  allocate(kGradDwBias, {c_mid, 1}, call.grad_dw_bias, p.grad_dw_bias);
+  allocate(kGradPwBias, {c_out, 1}, call.grad_pw_bias, p.grad_pw_bias);
+  if ((grad_mask & kGradX) != 0) {
+    call.grad_x = empty_4d(x, g.n, g.c_in, g.h_in, g.w_in, suggests_channels_last(x));
+    walkable(call.grad_x, p.grad_x_layout);
+    p.grad_x = call.grad_x.mutable_data_ptr();
+    p.grad_x_strides = walk_strides(call.grad_x, p.grad_x_layout);
+  } else {
+    const int64_t none[1] = {0};
+    call.grad_x = empty_contiguous(x, {none, 1});
+  }
+}
+
 inline BackwardCall prepare_backward(const char* op, const Tensor& dy, const Tensor& x, const Tensor& dw_weight,
                                      const Tensor& pw_weight, const std::optional<Tensor>& dw_bias,
                                      const std::optional<Tensor>& saved, const CallArguments& arguments,
@@ -256,28 +284,7 @@ inline BackwardCall prepare_backward(const char* op, const Tensor& dy, const Ten
     p.saved_strides = walk_strides(*call.saved, p.saved_layout);
   }
 
-  const auto allocate = [&](GradBit bit, torch::headeronly::IntHeaderOnlyArrayRef size, Tensor& grad, void*& pointer) {
-    const int64_t none[1] = {0};
-    const bool asked = (grad_mask & bit) != 0;
-    grad = empty_contiguous(x, asked ? size : torch::headeronly::IntHeaderOnlyArrayRef{none, 1});
-    if (!asked) return;
-    if (g.n == 0) torch::stable::zero_(grad);  // no image, no kernel: the sum over nothing
-    pointer = grad.mutable_data_ptr();
-  };
-  const int64_t c_mid[1] = {g.c_mid}, c_out[1] = {g.c_out};
-  allocate(kGradDwWeight, dw_weight.sizes(), call.grad_dw_weight, p.grad_dw_weight);
-  allocate(kGradPwWeight, pw_weight.sizes(), call.grad_pw_weight, p.grad_pw_weight);
-  allocate(kGradDwBias, {c_mid, 1}, call.grad_dw_bias, p.grad_dw_bias);
-  allocate(kGradPwBias, {c_out, 1}, call.grad_pw_bias, p.grad_pw_bias);
-  if ((grad_mask & kGradX) != 0) {
-    call.grad_x = empty_4d(x, g.n, g.c_in, g.h_in, g.w_in, suggests_channels_last(x));
-    walkable(call.grad_x, p.grad_x_layout);
-    p.grad_x = call.grad_x.mutable_data_ptr();
-    p.grad_x_strides = walk_strides(call.grad_x, p.grad_x_layout);
-  } else {
-    const int64_t none[1] = {0};
-    call.grad_x = empty_contiguous(x, {none, 1});
-  }
+  allocate_grads(call, x, dw_weight, pw_weight, grad_mask);
   return call;
 }
 

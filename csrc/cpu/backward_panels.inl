@@ -35,16 +35,7 @@ static void turn_block(const BackwardContext& ctx, int64_t block, T* g_tile, T* 
   int count = lanes_left(plan.chunk_pixels - begin, kMicroRows);
   if (pixel >= plan.pixels) return;
   count = lanes_left(plan.pixels - pixel, count);
-  load_tile(static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g.h_out, g.w_out, g.c_out, pixel, count, g_tile,
-            plan.out_ld);
-  if (p.saved != nullptr) {
-    load_tile(static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g.h_out, g.w_out, g.c_out, pixel, count,
-              saved_tile, plan.out_ld);
-    for (int i = 0; i < count; ++i) {
-      activation_pass<ScaleByOutDerivative, T>(p.out_act, g.c_out, g_tile + i * plan.out_ld,
-                                               saved_tile + i * plan.out_ld);
-    }
-  }
+  load_output_gradient<S>(ctx, pixel, count, g_tile, saved_tile);
   if (p.grad_pw_bias != nullptr) {
     add_columns_exactly(g_tile, plan.out_ld, count, g.c_out, bias_sums, bias_sums + plan.out_columns);
   }
@@ -85,7 +76,7 @@ struct ChannelPanel {
   T* weight;      // [c_out][columns] of pw_weight
   T* sums;        // [c_out][columns], its gradient
   T* a;           // [tile][columns], act(z)
-  T* derivative;  // [tile][columns], act'(z)
+  T* derivative;  // [tile][columns], act'(z), or zhat where there is a norm
   T* du;          // [chunk_pixels][columns]
   T* dw_sums;     // [kMicroVecs][taps][lanes]
   T* bias_sums;   // [columns]
@@ -108,10 +99,11 @@ static void recompute_panel(const BackwardContext& ctx, const ChannelsLast<const
                                 x.data,
                                 {x.image, 1, x.row, x.column},
                                 Layout::nhwc,
-                                static_cast<const T*>(ctx.packed.dw_weight) + t.k,
+                                z_weight<T>(ctx) + t.k,
                                 static_cast<const T*>(ctx.packed.dw_bias) + t.k};
-  const bool linear = p.act == Activation::identity;
+  const bool linear = p.act == Activation::identity && ctx.norm == nullptr;
   depthwise_nhwc(in, begin, count, clamp_of<T>(Activation::identity), linear ? t.a : t.derivative);
+  if (ctx.norm != nullptr) return activate_zhat(ctx, count, t.width, t.derivative, t.a, columns, t.k);
   if (!linear) activation_pass<ActivateAndDerive, T>(p.act, count * columns, t.derivative, t.a);
 }
 
@@ -125,7 +117,7 @@ static void backward_panel_tile(const BackwardContext& ctx, const ChannelsLast<c
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
   const int64_t pitch = row_pitch<T>(), pixel = chunk * plan.chunk_pixels + begin;
-  const bool linear = p.act == Activation::identity, need_du = ctx.g_pixels != nullptr;
+  const bool linear = p.act == Activation::identity && ctx.norm == nullptr, need_du = ctx.g_pixels != nullptr;
   if (ctx.g_rows != nullptr || (need_du && !linear)) recompute_panel(ctx, x, begin, count, t);
   if (ctx.g_rows != nullptr) {
     for (int64_t c = 0; c < g.c_out; c += kMicroRows) {
@@ -145,10 +137,25 @@ static void backward_panel_tile(const BackwardContext& ctx, const ChannelsLast<c
                            {t.weight, columns}, SumTarget<T>{du + i * columns, columns, chain > 0});
     }
   }
-  if (!linear) {
+  if (ctx.norm != nullptr) {
+    du_and_its_sums(ctx, count, t.width, t.k, t.derivative, columns, du, ctx.norm_partial);
+  } else if (!linear) {
     for (int64_t i = 0; i < count * columns; i += n) vstore(du + i, vload(du + i) * vload(t.derivative + i));
   }
   if (p.grad_dw_bias != nullptr) add_column_sums(du, columns, count, t.width, t.bias_sums);
+}
+
+// Between the stages, where all images are one chunk. zhat of a single tile is still there.
+template <typename X, typename T>
+static void panel_du_to_dz(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t pixels,
+                           const ChannelPanel<T>& t) {
+  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
+  finish_norm<T>(ctx, t.k, t.width);
+  for (int64_t begin = 0; begin < pixels; begin += ctx.plan.panel_tile) {
+    const int64_t count = pixels - begin < ctx.plan.panel_tile ? pixels - begin : ctx.plan.panel_tile;
+    if (pixels > count) recompute_panel(ctx, x, begin, count, t);
+    du_to_dz(ctx, count, t.width, t.k, t.derivative, columns, t.du + begin * columns, columns);
+  }
 }
 
 // Chunk `chunk` of `images` images. `x` and `grad` begin with the panel's channels of its first image, and may be the
@@ -166,6 +173,7 @@ static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int6
     const int64_t count = pixels - begin < plan.panel_tile ? pixels - begin : plan.panel_tile;
     backward_panel_tile(ctx, x, chunk, begin, count, t);
   }
+  if (ctx.norm != nullptr) panel_du_to_dz(ctx, x, pixels, t);
   for (int64_t image = 0; image < images; ++image) {
     const T* du = t.du + image * plan.image_pixels * columns;
     for (int64_t c = 0; ctx.p.grad_dw_weight != nullptr && c < t.width; c += n) {

@@ -63,11 +63,27 @@ static void add_columns_exactly(const T* tile, int64_t ld, int64_t rows, int64_t
 template <typename T>
 struct PointwiseTile {
   T* a;           // [pixels][mid_ld], act(z)
-  T* derivative;  // [pixels][mid_ld], act'(z)
+  T* derivative;  // [pixels][mid_ld], act'(z), or zhat where there is a norm
   T* g;           // [pixels][out_ld]
   T* saved;       // [pixels][out_ld]
   T* da;          // [pixels][columns], one panel of du
 };
+
+// g of `count` pixels: dy through out_act, and through the norm before it where there is one.
+template <typename S, typename T>
+static void load_output_gradient(const BackwardContext& ctx, int64_t pixel, int64_t count, T* g, T* saved) {
+  const BackwardParams& p = ctx.p;
+  const Geometry& of = p.geom;
+  const int64_t ld = ctx.plan.out_ld;
+  load_tile(static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, of.h_out, of.w_out, of.c_out, pixel, count, g, ld);
+  if (p.saved == nullptr) return;
+  load_tile(static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, of.h_out, of.w_out, of.c_out, pixel, count,
+            saved, ld);
+  if (ctx.out_norm != nullptr) return output_norm_gradient(ctx, count, g, saved);
+  for (int64_t i = 0; i < count; ++i) {
+    activation_pass<ScaleByOutDerivative, T>(p.out_act, of.c_out, g + i * ld, saved + i * ld);
+  }
+}
 
 template <typename X, typename T>
 static void recompute_z(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t pixel, int64_t count,
@@ -79,11 +95,12 @@ static void recompute_z(const BackwardContext& ctx, const ChannelsLast<const X>&
                                 x.data,
                                 {x.image, 1, x.row, x.column},
                                 Layout::nhwc,
-                                static_cast<const T*>(ctx.packed.dw_weight),
+                                z_weight<T>(ctx),
                                 static_cast<const T*>(ctx.packed.dw_bias)};
-  const bool linear = p.act == Activation::identity;
+  const bool linear = p.act == Activation::identity && ctx.norm == nullptr;
   depthwise_nhwc(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.derivative);
   if (linear) return;
+  if (ctx.norm != nullptr) return activate_zhat(ctx, count, p.geom.c_mid, t.derivative, t.a, plan.mid_ld, 0);
   for (int64_t i = 0; i < count; ++i) {
     activation_pass<ActivateAndDerive, T>(p.act, p.geom.c_mid, t.derivative + i * plan.mid_ld, t.a + i * plan.mid_ld);
   }
@@ -106,7 +123,7 @@ static void pointwise_weight_gradient(const Geometry& g, const CpuPlan& plan, in
 // t.da.
 template <typename T>
 static void pointwise_input_gradient(const BackwardContext& ctx, int64_t pixel, int64_t count,
-                                     const PointwiseTile<T>& t, T* bias_sums) {
+                                     const PointwiseTile<T>& t, T* bias_sums, double* norm_sums) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n;
   const Geometry& g = ctx.p.geom;
@@ -118,7 +135,10 @@ static void pointwise_input_gradient(const BackwardContext& ctx, int64_t pixel, 
     const int64_t width = g.c_mid - k < columns ? g.c_mid - k : columns;
     T* out = panels ? du + k * plan.pixels + pixel * columns : t.da;
     gemm_panel<T>(count, width, g.c_out, {t.g, plan.out_ld}, {packed + k * g.c_out, columns}, out, columns);
-    for (int64_t i = 0; ctx.p.act != Activation::identity && i < count; ++i) {
+    if (ctx.norm != nullptr) {
+      du_and_its_sums(ctx, count, width, k, t.derivative + k, plan.mid_ld, out, norm_sums);
+    }
+    for (int64_t i = 0; ctx.norm == nullptr && ctx.p.act != Activation::identity && i < count; ++i) {
       for (int64_t j = 0; j < width; j += n) {
         vstore(out + i * columns + j, vload(out + i * columns + j) * vload(t.derivative + i * plan.mid_ld + k + j));
       }
@@ -132,23 +152,15 @@ static void pointwise_input_gradient(const BackwardContext& ctx, int64_t pixel, 
 
 template <typename S, typename T>
 static void backward_pointwise_tile(const BackwardContext& ctx, int64_t tile, const PointwiseTile<T>& t, T* pw_partial,
-                                    T* bias_partial) {
+                                    T* bias_partial, double* norm_sums) {
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
   const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
-  const bool linear = p.act == Activation::identity;
+  const bool linear = p.act == Activation::identity && ctx.norm == nullptr;
   const bool need_du = ctx.du != nullptr || p.grad_dw_bias != nullptr;
 
-  load_tile(static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g.h_out, g.w_out, g.c_out, pixel, count, t.g,
-            plan.out_ld);
-  if (p.saved != nullptr) {
-    load_tile(static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g.h_out, g.w_out, g.c_out, pixel, count,
-              t.saved, plan.out_ld);
-    for (int64_t i = 0; i < count; ++i) {
-      activation_pass<ScaleByOutDerivative, T>(p.out_act, g.c_out, t.g + i * plan.out_ld, t.saved + i * plan.out_ld);
-    }
-  }
+  load_output_gradient<S>(ctx, pixel, count, t.g, t.saved);
   T* lost = bias_partial + plan.out_columns;
   if (p.grad_pw_bias != nullptr) add_columns_exactly(t.g, plan.out_ld, count, g.c_out, bias_partial, lost);
   if (pw_partial != nullptr || (need_du && !linear)) {
@@ -160,7 +172,7 @@ static void backward_pointwise_tile(const BackwardContext& ctx, int64_t tile, co
   }
   if (pw_partial != nullptr) pointwise_weight_gradient(g, plan, count, t, pw_partial);
   if (!need_du) return;
-  pointwise_input_gradient(ctx, pixel, count, t, lost + plan.out_columns);
+  pointwise_input_gradient(ctx, pixel, count, t, lost + plan.out_columns, norm_sums);
 }
 
 template <typename S, typename T>
@@ -180,7 +192,11 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t group, void* 
   zero_fill(bias_partial, bias_size);
   const int64_t first = plan.tiles * group / plan.pointwise_groups;
   const int64_t last = plan.tiles * (group + 1) / plan.pointwise_groups;
-  for (int64_t tile = first; tile < last; ++tile) backward_pointwise_tile<S>(ctx, tile, t, pw_partial, bias_partial);
+  double* norm_sums = ctx.norm != nullptr ? ctx.norm_partial + group * 2 * ctx.p.geom.c_mid : nullptr;
+  for (int64_t i = 0; norm_sums != nullptr && i < 2 * ctx.p.geom.c_mid; ++i) norm_sums[i] = 0;
+  for (int64_t tile = first; tile < last; ++tile) {
+    backward_pointwise_tile<S>(ctx, tile, t, pw_partial, bias_partial, norm_sums);
+  }
 }
 
 template <typename T>

@@ -36,6 +36,12 @@ struct BackwardContext {
   void* pw_partial;    // [pointwise_groups][c_out][mid_columns]
   void* bias_partial;  // [pointwise_groups][2 * out_columns + mid_columns]: pw bias, what its sums lost, dw bias
   void* dw_partial;    // [depthwise_groups][vector of channels][taps][lanes]
+  // Norms (backward_norm.inl): rows as of NormContext::vectors, null where there is none.
+  void* norm;            // after the depthwise, order of k, ld = mid_columns; zhat has mean 0 and invstd 1
+  void* zhat_weight;     // as packed.dw_weight, what makes zhat; packed.dw_bias goes with it
+  double* norm_partial;  // [pointwise_groups, panels: 1][2][c_mid]: sums of du and of du * zhat
+  double norm_count;     // values a channel, where the stages are not apart
+  const void* out_norm;  // after the pointwise, ld = out_columns; p.saved is y
 };
 
 // Packing. A panel is micro.columns channels: of k for the depthwise and pw_backward, output channels for pw_forward.
@@ -47,6 +53,34 @@ struct PackContext {
   const void* dw_bias;
   const void* pw_weight;
   const void* pw_bias;
+};
+
+struct ImageTensor {
+  const void* data;
+  Strides strides;
+  Layout layout;
+};
+
+// Moments of z (moments.inl). Tasks are `groups` ranges of the plan's tiles.
+struct MomentsContext {
+  Geometry geom;
+  CpuPlan plan;
+  PackedWeights packed;
+  ImageTensor x;
+  int64_t groups;
+  double* partial;  // [groups][2][c_mid]: mean and sum of squares about it, order of k
+};
+
+// A pass over tensors [n, channels, h, w] (norm.inl). Tasks are `groups` ranges of pixels.
+struct NormContext {
+  int64_t n, channels, h, w, pixels;
+  int64_t ld, tile_pixels, groups;
+  Activation act;
+  ImageTensor v, grad;
+  void* out;  // dense
+  Layout out_layout;
+  const void* vectors;  // compute type, [7][ld]: mean, invstd, gamma, beta, scale, along, across
+  double* partial;      // [groups][2][channels]
 };
 
 struct DTypeKernels {
@@ -65,6 +99,12 @@ struct DTypeKernels {
   void (*reduce_depthwise)(const BackwardContext&, int64_t vector);
   void (*backward_turn)(const BackwardContext&, int64_t group, void* scratch);
   void (*backward_panel)(const BackwardContext&, int64_t panel, void* scratch);
+  void (*depthwise_moments)(const MomentsContext&, int64_t group, void* scratch);
+  void (*norm_moments)(const NormContext&, int64_t group, void* scratch);
+  void (*norm_forward)(const NormContext&, int64_t group, void* scratch);
+  void (*norm_sums)(const NormContext&, int64_t group, void* scratch);
+  void (*norm_backward)(const NormContext&, int64_t group, void* scratch);
+  void (*backward_norm_z)(const BackwardContext&, int64_t tile, void* scratch);
 };
 
 struct KernelTable {

@@ -125,12 +125,27 @@ inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro,
   return plan;
 }
 
+// The statistics of z: sums follow the tiles, as in backward. z is read twice more while it is near: tiles are smaller.
+inline CpuPlan plan_moments(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element, int64_t tile_bytes) {
+  CpuPlan plan = plan_detail::base(g, x_layout, micro, element);
+  const int64_t wanted = clamp64(plan_detail::pixels_within(tile_bytes, plan.mid_ld * element), 16, 256);
+  const int64_t fits =
+      plan_detail::pixels_within(kScratchBytes - depthwise_scratch(plan), (plan.mid_ld + micro.lanes) * element);
+  plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, 4);
+  plan.scratch_bytes = plan.tile_pixels * plan.mid_ld * element + depthwise_scratch(plan) + 4 * kCacheLine;
+  return plan;
+}
+
+// What stands between the stages P and D of backward: nothing, so a part of the images may go through both; sums over
+// all images; or the caller.
+enum class BetweenStages { nothing, sums, caller };
+
 namespace plan_detail {
 
 // By panels where they are tasks enough, all images of a chunk have du within the scratch, and a panel's pass over dy
 // costs less than the groups' passes over the pointwise weights: measured to be so up to some 2.5 pixels for each
 // output channel. Returns the bytes of scratch, 0 where not.
-inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, Layout x_layout) {
+inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, Layout x_layout, BetweenStages between) {
   constexpr int64_t kLeastPanels = 8, kTilePixels = 256;
   const MicroTile& micro = plan.micro;
   const int64_t panels = ceil_div(g.c_mid, micro.columns);
@@ -146,7 +161,7 @@ inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, Layout x_layout) {
   const int64_t panel = rows * micro.columns * plan.element;
   const int64_t turn = 2 * (micro.rows + 1) * plan.out_ld * plan.element;
   const int64_t bytes = (panel > turn ? panel : turn) + 8 * kCacheLine;
-  if (bytes > kScratchBytes) return 0;
+  if (bytes > kScratchBytes || (between == BetweenStages::sums && plan.chunks > 1)) return 0;
   plan.panels = panels;
   plan.pointwise_groups = clamp64(plan.pixels / (4 * micro.rows), 1, plan.pointwise_groups);
   return bytes;
@@ -155,7 +170,8 @@ inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, Layout x_layout) {
 }  // namespace plan_detail
 
 // Backward: partial sums follow the tiles, so nothing here may know the number of threads.
-inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element) {
+inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element,
+                             BetweenStages between = BetweenStages::nothing) {
   constexpr int64_t kMaxGroups = 16;
   constexpr int64_t kPartialBytes = int64_t{32} << 20;
   CpuPlan plan = plan_detail::base(g, x_layout, micro, element);
@@ -177,7 +193,7 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   plan.depthwise_parts = clamp64(kMaxGroups / plan.depthwise_groups, 1, vectors);
   plan.grad_pixels = 256;
   plan.grad_rows = 1;
-  plan.scratch_bytes = plan_detail::cut_panels(plan, g, x_layout);
+  if (between != BetweenStages::caller) plan.scratch_bytes = plan_detail::cut_panels(plan, g, x_layout, between);
   if (plan.panels > 0) return plan;
   plan.x_ld = skewed(round_up(g.c_in, micro.lanes), element);
   plan.turned_pixels = 512;

@@ -22,6 +22,12 @@ DSCONV_INLINE DTypeKernels kernels_of() {
   k.reduce_depthwise = reduce_depthwise<S, T>;
   k.backward_turn = backward_turn<S, T>;
   k.backward_panel = backward_panel<S, T>;
+  k.depthwise_moments = depthwise_moments<S, T>;
+  k.norm_moments = norm_moments<S, T>;
+  k.norm_forward = norm_forward<S, T>;
+  k.norm_sums = norm_sums<S, T>;
+  k.norm_backward = norm_backward<S, T>;
+  k.backward_norm_z = backward_norm_z<S, T>;
   return k;
 }
 

@@ -1,0 +1,129 @@
+// Backward through a norm between z and the activation, u = gamma * zhat + beta, zhat = (z - mean) * invstd:
+//
+//   stage P   makes zhat where it would make z; du = da * act'(u), and per channel sum du and sum du * zhat
+//   between   dz = scale * du + along * zhat + across, in place in the workspace; zhat is made once more
+//             scale = gamma * invstd, along = -scale * (sum du * zhat) / count, across = -scale * (sum du) / count
+//   stage D   goes on from dz
+//
+// zhat and not u is made by the depthwise weights, which is right for gamma = 0 too.
+#ifndef DSCONV_ISA
+#error "backward_norm.inl belongs inside an ISA region"
+#endif
+
+// The packed weights that make z, or zhat where there is a norm.
+template <typename T>
+DSCONV_INLINE const T* z_weight(const BackwardContext& ctx) {
+  return static_cast<const T*>(ctx.norm != nullptr ? ctx.zhat_weight : ctx.packed.dw_weight);
+}
+
+template <typename T>
+DSCONV_INLINE NormTile<T> norm_tile(const BackwardContext& ctx, int64_t rows, int64_t channels, int64_t k) {
+  NormTile<T> t = {};
+  t.rows = rows;
+  t.channels = channels;
+  t.of = norm_vectors<T>(static_cast<T*>(ctx.norm) + k, ctx.plan.mid_columns);
+  return t;
+}
+
+// a = act(gamma * zhat + beta) of the channels from k on.
+template <typename T>
+static void activate_zhat(const BackwardContext& ctx, int64_t rows, int64_t channels, const T* zhat, T* a, int64_t ld,
+                          int64_t k) {
+  NormTile<T> t = norm_tile<T>(ctx, rows, channels, k);
+  t.v = zhat, t.v_ld = ld;
+  t.out = a, t.out_ld = ld;
+  for_activation<NormForward>(ctx.p.act, t);
+}
+
+// da -> du = da * act'(gamma * zhat + beta) of a panel from k on, and its sums added to sums[2][c_mid].
+template <typename T>
+static void du_and_its_sums(const BackwardContext& ctx, int64_t rows, int64_t channels, int64_t k, const T* zhat,
+                            int64_t ld, T* du, double* sums) {
+  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
+  NormTile<T> t = norm_tile<T>(ctx, rows, channels, k);
+  t.v = zhat, t.v_ld = ld;
+  t.grad = du, t.grad_ld = columns;
+  t.out = du, t.out_ld = columns;
+  t.sums = sums + k;
+  t.paired = t.sums + ctx.p.geom.c_mid;
+  for_activation<NormSums<true>>(ctx.p.act, t);
+}
+
+// du -> dz of `rows` pixels, `channels` channels from k on.
+template <typename T>
+static void du_to_dz(const BackwardContext& ctx, int64_t rows, int64_t channels, int64_t k, const T* zhat,
+                     int64_t zhat_ld, T* du, int64_t du_ld) {
+  NormTile<T> t = norm_tile<T>(ctx, rows, channels, k);
+  t.v = zhat, t.v_ld = zhat_ld;
+  t.grad = du, t.grad_ld = du_ld;
+  t.out = du, t.out_ld = du_ld;
+  NormBackward::run<Activation::identity>(t);
+}
+
+// The rows along and across of the channels k .. k + channels, from their sums over all pixels.
+template <typename T>
+static void finish_norm(const BackwardContext& ctx, int64_t k, int64_t channels) {
+  const int64_t ld = ctx.plan.mid_columns;
+  const double* sums = ctx.norm_partial + k;
+  const double* paired = sums + ctx.p.geom.c_mid;
+  T* scale = static_cast<T*>(ctx.norm) + 4 * ld + k;
+  for (int64_t i = 0; i < channels; ++i) {
+    scale[ld + i] = static_cast<T>(-static_cast<double>(scale[i]) * paired[i] / ctx.norm_count);
+    scale[2 * ld + i] = static_cast<T>(-static_cast<double>(scale[i]) * sums[i] / ctx.norm_count);
+  }
+}
+
+// grad -> the gradient of y = saved, through out_act and the norm before it.
+template <typename T>
+static void output_norm_gradient(const BackwardContext& ctx, int64_t rows, T* grad, const T* y) {
+  NormTile<T> t = {};
+  t.rows = rows;
+  t.channels = ctx.p.geom.c_out;
+  t.of = norm_vectors<T>(ctx.out_norm, ctx.plan.out_columns);
+  t.v = y, t.v_ld = ctx.plan.out_ld;
+  t.grad = grad, t.grad_ld = ctx.plan.out_ld;
+  t.out = grad, t.out_ld = ctx.plan.out_ld;
+  for_activation<NormBackward>(ctx.p.out_act, t);
+}
+
+template <typename X, typename T>
+static void backward_norm_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t pixel, int64_t count,
+                               T* zhat, T* copy) {
+  const Geometry& g = ctx.p.geom;
+  const CpuPlan& plan = ctx.plan;
+  const int64_t width = plan.du_width;
+  const DepthwiseInput<X> in = {&g,
+                                &plan,
+                                x.data,
+                                {x.image, 1, x.row, x.column},
+                                Layout::nhwc,
+                                z_weight<T>(ctx),
+                                static_cast<const T*>(ctx.packed.dw_bias)};
+  depthwise_nhwc(in, pixel, count, clamp_of<T>(Activation::identity), zhat);
+  T* du = static_cast<T*>(ctx.du);
+  if (g.multiplier == 1) {
+    for (int64_t k = 0; k < g.c_mid; k += width) {
+      const int64_t channels = g.c_mid - k < width ? g.c_mid - k : width;
+      du_to_dz(ctx, count, channels, k, zhat + k, plan.mid_ld, du + k * plan.pixels + pixel * width, width);
+    }
+    return;
+  }
+  // Rows of one panel lie side by side: whole vectors would reach into the next pixel.
+  T* rows = du + pixel * width;
+  for (int64_t i = 0; i < count; ++i) copy_row(rows + i * width, copy + i * plan.mid_ld, g.c_mid);
+  du_to_dz(ctx, count, g.c_mid, 0, zhat, plan.mid_ld, copy, plan.mid_ld);
+  for (int64_t i = 0; i < count; ++i) store_row(copy + i * plan.mid_ld, rows + i * width, g.c_mid);
+}
+
+template <typename S, typename T>
+static void backward_norm_z(const BackwardContext& ctx, int64_t tile, void* scratch) {
+  const CpuPlan& plan = ctx.plan;
+  T* zhat = static_cast<T*>(scratch);
+  T* copy = zhat + plan.tile_pixels * plan.mid_ld;
+  const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
+  if (ctx.x_turned != nullptr) {
+    backward_norm_tile(ctx, x_turned<T>(ctx), pixel, count, zhat, copy);
+  } else {
+    backward_norm_tile(ctx, x_as_given<S>(ctx), pixel, count, zhat, copy);
+  }
+}

@@ -1,0 +1,139 @@
+// Per-channel sums over pixels in the two numbers that normalisation needs, without cancellation:
+//
+//   moments     mean and M2 = sum (v - mean)^2 of a tile's channels, in two passes over the tile while it is in cache;
+//               tiles merge by Chan's formula (Chan, Golub, LeVeque: Algorithms for computing the sample variance,
+//               Am. Stat. 37(3), 1983) in double:
+//                   delta = mean_b - mean_a,  mean += delta * n_b / n,  M2 += M2_b + delta^2 * n_a * n_b / n
+//   paired sums sum g and sum g * xhat of a gradient and the normalised value that it belongs to
+//
+// A tile's values are first taken relative to its first pixel: what is summed then has the size of the deviations,
+// whatever the mean is. Sums go by short blocks of rows, and the blocks are added with compensation (Kahan), so what
+// reaches the doubles has the error of a block.
+//
+// Tasks are groups of tiles that follow from the shape alone; groups are merged in order (merge_moments on the host).
+#ifndef DSCONV_ISA
+#error "moments.inl belongs inside an ISA region"
+#endif
+
+constexpr int64_t kSumBlock = 8;  // rows of a block
+constexpr int kSumVectors = 4;    // vectors of channels at a time: their chains of additions overlap
+
+// sum - lost += block
+template <typename V>
+DSCONV_INLINE void add_compensated(V& sum, V& lost, V block) {
+  const V term = block - lost, next = sum + term;
+  lost = (next - sum) - term;
+  sum = next;
+}
+
+template <typename T>
+struct TileMoments {
+  static constexpr int size = kSumVectors * Vec<T>::n;
+  T shift[size], sum[size], sum_lost[size], squares[size], squares_lost[size];
+};
+
+template <int U, typename T>
+DSCONV_INLINE void tile_moments(const T* tile, int64_t ld, int64_t rows, TileMoments<T>& m) {
+  typedef typename Vec<T>::type V;
+  constexpr int n = Vec<T>::n;
+  V shift[U], sum[U], lost[U], mean[U];
+  DSCONV_UNROLL
+  for (int u = 0; u < U; ++u) {
+    shift[u] = vload(tile + u * n);
+    sum[u] = lost[u] = vset(T(0));
+  }
+  for (int64_t first = 0; first < rows; first += kSumBlock) {
+    const int64_t last = first + kSumBlock < rows ? first + kSumBlock : rows;
+    V block[U];
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) block[u] = vset(T(0));
+    for (int64_t i = first; i < last; ++i) {
+      DSCONV_UNROLL
+      for (int u = 0; u < U; ++u) block[u] = block[u] + (vload(tile + i * ld + u * n) - shift[u]);
+    }
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) add_compensated(sum[u], lost[u], block[u]);
+  }
+  const V share = vset(T(1) / static_cast<T>(rows));
+  DSCONV_UNROLL
+  for (int u = 0; u < U; ++u) {
+    vstore(m.shift + u * n, shift[u]);
+    vstore(m.sum + u * n, sum[u]);
+    vstore(m.sum_lost + u * n, lost[u]);
+    mean[u] = (sum[u] - lost[u]) * share;
+    sum[u] = lost[u] = vset(T(0));
+  }
+  for (int64_t first = 0; first < rows; first += kSumBlock) {
+    const int64_t last = first + kSumBlock < rows ? first + kSumBlock : rows;
+    V block[U];
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) block[u] = vset(T(0));
+    for (int64_t i = first; i < last; ++i) {
+      DSCONV_UNROLL
+      for (int u = 0; u < U; ++u) {
+        const V d = (vload(tile + i * ld + u * n) - shift[u]) - mean[u];
+        block[u] = vfma(d, d, block[u]);
+      }
+    }
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) add_compensated(sum[u], lost[u], block[u]);
+  }
+  DSCONV_UNROLL
+  for (int u = 0; u < U; ++u) {
+    vstore(m.squares + u * n, sum[u]);
+    vstore(m.squares_lost + u * n, lost[u]);
+  }
+}
+
+// `before` pixels have been merged into mean and m2 already. Reads whole vectors of the tile.
+template <typename T>
+static void merge_tile_moments(const T* tile, int64_t ld, int64_t rows, int64_t channels, int64_t before, double* mean,
+                               double* m2) {
+  constexpr int n = Vec<T>::n;
+  const double count = static_cast<double>(rows), total = static_cast<double>(before + rows);
+  const double share = count / total, spread = static_cast<double>(before) * share;
+  TileMoments<T> m;
+  for (int64_t c = 0; c < channels;) {
+    const int64_t left = channels - c;
+    int64_t width = kSumVectors * n;
+    if (left > (kSumVectors - 1) * n) {
+      tile_moments<kSumVectors>(tile + c, ld, rows, m);
+    } else {
+      width = n;
+      tile_moments<1>(tile + c, ld, rows, m);
+    }
+    if (width > left) width = left;
+    for (int64_t i = 0; i < width; ++i) {
+      const double sum = static_cast<double>(m.sum[i]) - static_cast<double>(m.sum_lost[i]);
+      const double delta = static_cast<double>(m.shift[i]) + sum / count - mean[c + i];
+      mean[c + i] += delta * share;
+      m2[c + i] += static_cast<double>(m.squares[i]) - static_cast<double>(m.squares_lost[i]) + delta * delta * spread;
+    }
+    c += width;
+  }
+}
+
+// Moments of z, which is made a tile at a time and forgotten.
+template <typename S, typename T>
+static void depthwise_moments(const MomentsContext& ctx, int64_t group, void* scratch) {
+  const Geometry& g = ctx.geom;
+  const CpuPlan& plan = ctx.plan;
+  T* z = static_cast<T*>(scratch);
+  T* memory = z + plan.tile_pixels * plan.mid_ld;
+  double* mean = ctx.partial + group * 2 * g.c_mid;
+  double* m2 = mean + g.c_mid;
+  for (int64_t i = 0; i < 2 * g.c_mid; ++i) mean[i] = 0;
+  const DepthwiseInput<S> in = {&g,
+                                &plan,
+                                static_cast<const S*>(ctx.x.data),
+                                ctx.x.strides,
+                                ctx.x.layout,
+                                static_cast<const T*>(ctx.packed.dw_weight),
+                                static_cast<const T*>(ctx.packed.dw_bias)};
+  const int64_t first_tile = plan.tiles * group / ctx.groups, first = tile_begin(plan, first_tile);
+  for (int64_t tile = first_tile; tile < plan.tiles * (group + 1) / ctx.groups; ++tile) {
+    const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
+    depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), z, memory);
+    merge_tile_moments(z, plan.mid_ld, count, g.c_mid, pixel - first, mean, m2);
+  }
+}

@@ -1,0 +1,251 @@
+// One pass over a tensor that stands before a normalisation and an activation, v -> act(gamma * vhat + beta) with
+// vhat = (v - mean) * invstd per channel:
+//
+//   norm_moments   its moments (moments.inl)
+//   norm_forward   out = act(gamma * vhat + beta)
+//   norm_sums      sum g and sum g * vhat, g = grad * act'(gamma * vhat + beta)
+//   norm_backward  out = scale * g + along * vhat + across
+//
+// Tiles of some pixels, pixel-major. A tile is the tensor itself where it lies that way in the compute type and in
+// whole vectors, else a copy.
+#ifndef DSCONV_ISA
+#error "norm.inl belongs inside an ISA region"
+#endif
+
+// Per-channel values, whole vectors of channels each: the rows of what cpu_kernels.h calls vectors.
+template <typename T>
+struct NormVectors {
+  const T *mean, *invstd, *gamma, *beta, *scale, *along, *across;
+};
+template <typename T>
+DSCONV_INLINE NormVectors<T> norm_vectors(const void* vectors, int64_t ld) {
+  const T* rows = static_cast<const T*>(vectors);
+  const NormVectors<T> v = {rows, rows + ld, rows + 2 * ld, rows + 3 * ld, rows + 4 * ld, rows + 5 * ld, rows + 6 * ld};
+  return v;
+}
+
+template <typename T>
+struct NormTile {
+  int64_t rows, channels;
+  const T* v;
+  int64_t v_ld;
+  const T* grad;
+  int64_t grad_ld;
+  T* out;
+  int64_t out_ld;
+  NormVectors<T> of;
+  double *sums, *paired;  // [channels] each
+};
+
+template <typename Pass, typename T>
+static void for_activation(Activation a, const NormTile<T>& tile) {
+  switch (a) {
+#define DSCONV_CASE(name) \
+  case Activation::name:  \
+    return Pass::template run<Activation::name>(tile);
+    DSCONV_CASE(identity)
+    DSCONV_CASE(relu)
+    DSCONV_CASE(relu6)
+    DSCONV_CASE(leaky_relu)
+    DSCONV_CASE(silu)
+    DSCONV_CASE(hardswish)
+    DSCONV_CASE(gelu)
+    DSCONV_CASE(gelu_tanh)
+    DSCONV_CASE(sigmoid)
+    DSCONV_CASE(tanh)
+    DSCONV_CASE(hardsigmoid)
+#undef DSCONV_CASE
+  }
+}
+
+// Some rows at a time, so that the vectors of a channel are loaded once for them all.
+constexpr int kNormRows = 4;
+
+struct NormForward {
+  template <Activation A, int R, typename T>
+  DSCONV_INLINE void rows(const NormTile<T>& t, int64_t row) {
+    typedef typename Vec<T>::type V;
+    const T* v = t.v + row * t.v_ld;
+    T* out = t.out + row * t.out_ld;
+    for (int64_t c = 0; c < t.channels; c += Vec<T>::n) {
+      const V mean = vload(t.of.mean + c), invstd = vload(t.of.invstd + c);
+      const V gamma = vload(t.of.gamma + c), beta = vload(t.of.beta + c);
+      DSCONV_UNROLL
+      for (int i = 0; i < R; ++i) {
+        const V hat = (vload(v + i * t.v_ld + c) - mean) * invstd;
+        vstore(out + i * t.out_ld + c, act_value<A, T>(vfma(gamma, hat, beta)));
+      }
+    }
+  }
+  template <Activation A, typename T>
+  static void run(const NormTile<T>& t) {
+    int64_t row = 0;
+    for (; row + kNormRows <= t.rows; row += kNormRows) rows<A, kNormRows>(t, row);
+    for (; row < t.rows; ++row) rows<A, 1>(t, row);
+  }
+};
+
+struct NormBackward {
+  template <Activation A, int R, typename T>
+  DSCONV_INLINE void rows(const NormTile<T>& t, int64_t row) {
+    typedef typename Vec<T>::type V;
+    const T* v = t.v + row * t.v_ld;
+    const T* grad = t.grad + row * t.grad_ld;
+    T* out = t.out + row * t.out_ld;
+    for (int64_t c = 0; c < t.channels; c += Vec<T>::n) {
+      const V mean = vload(t.of.mean + c), invstd = vload(t.of.invstd + c);
+      const V gamma = vload(t.of.gamma + c), beta = vload(t.of.beta + c);
+      const V scale = vload(t.of.scale + c), along = vload(t.of.along + c), across = vload(t.of.across + c);
+      DSCONV_UNROLL
+      for (int i = 0; i < R; ++i) {
+        const V hat = (vload(v + i * t.v_ld + c) - mean) * invstd;
+        const V g = vload(grad + i * t.grad_ld + c) * act_derivative<A, T>(vfma(gamma, hat, beta));
+        vstore(out + i * t.out_ld + c, vfma(scale, g, vfma(along, hat, across)));
+      }
+    }
+  }
+  template <Activation A, typename T>
+  static void run(const NormTile<T>& t) {
+    int64_t row = 0;
+    for (; row + kNormRows <= t.rows; row += kNormRows) rows<A, kNormRows>(t, row);
+    for (; row < t.rows; ++row) rows<A, 1>(t, row);
+  }
+};
+
+// With Keep, g goes to out.
+template <bool Keep>
+struct NormSums {
+  template <Activation A, int U, typename T>
+  DSCONV_INLINE void vectors(const NormTile<T>& t, int64_t c) {
+    typedef typename Vec<T>::type V;
+    constexpr int n = Vec<T>::n;
+    V sum[U], lost[U], paired[U], paired_lost[U];
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) sum[u] = lost[u] = paired[u] = paired_lost[u] = vset(T(0));
+    for (int64_t first = 0; first < t.rows; first += kSumBlock) {
+      const int64_t last = first + kSumBlock < t.rows ? first + kSumBlock : t.rows;
+      DSCONV_UNROLL
+      for (int u = 0; u < U; ++u) {
+        const int64_t k = c + u * n;
+        const V mean = vload(t.of.mean + k), invstd = vload(t.of.invstd + k);
+        const V gamma = vload(t.of.gamma + k), beta = vload(t.of.beta + k);
+        V block = vset(T(0)), block_paired = vset(T(0));
+        for (int64_t i = first; i < last; ++i) {
+          const V hat = (vload(t.v + i * t.v_ld + k) - mean) * invstd;
+          const V g = vload(t.grad + i * t.grad_ld + k) * act_derivative<A, T>(vfma(gamma, hat, beta));
+          if constexpr (Keep) vstore(t.out + i * t.out_ld + k, g);
+          block = block + g;
+          block_paired = vfma(g, hat, block_paired);
+        }
+        add_compensated(sum[u], lost[u], block);
+        add_compensated(paired[u], paired_lost[u], block_paired);
+      }
+    }
+    T out[4][U * n];
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) {
+      vstore(out[0] + u * n, sum[u]), vstore(out[1] + u * n, lost[u]);
+      vstore(out[2] + u * n, paired[u]), vstore(out[3] + u * n, paired_lost[u]);
+    }
+    const int64_t width = t.channels - c < U * n ? t.channels - c : U * n;
+    for (int64_t i = 0; i < width; ++i) {
+      t.sums[c + i] += static_cast<double>(out[0][i]) - static_cast<double>(out[1][i]);
+      t.paired[c + i] += static_cast<double>(out[2][i]) - static_cast<double>(out[3][i]);
+    }
+  }
+  template <Activation A, typename T>
+  static void run(const NormTile<T>& t) {
+    constexpr int n = Vec<T>::n;
+    int64_t c = 0;
+    for (; c + (kSumVectors - 1) * n < t.channels; c += kSumVectors * n) vectors<A, kSumVectors>(t, c);
+    for (; c < t.channels; c += n) vectors<A, 1>(t, c);
+  }
+};
+
+template <typename S, typename T>
+DSCONV_INLINE const T* tile_of(const NormContext& ctx, const ImageTensor& t, int64_t pixel, int64_t count, T* copy,
+                               int64_t& ld) {
+  if constexpr (sizeof(S) == sizeof(T)) {
+    const bool joined = t.strides.h == ctx.w * t.strides.w && (ctx.n == 1 || t.strides.n == ctx.h * t.strides.h);
+    if (t.layout == Layout::nhwc && joined && ctx.channels % Vec<T>::n == 0) {
+      ld = t.strides.w;
+      return static_cast<const T*>(t.data) + pixel * t.strides.w;
+    }
+  }
+  ld = ctx.ld;
+  load_tile(static_cast<const S*>(t.data), t.strides, t.layout, ctx.h, ctx.w, ctx.channels, pixel, count, copy, ctx.ld);
+  return copy;
+}
+
+// The task's range of pixels, tile by tile.
+template <typename S, typename T, typename Pass>
+static void norm_pass(const NormContext& ctx, int64_t group, void* scratch, const Pass& pass) {
+  T* v_copy = static_cast<T*>(scratch);
+  T* grad_copy = v_copy + ctx.tile_pixels * ctx.ld;
+  T* out_copy = grad_copy + ctx.tile_pixels * ctx.ld;
+  const int64_t begin = ctx.pixels * group / ctx.groups, end = ctx.pixels * (group + 1) / ctx.groups;
+  for (int64_t pixel = begin; pixel < end; pixel += ctx.tile_pixels) {
+    NormTile<T> t = {};
+    t.rows = end - pixel < ctx.tile_pixels ? end - pixel : ctx.tile_pixels;
+    t.channels = ctx.channels;
+    t.v = tile_of<S, T>(ctx, ctx.v, pixel, t.rows, v_copy, t.v_ld);
+    if (ctx.grad.data != nullptr) t.grad = tile_of<S, T>(ctx, ctx.grad, pixel, t.rows, grad_copy, t.grad_ld);
+    t.of = norm_vectors<T>(ctx.vectors, ctx.ld);
+    bool direct = false;
+    t.out = out_copy, t.out_ld = ctx.ld;
+    if constexpr (sizeof(S) == sizeof(T)) {
+      if (ctx.out != nullptr && ctx.out_layout == Layout::nhwc && ctx.channels % Vec<T>::n == 0) {
+        t.out = static_cast<T*>(ctx.out) + pixel * ctx.channels, t.out_ld = ctx.channels;
+        direct = true;
+      }
+    }
+    pass.run(ctx, t, group, pixel - begin);
+    if (ctx.out != nullptr && !direct) {
+      store_tile(out_copy, ctx.ld, 0, ctx.channels, pixel, t.rows, static_cast<S*>(ctx.out), ctx.out_layout,
+                 ctx.channels, ctx.h * ctx.w);
+    }
+  }
+}
+
+struct MomentsPass {
+  template <typename T>
+  DSCONV_INLINE void run(const NormContext& ctx, const NormTile<T>& t, int64_t group, int64_t before) {
+    double* mean = ctx.partial + group * 2 * ctx.channels;
+    double* m2 = mean + ctx.channels;
+    for (int64_t i = 0; before == 0 && i < 2 * ctx.channels; ++i) mean[i] = 0;
+    merge_tile_moments(t.v, t.v_ld, t.rows, t.channels, before, mean, m2);
+  }
+};
+struct SumsPass {
+  template <typename T>
+  DSCONV_INLINE void run(const NormContext& ctx, NormTile<T>& t, int64_t group, int64_t before) {
+    t.sums = ctx.partial + group * 2 * ctx.channels;
+    t.paired = t.sums + ctx.channels;
+    for (int64_t i = 0; before == 0 && i < 2 * ctx.channels; ++i) t.sums[i] = 0;
+    for_activation<NormSums<false>>(ctx.act, t);
+  }
+};
+template <typename Pass>
+struct OutputPass {
+  template <typename T>
+  DSCONV_INLINE void run(const NormContext& ctx, const NormTile<T>& t, int64_t, int64_t) {
+    for_activation<Pass>(ctx.act, t);
+  }
+};
+
+template <typename S, typename T>
+static void norm_moments(const NormContext& ctx, int64_t group, void* scratch) {
+  norm_pass<S, T>(ctx, group, scratch, MomentsPass{});
+}
+template <typename S, typename T>
+static void norm_forward(const NormContext& ctx, int64_t group, void* scratch) {
+  norm_pass<S, T>(ctx, group, scratch, OutputPass<NormForward>{});
+}
+template <typename S, typename T>
+static void norm_sums(const NormContext& ctx, int64_t group, void* scratch) {
+  norm_pass<S, T>(ctx, group, scratch, SumsPass{});
+}
+template <typename S, typename T>
+static void norm_backward(const NormContext& ctx, int64_t group, void* scratch) {
+  norm_pass<S, T>(ctx, group, scratch, OutputPass<NormBackward>{});
+}

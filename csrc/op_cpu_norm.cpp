@@ -1,0 +1,283 @@
+// CPU host entries of training through BatchNorm, dw -> norm -> act -> pw -> norm -> act. dsconv_cuda/batchnorm.py
+// joins them; between any two of them statistics can be reduced over processes.
+//
+//   z_moments      mean and variance of z, which is made tile by tile and forgotten
+//   norm_vectors   from these and the affine pair: mean, invstd, gamma, beta of every channel
+//   fwd_norm       y, the scale and the shift of the first norm folded into the packed depthwise weights
+//   moments        mean and variance of y
+//   norm_act       act(gamma * yhat + beta) in one pass
+//   norm_act_sums, norm_act_grad    its gradient: sums over the pixels, then a pass
+//
+// Per-channel values are doubles in tensors of shape [2, C] or [4, C]: they cost nothing beside the maps, and what is
+// reduced over tiles, threads and processes keeps its digits. As in op_cpu.cpp, how a call is cut into tasks follows
+// from the shape, so sums have the same bits for every number of threads.
+
+#include <cmath>
+
+#include "cpu_tasks.h"
+#include "norm_args.h"
+#include "op_args.h"
+
+namespace dsconv {
+namespace {
+
+constexpr int64_t kMaxGroups = 32;         // partial sums of a pass
+constexpr int64_t kZTileBytes = 48 << 10;  // z of the statistics pass: read twice after it is made
+constexpr int64_t kNormTileBytes = 16 << 10;
+using Bias = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+
+// Chan's formula over the groups, in their order. to: [2][channels], mean and variance.
+template <typename CountOf, typename ChannelOf>
+void merge_moments(const double* partial, int64_t groups, int64_t channels, const CountOf& count_of,
+                   const ChannelOf& channel_of, double* to) {
+  for (int64_t c = 0; c < channels; ++c) {
+    double mean = 0, m2 = 0, count = 0;
+    for (int64_t group = 0; group < groups; ++group) {
+      const double* of = partial + group * 2 * channels + c;
+      const double more = count_of(group), total = count + more, delta = of[0] - mean;
+      if (more == 0) continue;
+      mean += delta * (more / total);
+      m2 += of[channels] + delta * delta * (count * more / total);
+      count = total;
+    }
+    to[channel_of(c)] = mean;
+    to[channels + channel_of(c)] = m2 / count;
+  }
+}
+
+struct MomentsCall {
+  ForwardParams params;
+  std::optional<Tensor> x, dw_weight, pw_weight, dw_bias;
+};
+
+Tensor z_moments(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Ints stride, Ints padding, Ints dilation) {
+  constexpr const char* op = "dsconv_cuda::z_moments";
+  MomentsCall call{};
+  prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, arguments_of(op, stride, padding, dilation, 0, 0));
+  const ForwardParams& p = call.params;
+  const Geometry& g = p.geom;
+  Tensor result = empty_doubles(x, 2, g.c_mid);
+  if (g.n * g.h_out * g.w_out == 0) return torch::stable::zero_(result);
+
+  const KernelTable& table = active_table(op);
+  const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
+  const int64_t element = element_bytes(p.dtype);
+  MomentsContext ctx{};
+  ctx.geom = g;
+  ctx.plan = plan_moments(g, p.x_layout, micro_of(table, p.dtype), element, kZTileBytes);
+  ctx.x = {p.x, p.x_strides, p.x_layout};
+  ctx.groups = ctx.plan.tiles < kMaxGroups ? ctx.plan.tiles : kMaxGroups;
+  const CpuPlan& plan = ctx.plan;
+  Workspace workspace(1);
+  workspace.reserve(&ctx.packed.dw_weight, plan.taps * plan.mid_columns * element);
+  workspace.reserve(&ctx.packed.dw_bias, plan.mid_columns * element);
+  workspace.reserve(reinterpret_cast<void**>(&ctx.partial), ctx.groups * 2 * g.c_mid * sizeof(double));
+  workspace.allocate();
+  pack_all(kernels, {g, plan, ctx.packed, p.dw_weight, p.dw_bias, nullptr, nullptr}, 0, nullptr);
+  for_each_task(ctx.groups,
+                [&](int64_t group) { kernels.depthwise_moments(ctx, group, thread_scratch(plan.scratch_bytes)); });
+  const auto tile_of = [&](int64_t group) { return tile_begin(plan, plan.tiles * group / ctx.groups); };
+  merge_moments(
+      ctx.partial, ctx.groups, g.c_mid,
+      [&](int64_t group) { return static_cast<double>(tile_of(group + 1) - tile_of(group)); },
+      [&](int64_t k) { return k % g.c_in * g.multiplier + k / g.c_in; },
+      static_cast<double*>(result.mutable_data_ptr()));
+  return result;
+}
+
+template <typename T>
+void read_values(const Tensor& t, int64_t count, double* to) {
+  const T* from = static_cast<const T*>(t.const_data_ptr());
+  const int64_t step = t.stride(0);
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<double>(from[i * step]);
+}
+
+// A parameter of a norm, float or double; `otherwise` where there is none.
+void read_parameter(const char* op, const char* arg, const Bias& t, int64_t channels, double otherwise, double* to) {
+  if (!t.has_value()) {
+    for (int64_t i = 0; i < channels; ++i) to[i] = otherwise;
+    return;
+  }
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", arg, " must have shape [", channels, "]");
+  if (t->scalar_type() == ScalarType::Float) return read_values<float>(*t, channels, to);
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Double, op, ": ", arg, " must be float32 or float64");
+  read_values<double>(*t, channels, to);
+}
+
+Tensor norm_vectors(Tensor moments, Bias gamma, Bias beta, double eps) {
+  constexpr const char* op = "dsconv_cuda::norm_vectors";
+  STD_TORCH_CHECK(moments.dim() == 2, op, ": moments must have shape [2, C]");
+  const int64_t channels = moments.size(1);
+  const double* from = doubles_of(op, "moments", moments, 2, channels);
+  Tensor result = empty_doubles(moments, kVectorRows, channels);
+  double* to = static_cast<double*>(result.mutable_data_ptr());
+  for (int64_t c = 0; c < channels; ++c) {
+    to[kMean * channels + c] = from[c];
+    to[kInvstd * channels + c] = 1 / std::sqrt(from[channels + c] + eps);
+  }
+  read_parameter(op, "weight", gamma, channels, 1, to + kGamma * channels);
+  read_parameter(op, "bias", beta, channels, 0, to + kBeta * channels);
+  return result;
+}
+
+Tensor fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor vectors, Ints stride,
+                Ints padding, Ints dilation, int64_t act) {
+  constexpr const char* op = "dsconv_cuda::fwd_norm";
+  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
+                                     arguments_of(op, stride, padding, dilation, act, 0), false);
+  const ForwardParams& p = call.params;
+  const Geometry& g = p.geom;
+  const double* of = doubles_of(op, "vectors", vectors, kVectorRows, g.c_mid);
+  if (call.y->numel() == 0) return *call.y;
+  const KernelTable& table = active_table(op);
+  const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
+  const int64_t element = element_bytes(p.dtype);
+  ForwardContext ctx{};
+  ctx.p = p;
+  ctx.plan = plan_forward(g, p.x_layout, micro_of(table, p.dtype), element, torch::stable::get_num_threads());
+  const CpuPlan& plan = ctx.plan;
+  Workspace weights(element);
+  reserve_depthwise(weights, plan, ctx.packed);
+  weights.reserve(&ctx.packed.pw_forward, plan.out_columns * g.c_mid);
+  weights.reserve(&ctx.packed.pw_bias, plan.out_columns);
+  weights.allocate();
+  pack_all(kernels, {g, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias},
+           plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward);
+  fold_norm(g, plan, of, Fold::affine, ctx.packed.dw_weight, ctx.packed.dw_weight, ctx.packed.dw_bias);
+  for_each_task(plan.tiles, [&](int64_t tile) { kernels.forward(ctx, tile, thread_scratch(plan.scratch_bytes)); });
+  return *call.y;
+}
+
+// ---- passes over tensors of the shape of y
+// ---------------------------------------------------------------------------
+
+struct NormCall {
+  NormContext ctx{};
+  DType dtype = DType::f32;
+  int64_t element = 4;
+  const DTypeKernels* kernels = nullptr;
+  std::optional<Tensor> v, grad;
+};
+
+NormCall prepare_norm(const char* op, const Tensor& v, int64_t act) {
+  STD_TORCH_CHECK(v.dim() == 4, op, ": input must have 4 dimensions, got ", v.dim());
+  NormCall call;
+  NormContext& ctx = call.ctx;
+  const KernelTable& table = active_table(op);
+  call.dtype = dtype_of(op, v);
+  call.element = element_bytes(call.dtype);
+  call.kernels = &table.by_dtype[static_cast<int>(call.dtype)];
+  ctx.act = activation_of(op, "activation", act);
+  ctx.n = v.size(0), ctx.channels = v.size(1), ctx.h = v.size(2), ctx.w = v.size(3);
+  ctx.pixels = ctx.n * ctx.h * ctx.w;
+  call.v = walkable_or_copy(v, ctx.v.layout);
+  ctx.v.data = call.v->const_data_ptr();
+  ctx.v.strides = walk_strides(*call.v, ctx.v.layout);
+  ctx.ld = round_up(ctx.channels, micro_of(table, call.dtype).lanes);
+  ctx.tile_pixels = clamp64(kNormTileBytes / at_least_1(ctx.ld * call.element), 8, 256);
+  ctx.groups = clamp64(ceil_div(ctx.pixels, ctx.tile_pixels), 1, kMaxGroups);
+  return call;
+}
+
+void add_gradient(const char* op, NormCall& call, const Tensor& grad) {
+  NormContext& ctx = call.ctx;
+  check_operand(op, "grad_output", grad, *call.v);
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == ctx.n && grad.size(1) == ctx.channels && grad.size(2) == ctx.h &&
+                      grad.size(3) == ctx.w,
+                  op, ": grad_output must have the shape of the output");
+  call.grad = walkable_or_copy(grad, ctx.grad.layout);
+  ctx.grad.data = call.grad->const_data_ptr();
+  ctx.grad.strides = walk_strides(*call.grad, ctx.grad.layout);
+}
+
+Tensor empty_output(NormCall& call, const Tensor& like) {
+  NormContext& ctx = call.ctx;
+  Tensor out = empty_4d(like, ctx.n, ctx.channels, ctx.h, ctx.w, suggests_channels_last(like));
+  walkable(out, ctx.out_layout);
+  ctx.out = out.mutable_data_ptr();
+  return out;
+}
+
+void run_norm(NormCall& call, const double* vectors, const double* sums, double count, bool partial,
+              void (*kernel)(const NormContext&, int64_t, void*), double* to) {
+  NormContext& ctx = call.ctx;
+  Workspace workspace(1);
+  void* rows = nullptr;
+  if (vectors != nullptr) workspace.reserve(&rows, kNormRows * ctx.ld * call.element);
+  if (partial) {
+    workspace.reserve(reinterpret_cast<void**>(&ctx.partial), ctx.groups * 2 * ctx.channels * sizeof(double));
+  }
+  workspace.allocate();
+  if (vectors != nullptr) fill_norm_rows(call.element, ctx.channels, ctx.ld, vectors, sums, count, rows);
+  ctx.vectors = rows;
+  const int64_t scratch = 3 * ctx.tile_pixels * ctx.ld * call.element + kCacheLine;
+  for_each_task(ctx.groups, [&](int64_t group) { kernel(ctx, group, thread_scratch(scratch)); });
+  if (!partial) return;
+  if (vectors == nullptr) {
+    const auto begin = [&](int64_t group) { return ctx.pixels * group / ctx.groups; };
+    merge_moments(
+        ctx.partial, ctx.groups, ctx.channels,
+        [&](int64_t group) { return static_cast<double>(begin(group + 1) - begin(group)); },
+        [](int64_t c) { return c; }, to);
+    return;
+  }
+  for (int64_t i = 0; i < 2 * ctx.channels; ++i) {
+    to[i] = 0;
+    for (int64_t group = 0; group < ctx.groups; ++group) to[i] += ctx.partial[group * 2 * ctx.channels + i];
+  }
+}
+
+Tensor moments(Tensor v) {
+  constexpr const char* op = "dsconv_cuda::moments";
+  NormCall call = prepare_norm(op, v, 0);
+  Tensor result = empty_doubles(v, 2, call.ctx.channels);
+  if (v.numel() == 0) return torch::stable::zero_(result);
+  run_norm(call, nullptr, nullptr, 0, true, call.kernels->norm_moments,
+           static_cast<double*>(result.mutable_data_ptr()));
+  return result;
+}
+
+Tensor norm_act(Tensor v, Tensor vectors, int64_t act) {
+  constexpr const char* op = "dsconv_cuda::norm_act";
+  NormCall call = prepare_norm(op, v, act);
+  const double* of = doubles_of(op, "vectors", vectors, kVectorRows, call.ctx.channels);
+  Tensor out = empty_output(call, v);
+  if (v.numel() > 0) run_norm(call, of, nullptr, 0, false, call.kernels->norm_forward, nullptr);
+  return out;
+}
+
+Tensor norm_act_sums(Tensor grad, Tensor v, Tensor vectors, int64_t act) {
+  constexpr const char* op = "dsconv_cuda::norm_act_sums";
+  NormCall call = prepare_norm(op, v, act);
+  const double* of = doubles_of(op, "vectors", vectors, kVectorRows, call.ctx.channels);
+  add_gradient(op, call, grad);
+  Tensor result = empty_doubles(v, 2, call.ctx.channels);
+  if (v.numel() == 0) return torch::stable::zero_(result);
+  run_norm(call, of, nullptr, 0, true, call.kernels->norm_sums, static_cast<double*>(result.mutable_data_ptr()));
+  return result;
+}
+
+Tensor norm_act_grad(Tensor grad, Tensor v, Tensor vectors, Bias sums, double count, int64_t act) {
+  constexpr const char* op = "dsconv_cuda::norm_act_grad";
+  NormCall call = prepare_norm(op, v, act);
+  const double* of = doubles_of(op, "vectors", vectors, kVectorRows, call.ctx.channels);
+  const double* summed = sums.has_value() ? doubles_of(op, "sums", *sums, 2, call.ctx.channels) : nullptr;
+  add_gradient(op, call, grad);
+  Tensor out = empty_output(call, v);
+  if (v.numel() > 0) run_norm(call, of, summed, count, false, call.kernels->norm_backward, nullptr);
+  return out;
+}
+
+}  // namespace
+}  // namespace dsconv
+
+STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
+  m.impl("z_moments", TORCH_BOX(&dsconv::z_moments));
+  m.impl("norm_vectors", TORCH_BOX(&dsconv::norm_vectors));
+  m.impl("fwd_norm", TORCH_BOX(&dsconv::fwd_norm));
+  m.impl("moments", TORCH_BOX(&dsconv::moments));
+  m.impl("norm_act", TORCH_BOX(&dsconv::norm_act));
+  m.impl("norm_act_sums", TORCH_BOX(&dsconv::norm_act_sums));
+  m.impl("norm_act_grad", TORCH_BOX(&dsconv::norm_act_grad));
+}

@@ -1,0 +1,317 @@
+// CPU host entries of backward through the norm between z and the activation (cpu/backward_norm.inl), and through the
+// one after the pointwise part where y is given:
+//
+//   bwd_norm             both stages, the sums of this process between them
+//   bwd_norm_pointwise   stage P: du, its sums, the gradients of the pointwise part
+//   bwd_norm_depthwise   stage D from these, after the sums have been reduced over processes
+//
+// du is a tensor of one dimension in the compute type, in the order of the workspace that bwd has.
+
+#include "cpu_tasks.h"
+#include "norm_args.h"
+#include "op_args.h"
+
+namespace dsconv {
+namespace {
+
+using Bias = std::optional<Tensor>;
+using Ints = std::vector<int64_t>;
+
+// The norm after the pointwise part; y is null where there is none.
+struct OutputNorm {
+  const Bias& y;
+  const Bias& vectors;
+  const Bias& sums;
+  double count;
+};
+
+struct Run {
+  explicit Run(const char* name) : op(name), table(active_table(name)) {}
+  const char* op;
+  const KernelTable& table;
+  const DTypeKernels* kernels = nullptr;
+  BackwardCall call{};
+  BackwardContext ctx{};
+  Workspace workspace{1};
+  void* out_rows = nullptr;
+  const double* vectors = nullptr;
+
+  const Geometry& geom() const { return ctx.p.geom; }
+  bool need_du() const { return ctx.p.grad_x != nullptr || ctx.p.grad_dw_weight != nullptr; }
+
+  void plan(BetweenStages between, const Tensor& norm_vectors) {
+    const BackwardParams& p = ctx.p = call.params;
+    kernels = &table.by_dtype[static_cast<int>(p.dtype)];
+    vectors = doubles_of(op, "vectors", norm_vectors, kVectorRows, p.geom.c_mid);
+    ctx.plan = plan_backward(p.geom, channels_last(p) ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype),
+                             element_bytes(p.dtype), between);
+  }
+  void reserve(void** pointer, int64_t elements) { workspace.reserve(pointer, elements * ctx.plan.element); }
+
+  void reserve_z() {
+    const CpuPlan& plan = ctx.plan;
+    reserve(&ctx.packed.dw_weight, plan.taps * plan.mid_columns);
+    reserve(&ctx.packed.dw_bias, plan.mid_columns);
+    reserve(&ctx.zhat_weight, plan.taps * plan.mid_columns);
+    reserve(&ctx.norm, kNormRows * plan.mid_columns);
+    if (ctx.p.x_layout == Layout::nchw && plan.panels == 0) {
+      reserve(&ctx.x_turned, geom().n * geom().h_in * geom().w_in * plan.x_ld);
+    }
+  }
+  void reserve_pointwise(bool out_norm, bool du_asked) {
+    const CpuPlan& plan = ctx.plan;
+    const Geometry& g = geom();
+    reserve(&ctx.bias_partial, plan.pointwise_groups * (2 * plan.out_columns + plan.mid_columns));
+    workspace.reserve(reinterpret_cast<void**>(&ctx.norm_partial), (plan.panels > 0 ? 1 : plan.pointwise_groups) * 2 *
+                                                                       g.c_mid * static_cast<int64_t>(sizeof(double)));
+    if (out_norm) reserve(&out_rows, kNormRows * plan.out_columns);
+    if (plan.panels > 0) {
+      const int64_t pitch = round_up(plan.micro.rows, plan.micro.lanes);
+      const int64_t pixel_blocks = plan.chunks * ceil_div(plan.chunk_pixels, plan.micro.rows);
+      if (ctx.p.grad_pw_weight != nullptr) {
+        reserve(&ctx.g_rows, ceil_div(g.c_out, plan.micro.rows) * plan.pixels * pitch);
+      }
+      if (du_asked) reserve(&ctx.g_pixels, pixel_blocks * g.c_out * pitch);
+      return;
+    }
+    if (du_asked) reserve(&ctx.packed.pw_backward, plan.mid_columns * g.c_out);
+    if (ctx.p.grad_pw_weight != nullptr) {
+      reserve(&ctx.pw_partial, plan.pointwise_groups * g.c_out * plan.mid_columns);
+    }
+  }
+  void reserve_depthwise() {
+    const CpuPlan& plan = ctx.plan;
+    const int64_t vectors = geom().multiplier * ceil_div(geom().c_in, plan.micro.lanes);
+    if (ctx.p.grad_dw_weight != nullptr && plan.panels == 0) {
+      reserve(&ctx.dw_partial, plan.depthwise_groups * vectors * plan.micro.lanes * plan.taps);
+    }
+  }
+  // For the panels of every instruction set: their widths divide this one, so that fake tensors know the size.
+  int64_t du_elements() const {
+    constexpr int64_t kWidest = 64;
+    return ctx.plan.pixels * (geom().multiplier == 1 ? round_up(geom().c_mid, kWidest) : geom().c_mid);
+  }
+
+  // The rows of the first norm in the order of k. sums: [2][c_mid] in the order of the tensors, null before they are
+  // known.
+  void fill_norm(const double* sums, double count) {
+    const int64_t c_mid = geom().c_mid;
+    std::vector<double> by_k(static_cast<size_t>((kVectorRows + 2) * c_mid));
+    double* summed = by_k.data() + kVectorRows * c_mid;
+    for (int64_t k = 0; k < c_mid; ++k) {
+      const int64_t channel = channel_of(geom(), k);
+      for (int64_t row = 0; row < kVectorRows; ++row) by_k[row * c_mid + k] = vectors[row * c_mid + channel];
+      for (int64_t row = 0; sums != nullptr && row < 2; ++row) summed[row * c_mid + k] = sums[row * c_mid + channel];
+    }
+    fill_norm_rows(ctx.plan.element, c_mid, ctx.plan.mid_columns, by_k.data(), sums != nullptr ? summed : nullptr,
+                   count, ctx.norm);
+    // What the kernels make is zhat already.
+    for (int64_t k = 0; k < c_mid; ++k) {
+      if (ctx.plan.element == 8) {
+        set_standard(static_cast<double*>(ctx.norm), k);
+      } else {
+        set_standard(static_cast<float*>(ctx.norm), k);
+      }
+    }
+  }
+  template <typename T>
+  void set_standard(T* rows, int64_t k) const {
+    rows[kMean * ctx.plan.mid_columns + k] = 0;
+    rows[kInvstd * ctx.plan.mid_columns + k] = 1;
+  }
+
+  void pack(bool pointwise) {
+    const CpuPlan& plan = ctx.plan;
+    const PackContext pack = {geom(), plan, ctx.packed, ctx.p.dw_weight, ctx.p.dw_bias, ctx.p.pw_weight, nullptr};
+    pack_all(*kernels, pack, pointwise ? plan.mid_columns / plan.micro.columns : 0, kernels->pack_pointwise_backward);
+    fold_norm(geom(), plan, vectors, Fold::zhat, ctx.packed.dw_weight, ctx.zhat_weight, ctx.packed.dw_bias);
+    if (ctx.x_turned != nullptr) {
+      for_each_task(ceil_div(geom().n * geom().h_in * geom().w_in, plan.turned_pixels),
+                    [&](int64_t task) { kernels->backward_turn_x(ctx, task); });
+    }
+  }
+
+  void fill_output_norm(const OutputNorm& norm) {
+    if (out_rows == nullptr) return;
+    const int64_t c_out = geom().c_out;
+    fill_norm_rows(
+        ctx.plan.element, c_out, ctx.plan.out_columns, doubles_of(op, "out_vectors", *norm.vectors, kVectorRows, c_out),
+        norm.sums.has_value() ? doubles_of(op, "out_sums", *norm.sums, 2, c_out) : nullptr, norm.count, out_rows);
+    ctx.out_norm = out_rows;
+  }
+
+  template <typename Kernel>
+  void each(int64_t tasks, Kernel kernel, int64_t scratch) {
+    for_each_task(tasks, [&](int64_t task) { kernel(ctx, task, thread_scratch(scratch)); });
+  }
+
+  void stage_pointwise() {
+    const CpuPlan& plan = ctx.plan;
+    if (plan.panels > 0) {
+      for (int64_t i = 0; i < 2 * geom().c_mid; ++i) ctx.norm_partial[i] = 0;
+      each(plan.pointwise_groups, kernels->backward_turn, plan.scratch_bytes);
+      each(plan.panels, kernels->backward_panel, plan.scratch_bytes);
+    } else {
+      each(plan.pointwise_groups, kernels->backward_pointwise, plan.scratch_bytes);
+      if (ctx.p.grad_pw_weight != nullptr) {
+        for_each_task(geom().c_out, [&](int64_t channel) { kernels->reduce_pointwise(ctx, channel); });
+      }
+    }
+    if (ctx.p.grad_pw_bias != nullptr) kernels->reduce_biases(ctx);
+  }
+  void sum_groups(double* to) const {
+    const int64_t c_mid = geom().c_mid, groups = ctx.plan.panels > 0 ? 1 : ctx.plan.pointwise_groups;
+    for (int64_t row = 0; row < 2; ++row) {
+      for (int64_t k = 0; k < c_mid; ++k) {
+        double sum = 0;
+        for (int64_t group = 0; group < groups; ++group) sum += ctx.norm_partial[(group * 2 + row) * c_mid + k];
+        to[row * c_mid + channel_of(geom(), k)] = sum;
+      }
+    }
+  }
+  void stage_depthwise() {
+    const CpuPlan& plan = ctx.plan;
+    const BackwardParams& p = ctx.p;
+    const Geometry& g = geom();
+    each(plan.tiles, kernels->backward_norm_z, 2 * plan.tile_pixels * plan.mid_ld * plan.element + 4 * kCacheLine);
+    if (p.grad_x != nullptr) {
+      const bool nhwc = p.grad_x_layout == Layout::nhwc;
+      each(g.n * (nhwc ? g.h_in : ceil_div(g.h_in, plan.grad_rows)),
+           nhwc ? kernels->backward_x_nhwc : kernels->backward_x_nchw, plan.scratch_bytes);
+    }
+    if (p.grad_dw_weight == nullptr) return;
+    for_each_task(plan.depthwise_groups * plan.depthwise_parts, [&](int64_t task) { kernels->backward_dw(ctx, task); });
+    for_each_task(g.multiplier * ceil_div(g.c_in, plan.micro.lanes),
+                  [&](int64_t vector) { kernels->reduce_depthwise(ctx, vector); });
+  }
+};
+
+void prepare(Run& run, const Tensor& grad, const OutputNorm& norm, const Tensor& x, const Tensor& dw_weight,
+             const Tensor& pw_weight, const Bias& dw_bias, const CallArguments& arguments, int64_t grad_mask) {
+  CallArguments linear = arguments;
+  linear.out_act = 0;
+  run.call = prepare_backward(run.op, grad, x, dw_weight, pw_weight, dw_bias, {}, linear, grad_mask);
+  BackwardParams& p = run.call.params;
+  if (!norm.y.has_value()) return;
+  STD_TORCH_CHECK(norm.vectors.has_value(), run.op, ": out_vectors must be given with y");
+  const Geometry& g = p.geom;
+  check_operand(run.op, "y", *norm.y, x);
+  STD_TORCH_CHECK(norm.y->dim() == 4 && norm.y->size(0) == g.n && norm.y->size(1) == g.c_out &&
+                      norm.y->size(2) == g.h_out && norm.y->size(3) == g.w_out,
+                  run.op, ": y must have the shape of the output");
+  run.call.saved = walkable_or_copy(*norm.y, p.saved_layout);
+  p.saved = run.call.saved->const_data_ptr();
+  p.saved_strides = walk_strides(*run.call.saved, p.saved_layout);
+  p.out_act = activation_of(run.op, "out_activation", arguments.out_act);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_norm(Tensor grad, Bias y, Tensor x, Tensor dw_weight,
+                                                            Tensor pw_weight, Bias dw_bias, Tensor vectors,
+                                                            Bias out_vectors, Bias out_sums, double out_count,
+                                                            Ints stride, Ints padding, Ints dilation, int64_t act,
+                                                            int64_t out_act, int64_t grad_mask) {
+  Run run("dsconv_cuda::bwd_norm");
+  const OutputNorm norm = {y, out_vectors, out_sums, out_count};
+  prepare(run, grad, norm, x, dw_weight, pw_weight, dw_bias,
+          arguments_of(run.op, stride, padding, dilation, act, out_act), grad_mask & ~kGradDwBias);
+  run.plan(BetweenStages::sums, vectors);
+  const Geometry& g = run.geom();
+  Tensor sums = empty_doubles(x, 2, g.c_mid);
+  double* summed = static_cast<double*>(sums.mutable_data_ptr());
+  const bool empty = g.n == 0;
+  if (empty) torch::stable::zero_(sums);
+  if (!empty) {
+    run.reserve_z();
+    run.reserve_pointwise(y.has_value(), true);
+    run.reserve_depthwise();
+    if (run.ctx.plan.panels == 0)
+      run.reserve(&run.ctx.du, run.ctx.plan.pixels * round_up(g.c_mid, run.ctx.plan.du_width));
+    run.workspace.allocate();
+    run.ctx.norm_count = static_cast<double>(run.ctx.plan.pixels);
+    run.fill_norm(nullptr, 0);
+    run.fill_output_norm(norm);
+    run.pack(run.ctx.plan.panels == 0);
+    run.stage_pointwise();
+    run.sum_groups(summed);
+    if (run.ctx.plan.panels == 0 && run.need_du()) {
+      run.fill_norm(summed, run.ctx.norm_count);
+      run.stage_depthwise();
+    }
+  }
+  return {run.call.grad_x, run.call.grad_dw_weight, run.call.grad_pw_weight, run.call.grad_pw_bias, sums};
+}
+
+Tensor empty_du(const Run& run, const Tensor& x, int64_t elements) {
+  const int64_t size[1] = {elements}, stride[1] = {1};
+  int32_t device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
+  const int32_t dtype = run.ctx.p.dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, size, stride, dtype, device_type, x.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_norm_pointwise(Tensor grad, Bias y, Tensor x, Tensor dw_weight,
+                                                              Tensor pw_weight, Bias dw_bias, Tensor vectors,
+                                                              Bias out_vectors, Bias out_sums, double out_count,
+                                                              Ints stride, Ints padding, Ints dilation, int64_t act,
+                                                              int64_t out_act, int64_t grad_mask) {
+  Run run("dsconv_cuda::bwd_norm_pointwise");
+  const OutputNorm norm = {y, out_vectors, out_sums, out_count};
+  prepare(run, grad, norm, x, dw_weight, pw_weight, dw_bias,
+          arguments_of(run.op, stride, padding, dilation, act, out_act), grad_mask & (kGradPwWeight | kGradPwBias));
+  run.plan(BetweenStages::caller, vectors);
+  const Geometry& g = run.geom();
+  Tensor sums = empty_doubles(x, 2, g.c_mid);
+  Tensor du = empty_du(run, x, run.du_elements());
+  if (g.n == 0) {
+    torch::stable::zero_(sums);
+    return {du, sums, run.call.grad_pw_weight, run.call.grad_pw_bias};
+  }
+  run.reserve_z();
+  run.reserve_pointwise(y.has_value(), true);
+  run.workspace.allocate();
+  run.ctx.du = du.mutable_data_ptr();
+  run.fill_norm(nullptr, 0);
+  run.fill_output_norm(norm);
+  run.pack(true);
+  run.stage_pointwise();
+  run.sum_groups(static_cast<double*>(sums.mutable_data_ptr()));
+  return {du, sums, run.call.grad_pw_weight, run.call.grad_pw_bias};
+}
+
+// Writes over du.
+std::tuple<Tensor, Tensor> bwd_norm_depthwise(Tensor du, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias,
+                                              Tensor vectors, Tensor sums, double count, Ints stride, Ints padding,
+                                              Ints dilation, int64_t grad_mask) {
+  Run run("dsconv_cuda::bwd_norm_depthwise");
+  prepare_operands(run.call, run.op, x, dw_weight, pw_weight, dw_bias,
+                   arguments_of(run.op, stride, padding, dilation, 0, 0));
+  allocate_grads(run.call, x, dw_weight, pw_weight, grad_mask & (kGradX | kGradDwWeight));
+  run.plan(BetweenStages::caller, vectors);
+  const Geometry& g = run.geom();
+  const double* summed = doubles_of(run.op, "sums", sums, 2, g.c_mid);
+  STD_TORCH_CHECK(du.numel() == run.du_elements() && du.is_contiguous() &&
+                      du.scalar_type() == (run.ctx.p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float),
+                  run.op, ": du is not what bwd_norm_pointwise returned");
+  if (g.n > 0 && run.need_du()) {
+    run.reserve_z();
+    run.reserve_depthwise();
+    run.workspace.allocate();
+    run.ctx.du = du.mutable_data_ptr();
+    run.fill_norm(summed, count);
+    run.pack(false);
+    run.stage_depthwise();
+  }
+  return {run.call.grad_x, run.call.grad_dw_weight};
+}
+
+}  // namespace
+}  // namespace dsconv
+
+STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
+  m.impl("bwd_norm", TORCH_BOX(&dsconv::bwd_norm));
+  m.impl("bwd_norm_pointwise", TORCH_BOX(&dsconv::bwd_norm_pointwise));
+  m.impl("bwd_norm_depthwise", TORCH_BOX(&dsconv::bwd_norm_depthwise));
+}
