@@ -2,6 +2,8 @@
 
     depthwise_separable_conv2d      the function
     DepthwiseSeparableConv2d        the module, also as DepthwiseSeparableConv
+    DepthwiseSeparableConvBN2d      the block with a BatchNorm after either part, trained as one;
+                                    depthwise_separable_conv_bn2d and BatchNormArguments are its function
     fuse, unfuse, explain_fusion    finds the chains of a model of stock modules and fuses them
     clear_weight_cache              frees the packed weights that modules keep
     decomposition_table             the op as two convolutions, for exports to other runtimes
@@ -17,6 +19,8 @@ Importing the package builds and loads nothing; the first call does.
 import importlib
 
 from dsconv_cuda import complexity, models
+from dsconv_cuda.batchnorm import BatchNormArguments, depthwise_separable_conv_bn2d
+from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN2d
 from dsconv_cuda.decompositions import decomposition_table
 from dsconv_cuda.functional import depthwise_separable_conv2d
 from dsconv_cuda.fusion import explain_fusion, fuse, unfuse
@@ -26,14 +30,17 @@ from dsconv_cuda.modules import DepthwiseSeparableConv, DepthwiseSeparableConv2d
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchNormArguments",
     "DepthwiseSeparableConv",
     "DepthwiseSeparableConv2d",
+    "DepthwiseSeparableConvBN2d",
     "Gpu",
     "__version__",
     "clear_weight_cache",
     "complexity",
     "decomposition_table",
     "depthwise_separable_conv2d",
+    "depthwise_separable_conv_bn2d",
     "explain_fusion",
     "fuse",
     "gpus",

@@ -77,6 +77,12 @@ def cuda_kernels_loaded() -> bool:
     return operators_registered() and torch._C._dispatch_has_kernel_for_dispatch_key("dsconv_cuda::fwd", "CUDA")
 
 
+def batch_norm_kernels_loaded(device_type: str) -> bool:
+    """Whether the loaded library has the kernels of training through BatchNorm on such devices."""
+    key = device_type.upper()
+    return operators_registered() and torch._C._dispatch_has_kernel_for_dispatch_key("dsconv_cuda::z_moments", key)
+
+
 def jit_allowed() -> bool:
     return os.environ.get("DSCONV_JIT", "1") != "0"
 

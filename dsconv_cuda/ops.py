@@ -111,6 +111,67 @@ def _bwd_fake(dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dila
     return tuple(grads)
 
 
+def _doubles(like: Tensor, rows: int, channels: int) -> Tensor:
+    return torch.empty(rows, channels, dtype=torch.float64, device=like.device)
+
+
+def _z_moments_fake(x, dw_weight, pw_weight, dw_bias, stride, padding, dilation):
+    _output_shape("dsconv_cuda::z_moments", x, dw_weight, pw_weight, stride, padding, dilation)
+    return _doubles(x, 2, dw_weight.shape[0])
+
+
+def _fwd_norm_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, vectors, stride, padding, dilation, act):
+    return _fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, IDENTITY)
+
+
+def _empty_like_v(v: Tensor) -> Tensor:
+    return _empty(v, v.shape, _memory_format(v))
+
+
+def _du_size(x: Tensor, dw_weight: Tensor, shape: tuple) -> int:
+    channels = dw_weight.shape[0]
+    if channels == x.shape[1]:
+        channels = (channels + 63) // 64 * 64
+    return shape[0] * shape[2] * shape[3] * channels
+
+
+def _bwd_norm_fake(grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums, out_count, *config):
+    *config, mask = config
+    mask &= ~GRAD_DW_BIAS
+    grads = _bwd_fake(grad, x, dw_weight, pw_weight, dw_bias, None, *config, mask)
+    return (*grads[:3], grads[4], _doubles(x, 2, dw_weight.shape[0]))
+
+
+def _bwd_norm_pointwise_fake(grad, y, x, dw_weight, pw_weight, dw_bias, *rest):
+    *_, stride, padding, dilation, _, _, mask = rest
+    shape = _output_shape("dsconv_cuda::bwd_norm_pointwise", x, dw_weight, pw_weight, stride, padding, dilation)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    du = torch.empty(_du_size(x, dw_weight, shape), dtype=dtype, device=x.device)
+    sizes = ((pw_weight.shape, GRAD_PW_WEIGHT), ((pw_weight.shape[0],), GRAD_PW_BIAS))
+    grads = (_empty(x, size if mask & bit else (0,)) for size, bit in sizes)
+    return (du, _doubles(x, 2, dw_weight.shape[0]), *grads)
+
+
+def _bwd_norm_depthwise_fake(du, x, dw_weight, *rest):
+    mask = rest[-1]
+    grad_x = _empty(x, x.shape, _memory_format(x)) if mask & GRAD_X else _empty(x, (0,))
+    return grad_x, _empty(x, dw_weight.shape if mask & GRAD_DW_WEIGHT else (0,))
+
+
+_NORM_FAKES = {
+    "z_moments": _z_moments_fake,
+    "norm_vectors": lambda moments, weight, bias, eps: _doubles(moments, 4, moments.shape[1]),
+    "fwd_norm": _fwd_norm_fake,
+    "moments": lambda v: _doubles(v, 2, v.shape[1]),
+    "norm_act": lambda v, vectors, act: _empty_like_v(v),
+    "norm_act_sums": lambda grad, v, vectors, act: _doubles(v, 2, v.shape[1]),
+    "norm_act_grad": lambda grad, v, vectors, sums, count, act: _empty_like_v(v),
+    "bwd_norm": _bwd_norm_fake,
+    "bwd_norm_pointwise": _bwd_norm_pointwise_fake,
+    "bwd_norm_depthwise": _bwd_norm_depthwise_fake,
+}
+
+
 # ---- vmap ------------------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +292,8 @@ def register_python_parts() -> None:
     _registered = True
     fakes = {"fwd": _fwd_fake, "fwd_with_pre": _fwd_with_pre_fake, "bwd": _bwd_fake}
     for name, fake in fakes.items():
+        torch.library.register_fake(f"dsconv_cuda::{name}", fake)
+    for name, fake in _NORM_FAKES.items():
         torch.library.register_fake(f"dsconv_cuda::{name}", fake)
     for name in ("fwd", "fwd_with_pre"):
         torch.library.register_vmap(f"dsconv_cuda::{name}", forward_vmap(getattr(torch.ops.dsconv_cuda, name)))

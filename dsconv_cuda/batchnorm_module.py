@@ -1,0 +1,150 @@
+"""The block dw -> BatchNorm -> act -> pw -> BatchNorm -> act as a module with the children it stands for."""
+
+import torch
+from torch import Tensor, nn
+
+from dsconv_cuda.activations import activation_name
+from dsconv_cuda.batchnorm import BatchNormArguments, depthwise_separable_conv_bn2d
+
+
+class DepthwiseSeparableConvBN2d(nn.Module):
+    r"""The block of MobileNetV1, trained without its intermediate: see
+    :func:`dsconv_cuda.depthwise_separable_conv_bn2d`.
+
+    Equivalent to::
+
+        depthwise = nn.Conv2d(in_channels, in_channels * channel_multiplier, kernel_size, stride, padding, dilation,
+                              groups=in_channels, bias=bias)
+        bn1 = nn.BatchNorm2d(in_channels * channel_multiplier, eps, momentum)
+        pointwise = nn.Conv2d(in_channels * channel_multiplier, out_channels, 1, bias=bias)
+        bn2 = nn.BatchNorm2d(out_channels, eps, momentum)
+        y = out_activation(bn2(pointwise(activation(bn1(depthwise(x))))))
+
+    ``.depthwise``, ``.bn1``, ``.pointwise`` and ``.bn2`` are these four modules. They hold the parameters, the running
+    statistics and the choice of train() or eval(), each for itself, so freezing one is ``block.bn1.eval()``; the
+    state_dict is interchangeable with that of a plain module with the same children. Their forward is not called: hooks
+    on the children do not run.
+
+    A norm may be replaced by another ``nn.BatchNorm2d`` (with affine=False or track_running_stats=False too, or of a
+    subclass with the same forward), by ``nn.SyncBatchNorm``, so ``nn.SyncBatchNorm.convert_sync_batchnorm(model)``
+    works, on the CPU too, and by ``nn.Identity`` for no norm.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, channel_multiplier, bias: as in
+            :class:`dsconv_cuda.DepthwiseSeparableConv2d`.
+        activation, out_activation: after the first and after the second norm; a name, None or an instance of the
+            matching torch.nn module, of which the name is kept.
+        eps, momentum: of both norms.
+        recompute_output: y before bn2 is computed again in backward, so that training keeps the input alone.
+        device, dtype: of the parameters.
+
+    Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H_out, W_out]``, with the H_out and W_out of nn.Conv2d.
+
+    Raises:
+        TypeError: at the call, a norm of another kind.
+        ValueError: a channel_multiplier below 1, an unknown activation, what nn.Conv2d and nn.BatchNorm2d refuse, and
+            in training one value per channel, as nn.BatchNorm2d does.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        *,
+        dilation: int | tuple[int, int] = 1,
+        channel_multiplier: int = 1,
+        bias: bool = False,
+        activation: str | nn.Module | None = "relu",
+        out_activation: str | nn.Module | None = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        recompute_output: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        if channel_multiplier < 1:
+            raise ValueError(f"{name}: channel_multiplier must be at least 1, got {channel_multiplier}")
+        self.activation = activation_name(activation, "activation", name)
+        self.out_activation = activation_name(out_activation, "out_activation", name)
+        self.recompute_output = recompute_output
+        channels = in_channels * channel_multiplier
+        of = {"device": device, "dtype": dtype}
+        self.depthwise = nn.Conv2d(
+            in_channels, channels, kernel_size, stride, padding, dilation, groups=in_channels, bias=bias, **of
+        )
+        self.bn1 = nn.BatchNorm2d(channels, eps, momentum, **of)
+        self.pointwise = nn.Conv2d(channels, out_channels, 1, bias=bias, **of)
+        self.bn2 = nn.BatchNorm2d(out_channels, eps, momentum, **of)
+
+    def forward(self, input: Tensor) -> Tensor:
+        depthwise, pointwise = self.depthwise, self.pointwise
+        out = depthwise_separable_conv_bn2d(
+            input,
+            depthwise.weight,
+            pointwise.weight,
+            depthwise.bias,
+            pointwise.bias,
+            self._arguments("bn1"),
+            self._arguments("bn2"),
+            depthwise.stride,
+            depthwise.padding,
+            depthwise.dilation,
+            self.activation,
+            self.out_activation,
+            recompute_output=self.recompute_output,
+        )
+        for norm in (self.bn1, self.bn2):
+            if _counts_batches(norm):
+                norm.num_batches_tracked.add_(1)
+        return out
+
+    def _arguments(self, name: str) -> BatchNormArguments | None:
+        """What nn.BatchNorm2d.forward and nn.SyncBatchNorm.forward hand to F.batch_norm."""
+        norm = getattr(self, name)
+        if type(norm) is nn.Identity:
+            return None
+        forward = getattr(type(norm), "forward", None)
+        if forward is not nn.BatchNorm2d.forward and forward is not nn.SyncBatchNorm.forward:
+            raise TypeError(
+                f"{type(self).__name__}: {name} must be an nn.BatchNorm2d, an nn.SyncBatchNorm or an nn.Identity, or "
+                f"of a subclass with the same forward, got {type(norm).__name__}; for other norms use the four modules "
+                f"one after the other"
+            )
+        momentum = 0.0 if norm.momentum is None else norm.momentum
+        if norm.momentum is None and _counts_batches(norm):
+            momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0)  # the mean over all batches
+        by_batch = norm.training or (norm.running_mean is None and norm.running_var is None)
+        tracks = not norm.training or norm.track_running_stats
+        synchronised = forward is nn.SyncBatchNorm.forward and norm.training
+        return BatchNormArguments(
+            # In eval mode without running statistics the batch's are taken and none are tracked.
+            norm.running_mean if tracks else None,
+            norm.running_var if tracks else None,
+            norm.weight,
+            norm.bias,
+            by_batch,
+            momentum,
+            norm.eps,
+            _process_group(norm) if synchronised else None,
+        )
+
+    def extra_repr(self) -> str:
+        # Sizes are in the repr of the children.
+        text = f"activation={self.activation}, out_activation={self.out_activation}"
+        return text + (", recompute_output=True" if self.recompute_output else "")
+
+
+def _counts_batches(norm: nn.Module) -> bool:
+    return norm.training and getattr(norm, "track_running_stats", False) and norm.num_batches_tracked is not None
+
+
+def _process_group(norm: nn.SyncBatchNorm):
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return norm.process_group or distributed.group.WORLD

@@ -1,0 +1,290 @@
+"""The block as a module: what it shares with stock modules, what it keeps for backward, and what it refuses."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from test_batchnorm_block import Plain, Shape, results
+from torch import nn
+
+import dsconv_cuda
+from dsconv_cuda import BatchNormArguments, DepthwiseSeparableConvBN2d, depthwise_separable_conv_bn2d
+
+pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
+
+
+def test_state_dict_goes_both_ways():
+    block = Shape().block()
+    plain = Plain(Shape().block())
+    assert list(block.state_dict()) == list(plain.state_dict())
+    plain.load_state_dict(block.state_dict())
+    block.load_state_dict(plain.state_dict())
+    names = [name for name, _ in block.named_children()]
+    assert names == ["depthwise", "bn1", "pointwise", "bn2"]
+
+
+def test_arguments_of_the_interface():
+    block = DepthwiseSeparableConvBN2d(4, 8, 3, 2, 1, eps=1e-3, momentum=None)
+    assert (block.activation, block.out_activation) == ("relu", "relu")
+    assert block.depthwise.bias is None
+    assert (block.bn1.eps, block.bn1.momentum, block.bn2.num_features) == (1e-3, None, 8)
+    assert "activation=relu, out_activation=relu" in repr(block)
+    assert "recompute_output=True" in repr(DepthwiseSeparableConvBN2d(4, 8, 3, recompute_output=True))
+    with pytest.raises(ValueError, match="channel_multiplier"):
+        DepthwiseSeparableConvBN2d(4, 8, 3, channel_multiplier=0)
+    with pytest.raises(ValueError, match="out_activation"):
+        DepthwiseSeparableConvBN2d(4, 8, 3, out_activation="swoosh")
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_running_statistics_over_several_batches(momentum, device):
+    block = Shape(bias=True).block().to(device)
+    block.bn1.momentum = block.bn2.momentum = momentum
+    plain = Plain(block)
+    for _ in range(3):
+        x = Shape().input().to(device)
+        torch.testing.assert_close(block(x), plain(x), rtol=1e-4, atol=1e-4)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(block.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)
+    assert block.bn1.num_batches_tracked == 3
+    block.eval()
+    plain.eval()
+    torch.testing.assert_close(block(x), plain(x), rtol=1e-4, atol=1e-4)
+    assert block.bn1.num_batches_tracked == 3
+
+
+def test_statistics_that_are_not_tracked_stay(device):
+    block = Shape().block().to(device)
+    block.bn1 = nn.BatchNorm2d(13, track_running_stats=False).to(device)
+    for training in (True, False):
+        block.train(training)
+        plain = Plain(block)
+        x = Shape().input().to(device)
+        torch.testing.assert_close(block(x), plain(x), rtol=1e-4, atol=1e-4)
+        assert block.bn1.running_mean is None
+
+
+def test_one_value_per_channel_raises_as_pytorch_does(device):
+    block = DepthwiseSeparableConvBN2d(3, 4, 3).to(device)
+    x = torch.randn(1, 3, 3, 3, device=device)
+    texts = []
+    for change in (lambda m: None, lambda m: m.bn1.eval()):
+        change(block)
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel") as expected:
+            Plain(block)(x)
+        with pytest.raises(ValueError, match="Expected more than 1 value per channel") as actual:
+            block(x)
+        assert str(actual.value) == str(expected.value)
+        texts.append(str(actual.value))
+    assert texts[0] != texts[1]  # that of bn1 and that of bn2
+    assert block.eval()(x).shape == (1, 4, 1, 1)
+
+
+def test_frozen_norms_train_what_is_left(device):
+    """.eval() on the norms of a training model: their affine pairs still get gradients, their statistics stay."""
+    block = Shape().block().to(device)
+    block.bn1.eval()
+    block.bn2.eval()
+    before = block.bn1.running_mean.clone()
+    block(Shape().input().to(device)).square().mean().backward()
+    assert all(p.grad is not None for p in block.parameters())
+    assert torch.equal(block.bn1.running_mean, before)
+
+
+def test_only_what_requires_a_gradient_gets_one(device):
+    block = Shape(out_activation="silu").block().to(device)
+    x = Shape().input().to(device)
+    dy = torch.randn_like(copy.deepcopy(block)(x))
+    every = results(block, x, dy)
+    for name, wanted in block.named_parameters():
+        for p in block.parameters():
+            p.requires_grad_(p is wanted)
+        (grad,) = torch.autograd.grad(block(x), [wanted], dy)
+        torch.testing.assert_close(grad, every[f"grad {name}"])
+    for p in block.parameters():
+        p.requires_grad_(False)
+    x.requires_grad_()
+    (grad,) = torch.autograd.grad(block(x), [x], dy)
+    torch.testing.assert_close(grad, every["grad x"])
+    assert not block(x.detach()).requires_grad
+
+
+def test_norms_of_other_kinds_are_refused(device):
+    class Own(nn.BatchNorm2d):
+        def forward(self, x):
+            return x
+
+    class Same(nn.BatchNorm2d):
+        pass
+
+    block, x = Shape().block().to(device), Shape().input().to(device)
+    block.bn1 = Same(13).to(device)
+    block(x)
+    for norm in (Own(13), nn.GroupNorm(1, 13), nn.InstanceNorm2d(13)):
+        block.bn1 = norm.to(device)
+        with pytest.raises(TypeError, match="bn1 must be an nn"):
+            block(x)
+
+
+def test_arguments_that_do_not_fit(device):
+    x, dw, pw = (torch.randn(*s, device=device) for s in ((2, 3, 5, 5), (3, 1, 3, 3), (4, 3)))
+    norm = BatchNormArguments(training=True)
+    with pytest.raises(ValueError, match=r"input must have shape \[N, C, H, W\]"):
+        depthwise_separable_conv_bn2d(x[0], dw, pw, bn1=norm)
+    with pytest.raises(TypeError, match="bn2 must be a BatchNormArguments or None"):
+        depthwise_separable_conv_bn2d(x, dw, pw, bn2=nn.BatchNorm2d(4))
+    with pytest.raises(ValueError, match=r"bn1\.weight must have shape \[3\]"):
+        depthwise_separable_conv_bn2d(x, dw, pw, bn1=BatchNormArguments(weight=torch.ones(4, device=device)))
+    bias = torch.ones(3, device=device, dtype=torch.float64)
+    with pytest.raises(TypeError, match=r"bn1\.bias must have the dtype"):
+        depthwise_separable_conv_bn2d(x, dw, pw, bn1=BatchNormArguments(bias=bias))
+    with pytest.raises(ValueError, match="bn2 needs running_mean and running_var"):
+        depthwise_separable_conv_bn2d(x, dw, pw, bn2=BatchNormArguments())
+    with pytest.raises(ValueError, match="eps must be positive"):
+        depthwise_separable_conv_bn2d(x, dw, pw, bn1=BatchNormArguments(training=True, eps=0.0))
+
+
+def test_copies_and_pickles(device):
+    block = Shape(activation="silu").block()
+    x = Shape().input()
+    dy = torch.randn_like(copy.deepcopy(block)(x))
+    expected = results(block, x, dy)
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert all(torch.equal(value, expected[name]) for name, value in results(other, x, dy).items())
+
+
+def test_autocast(device):
+    """Convolutions in bfloat16, norms' parameters and running statistics in float32, as with stock modules."""
+    block = Shape(n=4, h=16, w=16).block().to(device)
+    plain = Plain(block)
+    x = Shape(n=4, h=16, w=16).input().to(device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out, expected = block(x), plain(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), expected.float(), rtol=0.05, atol=0.05)
+    out.float().square().mean().backward()
+    expected.float().square().mean().backward()
+    for p, q in zip(block.parameters(), plain.parameters(), strict=True):
+        assert p.grad.dtype == torch.float32
+        torch.testing.assert_close(p.grad, q.grad, rtol=0.1, atol=0.05)
+    assert block.bn1.running_mean.dtype == torch.float32
+
+
+def test_further_derivatives_are_refused_in_a_sentence(device):
+    block, x = Shape(activation="silu").block().to(device), Shape().input().to(device).requires_grad_()
+    (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        grad.sum().backward()
+    with (
+        pytest.raises(NotImplementedError, match="forward-mode AD is not supported"),
+        torch.autograd.forward_ad.dual_level(),
+    ):
+        block(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)))
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms are not supported"):
+        torch.func.grad(lambda t: block(t).sum())(x.detach())
+    block.eval()
+    (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    grad.sum().backward()
+
+
+def test_training_lowers_the_loss_like_stock_modules(device):
+    torch.manual_seed(1)
+    block = Shape(activation="relu6").block().to(device)
+    plain = Plain(block)
+    x, target = Shape().input().to(device), torch.randn(3, 17, 13, 11, device=device)
+    losses = []
+    for module in (block, plain):
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+        found = []
+        for _ in range(5):
+            optimizer.zero_grad()
+            loss = (module(x) - target).square().mean()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        losses.append(found)
+    assert losses[0][-1] < losses[0][0]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_checkpoint(device):
+    from torch.utils.checkpoint import checkpoint
+
+    block, x = Shape(out_activation="silu").block().to(device), Shape().input().to(device).requires_grad_()
+    expected = torch.autograd.grad(block(x).square().sum(), x)
+    actual = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).square().sum(), x)
+    assert torch.equal(actual[0], expected[0])
+
+
+# ---- what is kept for backward ---------------------------------------------------------------------------------------
+
+# The blocks of MobileNetV1: input channels, output channels, stride, size of the map (half of the network's).
+MOBILENET = [
+    (32, 64, 1, 56), (64, 128, 2, 56), (128, 128, 1, 28), (128, 256, 2, 28), (256, 256, 1, 14), (256, 512, 2, 14),
+    *[(512, 512, 1, 7)] * 5, (512, 1024, 2, 7), (1024, 1024, 1, 4),
+]  # fmt: skip
+
+
+def _saved(module, x, others=()):
+    """Bytes kept for backward beyond parameters and `others`."""
+    known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *others)}
+    sizes = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = module(x)
+    del out
+    return sum(sizes.values())
+
+
+def test_bytes_kept_for_backward(device):
+    """The input, y, and vectors of the channels: over the blocks of MobileNetV1 at most 45 % of stock modules' bytes,
+    and with recompute_output at most 25 %, the input counted in both."""
+    stock = kept = recomputed = 0
+    for c_in, c_out, stride, size in MOBILENET:
+        block = DepthwiseSeparableConvBN2d(c_in, c_out, 3, stride, 1, activation="relu6", out_activation="relu6")
+        block.to(device)
+        x = torch.randn(2, c_in, size, size, device=device, requires_grad=True)
+        stock += _saved(Plain(block), x)
+        here = _saved(block, x)
+        block.recompute_output = True
+        again = _saved(block, x)
+        vectors = 4 * 8 * (c_in + c_out)
+        assert here <= x.nbytes + block(x).nbytes + vectors
+        assert again <= x.nbytes + vectors
+        kept += here
+        recomputed += again
+    assert kept <= 0.45 * stock
+    assert recomputed <= 0.25 * stock
+
+
+# ---- compiled --------------------------------------------------------------------------------------------------------
+
+
+def test_compiled(device):
+    block = Shape(out_activation="silu").block().to(device)
+    x = Shape().input().to(device).requires_grad_()
+    other = copy.deepcopy(block)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = torch.compile(other)
+        out, expected = compiled(x), block(x)
+        torch.testing.assert_close(out, expected)
+        grads = torch.autograd.grad(out.square().sum(), [x, *other.parameters()])
+        wanted = torch.autograd.grad(expected.square().sum(), [x, *block.parameters()])
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want)
+    for name, buffer in block.named_buffers():
+        torch.testing.assert_close(other.get_buffer(name), buffer)
+
+
+def test_exported_names():
+    for name in ("BatchNormArguments", "DepthwiseSeparableConvBN2d", "depthwise_separable_conv_bn2d"):
+        assert name in dsconv_cuda.__all__

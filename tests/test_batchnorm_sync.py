@@ -1,0 +1,113 @@
+"""SyncBatchNorm in the block: processes with a part of the batch each get what one with the whole batch gets."""
+
+import socket
+import sys
+
+import pytest
+import torch
+from fresh_process import ROOT, run
+from torch import nn
+
+from dsconv_cuda import DepthwiseSeparableConvBN2d
+
+# Rank 0 holds the first images, rank 1 the rest; the last case leaves rank 1 without any.
+PROCESS = """
+import os, sys
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from dsconv_cuda import DepthwiseSeparableConvBN2d
+
+PARTS = ((3, 2), (1, 4), (5, 0))
+
+
+def make(dtype):
+    torch.manual_seed(0)
+    block = DepthwiseSeparableConvBN2d(6, 9, 3, 2, 1, bias=True, activation="silu", out_activation="relu", dtype=dtype)
+    with torch.no_grad():
+        for norm in (block.bn1, block.bn2):
+            norm.weight.uniform_(0.5, 2)
+            norm.bias.normal_()
+    x = torch.randn(5, 6, 11, 7, dtype=dtype)
+    return block, x, torch.randn(5, 9, 6, 4, dtype=dtype)
+
+
+def step(module, x, dy):
+    x = x.detach().requires_grad_()
+    out = module(x)
+    (out * dy).sum().backward()
+    return out.detach(), x.grad
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def work(rank, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    for parts in PARTS:
+        for frozen in (False, True):
+            block, x, dy = make(torch.float64)
+            alone, _, _ = make(torch.float64)
+            if frozen:
+                block.bn1.eval(), alone.bn1.eval()
+            out, grad = step(alone, x, dy)
+            block = nn.SyncBatchNorm.convert_sync_batchnorm(block)
+            assert type(block.bn1) is nn.SyncBatchNorm
+            mine = slice(0, parts[0]) if rank == 0 else slice(parts[0], 5)
+            my_out, my_grad = step(block, x[mine], dy[mine])
+            close(my_out, out[mine])
+            close(my_grad, grad[mine])
+            for p, q in zip(block.parameters(), alone.parameters()):
+                dist.all_reduce(p.grad)
+                close(p.grad, q.grad)
+            for b, c in zip(block.buffers(), alone.buffers()):
+                close(b, c)
+    # DDP, which takes SyncBatchNorm on GPUs only: statistics of each process's own, gradients averaged.
+    mine = slice(0, 2) if rank == 0 else slice(2, 4)
+    block, x, dy = make(torch.float64)
+    model = nn.parallel.DistributedDataParallel(block)
+    out, _ = step(model, x[mine], dy[mine])
+    alone = [make(torch.float64)[0] for _ in range(2)]
+    outs = [step(b, x[i : i + 2], dy[i : i + 2])[0] for b, i in zip(alone, (0, 2))]
+    close(out, outs[rank])
+    for p, q, r in zip(block.parameters(), *(b.parameters() for b in alone)):
+        close(p.grad, (q.grad + r.grad) / 2)
+    dist.destroy_process_group()
+    print("rank", rank, "agrees", flush=True)
+
+
+if __name__ == "__main__":
+    mp.spawn(work, (sys.argv[1],), nprocs=2)
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.skipif("config.getoption('--backend') != 'cpu'", reason="new processes load the built library")
+def test_two_processes_equal_one_with_the_joined_batch(tmp_path):
+
+    script = tmp_path / "two_processes.py"
+    script.write_text(PROCESS)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    done = run([sys.executable, script, port], package=ROOT, cwd=tmp_path)
+    assert "rank 0 agrees" in done.stdout
+    assert "rank 1 agrees" in done.stdout
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.one_isa
+def test_without_a_process_group_it_is_batch_norm(device):
+    block = DepthwiseSeparableConvBN2d(4, 6, 3, padding=1).to(device)
+    x = torch.randn(2, 4, 5, 5, device=device)
+    expected = block(x)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(block)
+    converted.bn1.reset_running_stats()
+    converted.bn2.reset_running_stats()
+    assert torch.equal(converted(x), expected)
+    assert torch.equal(converted.eval()(x).isnan().any(), torch.tensor(False, device=device))
