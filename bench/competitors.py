@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 import torch._inductor.config as inductor_config
 
-from dsconv_cuda import DepthwiseSeparableConv2d
+from dsconv_cuda import DepthwiseSeparableConv2d, DepthwiseSeparableConvBN2d
 
-from .plain import LAYOUTS, PlainSeparableConv2d
-from .problem import TRAINING
+from .plain import LAYOUTS, PlainSeparableConv2d, PlainSeparableConvBN2d
+from .problem import TRAINING_BN
 
 FUSED, EAGER, COMPILED = "fused", "eager", "compile"
 PYTORCH = (EAGER, COMPILED)
@@ -62,14 +62,21 @@ class Arena:
             "pointwise.weight": values(layer.out_channels, middle, 1, 1, scale=(2 / middle) ** 0.5),
             "pointwise.bias": values(layer.out_channels),
         }
+        if problem.mode == TRAINING_BN:
+            weights = self.state
+            self.state = {}
+            for convolution, norm, channels in (("depthwise", "bn1", middle), ("pointwise", "bn2", layer.out_channels)):
+                self.state[f"{convolution}.weight"] = weights[f"{convolution}.weight"]
+                self.state[f"{norm}.weight"] = 1 + values(channels, scale=0.1)
+                self.state[f"{norm}.bias"] = values(channels)
 
     def call(self, form):
         """A function without arguments that computes the problem once and returns its tensors."""
-        module = self._module(DepthwiseSeparableConv2d if form.method == FUSED else PlainSeparableConv2d)
+        module = self._module(fused=form.method == FUSED)
         module.to(self.problem.dtype).to(memory_format=LAYOUTS[form.layout])
         if form.method != COMPILED:
             return self._step(module, self.problem.dtype, form.layout)
-        inference = self.problem.mode != TRAINING
+        inference = not self.problem.trains
         module = torch.compile(module.train(not inference), fullgraph=True, dynamic=False)
         call = self._step(module, self.problem.dtype, form.layout)
         # Compiled at its first call: for inference with the weights as constants, which the compiler may lay out anew.
@@ -97,7 +104,7 @@ class Arena:
     @functools.cached_property
     def _expected(self):
         """For each result what fp64 gives, and how far from it a result may be."""
-        expected = self._step(self._module(PlainSeparableConv2d).double(), torch.float64, "nchw")()
+        expected = self._step(self._module(fused=False).double(), torch.float64, "nchw")()
         eager = [self.call(Form(EAGER, layout))() for layout in LAYOUTS]
         epsilon = torch.finfo(self.problem.dtype).eps
         return [
@@ -105,26 +112,30 @@ class Arena:
             for index, want in enumerate(expected)
         ]
 
-    def _module(self, kind):
-        layer = self.problem.layer
+    def _module(self, *, fused):
+        layer, norms = self.problem.layer, self.problem.mode == TRAINING_BN
+        if norms:
+            kind, options = DepthwiseSeparableConvBN2d if fused else PlainSeparableConvBN2d, {}
+        else:
+            kind, options = DepthwiseSeparableConv2d if fused else PlainSeparableConv2d, {"bias": True}
         module = kind(
             layer.channels,
             layer.out_channels,
             layer.kernel,
             stride=layer.stride,
             padding=layer.padding,
-            bias=True,
             dilation=layer.dilation,
             channel_multiplier=layer.multiplier,
             activation=self.problem.activation,
             out_activation=self.problem.out_activation,
+            **options,
         )
-        module.load_state_dict(self.state)
+        module.load_state_dict(self.state, strict=not norms)  # running statistics stay as they are made
         return module.to(self.device)
 
     def _step(self, module, dtype, layout):
         x = self.x.to(dtype).contiguous(memory_format=LAYOUTS[layout]).detach()
-        if self.problem.mode != TRAINING:
+        if not self.problem.trains:
 
             def forward():
                 with torch.no_grad():
@@ -143,7 +154,7 @@ class Arena:
         return forward_and_backward
 
     def _names(self):
-        if self.problem.mode != TRAINING:
+        if not self.problem.trains:
             return ["y"]
         return ["y", "grad x", *(f"grad {name}" for name in self.state)]
 

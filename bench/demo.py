@@ -1,4 +1,4 @@
-"""Trains one network twice on real digits: with the fused op, and with PyTorch's own convolutions.
+"""Trains one network twice on real digits, through BatchNorm: with the fused block, and with PyTorch's own modules.
 
     python -m bench.demo [--epochs 15] [--batch-size 64] [--activation relu6] [--layout channels_last] [--threads 2]
                          [--device cpu] [--output curves.png]
@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dsconv_cuda import DepthwiseSeparableConv2d, _loader
+from dsconv_cuda import DepthwiseSeparableConvBN2d, _loader
 
 from .demo_report import draw, reading, table
 from .digits import load_digits
 from .mnist_net import MnistNet
-from .plain import LAYOUTS, PlainSeparableConv2d
+from .plain import LAYOUTS, PlainSeparableConvBN2d
 from .saved import saved_bytes
 
 PEAK_LEARNING_RATE = 6e-3
@@ -77,7 +77,9 @@ class Run:
 
     @torch.no_grad()
     def test(self, images, labels):
+        self.network.eval()
         predicted = self.network(images).argmax(1)
+        self.network.train()
         self.accuracies.append((predicted == labels).double().mean().item())
 
     def last_epoch_loss(self):
@@ -88,8 +90,8 @@ def make_runs(device, total_steps, activation, layout, seed):
     """The fused network, the plain one, and the plain one in the other layout, all from the same initial weights."""
     (other_layout,) = LAYOUTS.keys() - {layout}
     torch.manual_seed(seed)
-    plain = MnistNet(PlainSeparableConv2d, activation).to(device)
-    fused = MnistNet(DepthwiseSeparableConv2d, activation).to(device)
+    plain = MnistNet(PlainSeparableConvBN2d, activation).to(device)
+    fused = MnistNet(DepthwiseSeparableConvBN2d, activation).to(device)
     fused.load_state_dict(plain.state_dict())
     return (
         Run("dsconv_cuda", fused, total_steps, layout),
@@ -162,9 +164,9 @@ def pick_device():
     if not torch.cuda.is_available():
         return "cpu"
     _loader.load_library()
-    if _loader.cuda_kernels_loaded():
+    if _loader.batch_norm_kernels_loaded("cuda"):
         return "cuda"
-    print("There is a GPU, but this build of dsconv_cuda has no CUDA kernels: training on the CPU.")
+    print("There is a GPU, but this build of dsconv_cuda has no CUDA kernels for the block: training on the CPU.")
     return "cpu"
 
 

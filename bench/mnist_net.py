@@ -2,8 +2,8 @@
 
     1 x 28 x 28 -> stem 3x3 -> 24 x 28 x 28 -> five separable blocks -> 192 x 7 x 7 -> mean over the map -> linear -> 10
 
-As in MobileNetV1 (arXiv:1704.04861) the width grows where the map shrinks, and an activation follows both convolutions
-of a block. There is no BatchNorm: weights are drawn for unit gain through a ReLU instead.
+As in MobileNetV1 (arXiv:1704.04861) the width grows where the map shrinks, and BatchNorm and an activation follow both
+convolutions of a block.
 """
 
 from torch import nn
@@ -16,25 +16,25 @@ CLASSES = 10
 
 
 class MnistNet(nn.Module):
-    """`separable_conv` is DepthwiseSeparableConv2d or PlainSeparableConv2d; the parameters have the same names."""
+    """`block` is DepthwiseSeparableConvBN2d or PlainSeparableConvBN2d; the parameters have the same names."""
 
-    def __init__(self, separable_conv, activation="relu6"):
+    def __init__(self, block, activation="relu6"):
         super().__init__()
         self.stem = nn.Conv2d(1, STEM_CHANNELS, 3, padding=1)
         self.activation = ACTIVATIONS[activation].value
         blocks, channels = [], STEM_CHANNELS
         for out_channels, stride in BLOCKS:
-            block = separable_conv(
-                channels,
-                out_channels,
-                3,
-                stride=stride,
-                padding=1,
-                bias=True,
-                activation=activation,
-                out_activation=activation,
+            blocks.append(
+                block(
+                    channels,
+                    out_channels,
+                    3,
+                    stride=stride,
+                    padding=1,
+                    activation=activation,
+                    out_activation=activation,
+                )
             )
-            blocks.append(block)
             channels = out_channels
         self.blocks = nn.Sequential(*blocks)
         self.classifier = nn.Linear(channels, CLASSES)
@@ -48,4 +48,5 @@ class MnistNet(nn.Module):
 def _draw_weights(module):
     if isinstance(module, (nn.Conv2d, nn.Linear)):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -17,7 +17,8 @@ from .layers import Layer
 
 FORWARD = "forward"
 TRAINING = "training"
-MODES = (FORWARD, TRAINING)
+TRAINING_BN = "training_bn"
+MODES = (FORWARD, TRAINING, TRAINING_BN)
 DTYPES = {
     "float32": torch.float32,
     "float64": torch.float64,
@@ -29,7 +30,8 @@ DTYPES = {
 @dataclass(frozen=True)
 class Problem:
     """`forward` is inference with the layer's activations; `training` is forward and backward of the two convolutions
-    with their biases, without activations."""
+    with their biases, without activations; `training_bn` is that of the block dw -> BatchNorm -> ReLU6 -> pw ->
+    BatchNorm -> ReLU6 with statistics of the batch, without biases. Its limit is that of `training`."""
 
     layer: Layer
     mode: str
@@ -37,11 +39,15 @@ class Problem:
 
     @property
     def activation(self):
-        return "relu6" if self.mode == FORWARD else "identity"
+        return "identity" if self.mode == TRAINING else "relu6"
 
     @property
     def out_activation(self):
-        return self.layer.out_activation if self.mode == FORWARD else "identity"
+        return {FORWARD: self.layer.out_activation, TRAINING: "identity", TRAINING_BN: "relu6"}[self.mode]
+
+    @property
+    def trains(self):
+        return self.mode != FORWARD
 
     @property
     def flops(self):
@@ -64,7 +70,7 @@ class Problem:
         weights = layer.middle_channels * (layer.kernel[0] * layer.kernel[1] + layer.out_channels)
         biases = layer.middle_channels + layer.out_channels
         elements = x + weights + biases + y
-        if self.mode == TRAINING:
+        if self.trains:
             elements += x + weights + y  # y stands for dy
             elements += x + weights + biases  # their gradients
         return elements * self.dtype.itemsize

@@ -9,7 +9,7 @@ from bench import __main__ as command_line
 from bench import layers, overhead, peers, report, suite, sweep
 from bench.ceilings import Ceilings, cache_sizes, measure_ceilings
 from bench.competitors import COMPILED, EAGER, FUSED, Arena, Form, WrongResult
-from bench.problem import FORWARD, TRAINING, Problem, inner_taps
+from bench.problem import FORWARD, MODES, TRAINING, Problem, inner_taps
 from bench.timing import CpuClock, WallClock, measure
 
 TINY = layers.parse("tiny 2 8 9x7 3x3 2 1 5 identity")[0]
@@ -130,7 +130,7 @@ def test_measure_calls_everything_in_every_round():
     assert CpuClock().seconds(lambda: None, 3) >= 0
 
 
-@pytest.mark.parametrize("mode", [FORWARD, TRAINING])
+@pytest.mark.parametrize("mode", MODES)
 def test_a_wrong_competitor_is_not_timed(mode):
     arena = Arena(Problem(TINY, mode, torch.float32))
     right = arena.call(Form(EAGER, "nchw"))

@@ -7,9 +7,9 @@ from bench import demo
 from bench.demo_report import largest_difference, running_means
 from bench.digits import SIDE, load_digits
 from bench.mnist_net import MnistNet
-from bench.plain import PlainSeparableConv2d
+from bench.plain import PlainSeparableConvBN2d
 from bench.saved import saved_bytes
-from dsconv_cuda import DepthwiseSeparableConv2d
+from dsconv_cuda import DepthwiseSeparableConvBN2d
 
 CPU = torch.device("cpu")
 
@@ -70,7 +70,7 @@ def test_both_networks_agree_at_the_start(digits, activation):
 
 def test_state_dicts_are_interchangeable():
     torch.manual_seed(0)
-    fused, plain = MnistNet(DepthwiseSeparableConv2d), MnistNet(PlainSeparableConv2d)
+    fused, plain = MnistNet(DepthwiseSeparableConvBN2d), MnistNet(PlainSeparableConvBN2d)
     assert list(fused.state_dict()) == list(plain.state_dict())
     plain.load_state_dict(fused.state_dict())
     fused.load_state_dict(plain.state_dict())
@@ -90,20 +90,20 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter():
 
 @pytest.mark.parametrize("layout", ["channels_last", "nchw"])
 def test_the_fused_network_saves_no_intermediate(digits, layout):
-    """Of each block the plain network saves the input, the depthwise result, the same after ReLU6, and the pointwise
-    result before ReLU6. The fused one saves the input and the output, which is the next block's input."""
+    """Of each block the plain network saves the input, the depthwise result, the same after BatchNorm, after ReLU6, the
+    pointwise result, and the same after BatchNorm. The fused one saves the input and the pointwise result."""
     images, labels = next(digits.batches(64, 1))
     fused, plain = (
         saved_bytes(run.network, lambda run=run: run.loss(images, labels))
         for run in demo.make_runs(CPU, 10, "relu6", layout, seed=0)[:2]
     )
-    intermediates, side, channels = 0, SIDE, 24
+    intermediates, vectors, side, channels = 0, 0, SIDE, 24
     for out_channels, stride in ((48, 2), (96, 1), (96, 1), (192, 2), (192, 1)):
         side = -(-side // stride)
-        intermediates += 64 * side * side * (2 * channels + out_channels) * 4
+        intermediates += 64 * side * side * (3 * channels + out_channels) * 4
+        vectors += 4 * 8 * (channels + out_channels)
         channels = out_channels
-    last_output = 64 * side * side * channels * 4  # nobody's input
-    assert plain - fused == intermediates - last_output
+    assert abs(plain - fused - intermediates) <= vectors
 
 
 def test_end_to_end(tmp_path, capsys):
@@ -126,8 +126,9 @@ def test_end_to_end(tmp_path, capsys):
         assert len(run.accuracies) == len(run.epoch_seconds) == 1
         assert all(0 < loss < 10 for loss in run.losses)
     fused, plain, yardstick = runs
-    assert largest_difference(fused, plain) < 1e-3
-    assert largest_difference(yardstick, plain) < 1e-3
+    # Batches of 32 make BatchNorm enlarge rounding: as much between the layouts of stock modules.
+    assert largest_difference(fused, plain) < 1e-2
+    assert largest_difference(yardstick, plain) < 1e-2
 
 
 def test_arguments():
