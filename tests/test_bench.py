@@ -175,8 +175,9 @@ def test_end_to_end(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "forward, float32, 1 thread(s)" in text
     assert "training, float32, 1 thread(s)" in text
+    assert "training_bn, float32, 1 thread(s)" in text
     found = json.loads(target.read_text())
-    assert len(found["measurements"]) == 2
+    assert len(found["measurements"]) == 3
     for measurement in found["measurements"]:
         assert {form["method"] for form in measurement["forms"]} == {FUSED, EAGER, COMPILED}
         assert len(measurement["forms"]) == 6
@@ -296,7 +297,7 @@ def test_a_sweep_from_end_to_end(monkeypatch, capsys, tmp_path):
     text = capsys.readouterr().out
     assert "training, float32, 1 thread(s), 2 random layers: multiples of the limit, worst first" in text
     assert "CL: geometric mean" in text
-    assert len(json.loads(target.read_text())["measurements"]) == 4
+    assert len(json.loads(target.read_text())["measurements"]) == 6
 
 
 def test_overheads_are_told_above_an_empty_op():
