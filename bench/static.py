@@ -6,7 +6,8 @@
 A line for each kernel and architecture: registers and spills (which must be 0), static and dynamic shared memory, the
 blocks that share a multiprocessor, how many __launch_bounds__ asks for, the occupancy (warps over the most there can
 be), and counts of instructions in the machine code. Dynamic shared memory and threads are those of the launchers, which
-the emulation of tests/cuda_host runs to ask them; blocks follow from registers, shared memory and the architecture's
+the emulation of tests/cuda_host runs to ask them for all layers; where shared memory differs from call to call, so do
+blocks and occupancy, and the least comes first. Blocks follow from registers, shared memory and the architecture's
 limits. The exit status is 1 where a kernel spills or breaks a rule below.
 """
 
@@ -19,7 +20,7 @@ from tabulate import tabulate
 import dsconv_cuda
 
 from .sass import ARCHITECTURES, CompiledKernel, compile_kernels, sources
-from .traffic import launches
+from .traffic import LaunchSizes, launches
 
 REGISTERS = 65536  # of a multiprocessor of every architecture here
 COLUMNS = ("HMMA", "LDSM", "LDGSTS", "LDG.128", "LDG", "STG.128", "STG", "LDS", "STS", "FFMA", "HFMA2", "DFMA", "BAR")
@@ -29,10 +30,9 @@ TENSOR_CORES = ("HMMA", "DMMA")
 @dataclass(frozen=True)
 class Row:
     kernel: CompiledKernel
-    threads: int
-    dynamic_shared: int
-    blocks: int  # that share a multiprocessor
-    occupancy: float
+    launch: LaunchSizes
+    blocks: tuple[int, int]  # that share a multiprocessor, with the most dynamic shared memory and with the least
+    occupancy: tuple[float, float]
 
 
 def blocks_per_multiprocessor(gpu, *, registers: int, threads: int, shared: int) -> int:
@@ -51,16 +51,20 @@ def blocks_per_multiprocessor(gpu, *, registers: int, threads: int, shared: int)
     return min(by_registers, by_threads, by_shared, gpu.blocks_per_multiprocessor)
 
 
-def rows_of(kernels: list[CompiledKernel], launched: dict[str, tuple[int, int]]) -> list[Row]:
+def rows_of(kernels: list[CompiledKernel], launched: dict[tuple[str, str], LaunchSizes]) -> list[Row]:
     gpus = dsconv_cuda.gpus()
     rows = []
     for kernel in kernels:
         gpu = gpus[kernel.architecture]
-        threads, dynamic = launched.get(kernel.symbol, (kernel.most_threads, 0))
-        blocks = blocks_per_multiprocessor(
-            gpu, registers=kernel.registers, threads=threads, shared=kernel.static_shared + dynamic
+        launch = launched.get((kernel.architecture, kernel.symbol), LaunchSizes(kernel.most_threads, 0, 0))
+        blocks = tuple(
+            blocks_per_multiprocessor(
+                gpu, registers=kernel.registers, threads=launch.threads, shared=kernel.static_shared + dynamic
+            )
+            for dynamic in (launch.most_shared, launch.least_shared)
         )
-        rows.append(Row(kernel, threads, dynamic, blocks, blocks * threads / gpu.threads_per_multiprocessor))
+        occupancy = tuple(count * launch.threads / gpu.threads_per_multiprocessor for count in blocks)
+        rows.append(Row(kernel, launch, blocks, occupancy))
     return rows
 
 
@@ -75,15 +79,16 @@ def broken_rules(rows: list[Row], launched=None) -> list[str]:
                 f"{where}: {kernel.spills} bytes of spills, {kernel.stack} bytes of stack, {found['local']} accesses "
                 f"of local memory"
             )
-        if row.blocks < kernel.least_blocks and kernel.architecture != "sm_75":
-            texts.append(f"{where}: {row.blocks} blocks share a multiprocessor, {kernel.least_blocks} are planned")
+        if row.blocks[1] < kernel.least_blocks and kernel.architecture != "sm_75":
+            texts.append(f"{where}: {row.blocks[1]} blocks share a multiprocessor, {kernel.least_blocks} are planned")
         if "mma" in kernel.name.lower() and not any(found[column] for column in TENSOR_CORES):
             texts.append(f"{where}: no tensor core instruction")
         if found["HMMA"] and kernel.architecture != "sm_75" and not (found["LDSM"] and found["LDGSTS"]):
             texts.append(f"{where}: HMMA without ldmatrix ({found['LDSM']}) or cp.async ({found['LDGSTS']})")
     if launched is not None:
-        never = sorted({row.kernel.name for row in rows if row.kernel.symbol not in launched})
-        texts += [f"{name}: no call of tests/cuda_host/driver_calls.h comes to it" for name in never]
+        known = {symbol for _, symbol in launched}
+        never = sorted({row.kernel.name for row in rows if row.kernel.symbol not in known})
+        texts += [f"{name}: no layer and no call of tests/cuda_host/driver_calls.h comes to it" for name in never]
     return texts
 
 
@@ -92,20 +97,24 @@ def table(rows: list[Row]) -> str:
     lines = [
         [
             row.kernel.name,
-            row.threads,
+            row.launch.threads,
             row.kernel.registers,
             row.kernel.spills,
             row.kernel.static_shared,
-            row.dynamic_shared,
-            row.blocks,
+            _range(row.launch.least_shared, row.launch.most_shared),
+            _range(*row.blocks),
             row.kernel.least_blocks,
-            f"{row.occupancy:.0%}",
+            _range(*(f"{share:.0%}" for share in row.occupancy)),
             *(row.kernel.instructions[column] for column in (*COLUMNS, "all")),
         ]
         for row in rows
     ]
     alignment = ["left", *["right"] * (len(titles) + len(COLUMNS))]
     return tabulate(lines, [*titles, *COLUMNS, "all"], tablefmt="github", colalign=alignment)
+
+
+def _range(least, most):
+    return str(least) if least == most else f"{least}-{most}"
 
 
 def summary(rows: list[Row]) -> str:
@@ -120,8 +129,8 @@ def summary(rows: list[Row]) -> str:
                 len(group),
                 sum(row.kernel.spills > 0 for row in group),
                 max(row.kernel.registers for row in group),
-                f"{min(row.occupancy for row in group):.0%}",
-                f"{sum(row.blocks >= row.kernel.least_blocks for row in group)} of {len(group)}",
+                f"{min(row.occupancy[1] for row in group):.0%}",
+                f"{sum(row.blocks[1] >= row.kernel.least_blocks for row in group)} of {len(group)}",
                 sum(row.kernel.instructions["HMMA"] > 0 for row in group),
             ]
         )
@@ -144,7 +153,7 @@ def main(argv=None) -> int:
     for source in arguments.source:
         print(f"compiling {source}", file=sys.stderr)
         kernels += compile_kernels(source, tuple(arguments.arch), threads=arguments.threads)
-    launched = launches()
+    launched = launches([dsconv_cuda.gpus()[architecture] for architecture in arguments.arch])
     rows = rows_of(kernels, launched)
     print(f"The CUDA kernels as compiled, without a GPU\n\n{summary(rows)}")
     broken = broken_rules(rows, launched)

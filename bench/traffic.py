@@ -34,7 +34,7 @@ import dsconv_cuda
 from dsconv_cuda import planning
 from dsconv_cuda.activations import activation_number
 
-from .layers import Layer, select
+from .layers import GPU_LAYERS, LAYERS, Layer, select
 from .problem import DTYPES, FORWARD, MODES, TRAINING, Problem
 from .sass import demangle
 
@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / ".cache" / "cuda_host"
 LAYOUTS = {"channels_last": "nhwc", "nchw": "nchw"}
 SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
+TF32 = "tf32"
 SECTOR = 32
 FAMILIES = (
     "mbv1_b01,mbv1_b02,mbv1_b05,mbv1_b07,mbv1_b13,mbv2_96x112s2_24,mbv2_144x56s1_24,mbv2_576x14s1_96,mbv2_960x7s1_160,"
@@ -169,26 +170,52 @@ def builder():
     return module
 
 
-def launches() -> dict[str, tuple[int, int]]:
-    """{symbol: (threads, most bytes of dynamic shared memory)} of every kernel that the launchers start."""
-    program = builder().build_traffic(BUILD)
-    done = subprocess.run([program, "launches"], capture_output=True, text=True, check=True)
+@dataclass(frozen=True)
+class LaunchSizes:
+    """With what a kernel is started on an architecture: the launches of all layers and of the tests' own calls."""
+
+    threads: int
+    least_shared: int  # bytes of dynamic shared memory
+    most_shared: int
+
+
+def launches(gpus=None) -> dict[tuple[str, str], LaunchSizes]:
+    """{(architecture, symbol): sizes} of every kernel that the launchers start, on these GPUs or those of the table."""
+    gpus = list(dsconv_cuda.gpus().values()) if gpus is None else gpus
+    lines = [
+        _request("-", Problem(layer, TRAINING, dtype), layout, gpu, 0, precision)
+        for layer in (*LAYERS, *GPU_LAYERS)
+        for precision, dtype in (*DTYPES.items(), (TF32, torch.float32))
+        for layout in LAYOUTS
+        for gpu in gpus
+    ]
+    done = _run("launches", lines)
     found = {}
-    for line in done.stdout.splitlines():
+    for line in done.splitlines():
         launch = json.loads(line)
-        threads, shared = found.get(launch["symbol"], (0, 0))
-        found[launch["symbol"]] = (max(threads, launch["threads"]), max(shared, launch["dynamic_shared"]))
+        key, shared = (f"sm_{launch['capability']}", launch["symbol"]), launch["dynamic_shared"]
+        before = found.get(key, LaunchSizes(launch["threads"], shared, shared))
+        found[key] = LaunchSizes(
+            max(before.threads, launch["threads"]),
+            min(before.least_shared, shared),
+            max(before.most_shared, shared),
+        )
     return found
 
 
-def count(problems: list[Problem], layout: str, gpu: dsconv_cuda.Gpu, blocks: int = BLOCKS) -> list[Counted]:
+def _run(command, lines):
     program = builder().build_traffic(BUILD)
-    lines = [_request(str(index), problem, layout, gpu, blocks) for index, problem in enumerate(problems)]
-    done = subprocess.run([program, "count"], input="\n".join(lines), capture_output=True, text=True, check=False)
+    done = subprocess.run([program, command], input="\n".join(lines), capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"counting failed\n{done.stdout[-2000:]}{done.stderr}")
+        raise RuntimeError(f"{program} {command} failed\n{done.stdout[-2000:]}{done.stderr}")
+    return done.stdout
+
+
+def count(problems: list[Problem], layout: str, gpu: dsconv_cuda.Gpu, blocks=BLOCKS, precision="") -> list[Counted]:
+    """precision: TF32 where float32 products may be rounded to it."""
     found = defaultdict(list)
-    for line in done.stdout.splitlines():
+    lines = [_request(str(index), problem, layout, gpu, blocks, precision) for index, problem in enumerate(problems)]
+    for line in _run("count", lines).splitlines():
         launch = json.loads(line)
         found[int(launch["call"])].append(_launch(launch))
     return [
@@ -197,9 +224,9 @@ def count(problems: list[Problem], layout: str, gpu: dsconv_cuda.Gpu, blocks: in
     ]
 
 
-def _request(name, problem, layout, gpu, blocks):
+def _request(name, problem, layout, gpu, blocks, precision):
     layer = problem.layer
-    dtype = SHORT[str(problem.dtype).removeprefix("torch.")]
+    dtype = TF32 if precision == TF32 else SHORT[str(problem.dtype).removeprefix("torch.")]
     fields = (name, dtype, LAYOUTS[layout], problem.mode, layer.batch, layer.channels, layer.height, layer.width)
     fields += (*layer.kernel, layer.stride, layer.dilation, layer.out_channels, layer.multiplier)
     fields += (activation_number(MIDDLE), activation_number(problem.out_activation))

@@ -123,15 +123,16 @@ def test_rules():
     assert "no tensor core instruction" in broken(name="forward_mma_kernel<Half>")[0]
     assert "HMMA without ldmatrix (0) or cp.async (3)" in broken(instructions={"HMMA": 8, "LDGSTS": 3})[0]
     assert broken(instructions={"HMMA": 8, "LDGSTS": 3, "LDSM": 4}) == []
-    assert "no call of tests/cuda_host/driver_calls.h comes to it" in broken({"_Z2other": (256, 0)})[0]
-    assert broken({"_Z1k": (256, 100 << 10)})[0].startswith("kernel<Half> on sm_80: 1 blocks share")
+    other, large = traffic.LaunchSizes(256, 0, 0), traffic.LaunchSizes(256, 100 << 10, 110 << 10)
+    assert "no layer and no call of tests/cuda_host/driver_calls.h comes to it" in broken({("sm_80", "_Z2l"): other})[0]
+    assert broken({("sm_80", "_Z1k"): large})[0].startswith("kernel<Half> on sm_80: 1 blocks share")
 
 
 def test_the_table_tells_every_kernel():
-    rows = static.rows_of([KERNEL], {"_Z1k": (256, 1024)})
-    assert "| kernel<Half> |       256 |          64 |        0 |        0 |      1024 |           4 |" in static.table(
-        rows
-    )
+    rows = static.rows_of([KERNEL], {("sm_80", "_Z1k"): traffic.LaunchSizes(256, 1024, 60 << 10)})
+    assert rows[0].blocks == (2, 4)
+    columns = [column.strip() for column in static.table(rows).splitlines()[-1].split("|")]
+    assert columns[1:10] == ["kernel<Half>", "256", "64", "0", "0", "1024-61440", "2-4", "2", "25%-50%"]
     assert "1 of 1" in static.summary(rows)
 
 
@@ -202,9 +203,9 @@ def test_traffic_is_told(capsys, monkeypatch):
 
 
 def test_every_kernel_that_is_launched_is_known():
-    launched = traffic.launches()
-    assert all(threads % 32 == 0 and shared >= 0 for threads, shared in launched.values())
-    names = sass.demangle(list(launched))
+    launched = traffic.launches([GPU()["sm_86"]])
+    assert all(sizes.threads % 32 == 0 and sizes.least_shared <= sizes.most_shared for sizes in launched.values())
+    names = sass.demangle([symbol for _, symbol in launched])
     for kind in ("forward", "du", "pointwise_sum", "grad_x", "depthwise_sum", "sum_partials"):
         assert any(name.startswith(kind) for name in names), kind
 

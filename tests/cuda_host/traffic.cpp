@@ -1,11 +1,12 @@
 // Counts the memory traffic of the launchers' kernels (counters.h), and tells how they are launched.
 //
-//   traffic launches     every kernel that the calls of driver_calls.h come to, once for each launch that differs:
-//                        symbol, threads, bytes of dynamic shared memory
 //   traffic count        reads calls from the standard input, a line each:
 //                        name dtype layout mode n c h w kernel_h kernel_w stride dilation c_out multiplier act out_act
 //                        capability multiprocessors blocks
-//       mode is forward or training; act and out_act are numbers of params.h; `blocks` of each launch are counted.
+//       dtype is f16, bf16, f32, tf32 or f64; mode is forward or training; act and out_act are numbers of params.h;
+//       `blocks` of each launch are counted.
+//   traffic launches     reads calls too, adds those of driver_calls.h for every GPU of the table, and runs no block:
+//                        of every kernel its symbol, threads and bytes of dynamic shared memory, for each capability
 //
 //   Prints one JSON object a line.
 
@@ -113,69 +114,78 @@ bool failed(const LaunchStatus& status) {
   return true;
 }
 
-bool count(const Request& r) {
-  const Geometry& g = r.g;
-  const Layout layout = r.layout == "nhwc" ? Layout::nhwc : Layout::nchw;
-  const DType dtype = r.dtype == "f16"    ? DType::f16
-                      : r.dtype == "bf16" ? DType::bf16
-                      : r.dtype == "f64"  ? DType::f64
-                                          : DType::f32;
-  const DeviceLimits device = limits_of(r.capability, r.multiprocessors);
-  cuda_host::set_device({static_cast<int>(r.capability / 10), static_cast<int>(r.capability % 10),
-                         static_cast<int>(r.multiprocessors), static_cast<int>(device.shared_per_block)});
-  cuda_host::count_blocks(static_cast<uint64_t>(r.blocks));
-  const int64_t bytes = static_cast<int64_t>(element_bytes(dtype));
-  const int64_t x_bytes = bytes * g.n * g.c_in * g.h_in * g.w_in, y_bytes = bytes * g.n * g.c_out * g.h_out * g.w_out;
-  const int64_t dw_bytes = bytes * g.c_mid * g.kernel_h * g.kernel_w, pw_bytes = bytes * g.c_mid * g.c_out;
-  const auto act = static_cast<Activation>(r.act), out_act = static_cast<Activation>(r.out_act);
+DType dtype_of(const std::string& name) {
+  return name == "f16" ? DType::f16 : name == "bf16" ? DType::bf16 : name == "f64" ? DType::f64 : DType::f32;
+}
 
-  Tensors tensors;
+void prepare(const DeviceLimits& d) {
+  cuda_host::set_device({static_cast<int>(d.capability / 10), static_cast<int>(d.capability % 10),
+                         static_cast<int>(d.multiprocessors), static_cast<int>(d.shared_per_block)});
+}
+
+// `make(name, bytes)` gives the memory of a tensor.
+template <typename Make>
+ForwardParams forward_params(const Request& r, Make make) {
+  const Geometry& g = r.g;
+  const int64_t bytes = static_cast<int64_t>(element_bytes(dtype_of(r.dtype)));
   ForwardParams p{};
   p.geom = g;
-  p.dtype = dtype;
-  p.act = act;
-  p.out_act = out_act;
-  p.x = tensors.make("x", x_bytes);
-  p.x_layout = p.y_layout = layout;
-  p.x_strides = dense_strides(layout, g.c_in, g.h_in, g.w_in);
-  p.dw_weight = tensors.make("dw_weight", dw_bytes);
-  p.dw_bias = tensors.make("dw_bias", bytes * g.c_mid);
-  p.pw_weight = tensors.make("pw_weight", pw_bytes);
-  p.pw_bias = tensors.make("pw_bias", bytes * g.c_out);
-  p.y = tensors.make("y", y_bytes);
-  p.y_strides = dense_strides(layout, g.c_out, g.h_out, g.w_out);
-  const bool training = r.mode == "training";
-  if (training && !derivative_from_output(out_act)) p.pre = tensors.make("pre", y_bytes);
-  if (failed(forward(p, plan_forward(p, device), nullptr))) return false;
-  print(r, "forward", 0);
-  if (!training) return true;
+  p.dtype = dtype_of(r.dtype);
+  p.act = static_cast<Activation>(r.act);
+  p.out_act = static_cast<Activation>(r.out_act);
+  p.x_layout = p.y_layout = r.layout == "nhwc" ? Layout::nhwc : Layout::nchw;
+  p.x = make("x", bytes * x_elements(g));
+  p.x_strides = dense_strides(p.x_layout, g.c_in, g.h_in, g.w_in);
+  p.dw_weight = make("dw_weight", bytes * g.c_mid * g.kernel_h * g.kernel_w);
+  p.dw_bias = make("dw_bias", bytes * g.c_mid);
+  p.pw_weight = make("pw_weight", bytes * g.c_mid * g.c_out);
+  p.pw_bias = make("pw_bias", bytes * g.c_out);
+  p.y = make("y", bytes * g.n * g.c_out * g.h_out * g.w_out);
+  p.y_strides = dense_strides(p.y_layout, g.c_out, g.h_out, g.w_out);
+  const bool needs_pre = r.mode == "training" && !derivative_from_output(p.out_act);
+  if (needs_pre) p.pre = make("pre", bytes * g.n * g.c_out * g.h_out * g.w_out);
+  return p;
+}
 
+// Of that forward, with every gradient.
+template <typename Make>
+BackwardParams backward_params(const ForwardParams& p, Make make) {
+  const Geometry& g = p.geom;
+  const int64_t bytes = static_cast<int64_t>(element_bytes(p.dtype));
   BackwardParams b{};
   b.geom = g;
-  b.dtype = dtype;
-  b.act = act;
-  b.out_act = out_act;
+  b.dtype = p.dtype;
+  b.act = p.act;
+  b.out_act = p.out_act;
   b.x = p.x;
   b.x_strides = p.x_strides;
-  b.x_layout = layout;
+  b.x_layout = b.dy_layout = b.saved_layout = b.grad_x_layout = p.x_layout;
   b.dw_weight = p.dw_weight;
   b.dw_bias = p.dw_bias;
   b.pw_weight = p.pw_weight;
-  b.dy = tensors.make("dy", y_bytes);
-  b.dy_strides = p.y_strides;
-  b.dy_layout = layout;
-  if (out_act != Activation::identity) {
-    b.saved = derivative_from_output(out_act) ? p.y : p.pre;
-    b.saved_strides = p.y_strides;
-    b.saved_layout = layout;
-  }
-  b.grad_x = tensors.make("grad_x", x_bytes);
+  b.dy = make("dy", bytes * g.n * g.c_out * g.h_out * g.w_out);
+  b.dy_strides = b.saved_strides = p.y_strides;
+  if (p.out_act != Activation::identity) b.saved = derivative_from_output(p.out_act) ? p.y : p.pre;
+  b.grad_x = make("grad_x", bytes * x_elements(g));
   b.grad_x_strides = p.x_strides;
-  b.grad_x_layout = layout;
-  b.grad_dw_weight = tensors.make("grad_dw_weight", dw_bytes);
-  b.grad_pw_weight = tensors.make("grad_pw_weight", pw_bytes);
-  b.grad_dw_bias = tensors.make("grad_dw_bias", bytes * g.c_mid);
-  b.grad_pw_bias = tensors.make("grad_pw_bias", bytes * g.c_out);
+  b.grad_dw_weight = make("grad_dw_weight", bytes * g.c_mid * g.kernel_h * g.kernel_w);
+  b.grad_pw_weight = make("grad_pw_weight", bytes * g.c_mid * g.c_out);
+  b.grad_dw_bias = make("grad_dw_bias", bytes * g.c_mid);
+  b.grad_pw_bias = make("grad_pw_bias", bytes * g.c_out);
+  return b;
+}
+
+bool count(const Request& r) {
+  const DeviceLimits device = limits_of(r.capability, r.multiprocessors);
+  prepare(device);
+  cuda_host::count_blocks(static_cast<uint64_t>(r.blocks));
+  Tensors tensors;
+  const auto make = [&](const char* name, int64_t bytes) { return tensors.make(name, bytes); };
+  const ForwardParams p = forward_params(r, make);
+  if (failed(forward(p, plan_forward(p, device), nullptr))) return false;
+  print(r, "forward", 0);
+  if (r.mode != "training") return true;
+  const BackwardParams b = backward_params(p, make);
   const BackwardPlan plan = plan_backward(b, device);
   void* workspace = tensors.make("workspace", static_cast<int64_t>(plan.workspace_bytes));
   if (failed(backward(b, plan, workspace, nullptr))) return false;
@@ -183,53 +193,69 @@ bool count(const Request& r) {
   return true;
 }
 
-// Launches without running a block.
-bool list_launches() {
-  std::set<std::tuple<std::string, uint64_t, uint64_t>> seen;
-  cuda_host::count_blocks(0);
-  static uint64_t nowhere[64];  // no block reads or writes it
-  for (const driver::Call& call : driver::all_calls()) {
-    ForwardParams p{};
-    p.geom = driver::geometry_of(*call.shape);
-    p.dtype = call.type;
-    p.x_layout = call.x_layout;
-    p.y_layout = call.y_layout;
-    BackwardParams b{};
-    b.geom = p.geom;
-    b.dtype = call.type;
-    b.act = call.act;
-    b.x_layout = call.x_layout;
-    b.dy_layout = call.dy_layout;
-    b.grad_x_layout = call.grad_x_layout;
-    p.x = p.dw_weight = p.pw_weight = b.x = b.dw_weight = b.pw_weight = b.dy = nowhere;
-    p.y = b.grad_x = b.grad_dw_weight = b.grad_pw_weight = b.grad_dw_bias = b.grad_pw_bias = nowhere;
-    for (const Gpu& gpu : kGpus) {
-      if (failed(forward(p, plan_forward(p, gpu.limits), nullptr))) return false;
-      if (failed(backward(b, plan_backward(b, gpu.limits), nowhere, nullptr))) return false;
-    }
-    for (int i = 0; i < kForwardPlans; ++i) {
-      if (failed(forward(p, forward_candidate(p, i), nullptr))) return false;
+class Launches {
+ public:
+  // Without running a block, so that no tensor is read or written.
+  bool add(const Request& r) {
+    const DeviceLimits device = limits_of(r.capability, r.multiprocessors);
+    prepare(device);
+    cuda_host::count_blocks(0);
+    alignas(512) static char nowhere[512];
+    const auto make = [](const char*, int64_t) { return nowhere; };
+    const ForwardParams p = forward_params(r, make);
+    if (failed(forward(p, plan_forward(p, device), nullptr))) return false;
+    if (r.mode == "training") {
+      const BackwardParams b = backward_params(p, make);
+      if (failed(backward(b, plan_backward(b, device), nowhere, nullptr))) return false;
     }
     for (const cuda_host::KernelTraffic& k : cuda_host::take_traffic()) {
-      if (!seen.insert({k.symbol, k.threads, k.dynamic_shared}).second) continue;
-      std::printf("{\"symbol\": \"%s\", \"threads\": %llu, \"dynamic_shared\": %llu}\n", k.symbol.c_str(),
-                  static_cast<unsigned long long>(k.threads), static_cast<unsigned long long>(k.dynamic_shared));
+      if (!seen_.insert({r.capability, k.symbol, k.threads, k.dynamic_shared}).second) continue;
+      std::printf("{\"capability\": %lld, \"symbol\": \"%s\", \"threads\": %llu, \"dynamic_shared\": %llu}\n",
+                  static_cast<long long>(r.capability), k.symbol.c_str(), static_cast<unsigned long long>(k.threads),
+                  static_cast<unsigned long long>(k.dynamic_shared));
     }
+    return true;
   }
-  return true;
-}
+
+  // The matrix of the driver; few multiprocessors and many make the planner choose otherwise.
+  bool add_matrix() {
+    const char* names[] = {"f32", "f64", "f16", "bf16"};  // in the order of DType
+    for (const driver::Call& call : driver::all_calls()) {
+      for (const Gpu& gpu : kGpus) {
+        for (const int64_t multiprocessors : {int64_t{1}, gpu.limits.multiprocessors}) {
+          Request r{};
+          r.dtype = names[static_cast<int>(call.type)];
+          r.layout = call.x_layout == Layout::nhwc ? "nhwc" : "nchw";
+          r.mode = "training";
+          r.g = driver::geometry_of(*call.shape);
+          r.act = static_cast<int64_t>(call.act);
+          r.out_act = static_cast<int64_t>(call.out_act);
+          r.capability = gpu.limits.capability;
+          r.multiprocessors = multiprocessors;
+          if (!add(r)) return false;
+        }
+      }
+    }
+    return true;
+  }
+
+ private:
+  std::set<std::tuple<int64_t, std::string, uint64_t, uint64_t>> seen_;
+};
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  if (argc == 2 && std::strcmp(argv[1], "launches") == 0) return list_launches() ? 0 : 1;
-  if (argc != 2 || std::strcmp(argv[1], "count") != 0) {
+  const std::string command = argc == 2 ? argv[1] : "";
+  if (command != "launches" && command != "count") {
     std::fprintf(stderr, "usage: traffic launches | count\n");
     return 2;
   }
+  Launches launches;
+  if (command == "launches" && !launches.add_matrix()) return 1;
   Request request;
   while (read(std::cin, request)) {
-    if (!count(request)) return 1;
+    if (!(command == "launches" ? launches.add(request) : count(request))) return 1;
     std::fflush(stdout);
   }
   return 0;
