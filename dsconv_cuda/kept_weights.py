@@ -52,6 +52,12 @@ def nobody_watches() -> bool:
     )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 class KeptCall:
     """The calls of one module: its weights and arguments as they were checked, and the memory of packed weights.
 
@@ -102,6 +108,8 @@ class KeptCall:
             or module.out_activation is not self.out_activation
         ):
             return self._drop(module)
+        if has_hooks(depthwise) or has_hooks(pointwise):
+            return self._drop(module)
         try:
             if _is_grad_enabled() and _any_requires_grad(dw_weight, pw_weight, dw_bias, pw_bias, input):
                 if not input.is_cpu or dw_weight.shape != self.dw_shape:
@@ -116,8 +124,9 @@ class KeptCall:
             if memory is None:
                 memory = self.memory = self._allocate()
             return self.op(input, dw_weight, pw_weight, dw_bias, pw_bias, memory, version)
-        except Exception:
-            # The call with all its checks says what is wrong, if anything is.
+        except (AttributeError, RuntimeError, TypeError, ValueError):
+            # The call with all its checks says what is wrong, if anything is. Not every Exception: activation
+            # checkpointing ends its recomputation by one of its own.
             return self._drop(module)
 
     def _allocate(self) -> Tensor:
@@ -141,6 +150,8 @@ def keep(module: nn.Module, input: Tensor) -> None:
         return
     depthwise, pointwise = module._modules.get("depthwise"), module._modules.get("pointwise")
     if type(depthwise) is not nn.Conv2d or type(pointwise) is not nn.Conv2d:
+        return
+    if has_hooks(depthwise) or has_hooks(pointwise):
         return
     call = KeptCall()
     call.depthwise, call.pointwise = depthwise, pointwise

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_cuda import kept_weights
-from dsconv_cuda.activations import activation_name
+from dsconv_cuda.activations import ACTIVATIONS, activation_name
 from dsconv_cuda.functional import depthwise_separable_conv2d
 
 
@@ -20,7 +20,9 @@ class DepthwiseSeparableConv2d(nn.Module):
 
     ``.depthwise`` and ``.pointwise`` are these two modules. They hold the parameters, so initialisation, state_dict,
     parametrizations and everything else that works on parameters is theirs, and the state_dict is interchangeable with
-    that of a plain module with the same two children. Their forward is not called: hooks on the children do not run.
+    that of a plain module with the same two children. Their forward is not called, unless hooks are attached to them:
+    then they run one after the other as in PyTorch. The hooks with which pruning and the older forms of weight_norm and
+    spectral_norm compute a weight run as well, and the result goes into the fused operation.
 
     Args:
         in_channels, out_channels: channels of the input and of the output.
@@ -100,6 +102,13 @@ class DepthwiseSeparableConv2d(nn.Module):
 
     def _forward(self, input: Tensor) -> Tensor:
         depthwise, pointwise = self.depthwise, self.pointwise
+        if kept_weights.has_hooks(depthwise) or kept_weights.has_hooks(pointwise):
+            if not (_only_computes_weights(depthwise) and _only_computes_weights(pointwise)):
+                z = ACTIVATIONS[self.activation].value(depthwise(input))
+                return ACTIVATIONS[self.out_activation].value(pointwise(z))
+            for child in (depthwise, pointwise):
+                for hook in child._forward_pre_hooks.values():
+                    hook(child, None)
         return depthwise_separable_conv2d(
             input,
             depthwise.weight,
@@ -126,6 +135,13 @@ class DepthwiseSeparableConv2d(nn.Module):
     def extra_repr(self) -> str:
         # Sizes are in the repr of the two children.
         return f"activation={self.activation}, out_activation={self.out_activation}"
+
+
+def _only_computes_weights(module: nn.Module) -> bool:
+    """Whether all hooks are those of torch.nn.utils: pruning, weight_norm and spectral_norm. They look at no input."""
+    others = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    hooks = module._forward_pre_hooks.values()
+    return not others and all(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
 
 
 DepthwiseSeparableConv = DepthwiseSeparableConv2d  # the name under which tutorials know it

@@ -35,15 +35,10 @@ from torch.autograd import forward_ad
 
 from dsconv_cuda import _checks
 from dsconv_cuda.functional import depthwise_separable_conv2d
+from dsconv_cuda.kept_weights import has_hooks
 from dsconv_cuda.modules import DepthwiseSeparableConv2d
 
 NONE, PAIR, ALL = 0, 1, 2  # see Chain.extent()
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 @dataclass(eq=False)

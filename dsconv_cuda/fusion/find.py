@@ -20,7 +20,8 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from dsconv_cuda import activations
-from dsconv_cuda.fusion.chain import NONE, Chain, chain_of, has_hooks
+from dsconv_cuda.fusion.chain import NONE, Chain, chain_of
+from dsconv_cuda.kept_weights import has_hooks
 from dsconv_cuda.modules import DepthwiseSeparableConv2d
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
