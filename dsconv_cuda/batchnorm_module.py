@@ -99,12 +99,11 @@ class DepthwiseSeparableConvBN2d(nn.Module):
             recompute_output=self.recompute_output,
         )
         for norm in (self.bn1, self.bn2):
-            if _counts_batches(norm):
+            if counts_batches(norm):
                 norm.num_batches_tracked.add_(1)
         return out
 
     def _arguments(self, name: str) -> BatchNormArguments | None:
-        """What nn.BatchNorm2d.forward and nn.SyncBatchNorm.forward hand to F.batch_norm."""
         norm = getattr(self, name)
         if type(norm) is nn.Identity:
             return None
@@ -115,23 +114,7 @@ class DepthwiseSeparableConvBN2d(nn.Module):
                 f"of a subclass with the same forward, got {type(norm).__name__}; for other norms use the four modules "
                 f"one after the other"
             )
-        momentum = 0.0 if norm.momentum is None else norm.momentum
-        if norm.momentum is None and _counts_batches(norm):
-            momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0)  # the mean over all batches
-        by_batch = norm.training or (norm.running_mean is None and norm.running_var is None)
-        tracks = not norm.training or norm.track_running_stats
-        synchronised = forward is nn.SyncBatchNorm.forward and norm.training
-        return BatchNormArguments(
-            # In eval mode without running statistics the batch's are taken and none are tracked.
-            norm.running_mean if tracks else None,
-            norm.running_var if tracks else None,
-            norm.weight,
-            norm.bias,
-            by_batch,
-            momentum,
-            norm.eps,
-            _process_group(norm) if synchronised else None,
-        )
+        return arguments_of(norm, forward is nn.SyncBatchNorm.forward)
 
     def extra_repr(self) -> str:
         # Sizes are in the repr of the children.
@@ -139,7 +122,27 @@ class DepthwiseSeparableConvBN2d(nn.Module):
         return text + (", recompute_output=True" if self.recompute_output else "")
 
 
-def _counts_batches(norm: nn.Module) -> bool:
+def arguments_of(norm: nn.Module, synchronised: bool) -> BatchNormArguments:
+    """What nn.BatchNorm2d.forward and nn.SyncBatchNorm.forward hand to F.batch_norm."""
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.momentum is None and counts_batches(norm):
+        momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0)  # the mean over all batches
+    by_batch = norm.training or (norm.running_mean is None and norm.running_var is None)
+    tracks = not norm.training or norm.track_running_stats
+    return BatchNormArguments(
+        # In eval mode without running statistics the batch's are taken and none are tracked.
+        norm.running_mean if tracks else None,
+        norm.running_var if tracks else None,
+        norm.weight,
+        norm.bias,
+        by_batch,
+        momentum,
+        norm.eps,
+        _process_group(norm) if synchronised and norm.training else None,
+    )
+
+
+def counts_batches(norm: nn.Module) -> bool:
     return norm.training and getattr(norm, "track_running_stats", False) and norm.num_batches_tracked is not None
 
 

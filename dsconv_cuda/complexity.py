@@ -297,7 +297,8 @@ def table(model: nn.Module, input_size: Sequence[int], *, dtype=torch.float32, m
     second_of = {f.chain.depthwise: f.chain.pointwise for f in find.find(model) if f.chain is not None}
     rows, counted, first_of = [], set(), {}
     for name, module, x, y in _record_calls(model, input_size):
-        counted.update(map(id, module.parameters()))
+        convolutions = (module.depthwise, module.pointwise) if _is_pair(module) else (module,)
+        counted.update(id(p) for conv in convolutions for p in conv.parameters())
         if module in second_of:
             first_of[second_of[module]] = (name, module, x)
         elif module in first_of:
@@ -320,8 +321,9 @@ def _record_calls(model: nn.Module, input_size: Sequence[int]) -> list[tuple[str
     def recorder(name):
         return lambda module, inputs, output: calls.append((name, module, inputs[0].shape, output.shape))
 
+    inside = {child for module in model.modules() if _is_pair(module) for child in module.children()}
     for name, module in model.named_modules():
-        if _has_row(module):
+        if _has_row(module) and module not in inside:
             hooks.append(module.register_forward_hook(recorder(name)))
     state = {
         name: torch.empty_like(tensor, device="meta")
@@ -343,9 +345,9 @@ def _record_calls(model: nn.Module, input_size: Sequence[int]) -> list[tuple[str
 
 
 def _is_pair(module: nn.Module) -> bool:
-    from dsconv_cuda.modules import DepthwiseSeparableConv2d
+    from dsconv_cuda.fusion.find import FUSED_MODULES
 
-    return isinstance(module, DepthwiseSeparableConv2d)
+    return isinstance(module, FUSED_MODULES)
 
 
 def _has_row(module: nn.Module) -> bool:

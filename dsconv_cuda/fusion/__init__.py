@@ -35,8 +35,9 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Returns:
         The fused model, of the same class.
 
-    Chains with BatchNorm are one operation in evaluation, where BatchNorm folds into the weights. While the BatchNorm
-    between the two convolutions trains, the modules run one by one.
+    BatchNorm folds into the weights in evaluation; with statistics of the batch it is trained without the intermediate,
+    as by :class:`dsconv_cuda.DepthwiseSeparableConvBN2d`. That refuses a second derivative; and on CUDA, under
+    torch.func and in compiled graphs, the modules around a BatchNorm that trains run one by one.
     """
     if not inplace:
         model = _copy_sharing_tensors(model)

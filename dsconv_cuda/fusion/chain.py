@@ -11,9 +11,12 @@ Each new class is a subclass of the old one. All of them ask the chain how much 
 depends on the state of the modules alone, so that all get the same answer:
 
     ALL     everything
-    PAIR    up to the pointwise convolution, while the BatchNorm after that trains; that one and what follows run
-    NONE    every module runs its old forward: while the BatchNorm between trains, or where a hook or a parametrization
-            was added, a module was exchanged, or the device has no kernels
+    PAIR    up to the pointwise convolution; the BatchNorm after that and what follows run their old forward
+    NONE    every module runs its old forward: where a hook or a parametrization was added, a module was exchanged, or
+            the device has no kernels
+
+A BatchNorm that takes statistics of the batch goes the way of batchnorm.py. Where that is closed (CPU kernels only as
+yet, no torch.func, a graph break in torch.compile), it runs by itself: PAIR, or NONE if it is the one between.
 
 BatchNorm in evaluation folds into the weights of the convolution before it, in float32 or better:
 
@@ -33,7 +36,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from dsconv_cuda import _checks
+from dsconv_cuda import _checks, _loader
+from dsconv_cuda.batchnorm import depthwise_separable_conv_bn2d
+from dsconv_cuda.batchnorm_module import arguments_of, counts_batches
 from dsconv_cuda.functional import depthwise_separable_conv2d
 from dsconv_cuda.kept_weights import has_hooks
 from dsconv_cuda.modules import DepthwiseSeparableConv2d
@@ -61,15 +66,17 @@ class Chain:
         if isinstance(x, fx.Proxy):  # a tracer sees the modules
             return NONE
         bn1, bn2 = self.bn1, self.bn2
-        extent = ALL
-        if bn2 is not None and (bn2.training or bn2.running_mean is None):
-            extent = PAIR
-        if bn1 is not None and (bn1.training or bn1.running_mean is None):
-            return NONE
         for module in (self.depthwise, bn1, self.pointwise, bn2):
             # A parametrization takes them out of there, pruning too.
             if module is not None and not ("weight" in module._parameters and "bias" in module._parameters):
                 return NONE
+        trains1 = bn1 is not None and (bn1.training or bn1.running_mean is None)
+        trains2 = bn2 is not None and (bn2.training or bn2.running_mean is None)
+        extent = ALL
+        if (trains1 or trains2) and not self._trains_as_one():
+            if trains1:
+                return NONE
+            extent = PAIR
         if torch.compiler.is_dynamo_compiling():
             return extent
         for parent, name, child in self.places:
@@ -78,7 +85,16 @@ class Chain:
         weight = self.depthwise._parameters["weight"]
         return extent if weight.device.type in _checks.DEVICES and weight.dtype in _checks.DTYPES else NONE
 
+    def _trains_as_one(self) -> bool:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return False
+        _loader.load_library()
+        device = self.depthwise._parameters["weight"].device
+        return forward_ad._current_level < 0 and _loader.batch_norm_kernels_loaded(device.type)
+
     def compute(self, x: Tensor, extent: int) -> Tensor:
+        if extent == ALL and any(bn is not None and bn.training for bn in (self.bn1, self.bn2)):
+            return self._train(x)
         bn1, bn2 = self.bn1, self.bn2 if extent == ALL else None
         normed = [bn for bn in (bn1, bn2) if bn is not None]
         if torch.compiler.is_dynamo_compiling() or _transformed() or (normed and self._wants_gradients(normed)):
@@ -87,6 +103,29 @@ class Chain:
         if folded is None:
             folded = self._folded[extent] = _Folded(self, extent)
         return folded(x)
+
+    def _train(self, x: Tensor) -> Tensor:
+        """With statistics of the batch in one or both norms."""
+        norms = (self.bn1, self.bn2)
+        conv = self.depthwise
+        arguments = [bn and arguments_of(bn, isinstance(bn, nn.SyncBatchNorm)) for bn in norms]
+        y = depthwise_separable_conv_bn2d(
+            x,
+            conv.weight,
+            self.pointwise.weight,
+            conv.bias,
+            self.pointwise.bias,
+            *arguments,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            self.activation,
+            self.out_activation,
+        )
+        for bn in norms:
+            if bn is not None and counts_batches(bn):
+                bn.num_batches_tracked.add_(1)
+        return y
 
     def _wants_gradients(self, normed: list) -> bool:
         """Of the parameters: folding has to be part of the graph then."""

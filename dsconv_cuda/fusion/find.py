@@ -20,10 +20,12 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from dsconv_cuda import activations
+from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN2d
 from dsconv_cuda.fusion.chain import NONE, Chain, chain_of
 from dsconv_cuda.kept_weights import has_hooks
 from dsconv_cuda.modules import DepthwiseSeparableConv2d
 
+FUSED_MODULES = (DepthwiseSeparableConv2d, DepthwiseSeparableConvBN2d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -48,7 +50,7 @@ class _No(Exception):
 def find(model: nn.Module) -> list[Finding]:
     names = {module: name for name, module in model.named_modules()}
     places = {child: (parent, name, child) for parent in names for name, child in parent._modules.items() if child}
-    inside_fused = {c for m in names if isinstance(m, DepthwiseSeparableConv2d) for c in m.modules() if c is not m}
+    inside_fused = {c for m in names if isinstance(m, FUSED_MODULES) for c in m.modules() if c is not m}
     candidates = [m for m in names if is_depthwise(m) and m not in inside_fused]
     findings = []
     modes = None
@@ -69,7 +71,7 @@ def find(model: nn.Module) -> list[Finding]:
     findings += [
         Finding(name, True, "a fused module by itself", (name,))
         for module, name in names.items()
-        if isinstance(module, DepthwiseSeparableConv2d)
+        if isinstance(module, FUSED_MODULES)
     ]
     order = list(names.values())
     return sorted(findings, key=lambda finding: order.index(finding.name))
@@ -86,11 +88,9 @@ def is_depthwise(module: nn.Module) -> bool:
 def _fused_already(module: nn.Module, names: dict) -> Finding:
     chain = chain_of(module)
     members = tuple(names[child] for _, _, child in chain.places if child in names)
-    norms = [bn for bn in (chain.bn1, chain.bn2) if bn is not None]
-    trains = any(bn.training for bn in norms)
     reason = _describe(chain)
-    if chain.extent() == NONE and not trains:
-        reason = "fused, but its modules run one by one: one of them was changed since"
+    if chain.extent() == NONE:
+        reason = "fused, but its modules run one by one: one was changed since, or BatchNorm trains without kernels"
     return Finding(names[module], True, reason, members)
 
 
@@ -100,10 +100,6 @@ def _describe(chain: Chain) -> str:
     text = " -> ".join(step for step in steps if step)
     if chain.needs_rewriting:
         text += f", by another forward of {type(chain.rewritten).__name__}"
-    if chain.bn1 is not None:
-        text += "; in evaluation only, in training the modules run one by one"
-    elif chain.bn2 is not None:
-        text += "; in training up to the pointwise convolution"
     return text
 
 
@@ -239,7 +235,7 @@ class _Tracer(fx.Tracer):
         self.opaque = opaque
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        leaf = (*_CONVOLUTIONS, nn.modules.batchnorm._BatchNorm, DepthwiseSeparableConv2d)
+        leaf = (*_CONVOLUTIONS, nn.modules.batchnorm._BatchNorm, *FUSED_MODULES)
         return module in self.opaque or isinstance(module, leaf) or super().is_leaf_module(module, qualified_name)
 
 

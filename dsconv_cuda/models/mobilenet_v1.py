@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dsconv_cuda.models._batch_norm_block import BatchNormBlock as Block
+from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN2d as Block
 
 # Output channels and stride of each block. Table 1 gives the last one stride 2, but its sizes say 1: 7 x 7 both in and
 # out.
