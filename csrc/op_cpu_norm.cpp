@@ -14,8 +14,8 @@
 
 #include <cmath>
 
+#include "cpu_norm.h"
 #include "cpu_tasks.h"
-#include "norm_args.h"
 #include "op_args.h"
 
 namespace dsconv {
@@ -69,14 +69,15 @@ Tensor z_moments(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Int
   ctx.x = {p.x, p.x_strides, p.x_layout};
   ctx.groups = ctx.plan.tiles < kMaxGroups ? ctx.plan.tiles : kMaxGroups;
   const CpuPlan& plan = ctx.plan;
+  ctx.panels = ceil_div(g.c_mid, plan.mid_ld);
   Workspace workspace(1);
   workspace.reserve(&ctx.packed.dw_weight, plan.taps * plan.mid_columns * element);
   workspace.reserve(&ctx.packed.dw_bias, plan.mid_columns * element);
   workspace.reserve(reinterpret_cast<void**>(&ctx.partial), ctx.groups * 2 * g.c_mid * sizeof(double));
   workspace.allocate();
   pack_all(kernels, {g, plan, ctx.packed, p.dw_weight, p.dw_bias, nullptr, nullptr}, 0, nullptr);
-  for_each_task(ctx.groups,
-                [&](int64_t group) { kernels.depthwise_moments(ctx, group, thread_scratch(plan.scratch_bytes)); });
+  for_each_task(ctx.groups * ctx.panels,
+                [&](int64_t task) { kernels.depthwise_moments(ctx, task, thread_scratch(plan.scratch_bytes)); });
   const auto tile_of = [&](int64_t group) { return tile_begin(plan, plan.tiles * group / ctx.groups); };
   merge_moments(
       ctx.partial, ctx.groups, g.c_mid,

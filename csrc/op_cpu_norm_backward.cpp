@@ -7,8 +7,8 @@
 //
 // du is a tensor of one dimension in the compute type, in the order of the workspace that bwd has.
 
+#include "cpu_norm.h"
 #include "cpu_tasks.h"
-#include "norm_args.h"
 #include "op_args.h"
 
 namespace dsconv {

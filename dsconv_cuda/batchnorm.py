@@ -155,10 +155,11 @@ def depthwise_separable_conv_bn2d(
         for t in ((bn.weight, bn.bias) if batch else (None, None))
     ]
     out, moments1, count1, moments2, count2 = BatchNormBlock.apply(*tensors, *affine, block)
-    if batch1:
-        _track(bn1, moments1, count1)
-    if batch2:
-        _track(bn2, moments2, count2)
+    with torch.no_grad():
+        if batch1:
+            _track(bn1, moments1, count1)
+        if batch2:
+            _track(bn2, moments2, count2)
     return out
 
 
@@ -275,17 +276,14 @@ class _Batch:
         return sums
 
 
-@torch.no_grad()
 def _track(bn: BatchNormArguments, moments: Tensor, count: float) -> None:
     """Moves the running statistics towards those of the batch; the variance without bias, as PyTorch does."""
     if count == 0:  # an empty batch
         return
-    mean, var = moments.unbind(0)
-    if bn.running_mean is not None:
-        bn.running_mean.lerp_(mean.to(bn.running_mean.dtype), bn.momentum)
-    if bn.running_var is not None:
-        unbiased = var * (count / (count - 1))
-        bn.running_var.lerp_(unbiased.to(bn.running_var.dtype), bn.momentum)
+    for running, row, scale in ((bn.running_mean, 0, 1.0), (bn.running_var, 1, count / (count - 1))):
+        if running is not None:
+            value = moments[row] if scale == 1.0 else moments[row] * scale
+            running.lerp_(value.to(running.dtype), bn.momentum)
 
 
 # ---- the block as a differentiable function --------------------------------------------------------------------------

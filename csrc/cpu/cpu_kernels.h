@@ -61,13 +61,13 @@ struct ImageTensor {
   Layout layout;
 };
 
-// Moments of z (moments.inl). Tasks are `groups` ranges of the plan's tiles.
+// Moments of z (moments.inl). Tasks are `groups` ranges of the plan's tiles, for each of `panels` panels of channels.
 struct MomentsContext {
   Geometry geom;
   CpuPlan plan;
   PackedWeights packed;
   ImageTensor x;
-  int64_t groups;
+  int64_t groups, panels;
   double* partial;  // [groups][2][c_mid]: mean and sum of squares about it, order of k
 };
 
@@ -99,7 +99,7 @@ struct DTypeKernels {
   void (*reduce_depthwise)(const BackwardContext&, int64_t vector);
   void (*backward_turn)(const BackwardContext&, int64_t group, void* scratch);
   void (*backward_panel)(const BackwardContext&, int64_t panel, void* scratch);
-  void (*depthwise_moments)(const MomentsContext&, int64_t group, void* scratch);
+  void (*depthwise_moments)(const MomentsContext&, int64_t task, void* scratch);  // groups * panels
   void (*norm_moments)(const NormContext&, int64_t group, void* scratch);
   void (*norm_forward)(const NormContext&, int64_t group, void* scratch);
   void (*norm_sums)(const NormContext&, int64_t group, void* scratch);

@@ -125,9 +125,12 @@ inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro,
   return plan;
 }
 
-// The statistics of z: sums follow the tiles, as in backward. z is read twice more while it is near: tiles are smaller.
+// The statistics of z: sums follow the tiles, as in backward. A tile is read twice more while it is near, so it is
+// smaller, of few channels (mid_ld) on many pixels.
 inline CpuPlan plan_moments(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element, int64_t tile_bytes) {
   CpuPlan plan = plan_detail::base(g, x_layout, micro, element);
+  constexpr int64_t kPanelVectors = 4;
+  if (g.multiplier == 1 && g.c_mid > kPanelVectors * micro.lanes) plan.mid_ld = kPanelVectors * micro.lanes;
   const int64_t wanted = clamp64(plan_detail::pixels_within(tile_bytes, plan.mid_ld * element), 16, 256);
   const int64_t fits =
       plan_detail::pixels_within(kScratchBytes - depthwise_scratch(plan), (plan.mid_ld + micro.lanes) * element);

@@ -113,23 +113,26 @@ static void merge_tile_moments(const T* tile, int64_t ld, int64_t rows, int64_t 
   }
 }
 
-// Moments of z, which is made a tile at a time and forgotten.
+// Moments of z, which is made a tile at a time and forgotten: a panel of plan.mid_ld channels at a time, as if they
+// were all there are, so that a tile has pixels enough. A multiplier takes all channels together.
 template <typename S, typename T>
-static void depthwise_moments(const MomentsContext& ctx, int64_t group, void* scratch) {
-  const Geometry& g = ctx.geom;
+static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scratch) {
   const CpuPlan& plan = ctx.plan;
+  const int64_t group = task / ctx.panels, k = task % ctx.panels * plan.mid_ld, c_mid = ctx.geom.c_mid;
+  Geometry g = ctx.geom;
+  if (ctx.panels > 1) g.c_in = g.c_mid = c_mid - k < plan.mid_ld ? c_mid - k : plan.mid_ld;
   T* z = static_cast<T*>(scratch);
   T* memory = z + plan.tile_pixels * plan.mid_ld;
-  double* mean = ctx.partial + group * 2 * g.c_mid;
-  double* m2 = mean + g.c_mid;
-  for (int64_t i = 0; i < 2 * g.c_mid; ++i) mean[i] = 0;
+  double* mean = ctx.partial + group * 2 * c_mid + k;
+  double* m2 = mean + c_mid;
+  for (int64_t i = 0; i < g.c_mid; ++i) mean[i] = m2[i] = 0;
   const DepthwiseInput<S> in = {&g,
                                 &plan,
-                                static_cast<const S*>(ctx.x.data),
+                                static_cast<const S*>(ctx.x.data) + k * ctx.x.strides.c,
                                 ctx.x.strides,
                                 ctx.x.layout,
-                                static_cast<const T*>(ctx.packed.dw_weight),
-                                static_cast<const T*>(ctx.packed.dw_bias)};
+                                static_cast<const T*>(ctx.packed.dw_weight) + k,
+                                static_cast<const T*>(ctx.packed.dw_bias) + k};
   const int64_t first_tile = plan.tiles * group / ctx.groups, first = tile_begin(plan, first_tile);
   for (int64_t tile = first_tile; tile < plan.tiles * (group + 1) / ctx.groups; ++tile) {
     const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;

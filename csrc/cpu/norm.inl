@@ -119,26 +119,33 @@ struct NormSums {
   DSCONV_INLINE void vectors(const NormTile<T>& t, int64_t c) {
     typedef typename Vec<T>::type V;
     constexpr int n = Vec<T>::n;
-    V sum[U], lost[U], paired[U], paired_lost[U];
+    V sum[U], lost[U], paired[U], paired_lost[U], mean[U], invstd[U], gamma[U], beta[U];
     DSCONV_UNROLL
-    for (int u = 0; u < U; ++u) sum[u] = lost[u] = paired[u] = paired_lost[u] = vset(T(0));
+    for (int u = 0; u < U; ++u) {
+      sum[u] = lost[u] = paired[u] = paired_lost[u] = vset(T(0));
+      mean[u] = vload(t.of.mean + c + u * n), invstd[u] = vload(t.of.invstd + c + u * n);
+      gamma[u] = vload(t.of.gamma + c + u * n), beta[u] = vload(t.of.beta + c + u * n);
+    }
     for (int64_t first = 0; first < t.rows; first += kSumBlock) {
       const int64_t last = first + kSumBlock < t.rows ? first + kSumBlock : t.rows;
+      V block[U], block_paired[U];
+      DSCONV_UNROLL
+      for (int u = 0; u < U; ++u) block[u] = block_paired[u] = vset(T(0));
+      for (int64_t i = first; i < last; ++i) {
+        DSCONV_UNROLL
+        for (int u = 0; u < U; ++u) {
+          const int64_t k = c + u * n;
+          const V hat = (vload(t.v + i * t.v_ld + k) - mean[u]) * invstd[u];
+          const V g = vload(t.grad + i * t.grad_ld + k) * act_derivative<A, T>(vfma(gamma[u], hat, beta[u]));
+          if constexpr (Keep) vstore(t.out + i * t.out_ld + k, g);
+          block[u] = block[u] + g;
+          block_paired[u] = vfma(g, hat, block_paired[u]);
+        }
+      }
       DSCONV_UNROLL
       for (int u = 0; u < U; ++u) {
-        const int64_t k = c + u * n;
-        const V mean = vload(t.of.mean + k), invstd = vload(t.of.invstd + k);
-        const V gamma = vload(t.of.gamma + k), beta = vload(t.of.beta + k);
-        V block = vset(T(0)), block_paired = vset(T(0));
-        for (int64_t i = first; i < last; ++i) {
-          const V hat = (vload(t.v + i * t.v_ld + k) - mean) * invstd;
-          const V g = vload(t.grad + i * t.grad_ld + k) * act_derivative<A, T>(vfma(gamma, hat, beta));
-          if constexpr (Keep) vstore(t.out + i * t.out_ld + k, g);
-          block = block + g;
-          block_paired = vfma(g, hat, block_paired);
-        }
-        add_compensated(sum[u], lost[u], block);
-        add_compensated(paired[u], paired_lost[u], block_paired);
+        add_compensated(sum[u], lost[u], block[u]);
+        add_compensated(paired[u], paired_lost[u], block_paired[u]);
       }
     }
     T out[4][U * n];
@@ -157,7 +164,7 @@ struct NormSums {
   static void run(const NormTile<T>& t) {
     constexpr int n = Vec<T>::n;
     int64_t c = 0;
-    for (; c + (kSumVectors - 1) * n < t.channels; c += kSumVectors * n) vectors<A, kSumVectors>(t, c);
+    for (; c + n < t.channels; c += 2 * n) vectors<A, 2>(t, c);
     for (; c < t.channels; c += n) vectors<A, 1>(t, c);
   }
 };

@@ -1,0 +1,72 @@
+// What the CPU kernels read of norms: rows of per-channel values, and depthwise weights with a norm folded in.
+#pragma once
+
+#include <vector>
+
+#include "cpu/cpu_plan.h"
+#include "norm_args.h"
+
+namespace dsconv {
+
+constexpr int64_t kNormRows = 7;  // of NormContext::vectors
+
+// The rows that the kernels read, in the compute type and padded to ld. Without sums a gradient goes through the norm
+// as through constants.
+template <typename T>
+void fill_norm_rows(int64_t channels, int64_t ld, const double* vectors, const double* sums, double count, T* to) {
+  for (int64_t c = 0; c < channels; ++c) {
+    const double gamma = vectors[kGamma * channels + c], invstd = vectors[kInvstd * channels + c];
+    const double scale = gamma * invstd;
+    const double values[kNormRows] = {vectors[kMean * channels + c],
+                                      invstd,
+                                      gamma,
+                                      vectors[kBeta * channels + c],
+                                      scale,
+                                      sums != nullptr ? -scale * sums[channels + c] / count : 0,
+                                      sums != nullptr ? -scale * sums[c] / count : 0};
+    for (int64_t row = 0; row < kNormRows; ++row) to[row * ld + c] = static_cast<T>(values[row]);
+  }
+  for (int64_t row = 0; row < kNormRows; ++row) {
+    for (int64_t c = channels; c < ld; ++c) to[row * ld + c] = 0;
+  }
+}
+inline void fill_norm_rows(int64_t element, int64_t channels, int64_t ld, const double* vectors, const double* sums,
+                           double count, void* to) {
+  if (element == 8) return fill_norm_rows(channels, ld, vectors, sums, count, static_cast<double*>(to));
+  fill_norm_rows(channels, ld, vectors, sums, count, static_cast<float*>(to));
+}
+
+inline int64_t channel_of(const Geometry& g, int64_t k) { return k % g.c_in * g.multiplier + k / g.c_in; }
+
+// Packed depthwise weights and bias that make gamma * zhat + beta, or zhat, instead of z; order of k.
+enum class Fold { affine, zhat };
+
+template <typename T>
+void fold_norm(const Geometry& g, const CpuPlan& plan, const double* vectors, Fold kind, const T* weight, T* folded,
+               T* bias) {
+  std::vector<T> scales(static_cast<size_t>(g.c_mid));
+  for (int64_t k = 0; k < g.c_mid; ++k) {
+    const double* of = vectors + channel_of(g, k);
+    const bool affine = kind == Fold::affine;
+    const double scale = of[kInvstd * g.c_mid] * (affine ? of[kGamma * g.c_mid] : 1);
+    scales[k] = static_cast<T>(scale);
+    const double centred = static_cast<double>(bias[k]) - of[kMean * g.c_mid];
+    bias[k] = static_cast<T>(centred * scale + (affine ? of[kBeta * g.c_mid] : 0));
+  }
+  for (int64_t tap = 0; tap < plan.taps; ++tap) {
+    const int64_t row = tap * plan.mid_columns;
+    for (int64_t k = 0; k < g.c_mid; ++k) folded[row + k] = weight[row + k] * scales[k];
+    for (int64_t k = g.c_mid; k < plan.mid_columns; ++k) folded[row + k] = 0;
+  }
+}
+inline void fold_norm(const Geometry& g, const CpuPlan& plan, const double* vectors, Fold kind, const void* weight,
+                      void* folded, void* bias) {
+  if (plan.element == 8) {
+    return fold_norm(g, plan, vectors, kind, static_cast<const double*>(weight), static_cast<double*>(folded),
+                     static_cast<double*>(bias));
+  }
+  fold_norm(g, plan, vectors, kind, static_cast<const float*>(weight), static_cast<float*>(folded),
+            static_cast<float*>(bias));
+}
+
+}  // namespace dsconv
