@@ -244,9 +244,11 @@ def _saved(module, x, others=()):
     return sum(sizes.values())
 
 
-def test_bytes_kept_for_backward(device):
+def test_bytes_kept_for_backward(isa, device):
     """The input, y, and vectors of the channels: over the blocks of MobileNetV1 at most 45 % of stock modules' bytes,
     and with recompute_output at most 25 %, the input counted in both."""
+    if isa == "emulated":
+        pytest.skip("says the same on every backend, and takes long on this one")
     stock = kept = recomputed = 0
     for c_in, c_out, stride, size in MOBILENET:
         block = DepthwiseSeparableConvBN2d(c_in, c_out, 3, stride, 1, activation="relu6", out_activation="relu6")

@@ -1,114 +1,17 @@
 // The CUDA host entry: torch.ops.dsconv_cuda.{fwd, fwd_with_pre, bwd} for the CUDA dispatch key. Compiling this file is
-// what turns CUDA on. It is the only file of the CUDA part that knows torch.
+// what turns CUDA on. It and op_cuda_norm.cu are the only files of the CUDA part that know torch.
 //
 // Work goes to the current stream of the input's device; nothing here waits for it, so a CUDA graph can capture a call.
 
 #include <optional>
-#include <string>
 #include <tuple>
 #include <vector>
 
-#include "../op_args.h"
-
-#include <torch/csrc/stable/accelerator.h>
-
+#include "cuda_call.h"
 #include "cuda_dispatch.h"
-#include "portability.cuh"
 
 namespace dsconv {
-
-// The seam to the emulation of tests/cuda_host, which runs this file and the kernels on the host: there tensors are on
-// the CPU, and there is neither a stream nor a device to make current.
-#if defined(DSCONV_EMULATED)
-
-#define DSCONV_DISPATCH_KEY CPU
-
-struct CurrentDevice {
-  explicit CurrentDevice(const Tensor&) {}
-  void* stream() const { return nullptr; }
-};
-
-std::string device_name(int) { return "the emulated device"; }
-std::string architectures() { return "the host"; }
-
-#else
-
-#define DSCONV_DISPATCH_KEY CUDA
-
-// Declared here because torch's header shows it only under -DUSE_CUDA, which a hand-written load() would have to pass.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-
-// Makes the tensor's device current as long as it lives.
-class CurrentDevice {
- public:
-  explicit CurrentDevice(const Tensor& t) : index_(t.get_device_index()), guard_(index_) {}
-
-  void* stream() const {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
-    return stream;
-  }
-
- private:
-  int32_t index_;
-  torch::stable::accelerator::DeviceGuard guard_;
-};
-
-extern "C" const char* dsconv_cuda_architectures();  // cuda_build_info.cu
-
-std::string architectures() { return dsconv_cuda_architectures(); }
-
-std::string device_name(int device) {
-  cudaDeviceProp properties{};
-  return cudaGetDeviceProperties(&properties, device) == cudaSuccess ? properties.name : "an unknown device";
-}
-
-#endif
-
 namespace {
-
-int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  return cudaDeviceGetAttribute(&value, attribute, device) == cudaSuccess ? value : 0;
-}
-
-DeviceLimits device_limits() {
-  int device = 0;
-  static_cast<void>(cudaGetDevice(&device));
-  const auto read = [&](cudaDeviceAttr attribute, int64_t& value) {
-    if (const int found = device_attribute(attribute, device); found > 0) value = found;
-  };
-  int64_t major = 9, minor = 0, multiprocessors = 1;
-  read(cudaDevAttrComputeCapabilityMajor, major);
-  minor = device_attribute(cudaDevAttrComputeCapabilityMinor, device);
-  read(cudaDevAttrMultiProcessorCount, multiprocessors);
-  DeviceLimits limits = limits_of(10 * major + minor, multiprocessors);
-  read(cudaDevAttrMaxSharedMemoryPerBlockOptin, limits.shared_per_block);
-  read(cudaDevAttrMaxSharedMemoryPerMultiprocessor, limits.shared_per_multiprocessor);
-  return limits;
-}
-
-void check_launch(const char* op, const LaunchStatus& status) {
-  if (status.error == cudaSuccess) return;
-  const auto error = static_cast<cudaError_t>(status.error);
-  int device = 0;
-  static_cast<void>(cudaGetDevice(&device));
-  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, device);
-  const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor, device);
-  const std::string capability = std::to_string(major) + "." + std::to_string(minor);
-  std::string text = std::string("launching kernel ") + status.kernel + " failed: " + cudaGetErrorString(error) + " (" +
-                     cudaGetErrorName(error) + ") on " + device_name(device) + ", compute capability " + capability;
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    text += "; this build holds kernels for " + architectures() + ": rebuild with TORCH_CUDA_ARCH_LIST=" + capability;
-  }
-  STD_TORCH_CHECK(false, op, ": ", text);
-}
-
-void check_extents(const char* op, const Geometry& g) {
-  const char* axis = unsupported_extent(g);
-  STD_TORCH_CHECK(axis == nullptr, op, ": on CUDA, ", axis != nullptr ? axis : "",
-                  " must stay below 2^29 (padding, stride, dilation and the reach of the kernel too)");
-}
 
 ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                         const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
@@ -159,7 +62,6 @@ BackwardResult bwd(const Tensor& dy, const Tensor& x, const Tensor& dw_weight, c
 }
 
 }  // namespace
-
 }  // namespace dsconv
 
 STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, DSCONV_DISPATCH_KEY, m) {

@@ -41,6 +41,7 @@ def build_emulated_extension(build_dir: Path | str) -> Path:
         CSRC / "cuda" / "cuda_plan_query.cpp",
         HERE / "no_cpu_kernels.cpp",
         CSRC / "cuda" / "op_cuda.cu",
+        CSRC / "cuda" / "op_cuda_norm.cu",
     ]
     jobs = [(source, flags) for source in torch_sources]
     jobs += [(source, _kernel_flags(None)) for source in kernel_sources()]
