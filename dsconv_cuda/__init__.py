@@ -1,7 +1,7 @@
 """Fused depthwise separable convolutions for PyTorch, on the CPU and on CUDA.
 
-    depthwise_separable_conv2d      the function
-    DepthwiseSeparableConv2d        the module, also as DepthwiseSeparableConv
+    depthwise_separable_conv2d      the function, and ...conv1d
+    DepthwiseSeparableConv2d        the module, also as DepthwiseSeparableConv, and ...Conv1d
     DepthwiseSeparableConvBN2d      the block with a BatchNorm after either part, trained as one;
                                     depthwise_separable_conv_bn2d and BatchNormArguments are its function
     fuse, unfuse, explain_fusion    finds the chains of a model of stock modules and fuses them
@@ -22,16 +22,17 @@ from dsconv_cuda import complexity, models
 from dsconv_cuda.batchnorm import BatchNormArguments, depthwise_separable_conv_bn2d
 from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN2d
 from dsconv_cuda.decompositions import decomposition_table
-from dsconv_cuda.functional import depthwise_separable_conv2d
+from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separable_conv2d
 from dsconv_cuda.fusion import explain_fusion, fuse, unfuse
 from dsconv_cuda.kept_weights import clear_weight_cache
-from dsconv_cuda.modules import DepthwiseSeparableConv, DepthwiseSeparableConv2d
+from dsconv_cuda.modules import DepthwiseSeparableConv, DepthwiseSeparableConv1d, DepthwiseSeparableConv2d
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BatchNormArguments",
     "DepthwiseSeparableConv",
+    "DepthwiseSeparableConv1d",
     "DepthwiseSeparableConv2d",
     "DepthwiseSeparableConvBN2d",
     "Gpu",
@@ -39,6 +40,7 @@ __all__ = [
     "clear_weight_cache",
     "complexity",
     "decomposition_table",
+    "depthwise_separable_conv1d",
     "depthwise_separable_conv2d",
     "depthwise_separable_conv_bn2d",
     "explain_fusion",

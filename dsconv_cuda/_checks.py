@@ -62,6 +62,40 @@ def padding(op: str, value, kernel: tuple[int, int], stride, dilation) -> tuple[
     return (vertical, horizontal, vertical, horizontal)
 
 
+def single(op: str, argument: str, value, least: int = 1) -> int:
+    """`value`, an int or a sequence of one."""
+    if isinstance(value, (tuple, list, torch.Size)):
+        if len(value) != 1:
+            raise ValueError(f"{op}: {argument} must be an int, got {len(value)} numbers: {value!r}")
+        value = value[0]
+    return pair(op, argument, value, least)[0]
+
+
+def padding_1d(op: str, value, kernel: int, stride: int, dilation: int) -> tuple[int, int, int, int]:
+    """`value`, an int, "same", "valid" or "causal", as (top, left, bottom, right) of the row."""
+    if isinstance(value, str):
+        if value == "causal":
+            return (0, dilation * (kernel - 1), 0, 0)
+        if value not in ("same", "valid"):
+            raise ValueError(f'{op}: padding must be an int, "same", "valid" or "causal", got {value!r}')
+        return padding(op, value, (1, kernel), (1, stride), (1, dilation))
+    amount = single(op, "padding", value, 0)
+    return (0, amount, 0, amount)
+
+
+def check_ranks_1d(op: str, tensors: tuple) -> None:
+    """That the tensors can be seen as rows; their sizes are checked as those of images with one row."""
+    x, dw, pw = tensors[0].shape, tensors[1].shape, tensors[2].shape
+    if len(x) not in (2, 3):
+        raise ValueError(f"{op}: input must have shape [N, C, L] or [C, L], got {len(x)} dimensions: {list(x)}")
+    if len(dw) != 3 or dw[1] != 1:
+        raise ValueError(f"{op}: dw_weight must have shape [C * m, 1, k], got {list(dw)}")
+    if not (len(pw) == 2 or (len(pw) == 3 and pw[2] == 1)):
+        raise ValueError(
+            f"{op}: pw_weight must have kernel size 1, of shape [C_out, C * m, 1] or [C_out, C * m], got {list(pw)}"
+        )
+
+
 def check_types(op: str, tensors: tuple) -> None:
     for index, t in enumerate(tensors):
         if not isinstance(t, Tensor) and (t is not None or index < _FIRST_BIAS):

@@ -84,27 +84,32 @@ def depthwise_separable_conv2d(
     """
     tensors = (input, dw_weight, pw_weight, dw_bias, pw_bias)
     _checks.check_types(_OP, tensors)
-    device = input.device.type
+    return _conv(_OP, tensors, stride, padding, dilation, activation, out_activation)
+
+
+def _conv(op: str, tensors: tuple, stride, padding, dilation, activation, out_activation, border=None) -> Tensor:
+    """`border` is the padding worked out already, as (top, left, bottom, right)."""
+    device = tensors[0].device.type
     if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         tensors = _autocast(tensors, device)
-    _checks.check_operands(_OP, tensors)
-    x_shape, dw_shape, pw_shape = _checks.check_shapes(_OP, tensors)
+    _checks.check_operands(op, tensors)
+    x_shape, dw_shape, pw_shape = _checks.check_shapes(op, tensors)
 
-    stride = _checks.pair(_OP, "stride", stride, 1)
-    dilation = _checks.pair(_OP, "dilation", dilation, 1)
-    padding = _checks.padding(_OP, padding, dw_shape[2:], stride, dilation)
-    _checks.check_extents(_OP, x_shape, dw_shape, pw_shape, stride, padding, dilation)
+    stride = _checks.pair(op, "stride", stride, 1)
+    dilation = _checks.pair(op, "dilation", dilation, 1)
+    padding = border or _checks.padding(op, padding, dw_shape[2:], stride, dilation)
+    _checks.check_extents(op, x_shape, dw_shape, pw_shape, stride, padding, dilation)
     config = Config(
         stride,
         padding,
         dilation,
-        activation_number(activation, "activation", _OP),
-        activation_number(out_activation, "out_activation", _OP),
+        activation_number(activation, "activation", op),
+        activation_number(out_activation, "out_activation", op),
     )
 
     _load()
     if device == "cuda" and not _loader.cuda_kernels_loaded():
-        _checks.raise_for_no_cuda(_OP, input.device)
+        _checks.raise_for_no_cuda(op, tensors[0].device)
     if len(x_shape) == 4:
         return autograd.apply(*tensors, config)
     return autograd.apply(tensors[0].unsqueeze(0), *tensors[1:], config).squeeze(0)
@@ -116,3 +121,48 @@ def _autocast(tensors: tuple, device: str) -> tuple:
     return tuple(
         t.to(dtype) if t is not None and t.dtype in _AUTOCAST_FROM and t.device.type == device else t for t in tensors
     )
+
+
+_OP_1D = "depthwise_separable_conv1d"
+
+
+def depthwise_separable_conv1d(
+    input: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    dw_bias: Tensor | None = None,
+    pw_bias: Tensor | None = None,
+    stride: int | tuple[int] = 1,
+    padding: int | tuple[int] | str = 0,
+    dilation: int | tuple[int] = 1,
+    activation: str | nn.Module | None = "identity",
+    out_activation: str | nn.Module | None = "identity",
+) -> Tensor:
+    r"""Depthwise convolution, activation, pointwise convolution and activation along one dimension, as one operation.
+
+    :func:`depthwise_separable_conv2d` of an image with one row, by the same kernels and without a copy.
+
+    Args:
+        input: ``[N, C, L]``, N may be 0; or unbatched, ``[C, L]``.
+        dw_weight: ``[C * m, 1, k]``.
+        pw_weight: ``[C_out, C * m, 1]`` or ``[C_out, C * m]``.
+        stride, dilation: an int.
+        padding: an int, ``"same"``, ``"valid"``, or ``"causal"``: ``dilation * (k - 1)`` zeros on the left and none on
+            the right, so that no output sees what comes after it. With stride 1 the length is kept.
+        dw_bias, pw_bias, activation, out_activation: as in :func:`depthwise_separable_conv2d`.
+
+    Returns:
+        ``[N, C_out, L_out]``, or ``[C_out, L_out]`` for an unbatched input.
+
+    Raises:
+        As :func:`depthwise_separable_conv2d`.
+    """
+    tensors = (input, dw_weight, pw_weight, dw_bias, pw_bias)
+    _checks.check_types(_OP_1D, tensors)
+    _checks.check_ranks_1d(_OP_1D, tensors)
+    stride, dilation = (_checks.single(_OP_1D, name, v) for name, v in (("stride", stride), ("dilation", dilation)))
+    border = _checks.padding_1d(_OP_1D, padding, dw_weight.shape[2], stride, dilation)
+    pw_weight = pw_weight.unsqueeze(-1) if pw_weight.dim() == 3 else pw_weight
+    rows = (input.unsqueeze(-2), dw_weight.unsqueeze(-2), pw_weight, dw_bias, pw_bias)
+    y = _conv(_OP_1D, rows, (1, stride), 0, (1, dilation), activation, out_activation, border)
+    return y.squeeze(-2)

@@ -151,7 +151,7 @@ def keep(module: nn.Module, input: Tensor) -> None:
     depthwise, pointwise = module._modules.get("depthwise"), module._modules.get("pointwise")
     if type(depthwise) is not nn.Conv2d or type(pointwise) is not nn.Conv2d:
         return
-    if has_hooks(depthwise) or has_hooks(pointwise):
+    if has_hooks(depthwise) or has_hooks(pointwise) or depthwise.padding_mode != "zeros":
         return
     call = KeptCall()
     call.depthwise, call.pointwise = depthwise, pointwise

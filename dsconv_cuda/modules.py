@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from dsconv_cuda import kept_weights
 from dsconv_cuda.activations import ACTIVATIONS, activation_name
-from dsconv_cuda.functional import depthwise_separable_conv2d
+from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separable_conv2d
 
 
 class DepthwiseSeparableConv2d(nn.Module):
@@ -29,7 +29,7 @@ class DepthwiseSeparableConv2d(nn.Module):
         kernel_size, stride, padding, dilation: of the depthwise part, as in nn.Conv2d; so padding may be "same".
         bias: whether both parts have a bias.
         channel_multiplier: filters per input channel.
-        padding_mode: only "zeros".
+        padding_mode: as in nn.Conv2d. What is not zeros is made around the input first, as nn.Conv2d does it, too.
         activation, out_activation: after the depthwise and after the pointwise part; a name, None or an instance of the
             matching torch.nn module, of which the name is kept.
         device, dtype: of the parameters.
@@ -38,8 +38,7 @@ class DepthwiseSeparableConv2d(nn.Module):
     and W_out of nn.Conv2d.
 
     Raises:
-        ValueError: a padding_mode other than "zeros", a channel_multiplier below 1, an unknown activation, and what
-            nn.Conv2d refuses.
+        ValueError: a channel_multiplier below 1, an unknown activation, and what nn.Conv2d refuses.
     """
 
     _kept_call: kept_weights.KeptCall | None = None  # what makes the next call quick
@@ -63,11 +62,6 @@ class DepthwiseSeparableConv2d(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        if padding_mode != "zeros":
-            raise ValueError(
-                f"{name}: padding_mode must be 'zeros', the only one implemented, got {padding_mode!r}; pad the "
-                f"input with torch.nn.functional.pad and use padding=0"
-            )
         if channel_multiplier < 1:
             raise ValueError(f"{name}: channel_multiplier must be at least 1, got {channel_multiplier}")
         self.activation = activation_name(activation, "activation", name)
@@ -82,6 +76,7 @@ class DepthwiseSeparableConv2d(nn.Module):
             dilation,
             groups=in_channels,
             bias=bias,
+            padding_mode=padding_mode,
             device=device,
             dtype=dtype,
         )
@@ -106,9 +101,10 @@ class DepthwiseSeparableConv2d(nn.Module):
             if not (_only_computes_weights(depthwise) and _only_computes_weights(pointwise)):
                 z = ACTIVATIONS[self.activation].value(depthwise(input))
                 return ACTIVATIONS[self.out_activation].value(pointwise(z))
-            for child in (depthwise, pointwise):
-                for hook in child._forward_pre_hooks.values():
-                    hook(child, None)
+            _compute_weights(depthwise, pointwise)
+        padding = depthwise.padding
+        if depthwise.padding_mode != "zeros":
+            input, padding = _padded(input, depthwise), 0
         return depthwise_separable_conv2d(
             input,
             depthwise.weight,
@@ -116,7 +112,7 @@ class DepthwiseSeparableConv2d(nn.Module):
             depthwise.bias,
             pointwise.bias,
             depthwise.stride,
-            depthwise.padding,
+            padding,
             depthwise.dilation,
             self.activation,
             self.out_activation,
@@ -142,6 +138,100 @@ def _only_computes_weights(module: nn.Module) -> bool:
     others = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
     hooks = module._forward_pre_hooks.values()
     return not others and all(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
+
+
+def _compute_weights(*modules: nn.Module) -> None:
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            hook(module, None)
+
+
+def _padded(input: Tensor, conv: nn.Module) -> Tensor:
+    return nn.functional.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+
+
+class DepthwiseSeparableConv1d(nn.Module):
+    """Depthwise separable convolution along one dimension: see :func:`dsconv_cuda.depthwise_separable_conv1d`.
+
+    ``.depthwise`` and ``.pointwise`` are nn.Conv1d and hold the parameters, as in :class:`DepthwiseSeparableConv2d`.
+
+    Args:
+        padding: as in nn.Conv1d, or ``"causal"``: ``dilation * (kernel_size - 1)`` zeros on the left only. The
+            depthwise nn.Conv1d has padding 0 then.
+        Everything else as in :class:`DepthwiseSeparableConv2d`.
+
+    Shape: ``[N, in_channels, L]`` or ``[in_channels, L]`` to ``[N, out_channels, L_out]``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int],
+        stride: int | tuple[int] = 1,
+        padding: int | tuple[int] | str = 0,
+        bias: bool = False,
+        *,
+        dilation: int | tuple[int] = 1,
+        channel_multiplier: int = 1,
+        padding_mode: str = "zeros",
+        activation: str | nn.Module | None = "identity",
+        out_activation: str | nn.Module | None = "identity",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        if channel_multiplier < 1:
+            raise ValueError(f"{name}: channel_multiplier must be at least 1, got {channel_multiplier}")
+        self.causal = isinstance(padding, str) and padding == "causal"
+        if self.causal and padding_mode != "zeros":
+            raise ValueError(f"{name}: padding 'causal' takes padding_mode 'zeros' only, got {padding_mode!r}")
+        self.activation = activation_name(activation, "activation", name)
+        self.out_activation = activation_name(out_activation, "out_activation", name)
+        channels = in_channels * channel_multiplier
+        self.depthwise = nn.Conv1d(
+            in_channels,
+            channels,
+            kernel_size,
+            stride,
+            0 if self.causal else padding,
+            dilation,
+            groups=in_channels,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self.pointwise = nn.Conv1d(channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        depthwise, pointwise = self.depthwise, self.pointwise
+        if kept_weights.has_hooks(depthwise) or kept_weights.has_hooks(pointwise):
+            if not (_only_computes_weights(depthwise) and _only_computes_weights(pointwise)):
+                left = depthwise.dilation[0] * (depthwise.kernel_size[0] - 1) if self.causal else 0
+                z = ACTIVATIONS[self.activation].value(depthwise(nn.functional.pad(input, (left, 0))))
+                return ACTIVATIONS[self.out_activation].value(pointwise(z))
+            _compute_weights(depthwise, pointwise)
+        padding = "causal" if self.causal else depthwise.padding
+        if depthwise.padding_mode != "zeros":
+            input, padding = _padded(input, depthwise), 0
+        return depthwise_separable_conv1d(
+            input,
+            depthwise.weight,
+            pointwise.weight,
+            depthwise.bias,
+            pointwise.bias,
+            depthwise.stride,
+            padding,
+            depthwise.dilation,
+            self.activation,
+            self.out_activation,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"activation={self.activation}, out_activation={self.out_activation}"
+        return text + (", padding=causal" if self.causal else "")
 
 
 DepthwiseSeparableConv = DepthwiseSeparableConv2d  # the name under which tutorials know it

@@ -247,7 +247,16 @@ class _Folded:
 def _shell(conv: nn.Conv2d) -> nn.Conv2d:
     shell = nn.Conv2d.__new__(nn.Conv2d)
     nn.Module.__init__(shell)
-    for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+    for name in (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    ):
         setattr(shell, name, getattr(conv, name))
     shell.register_parameter("weight", None)
     shell.register_parameter("bias", None)
