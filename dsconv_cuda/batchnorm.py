@@ -222,8 +222,11 @@ def _fold(weight: Tensor, bias: Tensor | None, bn: BatchNormArguments) -> tuple[
     return scaled.to(weight.dtype), shift.to(weight.dtype)
 
 
+_devices_with_kernels = {"meta"}
+
+
 def _check_kernels(device: torch.device) -> None:
-    if device.type == "meta":
+    if device.type in _devices_with_kernels:
         return
     if not _loader.batch_norm_kernels_loaded(device.type):
         raise RuntimeError(
@@ -231,6 +234,7 @@ def _check_kernels(device: torch.device) -> None:
             f"on the CPU, or with nn.Conv2d and nn.BatchNorm2d under the same names (the state_dict fits), or freeze "
             f"the norms with .eval()"
         )
+    _devices_with_kernels.add(device.type)
 
 
 def _refuse_what_has_no_rule() -> None:

@@ -218,6 +218,19 @@ def test_checkpoint(device):
     assert torch.equal(actual[0], expected[0])
 
 
+def test_a_build_without_the_kernels_says_so(device, monkeypatch):
+    """Statistics of the batch need kernels of their own; given ones fold into the weights and need none."""
+    from dsconv_cuda import _loader, batchnorm
+
+    block, x = Shape().block().to(device), Shape().input().to(device)
+    monkeypatch.setattr(batchnorm, "_devices_with_kernels", set())
+    monkeypatch.setattr(_loader, "batch_norm_kernels_loaded", lambda device_type: False)
+    with pytest.raises(RuntimeError, match=r"this build has no kernels on .* freeze the norms with \.eval\(\)"):
+        block(x)
+    assert block.bn1.num_batches_tracked == 0
+    block.eval()(x)
+
+
 # ---- what is kept for backward ---------------------------------------------------------------------------------------
 
 # The blocks of MobileNetV1: input channels, output channels, stride, size of the map (half of the network's).
