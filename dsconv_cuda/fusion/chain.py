@@ -15,8 +15,8 @@ depends on the state of the modules alone, so that all get the same answer:
     NONE    every module runs its old forward: where a hook or a parametrization was added, a module was exchanged, or
             the device has no kernels
 
-A BatchNorm that takes statistics of the batch goes the way of batchnorm.py. Where that is closed (CPU kernels only as
-yet, no torch.func, a graph break in torch.compile), it runs by itself: PAIR, or NONE if it is the one between.
+A BatchNorm that takes statistics of the batch goes the way of batchnorm.py. Where that is closed (a device without
+kernels for it, torch.func, a graph break in torch.compile), it runs by itself: PAIR, or NONE if it is the one between.
 
 BatchNorm in evaluation folds into the weights of the convolution before it, in float32 or better:
 
