@@ -81,7 +81,9 @@ def broken_rules(rows: list[Row], launched=None) -> list[str]:
             )
         if row.blocks[1] < kernel.least_blocks and kernel.architecture != "sm_75":
             texts.append(f"{where}: {row.blocks[1]} blocks share a multiprocessor, {kernel.least_blocks} are planned")
-        if "mma" in kernel.name.lower() and not any(found[column] for column in TENSOR_CORES):
+        # sm_75 has no bf16 and no TF32 on its tensor cores, and the planner sends it neither.
+        unplanned = kernel.architecture == "sm_75" and "Half" not in kernel.name
+        if "mma" in kernel.name.lower() and not unplanned and not any(found[column] for column in TENSOR_CORES):
             texts.append(f"{where}: no tensor core instruction")
         if found["HMMA"] and kernel.architecture != "sm_75" and not (found["LDSM"] and found["LDGSTS"]):
             texts.append(f"{where}: HMMA without ldmatrix ({found['LDSM']}) or cp.async ({found['LDGSTS']})")

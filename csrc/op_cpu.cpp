@@ -150,7 +150,7 @@ ForwardCall forward(const char* op, const Tensor& x, const Tensor& dw_weight, co
 }
 
 Tensor fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Ints stride, Ints padding,
-           Ints dilation, int64_t act, int64_t out_act) {
+           Ints dilation, int64_t act, int64_t out_act, bool /*tf32*/) {
   return *forward("dsconv_cuda::fwd", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act,
                   out_act, false)
               .y;
@@ -205,14 +205,15 @@ Tensor fwd_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias
 }
 
 std::tuple<Tensor, Tensor> fwd_with_pre(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
-                                        Ints stride, Ints padding, Ints dilation, int64_t act, int64_t out_act) {
+                                        Ints stride, Ints padding, Ints dilation, int64_t act, int64_t out_act,
+                                        bool /*tf32*/) {
   ForwardCall call = forward("dsconv_cuda::fwd_with_pre", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding,
                              dilation, act, out_act, true);
   return {*call.y, *call.pre};
 }
 
 BackwardResult bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved, Ints stride,
-                   Ints padding, Ints dilation, int64_t act, int64_t out_act, int64_t grad_mask) {
+                   Ints padding, Ints dilation, int64_t act, int64_t out_act, int64_t grad_mask, bool /*tf32*/) {
   constexpr const char* op = "dsconv_cuda::bwd";
   BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
                                        arguments_of(op, stride, padding, dilation, act, out_act), grad_mask);

@@ -69,6 +69,7 @@ struct ForwardParams {
   Geometry geom;
   DType dtype;  // of every tensor of the call
   Activation act, out_act;
+  bool tf32;  // f32 products of the pointwise stage may round their operands to TF32; the CPU never does
 
   const void* x;  // [n, c_in, h_in, w_in], x_strides
   Strides x_strides;
@@ -89,6 +90,7 @@ struct BackwardParams {
   Geometry geom;
   DType dtype;
   Activation act, out_act;
+  bool tf32;
 
   const void* x;
   Strides x_strides;

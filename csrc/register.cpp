@@ -1,7 +1,8 @@
 // The op schemas and the Python module (what is not a tensor op). Implementations register themselves: op_cpu.cpp for
 // CPU, cuda/op_cuda.cu for CUDA (compiling that file is what turns CUDA on), dsconv_cuda/ops.py for fake tensors.
 //
-// padding is (top, left, bottom, right); act and out_act are the numbers of params.h's Activation.
+// padding is (top, left, bottom, right); act and out_act are the numbers of params.h's Activation; tf32 lets CUDA round
+// the operands of float32 products to TF32 and means nothing to the CPU.
 
 #include "build_info.h"
 #include "cpu/cpu_isa.h"
@@ -12,7 +13,7 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   // y
   m.def(
       "fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[2] stride, int[4] "
-      "padding, int[2] dilation, int act, int out_act) -> Tensor");
+      "padding, int[2] dilation, int act, int out_act, bool tf32=False) -> Tensor");
   // fwd for a module whose weights stay as they are between calls, on the CPU: `kept`, made by keep(), holds the
   // arguments that are no tensors, and the packed weights (kept_weights.h). version is the sum of the weights' version
   // counters. Below autograd, for calls that need no gradient, and for plain tensors only: no fake kernel, no vmap.
@@ -25,12 +26,12 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   // (y, pre): pre is y before out_act, kept for backward where its derivative cannot be told from y
   m.def(
       "fwd_with_pre(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[2] stride, "
-      "int[4] padding, int[2] dilation, int act, int out_act) -> (Tensor, Tensor)");
+      "int[4] padding, int[2] dilation, int act, int out_act, bool tf32=False) -> (Tensor, Tensor)");
   // Gradients of (x, dw_weight, pw_weight, dw_bias, pw_bias); one that grad_mask does not ask for has shape [0].
   m.def(
       "bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? saved, int[2] stride, "
-      "int[4] padding, int[2] dilation, int act, int out_act, int grad_mask) -> (Tensor, Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "int[4] padding, int[2] dilation, int act, int out_act, int grad_mask, bool tf32=False) -> (Tensor, "
+      "Tensor, Tensor, Tensor, Tensor)");
 
   // Training through BatchNorm: op_cpu_norm.cpp says what each computes. moments and sums are [2, C], vectors [4, C]
   // (mean, invstd, gamma, beta), all float64; pw_weight tells z_moments nothing but is there as everywhere.

@@ -37,7 +37,7 @@ class DepthwiseSeparable(torch.autograd.Function):
     def forward(x, dw_weight, pw_weight, dw_bias, pw_bias, config: Config):
         ops = torch.ops.dsconv_cuda
         forward = ops.fwd if derivative_from_output(config.out_act) else ops.fwd_with_pre
-        return forward(x, dw_weight, pw_weight, dw_bias, pw_bias, *config.arguments())
+        return forward(x, dw_weight, pw_weight, dw_bias, pw_bias, *config.arguments(), *config.precision())
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -97,7 +97,8 @@ class DepthwiseSeparableGrad(torch.autograd.Function):
 
     @staticmethod
     def forward(dy, x, dw_weight, pw_weight, dw_bias, pw_bias, saved, config: Config, mask: int):
-        return torch.ops.dsconv_cuda.bwd(dy, x, dw_weight, pw_weight, dw_bias, saved, *config.arguments(), mask)
+        arguments = (*config.arguments(), mask, *config.precision())
+        return torch.ops.dsconv_cuda.bwd(dy, x, dw_weight, pw_weight, dw_bias, saved, *arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -130,7 +131,7 @@ class DepthwiseSeparableGrad(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return backward_vmap(DepthwiseSeparableGrad.apply, 6)(info, in_dims, *args)
+        return backward_vmap(DepthwiseSeparableGrad.apply, 6, 8)(info, in_dims, *args)
 
 
 @contextlib.contextmanager
@@ -176,11 +177,11 @@ def apply(
         # Graphs hold the bare op; its gradients are registered in ops.py.
         needs_pre = torch.is_grad_enabled() and not derivative_from_output(config.out_act)
         if needs_pre and any(t is not None and t.requires_grad for t in tensors):
-            return torch.ops.dsconv_cuda.fwd_with_pre(*tensors, *config.arguments())[0]
-        return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments())
+            return torch.ops.dsconv_cuda.fwd_with_pre(*tensors, *config.arguments(), *config.precision())[0]
+        return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments(), *config.precision())
     if not _derivatives_may_follow(tensors):
         with torch._C._AutoDispatchBelowAutograd():  # past the op's own gradients, which would find nothing to do
-            return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments())
+            return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments(), *config.precision())
     if not torch._C._are_functorch_transforms_active():
         return apply_with_graph(*tensors, config)
     result = DepthwiseSeparable.apply(*tensors, config)

@@ -20,17 +20,21 @@ def _before_out_activation(x, dw_weight, pw_weight, dw_bias, pw_bias, config: Co
     return Pointwise(pw_weight).conv(pw_weight, BY_NUMBER[config.act].value(z), pw_bias)
 
 
-def fwd(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act) -> Tensor:
+def fwd(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, tf32=False) -> Tensor:
     return fwd_with_pre(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act)[0]
 
 
-def fwd_with_pre(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act) -> tuple:
+def fwd_with_pre(
+    x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, tf32=False
+) -> tuple:
     config = Config(stride, padding, dilation, act, out_act)
     pre = _before_out_activation(x, dw_weight, pw_weight, dw_bias, pw_bias, config)
     return BY_NUMBER[out_act].value(pre), pre
 
 
-def bwd(dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act, out_act, grad_mask) -> tuple:
+def bwd(
+    dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act, out_act, grad_mask, tf32=False
+) -> tuple:
     depthwise, pointwise = Depthwise(Config(stride, padding, dilation, act, out_act), x.shape[1]), Pointwise(pw_weight)
     z = depthwise.conv(x, dw_weight, dw_bias)
     g = dy if saved is None else dy * _out_derivative(saved, out_act)

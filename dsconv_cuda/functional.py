@@ -58,7 +58,9 @@ def depthwise_separable_conv2d(
             so does ``"none"``; an instance of the matching ``torch.nn`` module is accepted.
 
     All tensors have one dtype, float64, float32, bfloat16 or float16, and one device, a CPU or a CUDA one. float16,
-    bfloat16 and float32 accumulate in float32, float64 in float64. Under ``torch.autocast`` the operands are cast as
+    bfloat16 and float32 accumulate in float32, float64 in float64. On CUDA the pointwise part of a float32 call rounds
+    its operands to TF32 where PyTorch's own convolutions do (``torch.backends.cudnn.conv.fp32_precision``, or
+    ``allow_tf32``); the depthwise part never does. Under ``torch.autocast`` the operands are cast as
     those of PyTorch's convolutions are; float64 stays float64.
 
     Any strides are read as they lie: NCHW, channels_last, slices and expanded tensors, with no copy where either
@@ -105,6 +107,7 @@ def _conv(op: str, tensors: tuple, stride, padding, dilation, activation, out_ac
         dilation,
         activation_number(activation, "activation", op),
         activation_number(out_activation, "out_activation", op),
+        device == "cuda" and tensors[0].dtype == torch.float32 and _tf32_allowed(),
     )
 
     _load()
@@ -113,6 +116,14 @@ def _conv(op: str, tensors: tuple, stride, padding, dilation, activation, out_ac
     if len(x_shape) == 4:
         return autograd.apply(*tensors, config)
     return autograd.apply(tensors[0].unsqueeze(0), *tensors[1:], config).squeeze(0)
+
+
+def _tf32_allowed() -> bool:
+    """The switch that PyTorch's own convolutions on CUDA follow."""
+    cudnn = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):  # torch >= 2.9; allow_tf32 is another view of it, and raises where it cannot say
+        return cudnn.conv.fp32_precision == "tf32"
+    return cudnn.allow_tf32
 
 
 def _autocast(tensors: tuple, device: str) -> tuple:

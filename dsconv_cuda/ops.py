@@ -3,12 +3,13 @@
 :func:`register_python_parts` is called once, by ``dsconv_cuda._loader.load_library``, when the C++ library has defined
 the ops:
 
-    fwd(x, dw_weight, pw_weight, dw_bias?, pw_bias?, stride, padding, dilation, act, out_act) -> y
-    fwd_with_pre(the same)                                                                   -> (y, y before out_act)
-    bwd(dy, x, dw_weight, pw_weight, dw_bias?, saved?, stride, padding, dilation, act, out_act, grad_mask)
+    fwd(x, dw_weight, pw_weight, dw_bias?, pw_bias?, stride, padding, dilation, act, out_act, tf32=False) -> y
+    fwd_with_pre(the same) -> (y, y before out_act)
+    bwd(dy, x, dw_weight, pw_weight, dw_bias?, saved?, stride, padding, dilation, act, out_act, grad_mask, tf32=False)
         -> gradients of (x, dw_weight, pw_weight, dw_bias, pw_bias), of shape [0] where grad_mask does not ask
 
-padding is (top, left, bottom, right), act and out_act are numbers of activations.py, grad_mask sums GRAD_*. `saved` is
+padding is (top, left, bottom, right), act and out_act are numbers of activations.py, grad_mask sums GRAD_*. tf32 lets
+CUDA round the operands of float32 products of the pointwise part to TF32; the CPU takes no notice of it. `saved` is
 what out_act's derivative is told from: y, or y before out_act (see activations.derivative_from_output), None for
 identity.
 
@@ -89,7 +90,7 @@ def _output_shape(op: str, x: Tensor, dw_weight: Tensor, pw_weight: Tensor, stri
     return (x.shape[0], pw_weight.shape[0], *extents)
 
 
-def _fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act):
+def _fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, tf32=False):
     shape = _output_shape("dsconv_cuda::fwd", x, dw_weight, pw_weight, stride, padding, dilation)
     return _empty(x, shape, _memory_format(x, dw_weight, pw_weight))
 
@@ -98,7 +99,7 @@ def _fwd_with_pre_fake(*args):
     return _fwd_fake(*args), _fwd_fake(*args)
 
 
-def _bwd_fake(dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act, out_act, mask):
+def _bwd_fake(dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act, out_act, mask, tf32=False):
     shape = _output_shape("dsconv_cuda::bwd", x, dw_weight, pw_weight, stride, padding, dilation)
     torch._check(
         dy.dim() == 4 and all(a == b for a, b in zip(dy.shape, shape, strict=True)),
@@ -227,13 +228,12 @@ def forward_vmap(forward):
     return rule
 
 
-def backward_vmap(backward, saved_index: int):
-    """The vmap rule of `backward`: dy and x, then weights and biases up to `saved_index`, `saved`, and the mask "
-    "at last."""
+def backward_vmap(backward, saved_index: int, mask_index: int):
+    """The vmap rule of `backward`: dy and x, then weights and biases up to `saved_index`, `saved`, and the mask."""
 
     def rule(info, in_dims, *args):
         size = info.batch_size
-        if any(isinstance(d, int) for d in in_dims[2:saved_index]) or args[-1] != GRAD_X or size == 0:
+        if any(isinstance(d, int) for d in in_dims[2:saved_index]) or args[mask_index] != GRAD_X or size == 0:
             return _for_each(backward, size, in_dims, args)
         args = list(args)
         for i in (0, 1, saved_index):
@@ -254,7 +254,7 @@ def _setup_context(ctx, inputs, output):
     y, pre = output if isinstance(output, tuple) else (output, None)
     if pre is not None:
         ctx.mark_non_differentiable(pre)
-    out_act = config[-1]
+    out_act = config[4]
     saved = None
     if out_act != IDENTITY:
         saved = y if derivative_from_output(out_act) else pre
@@ -265,16 +265,15 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy, *_):
     x, dw_weight, pw_weight, dw_bias, pw_bias, saved = ctx.saved_tensors
-    out_act = ctx.config[-1]
+    *geometry, act, out_act, tf32 = ctx.config
     mask = grad_mask(*ctx.needs_input_grad[:5])
     if mask == 0:
-        return (None,) * 10
+        return (None,) * 11
     if saved is None and out_act != IDENTITY:
         # fwd was called by hand where fwd_with_pre would have kept what its derivative needs
-        *geometry, act, _ = ctx.config
-        saved = torch.ops.dsconv_cuda.fwd(x, dw_weight, pw_weight, dw_bias, pw_bias, *geometry, act, IDENTITY)
-    grads = torch.ops.dsconv_cuda.bwd(dy, x, dw_weight, pw_weight, dw_bias, saved, *ctx.config, mask)
-    return (*(g if mask & bit else None for g, bit in zip(grads, GRAD_BITS, strict=True)), *(None,) * 5)
+        saved = torch.ops.dsconv_cuda.fwd(x, dw_weight, pw_weight, dw_bias, pw_bias, *geometry, act, IDENTITY, tf32)
+    grads = torch.ops.dsconv_cuda.bwd(dy, x, dw_weight, pw_weight, dw_bias, saved, *geometry, act, out_act, mask, tf32)
+    return (*(g if mask & bit else None for g, bit in zip(grads, GRAD_BITS, strict=True)), *(None,) * 6)
 
 
 def _no_double_backward(ctx, *grads):
@@ -298,7 +297,7 @@ def register_python_parts() -> None:
     for name in ("fwd", "fwd_with_pre"):
         torch.library.register_vmap(f"dsconv_cuda::{name}", forward_vmap(getattr(torch.ops.dsconv_cuda, name)))
         torch.library.register_autograd(f"dsconv_cuda::{name}", _backward, setup_context=_setup_context)
-    torch.library.register_vmap("dsconv_cuda::bwd", backward_vmap(torch.ops.dsconv_cuda.bwd, 5))
+    torch.library.register_vmap("dsconv_cuda::bwd", backward_vmap(torch.ops.dsconv_cuda.bwd, 5, 11))
     torch.library.register_autograd("dsconv_cuda::bwd", _no_double_backward)
     if hasattr(torch.ops.dsconv_cuda, "fwd_kept"):
         # Called where no gradient is needed, and only there: nothing for autograd to do.

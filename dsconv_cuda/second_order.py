@@ -39,10 +39,15 @@ class Config:
     dilation: Sequence[int]
     act: int
     out_act: int
+    tf32: bool = False
 
     def arguments(self) -> tuple:
         """As the op schemas order them."""
         return self.stride, self.padding, self.dilation, self.act, self.out_act
+
+    def precision(self) -> tuple:
+        """The last argument of the op schemas, where it is not the default."""
+        return (True,) if self.tf32 else ()
 
 
 def _without_autocast(derivative):

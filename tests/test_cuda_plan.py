@@ -40,11 +40,38 @@ static void check_split(const PixelSplit& split, int64_t pixels) {
   CHECK(split.pixels % 32 == 0);
 }
 
+// The boxes cover every pixel and the groups every channel; what is staged of x is what a box reaches.
+static void check_mma(const ForwardPlan& plan, const ForwardParams& p, const DeviceLimits& device) {
+  const Geometry& g = p.geom;
+  const MmaForwardPlan& mma = plan.mma;
+  const MmaTile tile = mma_tile(mma.kind);
+  const PixelBox& box = mma.box;
+  CHECK(box.n * box.h * box.w <= tile.pixels && box.tiles_h * box.h >= g.h_out && box.tiles_w * box.w >= g.w_out);
+  CHECK(box.tiles == ceil_div(g.n, box.n) * box.tiles_h * box.tiles_w);
+  CHECK((box.strips_down ? box.h : box.w) % kStripPixels == 0);
+  CHECK(int64_t{mma.groups} * mma.tiles_of_group * tile.channels >= g.c_out);
+  CHECK(int64_t{mma.groups - 1} * mma.tiles_of_group * tile.channels < g.c_out);
+  CHECK(plan.blocks == box.tiles * mma.groups && mma.shared.bytes <= device.shared_per_block);
+  CHECK(mma.tiles_of_group == 1 || mma.z_tiles * (kChunkBytes / mma_element_bytes(p.dtype)) >= g.c_mid);
+  if (!box.staged) return;
+  CHECK(box.in_h == (box.h - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1);
+  CHECK(box.in_w >= (box.w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1);
+  CHECK(box.row_pitch % box.copy_bytes == 0 && box.channel_pitch % (p.x_layout == Layout::nchw ? 16 : 1) == 0);
+  CHECK(int64_t{box.n} * box.in_h * box.row_pitch <= box.stage_bytes);
+}
+
 static ForwardPlan forward_of(const Geometry& g, DType dtype, int64_t multiprocessors) {
   ForwardParams p{};
   p.geom = g;
   p.dtype = dtype;
-  const ForwardPlan plan = plan_forward(p, DeviceLimits{multiprocessors});
+  p.x_strides = dense_strides(p.x_layout, g.c_in, g.h_in, g.w_in);
+  const DeviceLimits device{multiprocessors};
+  const ForwardPlan plan = plan_forward(p, device);
+  CHECK(can_run(p, plan, device) && plan.tensor_cores == (dtype == DType::f16 || dtype == DType::bf16));
+  if (plan.tensor_cores) {
+    check_mma(plan, p, device);
+    return plan;
+  }
   const ForwardTile tile = forward_tile(accumulator_bytes(dtype), plan.wide);
   CHECK(plan.pixel_tiles * tile.pixels >= g.n * g.h_out * g.w_out && plan.channel_tiles * tile.channels >= g.c_out);
   CHECK(plan.blocks == plan.pixel_tiles * plan.channel_tiles);
@@ -59,6 +86,7 @@ static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, i
   p.geom = g;
   p.dtype = dtype;
   p.x_layout = layout;
+  p.x_strides = dense_strides(layout, g.c_in, g.h_in, g.w_in);
   p.grad_x = asked(kGradX);
   p.grad_dw_weight = asked(kGradDwWeight);
   p.grad_pw_weight = asked(kGradPwWeight);
@@ -66,7 +94,15 @@ static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, i
   p.grad_pw_bias = asked(kGradPwBias);
   const BackwardPlan plan = plan_backward(p, DeviceLimits{multiprocessors});
   const int64_t pixels = g.n * g.h_out * g.w_out, accumulator = accumulator_bytes(dtype);
-  check_split(plan.pw_split, pixels);
+  CHECK(plan.tensor_cores == (dtype == DType::f16 || dtype == DType::bf16));
+  if (plan.tensor_cores) {
+    const MmaBackwardPlan& mma = plan.mma;
+    CHECK(mma.splits * mma.boxes_of_split >= mma.box.tiles && (mma.splits - 1) * mma.boxes_of_split < mma.box.tiles);
+    CHECK(int64_t{mma.mid_tiles} * kBackwardMid >= g.c_mid && int64_t{mma.out_tiles} * kBackwardOut >= g.c_out);
+    CHECK(mma.box.n * mma.box.h * mma.box.w <= kBackwardPixels);
+  } else {
+    check_split(plan.pw_split, pixels);
+  }
   check_split(plan.dw_split, pixels);
 
   // The parts of the workspace follow each other, and each has room for what is asked for.
@@ -144,8 +180,8 @@ static void check_costs() {
   p.geom = geometry(128, 32, 16, 112, 3);
   DeviceLimits slow = h100;
   slow.bandwidth = 1e9;
-  const Prediction wide = predict(forward_cost(p, forward_candidate(p, 0), slow), slow);
-  const Prediction narrow = predict(forward_cost(p, forward_candidate(p, 1), slow), slow);
+  const Prediction wide = predict(forward_cost(p, forward_candidate(p, 0, slow), slow), slow);
+  const Prediction narrow = predict(forward_cost(p, forward_candidate(p, 1, slow), slow), slow);
   CHECK(wide.seconds == narrow.seconds && narrow.arithmetic_seconds < wide.arithmetic_seconds);
   CHECK(!plan_forward(p, slow).wide);
 }
@@ -174,6 +210,33 @@ int main() {
   CHECK(!forward_of(geometry(1, 1024, 1024, 7, 3), DType::f32, 132).wide);
 
   check_costs();
+
+  // Tensor cores by dtype and architecture, and in float32 where TF32 is allowed.
+  ForwardParams p{};
+  p.geom = geometry(8, 64, 64, 28, 3);
+  p.x_strides = dense_strides(p.x_layout, 64, 28, 28);
+  for (const Gpu& gpu : kGpus) {
+    const bool ampere = gpu.limits.capability >= 80;
+    for (const bool tf32 : {false, true}) {
+      p.tf32 = tf32;
+      p.dtype = DType::f32;
+      CHECK(plan_forward(p, gpu.limits).tensor_cores == (tf32 && ampere));
+      p.dtype = DType::f64;
+      CHECK(!plan_forward(p, gpu.limits).tensor_cores);
+      p.dtype = DType::f16;
+      CHECK(plan_forward(p, gpu.limits).tensor_cores);
+      p.dtype = DType::bf16;
+      CHECK(plan_forward(p, gpu.limits).tensor_cores == ampere);
+    }
+  }
+  // A window that does not fit is read from global memory tap by tap; unequal strides loop over their taps.
+  p.dtype = DType::f16;
+  CHECK(plan_forward(p, kGpus[4].limits).mma.box.kernel == BoxKernel::k3s1);
+  p.geom.stride_h = 2;
+  CHECK(plan_forward(p, kGpus[4].limits).mma.box.kernel == BoxKernel::looped);
+  p.geom = geometry(1, 64, 64, 9, 3);
+  p.geom.dilation_h = p.geom.dilation_w = 4000;
+  CHECK(plan_forward(p, kGpus[4].limits).mma.box.kernel == BoxKernel::unstaged);
 
   CHECK(unrolled_kernel(geometry(1, 1, 1, 9, 3)) == 3 && unrolled_kernel(geometry(1, 1, 1, 9, 5)) == 5);
   CHECK(unrolled_kernel(geometry(1, 1, 1, 9, 7)) == 0);

@@ -34,7 +34,7 @@ DSCONV_DEVICE Acc sigmoid_of(Acc v) {
 }
 
 template <typename Acc>
-DSCONV_CALLED Acc activate_smooth(Activation kind, Acc v) {
+DSCONV_DEVICE Acc smooth_value(Activation kind, Acc v) {
   switch (kind) {
     case Activation::silu:
       return v / (Acc(1) + std::exp(-v));
@@ -50,7 +50,7 @@ DSCONV_CALLED Acc activate_smooth(Activation kind, Acc v) {
 }
 
 template <typename Acc>
-DSCONV_CALLED Acc derivative_smooth(Activation kind, Acc v) {
+DSCONV_DEVICE Acc smooth_slope(Activation kind, Acc v) {
   switch (kind) {
     case Activation::silu: {
       const Acc s = sigmoid_of(v);
@@ -76,6 +76,26 @@ DSCONV_CALLED Acc derivative_smooth(Activation kind, Acc v) {
   }
 }
 
+template <typename Acc>
+DSCONV_DEVICE Acc hardswish_of(Acc v) {
+  return v <= Acc(-3) ? Acc(0) : v >= Acc(3) ? v : v * (v + Acc(3)) * Acc(1.0 / 6.0);
+}
+
+template <typename Acc>
+DSCONV_DEVICE Acc hardsigmoid_of(Acc v) {
+  return v <= Acc(-3) ? Acc(0) : v >= Acc(3) ? Acc(1) : (v + Acc(3)) * Acc(1.0 / 6.0);
+}
+
+template <typename Acc>
+DSCONV_CALLED Acc activate_smooth(Activation kind, Acc v) {
+  return smooth_value(kind, v);
+}
+
+template <typename Acc>
+DSCONV_CALLED Acc derivative_smooth(Activation kind, Acc v) {
+  return smooth_slope(kind, v);
+}
+
 // act(v)
 template <typename Acc>
 DSCONV_DEVICE Acc activate(Activation kind, Acc v) {
@@ -89,20 +109,27 @@ DSCONV_DEVICE Acc activate(Activation kind, Acc v) {
     case Activation::leaky_relu:
       return v > Acc(0) ? v : v * Acc(kLeakySlope);
     case Activation::hardswish:
-      return v <= Acc(-3) ? Acc(0) : v >= Acc(3) ? v : v * (v + Acc(3)) * Acc(1.0 / 6.0);
+      return hardswish_of(v);
     case Activation::hardsigmoid:
-      return v <= Acc(-3) ? Acc(0) : v >= Acc(3) ? Acc(1) : (v + Acc(3)) * Acc(1.0 / 6.0);
+      return hardsigmoid_of(v);
     default:
       return activate_smooth(kind, v);
   }
 }
 
-// act'(v), from the value before the activation
+DSCONV_HOST_DEVICE bool is_piecewise(Activation kind) {
+  return kind == Activation::identity || kind == Activation::relu || kind == Activation::relu6 ||
+         kind == Activation::leaky_relu;
+}
+
+DSCONV_HOST_DEVICE bool is_smooth(Activation kind) {
+  return !is_piecewise(kind) && kind != Activation::hardswish && kind != Activation::hardsigmoid;
+}
+
+// act'(v) of the kinds with kinks
 template <typename Acc>
-DSCONV_DEVICE Acc activation_derivative(Activation kind, Acc v) {
+DSCONV_DEVICE Acc sharp_slope(Activation kind, Acc v) {
   switch (kind) {
-    case Activation::identity:
-      return Acc(1);
     case Activation::relu:
       return v <= Acc(0) ? Acc(0) : Acc(1);
     case Activation::relu6:
@@ -114,8 +141,53 @@ DSCONV_DEVICE Acc activation_derivative(Activation kind, Acc v) {
     case Activation::hardsigmoid:
       return v > Acc(-3) && v < Acc(3) ? Acc(1.0 / 6.0) : Acc(0);
     default:
-      return derivative_smooth(kind, v);
+      return Acc(1);
   }
+}
+
+// act'(v), from the value before the activation
+template <typename Acc>
+DSCONV_DEVICE Acc activation_derivative(Activation kind, Acc v) {
+  return is_smooth(kind) ? derivative_smooth(kind, v) : sharp_slope(kind, v);
+}
+
+// Calls f on each value in turn, with one copy of f's code: the values move round through the first register. A call in
+// its place would have every accumulator of the caller spilled around it.
+template <typename Acc, int kCount, typename F>
+DSCONV_DEVICE void in_turn(Acc (&values)[kCount], const F& f) {
+#pragma unroll 1
+  for (int turn = 0; turn < kCount; ++turn) {
+    const Acc result = f(values[0]);
+#pragma unroll
+    for (int i = 0; i + 1 < kCount; ++i) values[i] = values[i + 1];
+    values[kCount - 1] = result;
+  }
+}
+
+// act of several values, and act' of several values before the activation. The kinds of most networks go straight
+// through, the others in turn.
+template <typename Acc, int kCount>
+DSCONV_DEVICE void activate_all(Activation kind, Acc (&values)[kCount]) {
+  if (kind == Activation::identity) return;
+  if (is_piecewise(kind)) {
+    const Acc below = kind == Activation::leaky_relu ? Acc(kLeakySlope) : Acc(0);
+    const Acc most = kind == Activation::relu6 ? Acc(6) : Acc(HUGE_VAL);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const Acc v = values[i];
+      values[i] = v <= Acc(0) ? (below != Acc(0) ? v * below : Acc(0)) : v >= most ? most : v;
+    }
+    return;
+  }
+  in_turn(values, [&](Acc v) {
+    if (kind == Activation::hardswish) return hardswish_of(v);
+    return kind == Activation::hardsigmoid ? hardsigmoid_of(v) : smooth_value(kind, v);
+  });
+}
+
+template <typename Acc, int kCount>
+DSCONV_DEVICE void derive_all(Activation kind, Acc (&values)[kCount]) {
+  in_turn(values, [&](Acc v) { return is_smooth(kind) ? smooth_slope(kind, v) : sharp_slope(kind, v); });
 }
 
 // act'(.) from what forward saved: the output where derivative_from_output(kind), else the value before.
@@ -124,6 +196,15 @@ DSCONV_DEVICE Acc derivative_from_saved(Activation kind, Acc saved) {
   if (kind == Activation::sigmoid) return saved * (Acc(1) - saved);
   if (kind == Activation::tanh) return Acc(1) - saved * saved;
   return activation_derivative(kind, saved);
+}
+
+template <typename Acc, int kCount>
+DSCONV_DEVICE void derive_all_from_saved(Activation kind, Acc (&saved)[kCount]) {
+  in_turn(saved, [&](Acc v) {
+    if (kind == Activation::sigmoid) return v * (Acc(1) - v);
+    if (kind == Activation::tanh) return Acc(1) - v * v;
+    return is_smooth(kind) ? smooth_slope(kind, v) : sharp_slope(kind, v);
+  });
 }
 
 }  // namespace dsconv

@@ -6,13 +6,32 @@
 
 namespace dsconv {
 
+// Stage P by the kernels that the plan is for.
+template <DType kType>
+LaunchStatus launch_stage_p(const BackwardParams& p, const BackwardPlan& plan, void* workspace, void* stream) {
+  if constexpr (kType != DType::f64) {
+    if (plan.tensor_cores) return launch_backward_mma<kType>(p, plan, workspace, stream);
+  }
+  return launch_backward_pointwise<kType>(p, plan, workspace, stream);
+}
+
 template <DType kType>
 LaunchStatus launch_backward(const BackwardParams& p, const BackwardPlan& plan, void* workspace, void* stream) {
-  const LaunchStatus status = launch_backward_pointwise<kType>(p, plan, workspace, stream);
+  const LaunchStatus status = launch_stage_p<kType>(p, plan, workspace, stream);
   return status.error != 0 ? status : launch_backward_depthwise<kType>(p, plan, workspace, stream);
 }
 
 inline LaunchStatus forward(const ForwardParams& p, const ForwardPlan& plan, void* stream) {
+  if (plan.tensor_cores) {
+    switch (p.dtype) {
+      case DType::f16:
+        return launch_forward_mma<DType::f16>(p, plan.mma, stream);
+      case DType::bf16:
+        return launch_forward_mma<DType::bf16>(p, plan.mma, stream);
+      default:
+        return launch_forward_mma<DType::f32>(p, plan.mma, stream);
+    }
+  }
   switch (p.dtype) {
     case DType::f64:
       return launch_forward<DType::f64>(p, plan, stream);

@@ -16,10 +16,18 @@ struct LaunchStatus {
 template <DType kType>
 LaunchStatus launch_forward(const ForwardParams& p, const ForwardPlan& plan, void* stream);
 
+// f16, bf16 and f32 (in TF32).
+template <DType kType>
+LaunchStatus launch_forward_mma(const ForwardParams& p, const MmaForwardPlan& plan, void* stream);
+
 // Stage P: du, and the partial and final sums of grad_pw_weight and grad_pw_bias.
 template <DType kType>
 LaunchStatus launch_backward_pointwise(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
                                        void* stream);
+
+// The same on tensor cores; f16, bf16 and f32 (in TF32).
+template <DType kType>
+LaunchStatus launch_backward_mma(const BackwardParams& p, const BackwardPlan& plan, void* workspace, void* stream);
 
 // Stage D, from du: grad_x, and the sums of grad_dw_weight and grad_dw_bias.
 template <DType kType>

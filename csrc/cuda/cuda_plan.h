@@ -7,10 +7,9 @@
 
 #include "../params.h"
 #include "cuda_cost.h"
+#include "mma_plan.h"
 
 namespace dsconv {
-
-constexpr int kBlockThreads = 256;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -80,7 +79,9 @@ struct ForwardPlan {
   int kernel;  // unrolled_kernel
   bool wide;
   int64_t pixel_tiles, channel_tiles;
-  int64_t blocks;  // pixel_tiles * channel_tiles, channel tiles fastest
+  int64_t blocks;     // pixel_tiles * channel_tiles, channel tiles fastest
+  bool tensor_cores;  // forward_mma.cuh, by `mma`; what is above but `blocks` is unused then
+  MmaForwardPlan mma;
 };
 
 constexpr ForwardPlan forward_plan_of(const ForwardParams& p, bool wide) {
@@ -88,37 +89,77 @@ constexpr ForwardPlan forward_plan_of(const ForwardParams& p, bool wide) {
   const ForwardTile tile = forward_tile(accumulator_bytes(p.dtype), wide);
   const int64_t pixel_tiles = ceil_div(g.n * g.h_out * g.w_out, tile.pixels);
   const int64_t channel_tiles = ceil_div(g.c_out, tile.channels);
-  return {unrolled_kernel(g), wide, pixel_tiles, channel_tiles, pixel_tiles * channel_tiles};
+  return {unrolled_kernel(g), wide, pixel_tiles, channel_tiles, pixel_tiles * channel_tiles, false, {}};
 }
 
-constexpr bool same_plan(const ForwardPlan& a, const ForwardPlan& b) { return a.wide == b.wide; }
+constexpr bool same_plan(const ForwardPlan& a, const ForwardPlan& b) {
+  return a.tensor_cores == b.tensor_cores && a.wide == b.wide && a.mma.kind == b.mma.kind;
+}
 
 // Every plan that a call can have. A further kernel adds its plans here and what they cost to forward_cost().
-constexpr int kForwardPlans = 2;
-constexpr ForwardPlan forward_candidate(const ForwardParams& p, int i) { return forward_plan_of(p, i == 0); }
+constexpr int kForwardPlans = 2 + kMmaTileKinds;
+inline ForwardPlan forward_candidate(const ForwardParams& p, int i, const DeviceLimits& device) {
+  if (i < 2) return forward_plan_of(p, i == 0);
+  ForwardPlan plan{};
+  plan.tensor_cores = true;
+  plan.mma = mma_forward_candidate(p, static_cast<MmaTileKind>(i - 2), device);
+  plan.kernel = unrolled_kernel(p.geom);
+  plan.pixel_tiles = plan.mma.box.tiles;
+  plan.channel_tiles = plan.mma.groups;
+  plan.blocks = plan.mma.blocks;
+  return plan;
+}
 
-constexpr KernelCost forward_cost(const ForwardParams& p, const ForwardPlan& plan, const DeviceLimits& device) {
+// Tensor cores are used wherever they can be: fp16 has them everywhere, bf16 and TF32 from sm_80 on.
+constexpr bool can_run(const ForwardParams& p, const ForwardPlan& plan, const DeviceLimits& device) {
+  const bool wanted = has_tensor_cores(p.dtype, p.tf32, device.capability);
+  return plan.tensor_cores == wanted && plan.mma.shared.bytes <= device.shared_per_block;
+}
+
+inline KernelCost forward_cost(const ForwardParams& p, const ForwardPlan& plan, const DeviceLimits& device) {
   const Geometry& g = p.geom;
   const size_t element = element_bytes(p.dtype), accumulator = accumulator_bytes(p.dtype);
   const int64_t bytes = static_cast<int64_t>(element), depth = forward_depth(accumulator);
   const ForwardTile tile = forward_tile(accumulator, plan.wide);
   const int64_t mid = ceil_div(g.c_mid, depth) * depth, taps = g.kernel_h * g.kernel_w;
+  const int64_t weights = g.c_mid * (g.c_out + taps), y = g.n * g.c_out * g.h_out * g.w_out;
   KernelCost cost;
+  cost.blocks = plan.blocks;
+  cost.threads = kBlockThreads;
+  cost.bounded_blocks = kForwardBlocks;
+  cost.dram_bytes = (x_elements(g) + weights + y) * bytes;
+  if (plan.tensor_cores) {
+    const MmaTile mma = mma_tile(plan.mma.kind);
+    const double mma_rate = p.dtype == DType::f32 ? device.mma_tf32 : device.mma_f16;
+    constexpr const char* kNames[kMmaTileKinds] = {"forward_mma, wide tile", "forward_mma, narrow tile",
+                                                   "forward_mma, small tile"};
+    cost.name = kNames[static_cast<int>(plan.mma.kind)];
+    cost.tile_rows = mma.pixels;
+    cost.tile_columns = mma.channels;
+    cost.tile_depth = kChunkBytes / bytes;
+    cost.stages = plan.mma.x_stages;
+    cost.shared_bytes = plan.mma.shared.bytes;
+    // In multiply-adds outside of the tensor cores; a tap and a value of z cost about two and eight (loads,
+    // conversion).
+    const int64_t columns = int64_t{plan.mma.tiles_of_group} * mma.channels;
+    const int64_t padded = ceil_div(g.c_mid, cost.tile_depth) * cost.tile_depth;
+    cost.rate = device.fma_f32;
+    cost.multiply_adds = static_cast<double>(plan.blocks) * static_cast<double>(mma.pixels * padded) *
+                         (static_cast<double>(2 * taps + 8) +
+                          static_cast<double>(columns) * (mma_rate > 0 ? device.fma_f32 / mma_rate : 0));
+    cost.l2_bytes = (plan.blocks * (g.c_in * box_elements(plan.mma.box, g) + g.c_mid * (columns + taps)) + y) * bytes;
+    return cost;
+  }
   cost.name = plan.wide ? "forward, wide tile" : "forward, narrow tile";
   cost.tile_rows = tile.pixels;
   cost.tile_columns = tile.channels;
   cost.tile_depth = depth;
   cost.stages = 1;
-  cost.blocks = plan.blocks;
-  cost.threads = kBlockThreads;
   cost.shared_bytes = static_cast<int64_t>(forward_shared_bytes(element, accumulator, plan.wide));
-  cost.bounded_blocks = kForwardBlocks;
   // Every channel tile computes z anew; a tap costs about twice a multiply-add of the product (two loads each).
   cost.multiply_adds = static_cast<double>(plan.blocks) * static_cast<double>(tile.pixels * mid) *
                        static_cast<double>(tile.channels + 2 * taps);
   cost.rate = p.dtype == DType::f64 ? device.fma_f64 : device.fma_f32;
-  const int64_t weights = g.c_mid * (g.c_out + taps), y = g.n * g.c_out * g.h_out * g.w_out;
-  cost.dram_bytes = (x_elements(g) + weights + y) * bytes;
   cost.l2_bytes = (plan.blocks * g.c_in * window_elements(g, tile.pixels) + plan.pixel_tiles * weights + y) * bytes;
   return cost;
 }
@@ -126,12 +167,13 @@ constexpr KernelCost forward_cost(const ForwardParams& p, const ForwardPlan& pla
 // The candidate that is predicted to take the least time, and of those the one with the least arithmetic: where memory
 // bounds them all, the prediction does not see the difference. All sum in the same order: the choice changes no bit.
 inline ForwardPlan plan_forward(const ForwardParams& p, const DeviceLimits& device) {
-  ForwardPlan best = forward_candidate(p, 0);
-  Prediction least = predict(forward_cost(p, best, device), device);
-  for (int i = 1; i < kForwardPlans; ++i) {
-    const ForwardPlan plan = forward_candidate(p, i);
+  ForwardPlan best{};
+  Prediction least{};
+  for (int i = 0; i < kForwardPlans; ++i) {
+    const ForwardPlan plan = forward_candidate(p, i, device);
+    if (!can_run(p, plan, device)) continue;
     const Prediction found = predict(forward_cost(p, plan, device), device);
-    if (found.seconds < least.seconds ||
+    if (best.blocks == 0 || found.seconds < least.seconds ||
         (found.seconds == least.seconds && found.arithmetic_seconds < least.arithmetic_seconds)) {
       best = plan;
       least = found;
@@ -203,6 +245,9 @@ struct BackwardPlan {
   PixelSplit dw_split;
   int64_t dw_channel_tiles, dw_tap_groups, dw_blocks;
 
+  bool tensor_cores;  // stage P is backward_mma.cuh, by `mma`; du_pixel_tiles and pw_split count boxes and their slots
+  MmaBackwardPlan mma;
+
   // Bytes from the start of the workspace, each a multiple of 256.
   size_t du_at, pw_weight_at, pw_bias_at, dw_weight_at, dw_bias_at, workspace_bytes;
 };
@@ -229,6 +274,21 @@ inline BackwardPlan plan_backward(const BackwardParams& p, const DeviceLimits& d
   plan.pw_mid_tiles = p.grad_pw_weight != nullptr ? ceil_div(g.c_mid, tiles.weight_mid) : 1;
   plan.pw_split = split_pixels(pixel_count, plan.pw_out_tiles * plan.pw_mid_tiles, 2, device);
   plan.pw_blocks = plan.pw_split.count * plan.pw_out_tiles * plan.pw_mid_tiles;
+
+  if (has_tensor_cores(p.dtype, p.tf32, device.capability)) {
+    plan.mma = plan_mma_backward(p, device);
+    const int64_t most = device.shared_per_block;
+    plan.tensor_cores = plan.mma.du_shared.bytes <= most && plan.mma.sum_shared.bytes <= most;
+  }
+  if (plan.tensor_cores) {
+    plan.du_pixel_tiles = plan.mma.box.tiles;
+    plan.du_channel_tiles = plan.mma.mid_tiles;
+    plan.du_blocks = plan.du_pixel_tiles * plan.du_channel_tiles;
+    plan.pw_out_tiles = plan.mma.out_tiles;
+    plan.pw_mid_tiles = p.grad_pw_weight != nullptr ? plan.mma.mid_tiles : 1;
+    plan.pw_split = {plan.mma.splits, plan.mma.boxes_of_split * kBackwardPixels};
+    plan.pw_blocks = plan.pw_split.count * plan.pw_out_tiles * plan.pw_mid_tiles;
+  }
 
   plan.grad_x_blocks = ceil_div(g.n * g.c_in * g.h_in * g.w_in, kBlockThreads);
 

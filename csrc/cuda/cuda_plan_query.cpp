@@ -13,6 +13,7 @@ ForwardParams forward_params(const PlanQuery& query) {
   p.geom = geometry_of(query);
   p.dtype = dtype_of(query);
   p.x_layout = p.y_layout = layout_of(query);
+  p.x_strides = dense_strides(p.x_layout, p.geom.c_in, p.geom.h_in, p.geom.w_in);
   p.act = middle_of(query);
   return p;
 }
@@ -44,7 +45,8 @@ PlanNumbers cuda_plan(const PlanQuery& query, int64_t multiprocessors) {
   if (!query.backward) {
     const ForwardParams p = forward_params(query);
     const ForwardPlan plan = plan_forward(p, device);
-    const ForwardTile tile = forward_tile(accumulator_bytes(p.dtype), plan.wide);
+    ForwardTile tile = forward_tile(accumulator_bytes(p.dtype), plan.wide);
+    if (plan.tensor_cores) tile = {mma_tile(plan.mma.kind).pixels, mma_tile(plan.mma.kind).channels};
     return {{"unrolled_kernel", plan.kernel},  {"tile_pixels", tile.pixels},          {"tile_channels", tile.channels},
             {"pixel_tiles", plan.pixel_tiles}, {"channel_tiles", plan.channel_tiles}, {"blocks", plan.blocks}};
   }
@@ -66,7 +68,8 @@ std::vector<PlannedCall> cuda_alternatives(const PlanQuery& query, const DeviceL
   const ForwardPlan chosen = plan_forward(p, device);
   std::vector<PlannedCall> calls;
   for (int i = 0; i < kForwardPlans; ++i) {
-    const ForwardPlan plan = forward_candidate(p, i);
+    const ForwardPlan plan = forward_candidate(p, i, device);
+    if (!can_run(p, plan, device)) continue;
     const Schedule schedule = forward_schedule(p, plan, device);
     calls.push_back(planned(schedule.kernels[0].name, same_plan(plan, chosen), true, schedule, device));
   }

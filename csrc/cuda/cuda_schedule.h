@@ -52,7 +52,7 @@ constexpr KernelCost sum_of(const char* name, int64_t splits, int64_t count, con
 
 }  // namespace schedule_detail
 
-constexpr Schedule forward_schedule(const ForwardParams& p, const ForwardPlan& plan, const DeviceLimits& device) {
+inline Schedule forward_schedule(const ForwardParams& p, const ForwardPlan& plan, const DeviceLimits& device) {
   Schedule schedule;
   schedule.add(forward_cost(p, plan, device));
   return schedule;
@@ -67,6 +67,13 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
   const double rate = p.dtype == DType::f64 ? device.fma_f64 : device.fma_f32;
   const bool bent = p.act != Activation::identity;
   const auto depth_padded = [&](int64_t extent) { return ceil_div(extent, tiles.depth) * tiles.depth; };
+
+  // `values` of a product of `depth` each on tensor cores, in multiply-adds outside of them, and `others` there.
+  const double mma_rate = p.dtype == DType::f32 ? device.mma_tf32 : device.mma_f16;
+  const auto mma_work = [&](int64_t values, int64_t depth, int64_t others) {
+    const double share = mma_rate > 0 ? rate / mma_rate : 1;
+    return static_cast<double>(values) * (static_cast<double>(depth) * share + static_cast<double>(others));
+  };
 
   Schedule schedule;
   schedule.workspace_bytes = static_cast<int64_t>(plan.workspace_bytes);
@@ -84,6 +91,15 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
     du.dram_bytes = bytes.y + bytes.pw_weight + bytes.z + (bent ? bytes.x + bytes.dw_weight : 0);
     du.l2_bytes = plan.du_channel_tiles * bytes.y + plan.du_pixel_tiles * bytes.pw_weight + bytes.z;
     if (bent) du.l2_bytes += plan.du_pixel_tiles * g.c_in * window_elements(g, tiles.du_pixels) * bytes.element;
+    if (plan.tensor_cores) {
+      du.name = "du_mma";
+      du.tile_rows = kBackwardPixels;
+      du.tile_columns = kBackwardMid;
+      du.tile_depth = kChunkBytes / bytes.element;
+      du.stages = 2;
+      du.shared_bytes = plan.mma.du_shared.bytes;
+      du.multiply_adds = mma_work(plan.du_blocks * kBackwardPixels * kBackwardMid, g.c_out, bent ? 2 * taps + 8 : 0);
+    }
     schedule.add(du);
   }
   if (plan.pw_sums) {
@@ -99,6 +115,15 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
     const int64_t partial = plan.pw_split.count * g.c_out * g.c_mid * bytes.accumulator;
     sum.dram_bytes = bytes.x + bytes.y + bytes.dw_weight + partial;
     sum.l2_bytes = plan.pw_mid_tiles * bytes.y + plan.pw_out_tiles * bytes.x + partial;
+    if (plan.tensor_cores) {
+      sum.name = "pointwise_sum_mma";
+      sum.tile_rows = kBackwardOut;
+      sum.tile_columns = kBackwardMid;
+      sum.tile_depth = kBackwardPixels;
+      sum.shared_bytes = plan.mma.sum_shared.bytes;
+      sum.multiply_adds =
+          mma_work(plan.pw_blocks * plan.mma.boxes_of_split * kBackwardPixels * kBackwardMid, kBackwardOut, 2 * taps + 8);
+    }
     schedule.add(sum);
     if (p.grad_pw_weight != nullptr) {
       schedule.add(sum_of("sum_partials, pw_weight", plan.pw_split.count, g.c_out * g.c_mid, bytes));

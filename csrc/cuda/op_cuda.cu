@@ -16,9 +16,10 @@ namespace {
 ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                         const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                        const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, bool want_pre) {
+                        const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, bool tf32, bool want_pre) {
   ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
                                      arguments_of(op, stride, padding, dilation, act, out_act), want_pre);
+  call.params.tf32 = tf32;
   check_extents(op, call.params.geom);
   const CurrentDevice device(x);
   check_launch(op, forward(call.params, plan_forward(call.params, device_limits()), device.stream()));
@@ -27,28 +28,30 @@ ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight
 
 Tensor fwd(const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight, const std::optional<Tensor>& dw_bias,
            const std::optional<Tensor>& pw_bias, const std::vector<int64_t>& stride,
-           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t act, int64_t out_act) {
+           const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t act, int64_t out_act,
+           bool tf32) {
   return *run_forward("dsconv_cuda::fwd", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act,
-                      out_act, false)
+                      out_act, tf32, false)
               .y;
 }
 
 std::tuple<Tensor, Tensor> fwd_with_pre(const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                                         const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
                                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                        const std::vector<int64_t>& dilation, int64_t act, int64_t out_act) {
+                                        const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, bool tf32) {
   const ForwardCall call = run_forward("dsconv_cuda::fwd_with_pre", x, dw_weight, pw_weight, dw_bias, pw_bias, stride,
-                                       padding, dilation, act, out_act, true);
+                                       padding, dilation, act, out_act, tf32, true);
   return {*call.y, *call.pre};
 }
 
 BackwardResult bwd(const Tensor& dy, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                    const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& saved,
                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                   const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, int64_t grad_mask) {
+                   const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, int64_t grad_mask, bool tf32) {
   const char* op = "dsconv_cuda::bwd";
   BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
                                        arguments_of(op, stride, padding, dilation, act, out_act), grad_mask);
+  call.params.tf32 = tf32;
   check_extents(op, call.params.geom);
   if (call.params.geom.n == 0) return take_grads(call);  // prepare_backward has zeroed what there is
 

@@ -127,7 +127,7 @@ class CallRun {
     p.y_layout = call_.y_layout;
     p.pre = call_.pre ? pre.buffer.data() : nullptr;
     const auto start = std::chrono::steady_clock::now();
-    const LaunchStatus status = dsconv::forward(p, plan_forward(p, DeviceLimits{kMultiprocessors}), nullptr);
+    const LaunchStatus status = dsconv::forward(p, plan_forward(p, limits_of(86, kMultiprocessors)), nullptr);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
     if (call_.number == 0) tally_.layer_seconds = seconds.count();
     if (failed(status)) return;
@@ -187,7 +187,7 @@ class CallRun {
     if (asked(kGradPwWeight)) p.grad_pw_weight = grad_pw_weight.data();
     if (asked(kGradDwBias)) p.grad_dw_bias = grad_dw_bias.data();
     if (asked(kGradPwBias)) p.grad_pw_bias = grad_pw_bias.data();
-    const BackwardPlan plan = plan_backward(p, DeviceLimits{kMultiprocessors});
+    const BackwardPlan plan = plan_backward(p, limits_of(86, kMultiprocessors));
     Buffer workspace(DType::f64, static_cast<int64_t>((plan.workspace_bytes + 7) / 8));
     if (failed(dsconv::backward(p, plan, workspace.data(), nullptr))) return;
 

@@ -1,0 +1,5 @@
+#include "backward_mma.cuh"
+
+template dsconv::LaunchStatus dsconv::launch_backward_mma<dsconv::DType::bf16>(const dsconv::BackwardParams&,
+                                                                               const dsconv::BackwardPlan&, void*,
+                                                                               void*);

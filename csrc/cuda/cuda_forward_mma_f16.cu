@@ -1,0 +1,4 @@
+#include "forward_mma.cuh"
+
+template dsconv::LaunchStatus dsconv::launch_forward_mma<dsconv::DType::f16>(const dsconv::ForwardParams&,
+                                                                             const dsconv::MmaForwardPlan&, void*);

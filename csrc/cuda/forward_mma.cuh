@@ -1,0 +1,171 @@
+// Forward, fused, with the pointwise stage on tensor cores: the formula of forward.cuh for Half, BFloat16, and for
+// float in TF32.
+//
+// A block of 8 warps owns a box of kPixels pixels and a group of tiles of kChannels output channels. It walks the steps
+// (tile, chunk of c_mid), chunks fastest:
+//
+//   pw_weight chunk --cp.async--> [2 stages][kChannels] rows of k -+
+//                                                                  +--ldmatrix--> mma.sync --> accumulators
+//   x --cp.async--> staged --> act(z) chunk [kPixels x 64 bytes] --+
+//
+//   a step:  wait for its copies, barrier | start the next step's copies | first tile only: act(z), barrier | product
+//   the last chunk of a tile:  + bias, out_act in registers, slices of the warp's tile through shared memory, 16-byte
+//                              stores along the unit-strided dimension of y
+//
+// Later tiles of the group find act(z) where the first one left it (z_tiles holds every chunk then). Warp w owns
+// kWarpPixels x kWarpChannels of the tile. Accumulation in fp32 in the tensor cores, chunk after chunk.
+//
+//   Registers: 128 at most, two blocks share a multiprocessor. Shared memory as planned (mma_plan.h, MmaShared):
+//     z 64 kPixels a chunk, weights 128 kChannels, x as staged and in its place the slices of the epilogue, tables
+//
+// Global traffic: x once a group and box, with the halo of the box; pw_weight once a box; y once.
+// Preconditions: those of forward.cuh.
+#pragma once
+
+#include "box_input.cuh"
+#include "launch_blocks.cuh"
+#include "mma_plan.h"
+#include "mma_tile_io.cuh"
+
+namespace dsconv {
+
+template <typename T_, MmaTileKind kKind_, bool kAlongC_>
+struct MmaForwardTraits {
+  using T = T_;
+  static constexpr bool kAlongC = kAlongC_;
+  static constexpr MmaTile kTile = mma_tile(kKind_);
+  static constexpr int kPixels = kTile.pixels, kChannels = kTile.channels;
+  static constexpr int kWarpPixels = kTile.warp_pixels, kWarpChannels = kTile.warp_channels;
+  static constexpr int kWarpColumns = kChannels / kWarpChannels;  // warps side by side
+  static_assert(kPixels / kWarpPixels * kWarpColumns == kWarpsOfBlock, "the warps tile the block");
+  using Input = BoxInput<T, kAlongC, kPixels>;
+  using Warp = WarpTile<kWarpPixels, kWarpChannels>;
+  using ZFragments = std::conditional_t<kAlongC, RowFragments<T, kChunkBytes>, ColumnFragments<T, Input::kRowBytes>>;
+
+  static constexpr int kElement = static_cast<int>(sizeof(T));
+  static constexpr int kSliceBytes = static_cast<int>(slice_bytes(kTile));
+};
+
+template <class Traits>
+DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) forward_mma_kernel(ForwardParams p, MmaForwardPlan plan) {
+  using T = typename Traits::T;
+  using Input = typename Traits::Input;
+  DSCONV_DYNAMIC_SHARED(unsigned char, shared);
+  unsigned char* weights = shared + plan.shared.weights;
+  unsigned char* staged = shared + plan.shared.scratch;
+  unsigned char* taps = shared + plan.shared.taps;
+  const Geometry& g = p.geom;
+  const PixelBox& box = plan.box;
+  const BoxPlace place = box_place(box, blockIdx.x / static_cast<unsigned>(plan.groups));
+  const int32_t group = static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(plan.groups));
+  const DepthwiseInput<T> in{static_cast<const T*>(p.x),
+                             static_cast<const T*>(p.dw_weight),
+                             static_cast<const T*>(p.dw_bias),
+                             g,
+                             p.x_strides,
+                             p.x_layout,
+                             p.act};
+  const Input input{box, in, place, shared, plan.shared.tables};
+  input.fill_tables(p.y_strides);
+  __syncthreads();
+  const T* pw_weight = static_cast<const T*>(p.pw_weight);
+  const int32_t c_mid = static_cast<int32_t>(g.c_mid), c_out = static_cast<int32_t>(g.c_out);
+  const int weight_bytes = matrix_copy_bytes(pw_weight, g.c_mid);
+  const int32_t chunks = (c_mid + kChunkChannels<T> - 1) / kChunkChannels<T>;
+  const int32_t first_o = group * plan.tiles_of_group * Traits::kChannels;
+  const int32_t tiles_left = (c_out - first_o + Traits::kChannels - 1) / Traits::kChannels;
+  const int32_t tiles = tiles_left < plan.tiles_of_group ? tiles_left : plan.tiles_of_group;
+
+  const auto start_weights = [&](int32_t o0, int32_t chunk, int stage) {
+    stage_matrix<T, Traits::kChannels, kChunkBytes, false>(pw_weight, c_out, c_mid, o0, chunk * kChunkChannels<T>,
+                                                           weight_bytes,
+                                                           weights + stage * Traits::kChannels * kChunkBytes);
+  };
+  const auto start_x = [&](int32_t chunk) {
+    const int stage = plan.x_stages == 2 ? chunk & 1 : 0;
+    input.stage(chunk * kChunkChannels<T>, staged + stage * box.stage_bytes, taps + stage * box.tap_bytes);
+  };
+
+  const int warp = static_cast<int>(threadIdx.x) / 32;
+  const int m0 = warp / Traits::kWarpColumns * Traits::kWarpPixels;
+  const int n0 = warp % Traits::kWarpColumns * Traits::kWarpChannels;
+  const auto z_at = Traits::ZFragments::of_a(m0);
+  const auto weight_at = RowFragments<T, kChunkBytes>::of_b(n0);
+  typename Traits::Warp own;
+  start_weights(first_o, 0, 0);
+  start_x(0);
+  cp_async_commit();
+  int32_t chunk = 0, tile = 0;
+  int stage = 0;
+#pragma unroll 1
+  while (tile < tiles) {
+    cp_async_wait<0>();
+    __syncthreads();
+    const bool last = chunk + 1 == chunks;
+    const int32_t next_chunk = last ? 0 : chunk + 1, next_tile = last ? tile + 1 : tile;
+    if (next_tile < tiles) start_weights(first_o + next_tile * Traits::kChannels, next_chunk, stage ^ 1);
+    if (tile == 0 && !last && plan.x_stages == 2) start_x(next_chunk);
+    cp_async_commit();
+
+    unsigned char* z = shared + (plan.z_tiles > 1 ? chunk : 0) * Input::kTileBytes;
+    if (tile == 0) {
+      const int x_stage = plan.x_stages == 2 ? chunk & 1 : 0;
+      input.template compute<false>(Middle::value, chunk * kChunkChannels<T>, staged + x_stage * box.stage_bytes,
+                                    taps + x_stage * box.tap_bytes, z);
+      __syncthreads();
+      if (!last && plan.x_stages == 1) {
+        start_x(next_chunk);
+        cp_async_commit();
+      }
+    }
+
+    if (chunk == 0) own.clear();
+    const unsigned char* weight = weights + stage * Traits::kChannels * kChunkBytes;
+#pragma unroll
+    for (int step = 0; step < kChunkBytes / 32; ++step) {
+      own.template multiply<T, false, true>(z_at, z, weight_at, weight, step);
+    }
+    if (last) {
+      unsigned char* slice = staged + warp * Traits::kSliceBytes;
+      const int32_t o0 = first_o + tile * Traits::kChannels + n0;
+      const Outputs<T> outputs{static_cast<const T*>(p.pw_bias),
+                               static_cast<T*>(p.pre),
+                               p.out_act,
+                               static_cast<T*>(p.y),
+                               c_out,
+                               p.y_strides.c};
+      if (p.y_layout == Layout::nhwc) {
+        store_warp_tile<true>(outputs, own, input.offsets() + m0, o0, slice);
+      } else {
+        store_warp_tile<false>(outputs, own, input.offsets() + m0, o0, slice);
+      }
+    }
+    chunk = next_chunk;
+    tile = next_tile;
+    stage ^= 1;
+  }
+  cp_async_wait<0>();
+}
+
+template <DType kType>
+LaunchStatus launch_forward_mma(const ForwardParams& p, const MmaForwardPlan& plan, void* stream) {
+  using T = storage_t<kType>;
+  const auto launch_kernel = [&](auto kind, auto along_c) {
+    using Traits = MmaForwardTraits<T, decltype(kind)::value, decltype(along_c)::value>;
+    return launch_blocks("forward_mma", forward_mma_kernel<Traits>, plan.blocks, static_cast<size_t>(plan.shared.bytes),
+                         static_cast<cudaStream_t>(stream), p, plan);
+  };
+  const auto launch_kind = [&](auto kind) {
+    return p.x_layout == Layout::nhwc ? launch_kernel(kind, std::true_type{}) : launch_kernel(kind, std::false_type{});
+  };
+  switch (plan.kind) {
+    case MmaTileKind::wide:
+      return launch_kind(std::integral_constant<MmaTileKind, MmaTileKind::wide>{});
+    case MmaTileKind::narrow:
+      return launch_kind(std::integral_constant<MmaTileKind, MmaTileKind::narrow>{});
+    default:
+      return launch_kind(std::integral_constant<MmaTileKind, MmaTileKind::small>{});
+  }
+}
+
+}  // namespace dsconv

@@ -1,0 +1,195 @@
+// What the tensor-core kernels will do for a call: plain host C++, like cuda_plan.h.
+//
+// Forward: a block owns a box of pixels (pixel_box.h) and a group of output channel tiles. It computes act(z) of its
+// box once, a chunk of channels at a time; where the group has more than one tile, all chunks stay in shared memory.
+#pragma once
+
+#include "../params.h"
+#include "cuda_device.h"
+#include "pixel_box.h"
+
+namespace dsconv {
+
+// fp16 from sm_75 on; bf16, and float where TF32 is allowed, from sm_80 on.
+constexpr bool has_tensor_cores(DType dtype, bool tf32, int64_t capability) {
+  return dtype == DType::f16 ? capability >= 75
+                             : (dtype == DType::bf16 || (dtype == DType::f32 && tf32)) && capability >= 80;
+}
+
+constexpr int kWarpsOfBlock = kBlockThreads / 32;
+
+// pixels x channels of a block, and of each of its 8 warps.
+struct MmaTile {
+  int pixels, channels, warp_pixels, warp_channels;
+};
+
+enum class MmaTileKind : int32_t { wide, narrow, small };
+constexpr int kMmaTileKinds = 3;
+
+constexpr MmaTile mma_tile(MmaTileKind kind) {
+  switch (kind) {
+    case MmaTileKind::wide:
+      return {128, 64, 32, 32};
+    case MmaTileKind::narrow:
+      return {256, 32, 32, 32};
+    default:
+      return {64, 32, 16, 16};
+  }
+}
+
+// A warp hands its results, in fp32, over to the stores by way of shared memory, in slices of so many channels.
+constexpr int kSliceChannels = 16;
+constexpr int64_t slice_bytes(const MmaTile& tile) { return 4 * int64_t{tile.warp_pixels} * kSliceChannels; }
+
+// Byte offsets into the dynamic shared memory.
+struct MmaShared {
+  int32_t weights, scratch, taps, bytes;  // z is at 0; scratch: staged x, then slices
+  BoxTables tables;
+};
+
+struct MmaForwardPlan {
+  MmaTileKind kind;
+  PixelBox box;
+  int32_t x_stages;                // chunks of x in shared memory, 1 or 2
+  int32_t z_tiles;                 // chunks of act(z) in shared memory: one, or all
+  int32_t groups, tiles_of_group;  // of output channel tiles
+  int64_t blocks;                  // box.tiles * groups, groups fastest
+  MmaShared shared;
+};
+
+inline MmaShared mma_forward_shared(const MmaForwardPlan& plan) {
+  const MmaTile tile = mma_tile(plan.kind);
+  const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
+  MmaShared s{};
+  int64_t at = int64_t{plan.z_tiles} * tile.pixels * kChunkBytes;
+  const auto take = [&](int64_t bytes) {
+    const int64_t begin = at;
+    at += box_round_up(bytes, 16);
+    return static_cast<int32_t>(begin);
+  };
+  s.weights = take(2 * tile.channels * kChunkBytes);
+  s.scratch = take(larger(int64_t{plan.x_stages} * plan.box.stage_bytes, kWarpsOfBlock * slice_bytes(tile)));
+  s.taps = take(int64_t{plan.x_stages} * plan.box.tap_bytes);
+  s.tables.spans = take(8 * int64_t{plan.box.spans});
+  s.tables.strips = take(8 * tile.pixels / kStripPixels);
+  s.tables.offsets = take(8 * tile.pixels);
+  s.bytes = static_cast<int32_t>(at < INT32_MAX ? at : INT32_MAX);
+  return s;
+}
+
+constexpr int64_t mma_element_bytes(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+template <typename Params>
+BoxSource box_source(const Params& p) {
+  return {p.x, p.x_strides, p.x_layout, mma_element_bytes(p.dtype)};
+}
+
+inline MmaForwardPlan mma_forward_candidate(const ForwardParams& p, MmaTileKind kind, const DeviceLimits& device) {
+  const Geometry& g = p.geom;
+  const int64_t element = mma_element_bytes(p.dtype);
+  const MmaTile tile = mma_tile(kind);
+  MmaForwardPlan plan{};
+  plan.kind = kind;
+  // Two blocks share a multiprocessor; a chunk of x takes less than half of what one block may have.
+  plan.box = plan_box(g, box_source(p), tile.pixels, device.shared_per_block * 2 / 5);
+  plan.x_stages = 1;
+  plan.z_tiles = 1;
+  const int64_t o_tiles = box_ceil_div(g.c_out, tile.channels), chunks = box_ceil_div(g.c_mid, kChunkBytes / element);
+  const int64_t half = device.shared_per_multiprocessor / 2 - 1024;
+
+  // Output channels are spread over blocks where there are few boxes; else a block takes them all, and z is computed
+  // once.
+  int64_t groups = box_ceil_div(2 * device.multiprocessors, plan.box.tiles > 0 ? plan.box.tiles : 1);
+  groups = groups < o_tiles ? groups : o_tiles;
+  plan.tiles_of_group = static_cast<int32_t>(box_ceil_div(o_tiles, groups > 0 ? groups : 1));
+  if (plan.tiles_of_group > 1) {
+    plan.z_tiles = static_cast<int32_t>(chunks < INT16_MAX ? chunks : INT16_MAX);
+    if (mma_forward_shared(plan).bytes > device.shared_per_block) {
+      plan.z_tiles = 1;
+      plan.tiles_of_group = 1;
+    }
+  }
+  plan.groups = static_cast<int32_t>(box_ceil_div(o_tiles, plan.tiles_of_group));
+  plan.blocks = plan.box.tiles * plan.groups;
+  if (plan.box.staged && chunks > 1) {
+    plan.x_stages = 2;
+    if (mma_forward_shared(plan).bytes > half) plan.x_stages = 1;
+  }
+  plan.shared = mma_forward_shared(plan);
+  return plan;
+}
+
+// ---------------------------------------------------------------------------------------------------------- backward
+
+// Both backward kernels: pixels of a box, mid channels and (grad_pw_weight) output channels of a block.
+constexpr int kBackwardPixels = 128, kBackwardMid = 64, kBackwardOut = 64;
+
+struct MmaDuShared {
+  int32_t weights, scratch, taps, dy_offsets, saved_offsets, bytes;  // g is at 0, two stages
+  BoxTables tables;
+};
+
+struct MmaSumShared {
+  int32_t z, scratch, taps, saved_offsets, bytes;  // g is at 0
+  BoxTables tables;
+};
+
+struct MmaBackwardPlan {
+  PixelBox box;
+  int32_t mid_tiles, out_tiles;
+  int64_t splits, boxes_of_split;  // of grad_pw_weight and grad_pw_bias
+  MmaDuShared du_shared;
+  MmaSumShared sum_shared;
+};
+
+inline MmaBackwardPlan plan_mma_backward(const BackwardParams& p, const DeviceLimits& device) {
+  const Geometry& g = p.geom;
+  const int64_t element = mma_element_bytes(p.dtype);
+  const int64_t products = kBackwardPixels * (kBackwardOut + kBackwardMid) * element;
+  MmaBackwardPlan plan{};
+  // Room beside the products' tiles for a chunk of x, its table of spans (an eighth of it) and the other tables.
+  const int64_t room = (device.shared_per_block - products - 14 * 1024) * 8 / 9, most = device.shared_per_block * 2 / 5;
+  plan.box = plan_box(g, box_source(p), kBackwardPixels, room < most ? room : most);
+  plan.mid_tiles = static_cast<int32_t>(box_ceil_div(g.c_mid, kBackwardMid));
+  plan.out_tiles = static_cast<int32_t>(box_ceil_div(g.c_out, kBackwardOut));
+
+  // Two waves of blocks, none without a box.
+  const int64_t tiles = int64_t{plan.out_tiles} * (p.grad_pw_weight != nullptr ? plan.mid_tiles : 1);
+  const int64_t wanted = box_ceil_div(4 * device.multiprocessors, tiles > 0 ? tiles : 1);
+  const int64_t splits = wanted < plan.box.tiles ? wanted : plan.box.tiles;
+  plan.boxes_of_split = box_ceil_div(plan.box.tiles, splits > 0 ? splits : 1);
+  plan.splits = box_ceil_div(plan.box.tiles, plan.boxes_of_split > 0 ? plan.boxes_of_split : 1);
+
+  int64_t at = 0;
+  const auto take = [&](int64_t bytes) {
+    const int64_t begin = at;
+    at += box_round_up(bytes, 16);
+    return static_cast<int32_t>(begin);
+  };
+  const auto take_tables = [&](BoxTables& tables, int32_t& saved) {
+    tables.spans = take(8 * int64_t{plan.box.spans});
+    tables.strips = take(8 * kBackwardPixels / kStripPixels);
+    tables.offsets = take(8 * kBackwardPixels);
+    saved = take(8 * kBackwardPixels);
+  };
+  const int64_t slices = kWarpsOfBlock * slice_bytes({0, 0, 32, 32});
+  MmaDuShared& du = plan.du_shared;
+  take(2 * kBackwardPixels * kChunkBytes);
+  du.weights = take(2 * kBackwardMid * kChunkBytes);
+  du.scratch = take(plan.box.stage_bytes > slices ? plan.box.stage_bytes : slices);
+  du.taps = take(plan.box.tap_bytes);
+  du.dy_offsets = take(8 * kBackwardPixels);
+  take_tables(du.tables, du.saved_offsets);
+  du.bytes = static_cast<int32_t>(at);
+  at = 0;
+  MmaSumShared& sum = plan.sum_shared;
+  take(kBackwardPixels * kBackwardOut * element);
+  sum.z = take(kBackwardPixels * kBackwardMid * element);
+  sum.scratch = take(plan.box.stage_bytes);
+  sum.taps = take(plan.box.tap_bytes);
+  take_tables(sum.tables, sum.saved_offsets);
+  sum.bytes = static_cast<int32_t>(at);
+  return plan;
+}
+
+}  // namespace dsconv

@@ -1,0 +1,193 @@
+// Boxes of output pixels, and the part of x that a box reads, staged in shared memory a chunk of channels at a time:
+// the planning of it, plain host C++. box_input.cuh does it.
+//
+//   a box: n images x h rows x w columns                 what it reads of x, the halo once:
+//
+//          w                                                in_w = (w - 1) * stride_w + (kernel_w - 1) * dilation_w + 1
+//      +-------+                                          +---------------+
+//    h | slots |   numbered image, row, column            |               |  in_h likewise; zeros where it leaves the
+//      +-------+   w fastest                              |               |  image
+//                                                         +---------------+
+//
+// A chunk is kChunkBytes of channels. In shared memory x lies as in global memory, with pitches of its own: channels of
+// a pixel together (nhwc), or columns of a row together (nchw); there the staged columns start at a multiple of the
+// copied piece, so that source and target have the same alignment.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <initializer_list>
+
+#include "../params.h"
+
+namespace dsconv {
+
+constexpr int kBlockThreads = 256;
+constexpr int kChunkBytes = 64;
+constexpr int kStripPixels = 4;  // output pixels of one item of the depthwise stage, down a column or along a row
+constexpr int kMostStagedTaps = 128;
+
+// How the taps of a strip are read and summed: unrolled for square kernels at dilation 1 (extent, stride), in loops, or
+// from global memory.
+enum class BoxKernel : int32_t { unstaged, looped, k3s1, k3s2, k5s1, k5s2 };
+
+struct PixelBox {
+  BoxKernel kernel;
+  int32_t n, h, w;                  // n * h * w slots; pixels beyond the image are slots that nobody stores
+  bool strips_down;                 // a strip is kStripPixels rows of a column (h a multiple), else columns of a row
+  int64_t tiles_h, tiles_w, tiles;  // boxes, columns of boxes fastest
+
+  bool staged;                                                  // else taps are read from global memory
+  int32_t in_h, in_w;                                           // rows, columns staged, an image
+  int32_t copy_bytes;                                           // of one copy; the size of an element: one by one
+  int32_t column_pitch, row_pitch, image_pitch, channel_pitch;  // bytes
+  int32_t spans;                                                // pixels (nhwc) or pieces of rows (nchw) staged
+  int32_t stage_bytes;                                          // of one chunk of x
+  int32_t tap_bytes;                                            // of one chunk of dw_weight and dw_bias; 0: not staged
+};
+
+constexpr int64_t box_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t box_round_up(int64_t a, int64_t b) { return box_ceil_div(a, b) * b; }
+
+// Where a box's tables are in the dynamic shared memory, in bytes.
+struct BoxTables {
+  int32_t spans, strips, offsets;
+};
+
+// What the planner has to know of x.
+struct BoxSource {
+  const void* x;
+  Strides strides;
+  Layout layout;
+  int64_t element;  // bytes
+};
+
+// The widest piece, at most 16 bytes, that source and target can be copied by.
+inline int32_t box_copy_bytes(const Geometry& g, const BoxSource& s) {
+  if (s.layout == Layout::nhwc && g.multiplier != 1) return static_cast<int32_t>(s.element);
+  const auto aligned = [&](int64_t bytes) {
+    const auto multiple = [&](int64_t extent, int64_t stride) {
+      return extent == 1 || stride * s.element % bytes == 0;
+    };
+    return reinterpret_cast<uintptr_t>(s.x) % static_cast<uintptr_t>(bytes) == 0 && multiple(g.n, s.strides.n) &&
+           multiple(g.h_in, s.strides.h) &&
+           (s.layout == Layout::nhwc ? multiple(g.w_in, s.strides.w) : multiple(g.c_in, s.strides.c));
+  };
+  for (const int64_t bytes : {16, 8, 4}) {
+    if (bytes > s.element && aligned(bytes)) return static_cast<int32_t>(bytes);
+  }
+  return static_cast<int32_t>(s.element);
+}
+
+// Fills in what follows from n, h, w and strips_down; `staged` stays false where 32 bits do not hold a box's offsets.
+inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int32_t copy_bytes, int64_t most_bytes) {
+  box.tiles_h = box_ceil_div(g.h_out, box.h);
+  box.tiles_w = box_ceil_div(g.w_out, box.w);
+  box.tiles = box_ceil_div(g.n, box.n) * box.tiles_h * box.tiles_w;
+  const int64_t in_h = (box.h - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
+  int64_t in_w = (box.w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
+  int64_t column = kChunkBytes, row = 0, channel = s.element, spans = 0, bytes = 0;
+  if (s.layout == Layout::nhwc) {
+    row = in_w * kChunkBytes;
+    // Neighbouring half warps read neighbouring rows: from the other half of the banks.
+    while (row < 4 * most_bytes && g.stride_h % 4 != 0 && g.stride_h * row % 128 != 64) row += 16;
+    spans = box.n * in_h * in_w;
+    bytes = box.n * in_h * row;
+  } else {
+    column = s.element;
+    const int64_t piece = copy_bytes / s.element;
+    in_w = box_round_up(in_w + piece - 1, piece);
+    row = in_w * s.element;
+    channel = box_round_up(box.n * in_h * row, 16);
+    spans = box.n * in_h * (in_w / piece);
+    bytes = channel * (kChunkBytes / s.element);
+  }
+  constexpr int64_t kLimit = int64_t{1} << 31;
+  const auto reach = [](int64_t extent, int64_t stride) { return (extent - 1) * stride; };
+  const bool offsets_fit = reach(box.n, s.strides.n) + reach(g.h_in, s.strides.h) + reach(g.w_in, s.strides.w) < kLimit;
+  box.staged = offsets_fit && bytes <= most_bytes && spans * 8 <= most_bytes;
+  const int64_t taps = g.kernel_h * g.kernel_w;
+  box.tap_bytes = box.staged && taps <= kMostStagedTaps ? static_cast<int32_t>(kChunkBytes * (taps + 1)) : 0;
+  box.kernel = box.staged ? BoxKernel::looped : BoxKernel::unstaged;
+  if (!box.staged) return;
+  const bool known_direction = s.layout == Layout::nhwc || box.strips_down;
+  if (known_direction && g.kernel_h == g.kernel_w && g.stride_h == g.stride_w && g.dilation_h == 1 &&
+      g.dilation_w == 1) {
+    if (g.kernel_h == 3 && g.stride_h == 1) box.kernel = BoxKernel::k3s1;
+    if (g.kernel_h == 3 && g.stride_h == 2) box.kernel = BoxKernel::k3s2;
+    if (g.kernel_h == 5 && g.stride_h == 1) box.kernel = BoxKernel::k5s1;
+    if (g.kernel_h == 5 && g.stride_h == 2) box.kernel = BoxKernel::k5s2;
+  }
+  box.copy_bytes = copy_bytes;
+  box.in_h = static_cast<int32_t>(in_h);
+  box.in_w = static_cast<int32_t>(in_w);
+  box.column_pitch = static_cast<int32_t>(column);
+  box.row_pitch = static_cast<int32_t>(row);
+  box.image_pitch = static_cast<int32_t>(in_h * row);
+  box.channel_pitch = static_cast<int32_t>(channel);
+  box.spans = static_cast<int32_t>(spans);
+  box.stage_bytes = static_cast<int32_t>(box_round_up(bytes, 16));
+}
+
+// Elements of one channel of x that a box reads: its rows and the halo around them, inside the image.
+constexpr int64_t box_elements(const PixelBox& box, const Geometry& g) {
+  const auto reach = [](int64_t outputs, int64_t kernel, int64_t stride, int64_t dilation, int64_t in) {
+    const int64_t wanted = (outputs - 1) * stride + (kernel - 1) * dilation + 1;
+    return wanted < in ? wanted : in;
+  };
+  return box.n * reach(box.h, g.kernel_h, g.stride_h, g.dilation_h, g.h_in) *
+         reach(box.w, g.kernel_w, g.stride_w, g.dilation_w, g.w_in);
+}
+
+// The box of at most `slots` pixels (a multiple of 16) that reads and computes least in total; not staged where none
+// needs at most most_bytes for a chunk of x.
+inline PixelBox plan_box(const Geometry& g, const BoxSource& s, int64_t slots, int64_t most_bytes) {
+  const int32_t copy_bytes = box_copy_bytes(g, s);
+  const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
+  PixelBox best{};
+  double best_cost = 0;
+  const auto consider = [&](int64_t h, int64_t w, bool down) {
+    PixelBox box{};
+    box.h = static_cast<int32_t>(h);
+    box.w = static_cast<int32_t>(w);
+    box.strips_down = down;
+    const bool whole = h >= g.h_out && w >= g.w_out;
+    const int64_t most = smaller(g.n > 0 ? g.n : 1, slots / (h * w));
+    for (int64_t n = whole ? most : 1; n > 0; n = n / 2) {
+      box.n = static_cast<int32_t>(n);
+      finish_box(box, g, s, copy_bytes, most_bytes);
+      // Bytes of x from global memory, rows in whole sectors, and as much again for the arithmetic of every slot.
+      const int64_t rows = smaller((h - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1, g.h_in);
+      const int64_t columns = smaller((w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1, g.w_in);
+      const bool broken_rows = s.layout == Layout::nchw && columns < g.w_in;
+      const double row_bytes = static_cast<double>(columns * s.element + (broken_rows ? 32 : 0));
+      const double cost = static_cast<double>(box.tiles) *
+                          (static_cast<double>(n * rows) * row_bytes + static_cast<double>(slots * s.element));
+      const bool better = best.n == 0 || (box.staged != best.staged ? box.staged : cost < best_cost);
+      if (better) {
+        best = box;
+        best_cost = cost;
+      }
+      if (box.staged) break;
+    }
+  };
+  // Whole rows first, then halves, thirds ..; as many rows as there is room for, spread evenly.
+  const bool down = s.layout == Layout::nchw && g.h_out >= kStripPixels;
+  const int64_t columns_step = down ? 1 : kStripPixels, rows_step = down ? kStripPixels : 1;
+  int64_t last_w = 0;
+  for (int64_t parts = 1; parts <= g.w_out; ++parts) {
+    const int64_t w = box_round_up(box_ceil_div(g.w_out, parts), columns_step);
+    if (w * rows_step > slots || w == last_w) continue;
+    last_w = w;
+    for (int64_t room = slots / w / rows_step * rows_step; room >= rows_step; room = room / 2 / rows_step * rows_step) {
+      const int64_t most = smaller(room, box_round_up(g.h_out, rows_step));
+      const int64_t h = box_round_up(box_ceil_div(g.h_out, box_ceil_div(g.h_out, most)), rows_step);
+      consider(h, w, down);
+      if (best.staged) break;
+    }
+    if (parts >= 16 && best.n != 0 && (best.staged || w <= columns_step)) break;
+  }
+  return best;
+}
+
+}  // namespace dsconv
