@@ -74,7 +74,6 @@ inline void for_each_task(int64_t tasks, const F& f) {
   });
 }
 
-inline int64_t stored_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 inline int64_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : 4; }
 inline MicroTile micro_of(const KernelTable& table, DType dtype) {
   return dtype == DType::f64 ? table.micro_f64 : table.micro_f32;
@@ -94,14 +93,18 @@ inline void reserve_depthwise(Workspace& workspace, const CpuPlan& plan, PackedW
   workspace.reserve(&packed.dw_bias, plan.mid_columns);
 }
 
+using PackPanel = void (*)(const PackContext&, int64_t panel);
+
+// pack_depthwise: null for weights in the compute type, which backward and all but the plain forward take.
 inline void pack_all(const DTypeKernels& kernels, const PackContext& pack, int64_t pointwise_panels,
-                     void (*pack_pointwise)(const PackContext&, int64_t)) {
+                     PackPanel pack_pointwise, PackPanel pack_depthwise = nullptr) {
+  if (pack_depthwise == nullptr) pack_depthwise = kernels.pack_depthwise;
   kernels.pack_biases(pack);
   for_each_task(pointwise_panels + pack.plan.mid_columns / pack.plan.micro.columns, [&](int64_t task) {
     if (task < pointwise_panels) {
       pack_pointwise(pack, task);
     } else {
-      kernels.pack_depthwise(pack, task - pointwise_panels);
+      pack_depthwise(pack, task - pointwise_panels);
     }
   });
 }

@@ -15,26 +15,22 @@ namespace {
 
 KeptKey key_of(const ForwardParams& p, const CpuPlan& plan, const DTypeKernels& kernels, int64_t version) {
   const Geometry& g = p.geom;
-  return {&kernels,         g.c_in,
-          g.c_mid,          g.c_out,
-          plan.taps,        plan.micro,
-          plan.mid_columns, plan.out_columns,
-          p.dw_weight,      p.dw_bias,
-          p.pw_weight,      p.pw_bias,
-          version,          fingerprint(p, stored_bytes(p.dtype))};
+  return {&kernels,       g.c_in,      g.c_mid,          g.c_out,          plan.taps,
+          plan.tap_pairs, plan.micro,  plan.mid_columns, plan.out_columns, p.dw_weight,
+          p.dw_bias,      p.pw_weight, p.pw_bias,        version,          fingerprint(p, kernels.bytes.stored)};
 }
 
 // kept: where packed weights of earlier calls are, or null; version as in KeptKey.
 void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64_t version) {
   const KernelTable& table = active_table(op);
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
-  const int64_t element = element_bytes(p.dtype);
   ForwardContext ctx{};
   ctx.p = p;
-  ctx.plan = plan_forward(p.geom, p.x_layout, micro_of(table, p.dtype), element, torch::stable::get_num_threads());
+  ctx.plan =
+      plan_forward(p.geom, p.x_layout, micro_of(table, p.dtype), kernels.bytes, torch::stable::get_num_threads());
   const CpuPlan& plan = ctx.plan;
 
-  Workspace weights(element);
+  Workspace weights(plan.element);
   reserve_depthwise(weights, plan, ctx.packed);
   weights.reserve(&ctx.packed.pw_forward, plan.out_columns * p.geom.c_mid);
   weights.reserve(&ctx.packed.pw_bias, plan.out_columns);
@@ -48,7 +44,8 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
   }
   if (use.to_pack()) {
     const PackContext pack = {p.geom, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias};
-    pack_all(kernels, pack, plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward);
+    pack_all(kernels, pack, plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward,
+             kernels.pack_depthwise_forward);
     use.packed(key);
   }
   for_each_task(plan.tiles, [&](int64_t tile) { kernels.forward(ctx, tile, thread_scratch(plan.scratch_bytes)); });
@@ -83,7 +80,7 @@ void run_backward_panels(const DTypeKernels& kernels, BackwardContext& ctx) {
 void run_backward(const char* op, const BackwardParams& p) {
   const KernelTable& table = active_table(op);
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
-  const int64_t element = element_bytes(p.dtype);
+  const int64_t element = kernels.bytes.compute;
   const Geometry& g = p.geom;
   BackwardContext ctx{};
   ctx.p = p;

@@ -133,12 +133,12 @@ Tensor fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias
   if (call.y->numel() == 0) return *call.y;
   const KernelTable& table = active_table(op);
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
-  const int64_t element = element_bytes(p.dtype);
   ForwardContext ctx{};
   ctx.p = p;
-  ctx.plan = plan_forward(g, p.x_layout, micro_of(table, p.dtype), element, torch::stable::get_num_threads());
+  ctx.plan = plan_forward(g, p.x_layout, micro_of(table, p.dtype), kernels.bytes, torch::stable::get_num_threads());
+  ctx.plan.tap_pairs = 0;  // the norm is folded into weights in the compute type
   const CpuPlan& plan = ctx.plan;
-  Workspace weights(element);
+  Workspace weights(plan.element);
   reserve_depthwise(weights, plan, ctx.packed);
   weights.reserve(&ctx.packed.pw_forward, plan.out_columns * g.c_mid);
   weights.reserve(&ctx.packed.pw_bias, plan.out_columns);

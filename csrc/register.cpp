@@ -73,5 +73,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isa_available", &dsconv::isa_available, "Those of them that this machine runs");
   m.def("isa_active", [] { return dsconv::isa_name(dsconv::isa_active()); }, "The one in use");
   m.def("set_isa", &dsconv::set_isa, pybind11::arg("name"), "Uses another one from now on, in the whole process");
+  m.def("bf16_dot_available", &dsconv::bf16_dot_available, "Whether this library and machine have AVX512-BF16 kernels");
+  m.def("bf16_dot_active", &dsconv::bf16_dot_active, "Whether a bfloat16 forward uses them");
+  m.def("set_bf16_dot", &dsconv::set_bf16_dot, pybind11::arg("on"), "False: bfloat16 is computed in float32");
   dsconv::define_plans(m);
 }

@@ -111,10 +111,20 @@ def _cpu(library: _loader.Library) -> Section:
         ("built", ", ".join(module.isa_built())),
         ("this machine runs", ", ".join(module.isa_available())),
         ("active", active),
+        ("bfloat16", _bf16(module, active)),
     ]
     if baseline != "generic":
         rows.append(("note", f"compiled with flags for {baseline}: the generic kernels need a machine that has it"))
     return "CPU kernels", rows
+
+
+def _bf16(module, active: str) -> str:
+    """What a forward of bfloat16 multiplies; backward and float16 compute in float32."""
+    if not module.bf16_dot_available():
+        return "computed in float32 (no AVX512-BF16 in this machine or build)"
+    if active.startswith("none: ") or not module.bf16_dot_active():
+        return "computed in float32 (AVX512-BF16 goes with the avx512 kernels)"
+    return "forward by AVX512-BF16"
 
 
 def _cuda() -> Section:

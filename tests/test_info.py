@@ -59,6 +59,14 @@ def test_active_isa_is_the_best_available(built):
 def test_isa_can_be_lowered(built):
     lowered = rows(info(DSCONV_JIT="0", DSCONV_CPU_ISA="generic"))
     assert lowered["CPU kernels", "active"] == "generic"
+    assert lowered["CPU kernels", "bfloat16"].startswith("computed in float32")
+
+
+def test_bfloat16_tells_whether_the_dot_product_is_used(built):
+    from dsconv_cuda import _loader
+
+    available = _loader.load_library().module.bf16_dot_available()
+    assert (built["CPU kernels", "bfloat16"] == "forward by AVX512-BF16") == available
 
 
 def test_unknown_isa_is_shown_and_does_not_stop_it(built):

@@ -74,10 +74,10 @@ def test_no_wide_registers_outside_the_isa_namespaces(library_path):
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     wide = functions_with(lines, re.compile(r"%[yz]mm\d"))
     assert len(wide) > 50, "the library has no symbols, or no vector kernels"
-    outside = {name for name in wide if not re.search(r"\bdsconv::avx(2|512)::", name)}
+    outside = {name for name in wide if not re.search(r"\bdsconv::avx(2|512|512_bf16)::", name)}
     assert not outside
     widest = functions_with(lines, re.compile(r"%zmm\d"))
-    assert {name for name in widest if not re.search(r"\bdsconv::avx512::", name)} == set()
+    assert {name for name in widest if not re.search(r"\bdsconv::avx512(_bf16)?::", name)} == set()
 
 
 # n, c_in, multiplier, c_out, h, w, kernel, stride, activation, out_activation
@@ -136,7 +136,7 @@ PLANNER = r"""
 using namespace dsconv;
 
 // Every pixel in exactly one tile, no tile above tile_pixels, scratch within its bound.
-static int check(const Geometry& g, MicroTile micro, int64_t element, const CpuPlan& plan) {
+static int check(const Geometry& g, MicroTile micro, ElementBytes bytes, const CpuPlan& plan) {
   int64_t pixel = 0;
   bool ok = tile_begin(plan, 0) == 0 && tile_begin(plan, plan.tiles) == plan.pixels;
   for (int64_t tile = 0; tile < plan.tiles; ++tile, pixel = tile_begin(plan, tile)) {
@@ -146,8 +146,8 @@ static int check(const Geometry& g, MicroTile micro, int64_t element, const CpuP
   ok = ok && plan.pointwise_groups <= plan.tiles;
   if (g.c_mid <= 8192 && g.c_out <= 8192 && plan.taps <= 1024) ok = ok && plan.scratch_bytes <= kScratchBytes;
   if (!ok) {
-    std::printf("n %ld c_mid %ld c_out %ld h %ld w %ld rows %ld element %ld: tiles %ld scratch %ld\n", (long)g.n,
-                (long)g.c_mid, (long)g.c_out, (long)g.h_out, (long)g.w_out, (long)micro.rows, (long)element,
+    std::printf("n %ld c_mid %ld c_out %ld h %ld w %ld rows %ld middle %ld: tiles %ld scratch %ld\n", (long)g.n,
+                (long)g.c_mid, (long)g.c_out, (long)g.h_out, (long)g.w_out, (long)micro.rows, (long)bytes.middle,
                 (long)plan.tiles, (long)plan.scratch_bytes);
   }
   return ok ? 0 : 1;
@@ -157,12 +157,13 @@ int main() {
   int bad = 0;
   struct Form {
     MicroTile micro;
-    int64_t element;
+    ElementBytes bytes;
   };
-  const Form forms[] = {{{4, 8, 4}, 4},  {{4, 4, 2}, 8},    {{6, 16, 8}, 4},
-                        {{6, 8, 4}, 8}, {{14, 32, 16}, 4}, {{14, 16, 8}, 8}};
+  constexpr ElementBytes f32 = {4, 4, 4}, f64 = {8, 8, 8}, f16 = {2, 4, 4}, bf16_dot = {2, 4, 2};
+  const Form forms[] = {{{4, 8, 4}, f32},    {{4, 4, 2}, f64},    {{6, 16, 8}, f16},     {{6, 8, 4}, f64},
+                        {{14, 32, 16}, f32}, {{14, 16, 8}, f64}, {{14, 32, 16}, bf16_dot}};
   const int64_t channels[] = {1, 3, 17, 32, 113, 512, 728, 2048, 8192, 100000};
-  for (const auto& [micro, element] : forms)
+  for (const auto& [micro, bytes] : forms)
     for (const int64_t c_mid : channels)
       for (const int64_t c_out : channels)
         for (const int64_t n : {1, 2, 16})
@@ -179,9 +180,9 @@ int main() {
               g.pad_top = g.pad_left = kernel / 2;
               for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
                 for (const int64_t threads : {1, 2, 7}) {
-                  bad += check(g, micro, element, plan_forward(g, layout, micro, element, threads));
+                  bad += check(g, micro, bytes, plan_forward(g, layout, micro, bytes, threads));
                 }
-                bad += check(g, micro, element, plan_backward(g, layout, micro, element));
+                bad += check(g, micro, bytes, plan_backward(g, layout, micro, bytes.compute));
               }
             }
   return bad != 0;

@@ -90,8 +90,9 @@ DSCONV_INLINE V out_derivative(V saved) {
 
 // v <- act(v) over n elements. Reads and writes whole vectors: n rounded up to them must be in the buffer.
 struct ActivateInPlace {
-  template <Activation A, typename T>
-  DSCONV_INLINE void run(int64_t n, T* v, T*) {
+  template <Activation A, typename M>
+  DSCONV_INLINE void run(int64_t n, M* v, M*) {
+    typedef typename ComputeOf<M>::type T;
     for (int64_t i = 0; i < n; i += Vec<T>::n) vstore(v + i, act_value<A, T>(vload(v + i)));
   }
 };

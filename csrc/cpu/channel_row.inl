@@ -125,9 +125,9 @@ DSCONV_INLINE void add_taps_pair(const S* x, int64_t column_step, const T* upper
 
 // P pixels, `vectors` vectors of channels one after another: that way x is read as it lies in memory, which the
 // prefetchers follow. Step: row.step_w where taps are neighbours, else 0.
-template <int Step, int P, Columns Where, typename S, typename T>
+template <int Step, int P, Columns Where, typename S, typename T, typename M>
 static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t vectors, const S* x, const T* weight,
-                           const T* start, const ColumnRange& range, Clamp<T> clamp, T* out, int64_t ld) {
+                           const T* start, const ColumnRange& range, Clamp<T> clamp, M* out, int64_t ld) {
   typedef typename Vec<T>::type V;
   const int64_t column_step = row.column_step, pixel_step = row.step_w * column_step, tap_step = row.dilation_w;
   const int64_t taps_w = row.taps_w, start_step = row.start_step;
@@ -170,7 +170,7 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
       x_row += row.dilation_h * row.row_step;
       weight_row += row.weight_row;
     }
-    T* to = out;
+    M* to = out;
     DSCONV_UNROLL
     for (int p = 0; p < P; ++p) {
       const V v = vmin(hi, vmax(lo, acc[p]));
@@ -268,9 +268,9 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
   }
 }
 
-template <int Step, Columns Where, typename S, typename T>
+template <int Step, Columns Where, typename S, typename T, typename M>
 static void convolve_pixels(int pixels, const ChannelRow<S>& row, int64_t tap_rows, int64_t vectors, const S* x,
-                            const T* weight, const T* start, const ColumnRange& range, Clamp<T> clamp, T* out,
+                            const T* weight, const T* start, const ColumnRange& range, Clamp<T> clamp, M* out,
                             int64_t ld) {
   switch (pixels) {
     case 7:
@@ -291,9 +291,9 @@ DSCONV_INLINE int group_pixels(int64_t left) {
   return left == 5 || left == 8 ? 5 : 3;
 }
 
-template <int Step, typename S, typename T>
+template <int Step, typename S, typename T, typename M>
 static void convolve_row_steps(const ChannelRow<S>& row, int64_t top, int64_t left, int64_t count, Clamp<T> clamp,
-                               T* out, int64_t ld) {
+                               M* out, int64_t ld) {
   constexpr int n = Vec<T>::n;
   constexpr int kRestStep = DSCONV_ISA == DSCONV_ISA_AVX512 ? Step : 0;  // masks cost little there
   const int64_t vectors = row.channels / n, rest = vectors * n;
@@ -309,7 +309,7 @@ static void convolve_row_steps(const ChannelRow<S>& row, int64_t top, int64_t le
     const ColumnRange range = {left + p * row.step_w, row.in_w, lanes_left(row.channels - rest, n)};
     const S* from = x + p * row.step_w * row.column_step;
     const T* start = row.start + p * row.start_step;
-    T* to = out + p * ld;
+    M* to = out + p * ld;
     if (p >= inside_begin && p + pixels <= inside_end) {
       convolve_pixels<Step, Columns::inside>(pixels, row, tap_rows, vectors, from, weight, start, range, clamp, to, ld);
     } else {
@@ -351,8 +351,8 @@ static void convolve_row_pair(const ChannelRow<S>& row, int64_t apart, int64_t t
 }
 
 // `count` pixels; top and left are the input position of the first one's first tap, inside the image or not.
-template <typename S, typename T>
-static void convolve_row(const ChannelRow<S>& row, int64_t top, int64_t left, int64_t count, Clamp<T> clamp, T* out,
+template <typename S, typename T, typename M>
+static void convolve_row(const ChannelRow<S>& row, int64_t top, int64_t left, int64_t count, Clamp<T> clamp, M* out,
                          int64_t ld) {
   // The generic kernels go tap by tap: theirs is code that has to be right and small.
   constexpr int one = DSCONV_ISA != DSCONV_ISA_GENERIC, two = 2 * one;
@@ -378,11 +378,13 @@ DSCONV_INLINE ChannelRow<S> channels_from(const ChannelRow<S>& row, int64_t begi
 }
 
 // `rows` rows of `count` pixels, `apart` rows of x from one another, out_row elements apart in `out`; start_step is 0.
-template <typename S, typename T>
+template <typename S, typename T, typename M>
 static void convolve_rows(const ChannelRow<S>& row, int64_t apart, int64_t top, int64_t left, int64_t rows,
-                          int64_t count, Clamp<T> clamp, T* out, int64_t ld, int64_t out_row) {
+                          int64_t count, Clamp<T> clamp, M* out, int64_t ld, int64_t out_row) {
   int64_t done = 0;
-  if constexpr (DSCONV_ISA == DSCONV_ISA_AVX512) {  // twice the sums need its 32 registers
+  // Twice the sums need the 32 registers of AVX-512. Rows that are stored as bf16 have a form of their own
+  // (depthwise_bf16.inl), and go this way in rare cases only.
+  if constexpr (DSCONV_ISA == DSCONV_ISA_AVX512 && sizeof(M) == sizeof(T)) {
     const int64_t paired = count / kPairPixels * kPairPixels, vectors = row.channels / Vec<T>::n * Vec<T>::n;
     const bool pairs = row.dilation_w == 1 && row.dilation_h == 1 && row.taps_w >= 3 && row.taps_w <= 5 &&
                        apart < row.taps_h && row.step_w <= 2 && paired > 0 && vectors > 0;

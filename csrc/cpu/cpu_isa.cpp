@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "cpu_kernels.h"
+#include "isa_region.h"
 
 namespace dsconv {
 namespace {
@@ -26,6 +27,14 @@ bool machine_has_avx512() {
 constexpr bool kX86 = false;
 bool machine_has_avx2() { return false; }
 bool machine_has_avx512() { return false; }
+#endif
+
+#if DSCONV_BUILDS_BF16 && defined(DSCONV_EMULATE_AVX512)
+bool machine_has_bf16_dot() { return machine_has_avx512(); }
+#elif DSCONV_BUILDS_BF16
+bool machine_has_bf16_dot() { return __builtin_cpu_supports("avx512bf16") && machine_has_avx512(); }
+#else
+bool machine_has_bf16_dot() { return false; }
 #endif
 
 bool built(Isa isa) { return isa == Isa::generic || kX86; }
@@ -68,6 +77,7 @@ Isa choose() {
 
 constexpr int kNotChosen = -1;
 std::atomic<int> chosen{kNotChosen};
+std::atomic<bool> bf16_dot_on{true};
 
 }  // namespace
 
@@ -90,7 +100,19 @@ Isa isa_active() {
 
 void set_isa(const std::string& name) { chosen.store(static_cast<int>(parse("set_isa", name))); }
 
+bool bf16_dot_available() {
+  static const bool available = machine_has_bf16_dot();
+  return available;
+}
+bool bf16_dot_active() {
+  return bf16_dot_available() && bf16_dot_on.load(std::memory_order_relaxed) && isa_active() == Isa::avx512;
+}
+void set_bf16_dot(bool on) { bf16_dot_on.store(on); }
+
 const KernelTable& active_kernels() {
+#if DSCONV_BUILDS_BF16
+  if (bf16_dot_active()) return kernels_avx512_bf16();
+#endif
 #if defined(__x86_64__)
   switch (isa_active()) {
     case Isa::avx512:

@@ -9,7 +9,8 @@
 
 namespace dsconv {
 
-// Weights as the kernels walk them; k is the channel order of cpu_plan.h, panels have micro.columns columns.
+// Weights as the kernels walk them; k is the channel order of cpu_plan.h, panels have micro.columns columns. Kernels
+// that multiply bf16 have their own forms of dw_weight and pw_forward for the forward (pack_bf16.inl), no larger ones.
 struct PackedWeights {
   void* dw_weight;    // [taps][mid_columns]
   void* dw_bias;      // [mid_columns], zeros where there is none
@@ -84,8 +85,10 @@ struct NormContext {
 };
 
 struct DTypeKernels {
+  ElementBytes bytes;
   void (*pack_biases)(const PackContext&);
-  void (*pack_depthwise)(const PackContext&, int64_t panel);
+  void (*pack_depthwise)(const PackContext&, int64_t panel);          // of backward
+  void (*pack_depthwise_forward)(const PackContext&, int64_t panel);  // the same, or a form of the forward's own
   void (*pack_pointwise_forward)(const PackContext&, int64_t panel);
   void (*pack_pointwise_backward)(const PackContext&, int64_t panel);
   void (*forward)(const ForwardContext&, int64_t tile, void* scratch);
@@ -115,5 +118,6 @@ struct KernelTable {
 const KernelTable& kernels_generic();
 const KernelTable& kernels_avx2();  // x86-64 only, as is the next
 const KernelTable& kernels_avx512();
+const KernelTable& kernels_avx512_bf16();  // the same, but bf16 forward multiplies bf16; only where DSCONV_BUILDS_BF16
 
 }  // namespace dsconv

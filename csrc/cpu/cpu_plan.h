@@ -28,6 +28,11 @@ struct MicroTile {
   int64_t rows, columns, lanes;
 };
 
+// Bytes of an element: of the tensors, of the compute type, and of act(z) where forward's GEMM reads it.
+struct ElementBytes {
+  int64_t stored, compute, middle;
+};
+
 struct CpuPlan {
   MicroTile micro;
   int64_t element;                   // bytes of the compute type
@@ -35,6 +40,7 @@ struct CpuPlan {
   int64_t image_pixels, pixels;      // h_out * w_out, times n
   int64_t mid_columns, out_columns;  // c_mid and c_out rounded up to micro.columns: packed weights, partial sums
   int64_t mid_ld, out_ld;            // row strides of tiles, elements: no multiple of 128 bytes, against set conflicts
+  int64_t tap_pairs;                 // forward: pairs of taps that the depthwise multiplies at a time; 0: single taps
   int64_t strip_ld;                  // row stride of the channel strips that nchw goes through
   int64_t block;                     // pixels a tile is made of: micro.rows, an image row in nchw, fewer if need be
   int64_t blocks, tiles;             // tiles of whole blocks, whose numbers differ by one at most
@@ -70,15 +76,31 @@ constexpr int64_t skewed(int64_t elements, int64_t element) {
   return elements + (bytes % (2 * kCacheLine) == 0 ? kCacheLine / element : 0);
 }
 
+// Pairs of taps as pack_bf16.inl makes them: one tap and that below it, in a last single row neighbours.
+constexpr int64_t tap_pairs_of(const Geometry& g) {
+  return g.kernel_h / 2 * g.kernel_w + (g.kernel_h % 2 != 0 ? ceil_div(g.kernel_w, 2) : 0);
+}
+
 // What the depthwise stage of a tile needs beside z.
 constexpr int64_t depthwise_scratch(const CpuPlan& plan) {
   const int64_t strips = plan.micro.lanes * plan.strip_ld * plan.element + plane_bytes(plan);
   return strips > plan.turned * plan.element ? strips : plan.turned * plan.element;
 }
 
+// nchw: output columns of a piece of one row that is turned into lanes of channels (depthwise.inl), 0 where a window
+// for them is too large.
+constexpr int64_t turned_columns_of(const Geometry& g, const CpuPlan& plan) {
+  constexpr int64_t kFew = 16;
+  const int64_t reach_h = (g.kernel_h - 1) * g.dilation_h + 1, reach_w = (g.kernel_w - 1) * g.dilation_w + 1;
+  const int64_t rows = reach_h < g.h_in ? reach_h : g.h_in, columns = plan.turned / (plan.micro.lanes * rows);
+  if (columns >= g.w_in) return g.w_out;
+  const int64_t outputs = columns < reach_w ? 0 : (columns - reach_w) / g.stride_w + 1;
+  return outputs < kFew ? 0 : outputs;
+}
+
 namespace plan_detail {
 
-inline CpuPlan base(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element) {
+inline CpuPlan base(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element, int64_t middle) {
   CpuPlan plan{};
   plan.micro = micro;
   plan.element = element;
@@ -89,7 +111,7 @@ inline CpuPlan base(const Geometry& g, Layout x_layout, MicroTile micro, int64_t
   plan.pixels = g.n * plan.image_pixels;
   plan.mid_columns = round_up(g.c_mid, micro.columns);
   plan.out_columns = round_up(g.c_out, micro.columns);
-  plan.mid_ld = skewed(plan.mid_columns, element);
+  plan.mid_ld = skewed(plan.mid_columns, middle);
   plan.out_ld = skewed(plan.out_columns, element);
   return plan;
 }
@@ -113,22 +135,26 @@ inline int64_t pixels_within(int64_t bytes, int64_t bytes_per_pixel) {
 }  // namespace plan_detail
 
 // Forward: every output value is one chain of FMAs whatever its tile, so tiles may follow the number of threads.
-inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element, int64_t threads) {
-  CpuPlan plan = plan_detail::base(g, x_layout, micro, element);
-  const int64_t per_pixel = (plan.mid_ld + micro.columns + micro.lanes) * element;
-  const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 8 * micro.rows, 256);
+inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro, ElementBytes bytes, int64_t threads) {
+  const int64_t element = bytes.compute;
+  CpuPlan plan = plan_detail::base(g, x_layout, micro, element, bytes.middle);
+  const bool lanes_of_channels = x_layout == Layout::nhwc || turned_columns_of(g, plan) > 0;
+  plan.tap_pairs = bytes.middle < bytes.compute && g.multiplier == 1 && lanes_of_channels ? tap_pairs_of(g) : 0;
+  const int64_t mid_bytes = plan.mid_ld * bytes.middle;
+  const int64_t per_pixel = mid_bytes + (micro.columns + micro.lanes) * element;
+  const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, mid_bytes), 8 * micro.rows, 256);
   const int64_t fits = plan_detail::pixels_within(kScratchBytes - depthwise_scratch(plan) - (8 << 10), per_pixel);
   plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, threads);
-  plan.beyond_cache = (g.n * g.c_in * g.h_in * g.w_in + plan.pixels * g.c_out) * element > kSharedCacheBytes;
+  plan.beyond_cache = (g.n * g.c_in * g.h_in * g.w_in + plan.pixels * g.c_out) * bytes.stored > kSharedCacheBytes;
   plan.scratch_bytes =
-      plan.tile_pixels * (plan.mid_ld + micro.columns) * element + depthwise_scratch(plan) + 4 * kCacheLine;
+      plan.tile_pixels * (mid_bytes + micro.columns * element) + depthwise_scratch(plan) + 4 * kCacheLine;
   return plan;
 }
 
 // The statistics of z: sums follow the tiles, as in backward. A tile is read twice more while it is near, so it is
 // smaller, of few channels (mid_ld) on many pixels.
 inline CpuPlan plan_moments(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element, int64_t tile_bytes) {
-  CpuPlan plan = plan_detail::base(g, x_layout, micro, element);
+  CpuPlan plan = plan_detail::base(g, x_layout, micro, element, element);
   constexpr int64_t kPanelVectors = 4;
   if (g.multiplier == 1 && g.c_mid > kPanelVectors * micro.lanes) plan.mid_ld = kPanelVectors * micro.lanes;
   const int64_t wanted = clamp64(plan_detail::pixels_within(tile_bytes, plan.mid_ld * element), 16, 256);
@@ -177,7 +203,7 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
                              BetweenStages between = BetweenStages::nothing) {
   constexpr int64_t kMaxGroups = 16;
   constexpr int64_t kPartialBytes = int64_t{32} << 20;
-  CpuPlan plan = plan_detail::base(g, x_layout, micro, element);
+  CpuPlan plan = plan_detail::base(g, x_layout, micro, element, element);
   const int64_t per_pixel = (2 * plan.mid_ld + 2 * plan.out_ld + micro.columns) * element;
   const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 12 * micro.rows, 256);
   const int64_t fits = plan_detail::pixels_within(kScratchBytes - (8 << 10), per_pixel);

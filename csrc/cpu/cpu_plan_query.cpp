@@ -8,13 +8,13 @@ namespace dsconv {
 
 PlanNumbers cpu_plan(const PlanQuery& query, int64_t threads) {
   const Geometry g = geometry_of(query);
-  const bool f64 = dtype_of(query) == DType::f64;
+  const DType dtype = dtype_of(query);
   const KernelTable& table = active_kernels();
-  const MicroTile micro = f64 ? table.micro_f64 : table.micro_f32;
-  const int64_t element = f64 ? 8 : 4;
+  const MicroTile micro = dtype == DType::f64 ? table.micro_f64 : table.micro_f32;
+  const ElementBytes bytes = table.by_dtype[static_cast<int>(dtype)].bytes;
   const Layout layout = layout_of(query);
-  const CpuPlan plan = query.backward ? plan_backward(g, layout, micro, element)
-                                      : plan_forward(g, layout, micro, element, threads > 0 ? threads : 1);
+  const CpuPlan plan = query.backward ? plan_backward(g, layout, micro, bytes.compute)
+                                      : plan_forward(g, layout, micro, bytes, threads > 0 ? threads : 1);
   return {{"micro_rows", micro.rows},
           {"micro_columns", micro.columns},
           {"pixels", plan.pixels},

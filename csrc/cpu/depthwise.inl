@@ -36,8 +36,8 @@ DSCONV_INLINE ChannelRow<S> channel_row(const Geometry& g, const CpuPlan& plan) 
   return row;
 }
 
-template <typename S, typename T>
-static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z) {
+template <typename S, typename T, typename M>
+static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, M* z) {
   const Geometry& g = *in.g;
   ChannelRow<S> row = channel_row<S>(g, *in.plan);
   row.row_step = in.stride.h;
@@ -70,22 +70,11 @@ DSCONV_INLINE Range input_range(int64_t first, int64_t count, int64_t stride, in
   return r;
 }
 
-// Output columns of a piece of one row, 0 where a window for them is too large to be turned.
-template <typename T>
-DSCONV_INLINE int64_t turned_columns(const Geometry& g, const CpuPlan& plan) {
-  constexpr int64_t kFew = 16;
-  const int64_t reach_h = (g.kernel_h - 1) * g.dilation_h + 1, reach_w = (g.kernel_w - 1) * g.dilation_w + 1;
-  const int64_t rows = reach_h < g.h_in ? reach_h : g.h_in, columns = plan.turned / (Vec<T>::n * rows);
-  if (columns >= g.w_in) return g.w_out;
-  const int64_t outputs = columns < reach_w ? 0 : (columns - reach_w) / g.stride_w + 1;
-  return outputs < kFew ? 0 : outputs;
-}
-
 // The piece that begins at `pixel`, of `limit` pixels at most: whole rows as far as they fit, else a part of one.
 template <typename T>
 DSCONV_INLINE TurnedPiece turned_piece(const Geometry& g, const CpuPlan& plan, int64_t pixel, int64_t limit) {
   const int64_t reach_h = (g.kernel_h - 1) * g.dilation_h + 1, reach_w = (g.kernel_w - 1) * g.dilation_w + 1;
-  const int64_t most = turned_columns<T>(g, plan);
+  const int64_t most = turned_columns_of(g, plan);
   const PixelRun run = run_at(pixel, limit < most ? limit : most, g.h_out, g.w_out, false);
   TurnedPiece piece = {run.n, run.oh, 1, run.ow, run.length, 0, 0, 0, 0};
   if (run.length == g.w_out) {
@@ -115,8 +104,8 @@ static void turn_channels(const DepthwiseInput<S>& in, const TurnedPiece& piece,
   }
 }
 
-template <typename S, typename T>
-static void depthwise_turned(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z,
+template <typename S, typename T, typename M>
+static void depthwise_turned(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, M* z,
                              T* turned) {
   constexpr int n = Vec<T>::n;
   const Geometry& g = *in.g;
@@ -164,8 +153,8 @@ static void depthwise_strips(const DepthwiseInput<S>& in, const PlaneShape& shap
   }
 }
 
-template <typename S, typename T>
-static void depthwise_nchw(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z, T* strips,
+template <typename S, typename T, typename M>
+static void depthwise_nchw(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, M* z, T* strips,
                            void* memory) {
   constexpr int n = Vec<T>::n;
   const Geometry& g = *in.g;
@@ -192,11 +181,11 @@ static void depthwise_nchw(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
 }
 
 // `memory`: depthwise_scratch(plan) bytes, which nchw uses.
-template <typename S, typename T>
-static void depthwise_tile(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, T* z, T* memory) {
+template <typename S, typename T, typename M>
+static void depthwise_tile(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, M* z, T* memory) {
   if (in.layout == Layout::nhwc) {
     depthwise_nhwc(in, pixel, count, clamp, z);
-  } else if (turned_columns<T>(*in.g, *in.plan) > 0) {
+  } else if (turned_columns_of(*in.g, *in.plan) > 0) {
     depthwise_turned(in, pixel, count, clamp, z, memory);
   } else {
     depthwise_nchw(in, pixel, count, clamp, z, memory, memory + in.plan->micro.lanes * in.plan->strip_ld);

@@ -3,7 +3,8 @@
 //   x --depthwise, act--> z [pixels][c_mid] in L2 --GEMM with a packed panel, bias, out_act in registers--> y
 //                                                 --GEMM--> out [pixels][columns] in L1 --> y (and pre)
 //
-// The second way is for nchw, for activations that are no clamp, and where pre is asked for.
+// The second way is for nchw, for activations that are no clamp, and where pre is asked for. z is of type M: the
+// compute type, or bf16 where the GEMM multiplies pairs of bf16.
 //
 // A panel of the pointwise weights is walked once per tile and meets every block of kMicroRows pixels while it is in
 // cache. x is read once (its halo rows once more per tile), y written once; z never leaves the cache.
@@ -23,14 +24,14 @@ static void add_bias(const T* bias, int64_t rows, T* out) {
 }
 
 // One panel of output channels by way of `out`: for what the micro-kernel cannot write itself.
-template <typename S, typename T>
+template <typename S, typename F, typename T>
 static void outputs_by_tile(const ForwardContext& ctx, int64_t pixel, int64_t count, int64_t channel, int64_t width,
-                            Operand<T> z, Operand<T> panel, T* out) {
+                            int64_t k, Operand<F> z, Operand<F> panel, T* out) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const ForwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
-  gemm_panel<T>(count, width, g.c_mid, z, panel, out, columns);
+  gemm_panel(count, width, k, z, panel, out, columns);
   add_bias(static_cast<const T*>(ctx.packed.pw_bias) + channel, count, out);
   if (p.pre != nullptr) {
     store_tile(out, columns, channel, width, pixel, count, static_cast<S*>(p.pre), p.y_layout, g.c_out,
@@ -64,15 +65,18 @@ static Ahead next_rows(const ForwardContext& ctx, int64_t pixel, int64_t count, 
           round_up(ceil_div(bytes, calls), kCacheLine)};
 }
 
-template <typename S, typename T>
+template <typename S, typename T, typename M>
 static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch) {
   const ForwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
-  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
+  typedef typename Factor<M>::type F;
+  constexpr int64_t columns = kMicroVecs * Vec<T>::n, per_factor = Factor<M>::channels;
   const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
-  T* z = static_cast<T*>(scratch);
-  T* out = z + plan.tile_pixels * plan.mid_ld;
+  const int64_t k = ceil_div(g.c_mid, per_factor);
+  M* z = static_cast<M*>(scratch);
+  const int64_t z_bytes = plan.tile_pixels * plan.mid_ld * static_cast<int64_t>(sizeof(M));
+  T* out = reinterpret_cast<T*>(static_cast<char*>(scratch) + round_up(z_bytes, kCacheLine));
   T* memory = out + plan.tile_pixels * columns;
 
   const DepthwiseInput<S> in = {&g,
@@ -85,30 +89,41 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
   depthwise_tile(in, pixel, count, clamp_of<T>(p.act), z, memory);
   if (!is_clamp(p.act)) {
     for (int64_t i = 0; i < count; ++i) {
-      activation_pass<ActivateInPlace, T>(p.act, g.c_mid, z + i * plan.mid_ld, nullptr);
+      activation_pass<ActivateInPlace, M>(p.act, g.c_mid, z + i * plan.mid_ld, nullptr);
     }
   }
 
   const bool direct = p.y_layout == Layout::nhwc && p.pre == nullptr && is_clamp(p.out_act);
+  // nchw outputs that turn faster as bf16 than as sums (tile_io_bf16.inl).
+  const bool by_planes = sizeof(M) < sizeof(T) && p.y_layout == Layout::nchw && p.pre == nullptr && is_clamp(p.out_act);
   const uint64_t misaligned = reinterpret_cast<uint64_t>(p.y) | static_cast<uint64_t>(g.c_out) * sizeof(S);
-  const bool stream = plan.beyond_cache && misaligned % kCacheLine == 0;
+  const bool stream = direct && plan.beyond_cache && misaligned % kCacheLine == 0;
   Ahead ahead =
-      next_rows<S>(ctx, pixel, count, ceil_div(count, kMicroRows) * ceil_div(g.c_out, columns) * chains_of(g.c_mid));
+      next_rows<S>(ctx, pixel, count, ceil_div(count, kMicroRows) * ceil_div(g.c_out, columns) * chains_of(k));
   for (int64_t channel = 0; channel < g.c_out; channel += columns) {
     const int64_t width = g.c_out - channel < columns ? g.c_out - channel : columns;
-    const Operand<T> tile_z = {z, plan.mid_ld};
-    const Operand<T> panel = {static_cast<const T*>(ctx.packed.pw_forward) + channel * g.c_mid, columns};
+    const Operand<F> tile_z = {reinterpret_cast<const F*>(z), plan.mid_ld / per_factor};
+    const Operand<F> panel = {static_cast<const F*>(ctx.packed.pw_forward) + channel * k, columns};
+    OutputTarget<S, T> target = {};
+    target.bias = static_cast<const T*>(ctx.packed.pw_bias) + channel;
+    target.clamp = clamp_of<T>(p.out_act);
+    target.columns = width;
     if (direct) {
-      OutputTarget<S, T> target = {};
-      target.bias = static_cast<const T*>(ctx.packed.pw_bias) + channel;
-      target.clamp = clamp_of<T>(p.out_act);
       target.y = static_cast<S*>(p.y) + pixel * g.c_out + channel;
       target.ld = g.c_out;
-      target.columns = width;
       target.stream = stream && width == columns;
-      gemm_panel_outputs(count, width, g.c_mid, tile_z, panel, out, target, ahead);
+      gemm_panel_outputs(count, width, k, tile_z, panel, out, target, ahead);
+    } else if (by_planes) {
+      // Rows of S at the beginnings of the rows of sums, which a row's outputs replace.
+      target.y = reinterpret_cast<S*>(out);
+      target.ld = columns * static_cast<int64_t>(sizeof(T) / sizeof(S));
+      gemm_panel_outputs(count, width, k, tile_z, panel, out, target, ahead);
+      if constexpr (sizeof(M) < sizeof(T)) {
+        store_planes(target.y, target.ld, channel, width, pixel, count, static_cast<S*>(p.y), g.c_out,
+                     plan.image_pixels);
+      }
     } else {
-      outputs_by_tile<S>(ctx, pixel, count, channel, width, tile_z, panel, out);
+      outputs_by_tile<S>(ctx, pixel, count, channel, width, k, tile_z, panel, out);
     }
   }
   if (stream) vstream_fence();

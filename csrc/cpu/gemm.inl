@@ -9,7 +9,7 @@
 // A step of k costs R broadcasts and NV loads for R * NV FMAs; half a vector at the end counts as half where vectors
 // are executed as two halves (Zen 4), and costs no more than a whole one elsewhere. B is read in whole vectors. Where C
 // goes is the target's: sums of a tile, or outputs of the layer with bias and clamp applied while they are in
-// registers.
+// registers. T may be a pair of 16-bit numbers (bf16x2): then k counts pairs, vfma adds both products, and C is fp32.
 #ifndef DSCONV_ISA
 #error "gemm.inl belongs inside an ISA region"
 #endif
@@ -61,7 +61,8 @@ struct OutputTarget {
   template <int NV>
   inline __attribute__((always_inline)) void expect(int64_t row) const {
     if (stream) return;
-    for (int j = 0; j < NV; ++j) {
+    constexpr int per_line = kCacheLine / static_cast<int>(Vec<T>::n * sizeof(S));
+    for (int j = 0; j < NV; j += per_line > 1 ? per_line : 1) {
       const S* out = y + row * ld + j * Vec<T>::n;
       __asm__ volatile("prefetchw %0" : : "m"(*out));
     }
@@ -70,6 +71,18 @@ struct OutputTarget {
   inline __attribute__((always_inline)) void take(int64_t row, const V* sums) const {
     constexpr int n = Vec<T>::n;
     S* out = y + row * ld;
+#if defined(DSCONV_BF16_DOT)
+    if (NV == 2 && columns == 2 * n && !stream) {
+      V v[2];
+      DSCONV_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        v[j] = sums[j < NV ? j : 0];
+        if (partial != nullptr) v[j] = vload(partial + row * partial_ld + j * n) + v[j];
+        v[j] = vmin(vset(clamp.hi), vmax(vset(clamp.lo), v[j]));
+      }
+      return vstore_two(out, v[0], v[1]);
+    }
+#endif
     DSCONV_UNROLL
     for (int j = 0; j < NV; ++j) {
       V v = sums[j];
@@ -106,11 +119,10 @@ DSCONV_INLINE void prefetch_some(Ahead& ahead) {
 // NV vectors, and Half: half a vector more.
 template <typename T, int R, int NV, bool Half, bool AlongK, typename Target>
 static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& target) {
-  typedef typename Vec<T>::type V;
-  typedef typename Vec<T>::half H;
+  typedef typename ComputeOf<T>::type Sum;
   constexpr int n = Vec<T>::n;
-  V acc[R][NV + 1];
-  H rest[R];
+  typename Vec<Sum>::type acc[R][NV + 1];
+  typename Vec<Sum>::half rest[R];
   DSCONV_UNROLL
   for (int i = 0; i < R; ++i) {
     DSCONV_UNROLL
@@ -121,8 +133,8 @@ static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& ta
   const T* ap = a.data;
   const T* bp = b.data;
   for (int64_t step = 0; step < k; ++step) {
-    V bv[NV + 1];
-    H bh;
+    typename Vec<T>::type bv[NV + 1];
+    typename Vec<T>::half bh;
     DSCONV_UNROLL
     for (int j = 0; j < NV; ++j) bv[j] = vload(bp + j * n);
     if constexpr (Half) bh = vload_half(bp + NV * n);
@@ -130,7 +142,7 @@ static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& ta
     for (int i = 0; i < R; ++i) {
       const T value = AlongK ? ap[i * a.stride] : ap[i];
       if constexpr (NV > 0) {
-        const V av = vset(value);
+        const typename Vec<T>::type av = vset(value);
         DSCONV_UNROLL
         for (int j = 0; j < NV; ++j) acc[i][j] = vfma(av, bv[j], acc[i][j]);
       }
@@ -226,17 +238,19 @@ DSCONV_INLINE void gemm_chain_rows(int64_t chain, int64_t chains, int64_t rows, 
 // C = A . B for all rows of a tile and one panel. Chains outermost: a chain's part of the panel, 32 KiB at most, meets
 // every block of rows while it is near.
 template <typename T>
-DSCONV_INLINE void gemm_panel(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b, T* c, int64_t ldc) {
+DSCONV_INLINE void gemm_panel(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b,
+                              typename ComputeOf<T>::type* c, int64_t ldc) {
   const int64_t chains = chains_of(k);
   Ahead nothing = {nullptr, nullptr, 0};
   for (int64_t chain = 0; chain < chains; ++chain) {
-    gemm_chain_rows(chain, chains, rows, columns, k, a, b, SumTarget<T>{c, ldc, chain > 0}, nothing);
+    const SumTarget<typename ComputeOf<T>::type> target = {c, ldc, chain > 0};
+    gemm_chain_rows(chain, chains, rows, columns, k, a, b, target, nothing);
   }
 }
 
 // The same into outputs; `sums` [rows][micro columns] holds what chains before the last one have summed.
-template <typename S, typename T>
-DSCONV_INLINE void gemm_panel_outputs(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b, T* sums,
+template <typename S, typename T, typename F>
+DSCONV_INLINE void gemm_panel_outputs(int64_t rows, int64_t columns, int64_t k, Operand<F> a, Operand<F> b, T* sums,
                                       OutputTarget<S, T> target, Ahead& ahead) {
   constexpr int64_t ld = kMicroVecs * Vec<T>::n;
   const int64_t last = chains_of(k) - 1;

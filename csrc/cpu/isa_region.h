@@ -19,6 +19,13 @@
 #define DSCONV_REGION_END DSCONV_PRAGMA_(GCC pop_options)
 #endif
 
+// Whether the compiler knows AVX512-BF16 (and the library to detect it); without it bf16 is computed in fp32.
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 10 : __GNUC__ >= 11)
+#define DSCONV_BUILDS_BF16 1
+#else
+#define DSCONV_BUILDS_BF16 0
+#endif
+
 #define DSCONV_INLINE static inline __attribute__((always_inline))
 #define DSCONV_UNROLL DSCONV_PRAGMA_(GCC unroll 32)
 

@@ -12,6 +12,11 @@ struct bf16 {
   uint16_t bits;
 };
 
+// Two adjacent channels, the lower one in the lower bits: what the bf16 dot product multiplies at a time.
+struct bf16x2 {
+  uint32_t bits;
+};
+
 // The type a kernel accumulates in.
 template <typename S>
 struct ComputeOf {
@@ -20,6 +25,18 @@ struct ComputeOf {
 template <>
 struct ComputeOf<double> {
   using type = double;
+};
+
+// What the GEMM takes from a tile at a time, and how many channels that are.
+template <typename M>
+struct Factor {
+  using type = M;
+  static constexpr int channels = 1;
+};
+template <>
+struct Factor<bf16> {
+  using type = bf16x2;
+  static constexpr int channels = 2;
 };
 
 }  // namespace dsconv

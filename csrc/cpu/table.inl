@@ -7,11 +7,13 @@ template <typename S>
 DSCONV_INLINE DTypeKernels kernels_of() {
   typedef typename ComputeOf<S>::type T;
   DTypeKernels k;
+  k.bytes = {sizeof(S), sizeof(T), sizeof(T)};
   k.pack_depthwise = pack_depthwise<S, T>;
+  k.pack_depthwise_forward = pack_depthwise<S, T>;
   k.pack_biases = pack_biases<S, T>;
   k.pack_pointwise_forward = pack_pointwise_forward<S, T>;
   k.pack_pointwise_backward = pack_pointwise_backward<S, T>;
-  k.forward = forward_tile<S, T>;
+  k.forward = forward_tile<S, T, T>;
   k.backward_pointwise = backward_pointwise<S, T>;
   k.reduce_pointwise = reduce_pointwise<S, T>;
   k.reduce_biases = reduce_biases<S, T>;

@@ -20,8 +20,9 @@ DSCONV_INLINE PixelRun run_at(int64_t pixel, int64_t limit, int64_t h, int64_t w
 }
 
 // dst[r * dst_ld + c] = src[c * src_ld + r] for r < rows <= lanes, c < columns <= lanes. Writes whole vectors.
-template <typename S, typename T>
-DSCONV_INLINE void transpose_block(const S* src, int64_t src_ld, int columns, int rows, T* dst, int64_t dst_ld) {
+template <typename S, typename M>
+DSCONV_INLINE void transpose_block(const S* src, int64_t src_ld, int columns, int rows, M* dst, int64_t dst_ld) {
+  typedef typename ComputeOf<M>::type T;
   constexpr int n = Vec<T>::n;
   typename Vec<T>::type v[n];
   if (columns == n && rows == n) {

@@ -48,6 +48,9 @@ DSCONV_INLINE void store_halves(void* p, __m256i v, int n) { _mm256_mask_storeu_
 DSCONV_INLINE __m512 widen_bf16(__m256i h) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
 }
+#if defined(DSCONV_BF16_DOT)
+DSCONV_INLINE __m256i narrow_bf16(__m512 v) { return (__m256i)_mm512_cvtneps_pbh(v); }
+#else
 // Round to nearest even; a NaN stays one (quiet bit set).
 DSCONV_INLINE __m256i narrow_bf16(__m512 v) {
   const __m512i bits = _mm512_castps_si512(v);
@@ -57,6 +60,7 @@ DSCONV_INLINE __m256i narrow_bf16(__m512 v) {
   const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_blend_epi32(is_nan, rounded, quiet), 16));
 }
+#endif
 DSCONV_INLINE __m256i narrow_f16(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 DSCONV_INLINE __m512 vload(const f16* p) { return _mm512_cvtph_ps(load_halves(p)); }
 DSCONV_INLINE __m512 vload(const f16* p, int n) { return _mm512_cvtph_ps(load_halves(p, n)); }

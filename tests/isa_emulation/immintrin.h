@@ -1,6 +1,7 @@
-// The AVX-512 intrinsics that csrc/cpu/vec_avx512.h uses, in plain C++ on the compiler's vector types, so that the
-// shipped cpu_avx512.cpp runs on a machine without AVX-512. First on the include path of the test build (build.py);
-// everything else comes from the compiler's own header, whose types these functions share.
+// The AVX-512 intrinsics that csrc/cpu/vec_avx512.h and vec_avx512_bf16.h use, in plain C++ on the compiler's vector
+// types, so that the shipped cpu_avx512.cpp and cpu_avx512_bf16.cpp run on a machine without AVX-512. First on the
+// include path of the test build (build.py); everything else comes from the compiler's own header, whose types these
+// functions share.
 //
 // The functions are always inlined: they have the baseline's calling convention, their callers that of AVX2.
 #pragma once
@@ -16,6 +17,7 @@ namespace dsconv_emulation {
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t ManyHalves __attribute__((vector_size(64)));
 
 template <typename V, typename T>
 DSCONV_EMULATED V load(const T* p, int lanes, uint32_t mask) {
@@ -147,6 +149,40 @@ DSCONV_EMULATED V interleave(V a, V b, int lanes, int block, int first) {
   return r;
 }
 
+// AVX512-BF16: denormals count as zero, and give zero.
+DSCONV_EMULATED float flushed(float f) { return __builtin_fabsf(f) < 0x1p-126f ? __builtin_copysignf(0.f, f) : f; }
+DSCONV_EMULATED float bf16_to_float(uint16_t bits) {
+  const uint32_t word = static_cast<uint32_t>(bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &word, sizeof f);
+  return flushed(f);
+}
+DSCONV_EMULATED uint16_t float_to_bf16(float f) {
+  uint32_t word;
+  f = flushed(f);
+  __builtin_memcpy(&word, &f, sizeof word);
+  return static_cast<uint16_t>((f != f ? word | 0x400000 : word + 0x7fff + (word >> 16 & 1)) >> 16);
+}
+template <typename Pairs, typename V, typename P>
+DSCONV_EMULATED V dot_of_pairs(V sums, P a, P b, int lanes) {
+  const Pairs x = reinterpret_cast<Pairs>(a), y = reinterpret_cast<Pairs>(b);
+  for (int i = 0; i < lanes; ++i) {
+    const float upper = flushed(bf16_to_float(x[2 * i + 1]) * bf16_to_float(y[2 * i + 1]) + sums[i]);
+    sums[i] = flushed(bf16_to_float(x[2 * i]) * bf16_to_float(y[2 * i]) + upper);
+  }
+  return sums;
+}
+DSCONV_EMULATED __m256i narrow_bf16s(__m512 v) {
+  Halves bits = {};
+  for (int i = 0; i < 16; ++i) bits[i] = float_to_bf16(v[i]);
+  return reinterpret_cast<__m256i>(bits);
+}
+DSCONV_EMULATED __m512i narrow_two_bf16s(__m512 upper, __m512 lower) {
+  ManyHalves bits = {};
+  for (int i = 0; i < 16; ++i) bits[i] = float_to_bf16(lower[i]), bits[16 + i] = float_to_bf16(upper[i]);
+  return reinterpret_cast<__m512i>(bits);
+}
+
 template <typename V, typename Index>
 DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
   V r = {};
@@ -265,3 +301,34 @@ DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
 #define _mm512_permutex2var_ps(a, index, b) ::dsconv_emulation::permute_two<__m512>(a, index, b, 16)
 #undef _mm512_permutex2var_pd
 #define _mm512_permutex2var_pd(a, index, b) ::dsconv_emulation::permute_two<__m512d>(a, index, b, 8)
+#undef _mm512_loadu_si512
+#define _mm512_loadu_si512(p) ::dsconv_emulation::load_all<__m512i>(p)
+#undef _mm512_storeu_si512
+#define _mm512_storeu_si512(p, v) ::dsconv_emulation::store_all<__m512i>(p, v)
+#undef _mm512_maskz_loadu_epi16
+#define _mm512_maskz_loadu_epi16(m, p) \
+  reinterpret_cast<__m512i>(           \
+      ::dsconv_emulation::load<::dsconv_emulation::ManyHalves>(reinterpret_cast<const uint16_t*>(p), 32, m))
+#undef _mm512_mask_storeu_epi16
+#define _mm512_mask_storeu_epi16(p, m, v) \
+  ::dsconv_emulation::store(reinterpret_cast<uint16_t*>(p), reinterpret_cast<::dsconv_emulation::ManyHalves>(v), 32, m)
+#undef _mm512_unpacklo_epi16
+#define _mm512_unpacklo_epi16(a, b)                                                                                    \
+  reinterpret_cast<__m512i>(::dsconv_emulation::interleave(reinterpret_cast<::dsconv_emulation::ManyHalves>(a),        \
+                                                           reinterpret_cast<::dsconv_emulation::ManyHalves>(b), 32, 8, \
+                                                           0))
+#undef _mm512_unpackhi_epi16
+#define _mm512_unpackhi_epi16(a, b)                                                                                    \
+  reinterpret_cast<__m512i>(::dsconv_emulation::interleave(reinterpret_cast<::dsconv_emulation::ManyHalves>(a),        \
+                                                           reinterpret_cast<::dsconv_emulation::ManyHalves>(b), 32, 8, \
+                                                           4))
+#undef _mm512_permutexvar_epi64
+#define _mm512_permutexvar_epi64(index, v) ::dsconv_emulation::permute_two<__m512i>(v, index, v, 8)
+#undef _mm512_dpbf16_ps
+#define _mm512_dpbf16_ps(c, a, b) ::dsconv_emulation::dot_of_pairs<::dsconv_emulation::ManyHalves>(c, a, b, 16)
+#undef _mm256_dpbf16_ps
+#define _mm256_dpbf16_ps(c, a, b) ::dsconv_emulation::dot_of_pairs<::dsconv_emulation::Halves>(c, a, b, 8)
+#undef _mm512_cvtneps_pbh
+#define _mm512_cvtneps_pbh(v) ::dsconv_emulation::narrow_bf16s(v)
+#undef _mm512_cvtne2ps_pbh
+#define _mm512_cvtne2ps_pbh(a, b) ::dsconv_emulation::narrow_two_bf16s(a, b)
