@@ -84,7 +84,7 @@ void run_backward(const char* op, const BackwardParams& p) {
   const Geometry& g = p.geom;
   BackwardContext ctx{};
   ctx.p = p;
-  ctx.plan = plan_backward(g, channels_last(p) ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype), element);
+  ctx.plan = plan_backward(g, walked_in_place(p) ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype), element);
   const CpuPlan& plan = ctx.plan;
   if (plan.panels > 0) return run_backward_panels(kernels, ctx);
   const bool need_du = p.grad_x != nullptr || p.grad_dw_weight != nullptr;
@@ -102,7 +102,7 @@ void run_backward(const char* op, const BackwardParams& p) {
     workspace.reserve(&ctx.pw_partial, plan.pointwise_groups * g.c_out * plan.mid_columns);
   }
   if (p.grad_dw_weight != nullptr) {
-    workspace.reserve(&ctx.dw_partial, plan.depthwise_groups * vectors * plan.micro.lanes * plan.taps);
+    workspace.reserve(&ctx.dw_partial, plan.pointwise_groups * vectors * plan.micro.lanes * plan.taps);
   }
   workspace.allocate();
 
@@ -112,20 +112,20 @@ void run_backward(const char* op, const BackwardParams& p) {
     for_each_task(ceil_div(x_pixels, plan.turned_pixels), [&](int64_t task) { kernels.backward_turn_x(ctx, task); });
   }
   for_each_task(plan.pointwise_groups,
-                [&](int64_t group) { kernels.backward_pointwise(ctx, group, thread_scratch(plan.scratch_bytes)); });
+                [&](int64_t group) { kernels.backward_group(ctx, group, thread_scratch(plan.scratch_bytes)); });
   if (p.grad_pw_weight != nullptr) {
     for_each_task(g.c_out, [&](int64_t channel) { kernels.reduce_pointwise(ctx, channel); });
   }
   if (p.grad_pw_bias != nullptr || p.grad_dw_bias != nullptr) kernels.reduce_biases(ctx);
 
   if (p.grad_x != nullptr) {
-    const bool nhwc = p.grad_x_layout == Layout::nhwc;
-    const auto backward_x = nhwc ? kernels.backward_x_nhwc : kernels.backward_x_nchw;
-    for_each_task(g.n * (nhwc ? g.h_in : ceil_div(g.h_in, plan.grad_rows)),
-                  [&](int64_t task) { backward_x(ctx, task, thread_scratch(plan.scratch_bytes)); });
+    for_each_task(g.n * ceil_div(g.h_in, plan.grad_rows),
+                  [&](int64_t task) { kernels.backward_x(ctx, task, thread_scratch(plan.scratch_bytes)); });
   }
   if (p.grad_dw_weight != nullptr) {
-    for_each_task(plan.depthwise_groups * plan.depthwise_parts, [&](int64_t task) { kernels.backward_dw(ctx, task); });
+    if (!plan.joined) {
+      for_each_task(plan.pointwise_groups, [&](int64_t group) { kernels.backward_dw(ctx, group); });
+    }
     for_each_task(vectors, [&](int64_t vector) { kernels.reduce_depthwise(ctx, vector); });
   }
 }

@@ -43,7 +43,7 @@ struct Run {
     const BackwardParams& p = ctx.p = call.params;
     kernels = &table.by_dtype[static_cast<int>(p.dtype)];
     vectors = doubles_of(op, "vectors", norm_vectors, kVectorRows, p.geom.c_mid);
-    ctx.plan = plan_backward(p.geom, channels_last(p) ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype),
+    ctx.plan = plan_backward(p.geom, walked_in_place(p) ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype),
                              element_bytes(p.dtype), between);
   }
   void reserve(void** pointer, int64_t elements) { workspace.reserve(pointer, elements * ctx.plan.element); }
@@ -83,7 +83,7 @@ struct Run {
     const CpuPlan& plan = ctx.plan;
     const int64_t vectors = geom().multiplier * ceil_div(geom().c_in, plan.micro.lanes);
     if (ctx.p.grad_dw_weight != nullptr && plan.panels == 0) {
-      reserve(&ctx.dw_partial, plan.depthwise_groups * vectors * plan.micro.lanes * plan.taps);
+      reserve(&ctx.dw_partial, plan.pointwise_groups * vectors * plan.micro.lanes * plan.taps);
     }
   }
   // For the panels of every instruction set: their widths divide this one, so that fake tensors know the size.
@@ -152,7 +152,7 @@ struct Run {
       each(plan.pointwise_groups, kernels->backward_turn, plan.scratch_bytes);
       each(plan.panels, kernels->backward_panel, plan.scratch_bytes);
     } else {
-      each(plan.pointwise_groups, kernels->backward_pointwise, plan.scratch_bytes);
+      each(plan.pointwise_groups, kernels->backward_group, plan.scratch_bytes);
       if (ctx.p.grad_pw_weight != nullptr) {
         for_each_task(geom().c_out, [&](int64_t channel) { kernels->reduce_pointwise(ctx, channel); });
       }
@@ -173,14 +173,12 @@ struct Run {
     const CpuPlan& plan = ctx.plan;
     const BackwardParams& p = ctx.p;
     const Geometry& g = geom();
-    each(plan.tiles, kernels->backward_norm_z, 2 * plan.tile_pixels * plan.mid_ld * plan.element + 4 * kCacheLine);
+    each(plan.tiles, kernels->backward_norm_z, 2 * norm_pixels(plan) * plan.mid_ld * plan.element + 4 * kCacheLine);
     if (p.grad_x != nullptr) {
-      const bool nhwc = p.grad_x_layout == Layout::nhwc;
-      each(g.n * (nhwc ? g.h_in : ceil_div(g.h_in, plan.grad_rows)),
-           nhwc ? kernels->backward_x_nhwc : kernels->backward_x_nchw, plan.scratch_bytes);
+      each(g.n * ceil_div(g.h_in, plan.grad_rows), kernels->backward_x, plan.scratch_bytes);
     }
     if (p.grad_dw_weight == nullptr) return;
-    for_each_task(plan.depthwise_groups * plan.depthwise_parts, [&](int64_t task) { kernels->backward_dw(ctx, task); });
+    for_each_task(plan.pointwise_groups, [&](int64_t group) { kernels->backward_dw(ctx, group); });
     for_each_task(g.multiplier * ceil_div(g.c_in, plan.micro.lanes),
                   [&](int64_t vector) { kernels->reduce_depthwise(ctx, vector); });
   }

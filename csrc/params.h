@@ -115,9 +115,11 @@ struct BackwardParams {
   void* grad_pw_bias;    // [c_out]
 };
 
-// Whether what backward reads along x and writes along it has its channels next to one another.
-constexpr bool channels_last(const BackwardParams& p) {
-  return p.x_layout == Layout::nhwc && (p.grad_x == nullptr || p.grad_x_layout == Layout::nhwc);
+// Whether the CPU's backward reads x and writes grad_x where they are: channels next to one another, in the compute
+// type.
+constexpr bool walked_in_place(const BackwardParams& p) {
+  return (p.dtype == DType::f32 || p.dtype == DType::f64) && p.x_layout == Layout::nhwc &&
+         (p.grad_x == nullptr || p.grad_x_layout == Layout::nhwc);
 }
 
 // Bits of the grad_mask argument of dsconv_cuda::bwd.

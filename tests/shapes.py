@@ -125,6 +125,10 @@ LAYERS = [
     Case(n=1, c=48, c_out=96, h=28, w=28, kernel=(7, 7), padding=(3, 3)),
     Case(n=1, c=16, c_out=16, h=33, w=33, kernel=(31, 31), padding=(15, 15)),
     Case(n=2, c=32, c_out=32, h=1, w=100, kernel=(1, 31), padding=(0, 15)),
+    # Groups of tiles that meet within images, and rows of grad_x between them.
+    Case(n=3, c=33, c_out=16, h=56, w=30, kernel=(7, 7), padding=(3, 3)),
+    Case(n=5, c=40, c_out=33, h=28, w=28, stride=(3, 3)),
+    Case(n=1, c=9, multiplier=3, c_out=20, h=60, w=70, activation="silu"),
     # Channels enough for the CPU backward to go by panels of them; several chunks of images.
     Case(n=11, c=250, c_out=220, h=7, w=7, activation="silu"),
     Case(n=1, c=272, c_out=100, h=14, w=14, kernel=(5, 5), stride=(2, 2), padding=(2, 2)),

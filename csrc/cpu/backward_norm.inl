@@ -119,11 +119,14 @@ template <typename S, typename T>
 static void backward_norm_z(const BackwardContext& ctx, int64_t tile, void* scratch) {
   const CpuPlan& plan = ctx.plan;
   T* zhat = static_cast<T*>(scratch);
-  T* copy = zhat + plan.tile_pixels * plan.mid_ld;
-  const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
-  if (ctx.x_turned != nullptr) {
-    backward_norm_tile(ctx, x_turned<T>(ctx), pixel, count, zhat, copy);
-  } else {
-    backward_norm_tile(ctx, x_as_given<S>(ctx), pixel, count, zhat, copy);
+  const int64_t most = norm_pixels(plan), end = tile_begin(plan, tile + 1);
+  T* copy = zhat + most * plan.mid_ld;
+  for (int64_t pixel = tile_begin(plan, tile); pixel < end; pixel += most) {
+    const int64_t count = end - pixel < most ? end - pixel : most;
+    if (ctx.x_turned != nullptr) {
+      backward_norm_tile(ctx, x_turned<T>(ctx), pixel, count, zhat, copy);
+    } else {
+      backward_norm_tile(ctx, x_as_given<S>(ctx), pixel, count, zhat, copy);
+    }
   }
 }

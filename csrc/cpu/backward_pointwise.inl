@@ -1,13 +1,14 @@
-// Stage P of backward: one group of tiles, in order, into the group's own partial sums.
+// Stage P of backward for a tile of pixels:
 //
-//   per tile of pixels:   g = dy * out_act'(saved)              [pixels][c_out]
-//                         z recomputed, a = act(z)              [pixels][c_mid]
-//   grad_pw_weight       += g^T . a                              k = pixels
-//   du                    = (g . pw_weight) * act'(z)            k = c_out, by panels of channels
-//   bias gradients       += column sums of g and du
+//   g = dy * out_act'(saved)                                 [pixels][c_out]
+//   and for each panel of micro.columns channels of z:
+//     z recomputed, a = act(z)                               [pixels][columns]
+//     grad_pw_weight += g^T . a                              k = pixels
+//     du              = (g . pw_weight) * act'(z)            k = c_out
+//     bias gradients += column sums of g and du
 //
-// Which tiles form a group follows from the shape alone, and groups are added in order: the same bits for any number
-// of threads. Only what the gradients that were asked for need is computed.
+// backward_groups.inl and backward_panels.inl walk tiles and panels, each in its order, into partial sums of their own.
+// Only what the gradients that were asked for need is computed.
 #ifndef DSCONV_ISA
 #error "backward_pointwise.inl belongs inside an ISA region"
 #endif
@@ -60,143 +61,120 @@ static void add_columns_exactly(const T* tile, int64_t ld, int64_t rows, int64_t
   for (; c < columns; c += n) add_column_sums_exactly<1>(tile + c, ld, rows, sums + c, lost + c);
 }
 
+// g of `count` pixels into g[pixel][out_ld]: dy through out_act, and through the norm before it where there is one.
+template <typename S, typename T>
+static void load_output_gradient(const BackwardContext& ctx, int64_t pixel, int64_t count, T* g_tile, T* saved_tile) {
+  const BackwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  const int64_t ld = ctx.plan.out_ld;
+  load_tile(static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g.h_out, g.w_out, g.c_out, pixel, count, g_tile,
+            ld);
+  if (p.saved == nullptr) return;
+  load_tile(static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g.h_out, g.w_out, g.c_out, pixel, count,
+            saved_tile, ld);
+  if (ctx.out_norm != nullptr) return output_norm_gradient(ctx, count, g_tile, saved_tile);
+  for (int64_t i = 0; i < count; ++i) {
+    activation_pass<ScaleByOutDerivative, T>(p.out_act, g.c_out, g_tile + i * ld, saved_tile + i * ld);
+  }
+}
+
+// g of a tile as the two GEMMs read it. Output channels for the weight gradient: block number b of kMicroRows of them
+// is rows + b * rows_block, `rows_ld` from pixel to pixel. Pixels for du: block b is at pixels + b * pixels_block,
+// [kMicroRows][pixels_ld] where along_k, else turned, [c_out][pixels_ld].
 template <typename T>
-struct PointwiseTile {
-  T* a;           // [pixels][mid_ld], act(z)
-  T* derivative;  // [pixels][mid_ld], act'(z), or zhat where there is a norm
-  T* g;           // [pixels][out_ld]
-  T* saved;       // [pixels][out_ld]
-  T* da;          // [pixels][columns], one panel of du
+struct GradTile {
+  const T* rows;
+  int64_t rows_block, rows_ld;
+  const T* pixels;
+  int64_t pixels_block, pixels_ld;
+  bool along_k;
 };
 
-// g of `count` pixels: dy through out_act, and through the norm before it where there is one.
-template <typename S, typename T>
-static void load_output_gradient(const BackwardContext& ctx, int64_t pixel, int64_t count, T* g, T* saved) {
+// A panel of channels k .. k + width of z.
+template <typename T>
+struct ChannelPanel {
+  int64_t k, width;
+  const T* weight;  // [c_out][columns] of pw_weight; null where du is not needed
+  T* sums;          // [c_out][sums_ld], its gradient; null where it is not needed
+  int64_t sums_ld;
+  T* bias_sums;   // [columns]
+  T* a;           // [pixels][ld], act(z)
+  T* derivative;  // [pixels][ld], act'(z), or zhat where there is a norm
+  int64_t ld;
+  double* norm_sums;  // [2][c_mid], null where there is no norm
+};
+
+// z and what follows from it for `count` pixels of x, whose channels begin with number x_channel.
+DSCONV_INLINE bool needs_z(const BackwardContext& ctx) {
   const BackwardParams& p = ctx.p;
-  const Geometry& of = p.geom;
-  const int64_t ld = ctx.plan.out_ld;
-  load_tile(static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, of.h_out, of.w_out, of.c_out, pixel, count, g, ld);
-  if (p.saved == nullptr) return;
-  load_tile(static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, of.h_out, of.w_out, of.c_out, pixel, count,
-            saved, ld);
-  if (ctx.out_norm != nullptr) return output_norm_gradient(ctx, count, g, saved);
-  for (int64_t i = 0; i < count; ++i) {
-    activation_pass<ScaleByOutDerivative, T>(p.out_act, of.c_out, g + i * ld, saved + i * ld);
-  }
+  const bool need_du = p.grad_x != nullptr || p.grad_dw_weight != nullptr || p.grad_dw_bias != nullptr;
+  return ctx.norm != nullptr || p.grad_pw_weight != nullptr || (need_du && p.act != Activation::identity);
 }
 
 template <typename X, typename T>
-static void recompute_z(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t pixel, int64_t count,
-                        const PointwiseTile<T>& t) {
+static void recompute_panel(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t x_channel,
+                            int64_t pixel, int64_t count, const ChannelPanel<T>& t) {
   const BackwardParams& p = ctx.p;
-  const CpuPlan& plan = ctx.plan;
-  const DepthwiseInput<X> in = {&p.geom,
-                                &plan,
-                                x.data,
-                                {x.image, 1, x.row, x.column},
-                                Layout::nhwc,
-                                z_weight<T>(ctx),
-                                static_cast<const T*>(ctx.packed.dw_bias)};
   const bool linear = p.act == Activation::identity && ctx.norm == nullptr;
-  depthwise_nhwc(in, pixel, count, clamp_of<T>(Activation::identity), linear ? t.a : t.derivative);
-  if (linear) return;
-  if (ctx.norm != nullptr) return activate_zhat(ctx, count, p.geom.c_mid, t.derivative, t.a, plan.mid_ld, 0);
-  for (int64_t i = 0; i < count; ++i) {
-    activation_pass<ActivateAndDerive, T>(p.act, p.geom.c_mid, t.derivative + i * plan.mid_ld, t.a + i * plan.mid_ld);
+  T* z = linear ? t.a : t.derivative;
+  CpuPlan plan = ctx.plan;
+  plan.mid_ld = t.ld;
+  Geometry g = p.geom;
+  g.multiplier = 1;
+  for (int64_t j = 0; j < t.width; j += g.c_in) {
+    const int64_t k = t.k + j, c = k % p.geom.c_in;
+    g.c_in = t.width - j < p.geom.c_in - c ? t.width - j : p.geom.c_in - c;
+    const DepthwiseInput<X> in = {&g,
+                                  &plan,
+                                  x.data + (c - x_channel),
+                                  {x.image, 1, x.row, x.column},
+                                  Layout::nhwc,
+                                  z_weight<T>(ctx) + k,
+                                  static_cast<const T*>(ctx.packed.dw_bias) + k};
+    depthwise_nhwc(in, pixel, count, clamp_of<T>(Activation::identity), z + j);
   }
+  if (ctx.norm != nullptr) return activate_zhat(ctx, count, t.width, t.derivative, t.a, t.ld, t.k);
+  if (!linear) activation_pass<ActivateAndDerive, T>(p.act, count * t.ld, t.derivative, t.a);
 }
 
+// `count` pixels of the panel from `pixel` of x on; du[pixel][columns].
 template <typename T>
-static void pointwise_weight_gradient(const Geometry& g, const CpuPlan& plan, int64_t count, const PointwiseTile<T>& t,
-                                      T* partial) {
-  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
-  for (int64_t k = 0; k < g.c_mid; k += columns) {
-    const int64_t width = g.c_mid - k < columns ? g.c_mid - k : columns;
-    for (int64_t c = 0; c < g.c_out; c += kMicroRows) {
-      add_gemm_block<T>(lanes_left(g.c_out - c, kMicroRows), width, count, {t.g + c, plan.out_ld},
-                        {t.a + k, plan.mid_ld}, partial + c * plan.mid_columns + k, plan.mid_columns);
-    }
-  }
-}
-
-// du of the tile, a panel of channels at a time: into the panel of the workspace itself where it has these, else by
-// t.da.
-template <typename T>
-static void pointwise_input_gradient(const BackwardContext& ctx, int64_t pixel, int64_t count,
-                                     const PointwiseTile<T>& t, T* bias_sums, double* norm_sums) {
+static void backward_pointwise(const BackwardContext& ctx, int64_t count, const GradTile<T>& grad,
+                               const ChannelPanel<T>& t, T* du) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n;
-  const Geometry& g = ctx.p.geom;
-  const CpuPlan& plan = ctx.plan;
-  const T* packed = static_cast<const T*>(ctx.packed.pw_backward);
-  T* du = static_cast<T*>(ctx.du);
-  const bool panels = du != nullptr && plan.du_width == columns;
-  for (int64_t k = 0; k < g.c_mid; k += columns) {
-    const int64_t width = g.c_mid - k < columns ? g.c_mid - k : columns;
-    T* out = panels ? du + k * plan.pixels + pixel * columns : t.da;
-    gemm_panel<T>(count, width, g.c_out, {t.g, plan.out_ld}, {packed + k * g.c_out, columns}, out, columns);
-    if (ctx.norm != nullptr) {
-      du_and_its_sums(ctx, count, width, k, t.derivative + k, plan.mid_ld, out, norm_sums);
-    }
-    for (int64_t i = 0; ctx.norm == nullptr && ctx.p.act != Activation::identity && i < count; ++i) {
-      for (int64_t j = 0; j < width; j += n) {
-        vstore(out + i * columns + j, vload(out + i * columns + j) * vload(t.derivative + i * plan.mid_ld + k + j));
-      }
-    }
-    if (ctx.p.grad_dw_bias != nullptr) add_column_sums(out, columns, count, width, bias_sums + k);
-    if (du != nullptr && !panels) {
-      store_tile(out, columns, k, width, pixel, count, du, Layout::nhwc, g.c_mid, plan.image_pixels);
-    }
-  }
-}
-
-template <typename S, typename T>
-static void backward_pointwise_tile(const BackwardContext& ctx, int64_t tile, const PointwiseTile<T>& t, T* pw_partial,
-                                    T* bias_partial, double* norm_sums) {
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
-  const CpuPlan& plan = ctx.plan;
-  const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
   const bool linear = p.act == Activation::identity && ctx.norm == nullptr;
-  const bool need_du = ctx.du != nullptr || p.grad_dw_bias != nullptr;
-
-  load_output_gradient<S>(ctx, pixel, count, t.g, t.saved);
-  T* lost = bias_partial + plan.out_columns;
-  if (p.grad_pw_bias != nullptr) add_columns_exactly(t.g, plan.out_ld, count, g.c_out, bias_partial, lost);
-  if (pw_partial != nullptr || (need_du && !linear)) {
-    if (ctx.x_turned != nullptr) {
-      recompute_z(ctx, x_turned<T>(ctx), pixel, count, t);
-    } else {
-      recompute_z(ctx, x_as_given<S>(ctx), pixel, count, t);
+  for (int64_t c = 0; t.sums != nullptr && c < g.c_out; c += kMicroRows) {
+    add_gemm_block<T>(lanes_left(g.c_out - c, kMicroRows), t.width, count,
+                      {grad.rows + c / kMicroRows * grad.rows_block, grad.rows_ld}, {t.a, t.ld}, t.sums + c * t.sums_ld,
+                      t.sums_ld);
+  }
+  if (t.weight == nullptr) return;
+  const int64_t chains = chains_of(g.c_out);
+  for (int64_t chain = 0; chain < chains; ++chain) {
+    for (int64_t i = 0; i < count; i += kMicroRows) {
+      const Operand<T> a = {grad.pixels + i / kMicroRows * grad.pixels_block, grad.pixels_ld}, b = {t.weight, columns};
+      const SumTarget<T> target = {du + i * columns, columns, chain > 0};
+      const int rows = lanes_left(count - i, kMicroRows);
+      if (grad.along_k) {
+        gemm_chain<T, true>(chain, chains, rows, t.width, g.c_out, a, b, target);
+      } else {
+        gemm_chain<T, false>(chain, chains, rows, t.width, g.c_out, a, b, target);
+      }
     }
   }
-  if (pw_partial != nullptr) pointwise_weight_gradient(g, plan, count, t, pw_partial);
-  if (!need_du) return;
-  pointwise_input_gradient(ctx, pixel, count, t, lost + plan.out_columns, norm_sums);
-}
-
-template <typename S, typename T>
-static void backward_pointwise(const BackwardContext& ctx, int64_t group, void* scratch) {
-  const CpuPlan& plan = ctx.plan;
-  PointwiseTile<T> t;
-  t.a = static_cast<T*>(scratch);
-  t.derivative = t.a + plan.tile_pixels * plan.mid_ld;
-  t.g = t.derivative + plan.tile_pixels * plan.mid_ld;
-  t.saved = t.g + plan.tile_pixels * plan.out_ld;
-  t.da = t.saved + plan.tile_pixels * plan.out_ld;
-
-  const int64_t pw_size = ctx.p.geom.c_out * plan.mid_columns, bias_size = 2 * plan.out_columns + plan.mid_columns;
-  T* pw_partial = ctx.pw_partial != nullptr ? static_cast<T*>(ctx.pw_partial) + group * pw_size : nullptr;
-  T* bias_partial = static_cast<T*>(ctx.bias_partial) + group * bias_size;
-  if (pw_partial != nullptr) zero_fill(pw_partial, pw_size);
-  zero_fill(bias_partial, bias_size);
-  const int64_t first = plan.tiles * group / plan.pointwise_groups;
-  const int64_t last = plan.tiles * (group + 1) / plan.pointwise_groups;
-  double* norm_sums = ctx.norm != nullptr ? ctx.norm_partial + group * 2 * ctx.p.geom.c_mid : nullptr;
-  for (int64_t i = 0; norm_sums != nullptr && i < 2 * ctx.p.geom.c_mid; ++i) norm_sums[i] = 0;
-  for (int64_t tile = first; tile < last; ++tile) {
-    backward_pointwise_tile<S>(ctx, tile, t, pw_partial, bias_partial, norm_sums);
+  if (ctx.norm != nullptr) {
+    du_and_its_sums(ctx, count, t.width, t.k, t.derivative, t.ld, du, t.norm_sums);
+  } else if (!linear) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t j = 0; j < columns; j += n) {
+        vstore(du + i * columns + j, vload(du + i * columns + j) * vload(t.derivative + i * t.ld + j));
+      }
+    }
   }
+  if (p.grad_dw_bias != nullptr) add_column_sums(du, columns, count, t.width, t.bias_sums);
 }
 
 template <typename T>

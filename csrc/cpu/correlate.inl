@@ -6,9 +6,9 @@
 //
 // One vector of channels and a block of Rows x Cols taps at a time, the sums in registers for all pixels of the block:
 //
-//   x    . . . . . . . .      kPixelsAtOnce values of du meet Rows rows of x; every value of x that is loaded meets all
-//        . . . . . . . .      the taps of its row that read it. Taps outside the image cost a comparison a row, or,
-//        . . . . . . . .      at the ends of a row, a pixel on its own.
+//   x    . . . . . . . .      4 (or 7) values of du meet Rows rows of x; every value of x that is loaded meets all the
+//        . . . . . . . .      taps of its row that read it. Rows outside the image cost a comparison, columns outside
+//        . . . . . . . .      are loads of a vector of zeros.
 //   du   . D D D D . . .
 //
 // Without such neighbours (dilation, stride above 2, a rest of channels) a pixel at a time: one load a multiply-add.
@@ -16,7 +16,6 @@
 #error "correlate.inl belongs inside an ISA region"
 #endif
 
-constexpr int kPixelsAtOnce = 4;
 #if DSCONV_ISA == DSCONV_ISA_AVX512
 constexpr int kCorrelateSums = 26;  // of 32 registers
 #else
@@ -27,8 +26,11 @@ constexpr int taps_rows(int cols) {
   return cols == 1 ? 5 : (rows < 1 ? 1 : (rows < cols ? rows : cols));
 }
 
+// Pixels at a time: widths of images are multiples of 7.
+constexpr int correlate_pixels_at_once(int cols) { return DSCONV_ISA == DSCONV_ISA_AVX512 && cols == 3 ? 7 : 4; }
+
 // The longest chain of additions, in pixels: rounding errors grow with it.
-constexpr int64_t kLongestSum = 64;
+constexpr int64_t kLongestSum = 128;
 
 // Output pixels [row, row_end) x [column, column_end) of an image.
 struct PixelBlock {
@@ -63,24 +65,50 @@ DSCONV_INLINE void correlate_pixel(const S* x, int64_t row_step, int64_t column_
   }
 }
 
-// kPixelsAtOnce pixels, Step columns of x apart, all of whose taps in `rows` lie inside the image; no dilation.
-template <int Rows, int Cols, int Step, typename S, typename T, typename V>
+// P pixels, Step columns of x apart, no dilation; x is the first tap's of the first pixel, in column `range.column`.
+template <int Rows, int Cols, int Step, int P, Columns Where, typename S, typename T, typename V>
 DSCONV_INLINE void correlate_pixels(const S* x, int64_t row_step, int64_t column_step, const T* du, int64_t du_step,
-                                    const Range& rows, V (&acc)[Rows][Cols]) {
-  V d[kPixelsAtOnce];
+                                    const Range& rows, const ColumnRange& range, V (&acc)[Rows][Cols]) {
+  V d[P];
   DSCONV_UNROLL
-  for (int p = 0; p < kPixelsAtOnce; ++p) d[p] = vload(du + p * du_step);
+  for (int p = 0; p < P; ++p) d[p] = vload(du + p * du_step);
   DSCONV_UNROLL
   for (int i = 0; i < Rows; ++i) {
     if (i < rows.begin || i >= rows.end) continue;
     DSCONV_UNROLL
-    for (int column = 0; column < (kPixelsAtOnce - 1) * Step + Cols; ++column) {
-      const V v = vload(x + i * row_step + column * column_step);
+    for (int column = 0; column < (P - 1) * Step + Cols; ++column) {
+      const V v = load_column<Where>(x + i * row_step + column * column_step, range, column);
       DSCONV_UNROLL
-      for (int p = 0; p < kPixelsAtOnce; ++p) {
+      for (int p = 0; p < P; ++p) {
         const int j = column - p * Step;
         if (j >= 0 && j < Cols) acc[i][j] = vfma(v, d[p], acc[i][j]);
       }
+    }
+  }
+}
+
+// A row of pixels [begin, end), those in [inside, inside_end) with all their taps inside the image.
+template <int Rows, int Cols, int Step, int P, typename S, typename T, typename V>
+DSCONV_INLINE void correlate_run_of_pixels(const Correlation<S, T>& in, const S* x, int64_t row_step, int64_t offset,
+                                           const T* du, const Range& pixels, const Range& inside, const Range& rows,
+                                           V (&acc)[Rows][Cols]) {
+  int64_t ow = pixels.begin;
+  for (; ow + P <= pixels.end; ow += P) {
+    const S* from = x + ow * Step * in.x_column;
+    const T* d = du + ow * in.du_column;
+    const ColumnRange range = {offset + ow * Step, in.g->w_in, 0};
+    if (ow >= inside.begin && ow + P <= inside.end) {
+      correlate_pixels<Rows, Cols, Step, P, Columns::inside>(from, row_step, in.x_column, d, in.du_column, rows, range,
+                                                             acc);
+    } else {
+      correlate_pixels<Rows, Cols, Step, P, Columns::edge>(from, row_step, in.x_column, d, in.du_column, rows, range,
+                                                           acc);
+    }
+  }
+  if constexpr (P > 1) {
+    if (ow < pixels.end) {
+      correlate_run_of_pixels<Rows, Cols, Step, (P > 4 ? 4 : P / 2)>(in, x, row_step, offset, du, {ow, pixels.end},
+                                                                     inside, rows, acc);
     }
   }
 }
@@ -109,21 +137,15 @@ static void correlate_taps_block(const Correlation<S, T>& in, const PixelBlock& 
     if (rows.begin >= rows.end) continue;
     const T* du = in.du + oh * in.du_row;
     const S* x = in.x + top * in.x_row + offset * in.x_column;
-    int64_t ow = block.column;
-    while (ow < block.column_end) {
-      if constexpr (Step > 0 && !Tail) {
-        if (ow >= begin) {
-          for (; ow + kPixelsAtOnce <= end; ow += kPixelsAtOnce) {
-            correlate_pixels<Rows, Cols, Step>(x + ow * pixel_step, row_step, in.x_column, du + ow * in.du_column,
-                                               in.du_column, rows, acc);
-          }
-          if (ow >= block.column_end) break;
-        }
+    if constexpr (Step > 0 && !Tail) {
+      correlate_run_of_pixels<Rows, Cols, Step, correlate_pixels_at_once(Cols)>(
+          in, x, row_step, offset, du, {block.column, block.column_end}, {begin, end}, rows, acc);
+    } else {
+      for (int64_t ow = block.column; ow < block.column_end; ++ow) {
+        const Range cols = valid_taps(offset + ow * g.stride_w, g.dilation_w, g.w_in, Cols);
+        correlate_pixel<Rows, Cols, Tail>(x + ow * pixel_step, row_step, column_step, du + ow * in.du_column, rows,
+                                          cols, in.left, acc);
       }
-      const Range cols = valid_taps(offset + ow * g.stride_w, g.dilation_w, g.w_in, Cols);
-      correlate_pixel<Rows, Cols, Tail>(x + ow * pixel_step, row_step, column_step, du + ow * in.du_column, rows, cols,
-                                        in.left, acc);
-      ++ow;
     }
   }
   DSCONV_UNROLL

@@ -35,6 +35,7 @@ namespace avx2 {
 #include "correlate.inl"
 #include "grad_row.inl"
 #include "backward_depthwise.inl"
+#include "backward_groups.inl"
 #include "backward_panels.inl"
 #include "table.inl"
 // clang-format on

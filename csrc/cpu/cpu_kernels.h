@@ -36,7 +36,7 @@ struct BackwardContext {
   void* g_pixels;
   void* pw_partial;    // [pointwise_groups][c_out][mid_columns]
   void* bias_partial;  // [pointwise_groups][2 * out_columns + mid_columns]: pw bias, what its sums lost, dw bias
-  void* dw_partial;    // [depthwise_groups][vector of channels][taps][lanes]
+  void* dw_partial;    // [pointwise_groups][vector of channels][taps][lanes]
   // Norms (backward_norm.inl): rows as of NormContext::vectors, null where there is none.
   void* norm;            // after the depthwise, order of k, ld = mid_columns; zhat has mean 0 and invstd 1
   void* zhat_weight;     // as packed.dw_weight, what makes zhat; packed.dw_bias goes with it
@@ -92,13 +92,12 @@ struct DTypeKernels {
   void (*pack_pointwise_forward)(const PackContext&, int64_t panel);
   void (*pack_pointwise_backward)(const PackContext&, int64_t panel);
   void (*forward)(const ForwardContext&, int64_t tile, void* scratch);
-  void (*backward_pointwise)(const BackwardContext&, int64_t group, void* scratch);
+  void (*backward_group)(const BackwardContext&, int64_t group, void* scratch);
   void (*reduce_pointwise)(const BackwardContext&, int64_t out_channel);
   void (*reduce_biases)(const BackwardContext&);
-  void (*backward_turn_x)(const BackwardContext&, int64_t task);                 // of turned_pixels of x
-  void (*backward_x_nhwc)(const BackwardContext&, int64_t row, void* scratch);   // n * h_in
-  void (*backward_x_nchw)(const BackwardContext&, int64_t rows, void* scratch);  // of grad_rows, per image
-  void (*backward_dw)(const BackwardContext&, int64_t task);                     // depthwise_groups * depthwise_parts
+  void (*backward_turn_x)(const BackwardContext&, int64_t task);            // of turned_pixels of x
+  void (*backward_x)(const BackwardContext&, int64_t rows, void* scratch);  // of grad_rows, per image
+  void (*backward_dw)(const BackwardContext&, int64_t group);
   void (*reduce_depthwise)(const BackwardContext&, int64_t vector);
   void (*backward_turn)(const BackwardContext&, int64_t group, void* scratch);
   void (*backward_panel)(const BackwardContext&, int64_t panel, void* scratch);

@@ -45,10 +45,10 @@ struct CpuPlan {
   int64_t block;                     // pixels a tile is made of: micro.rows, an image row in nchw, fewer if need be
   int64_t blocks, tiles;             // tiles of whole blocks, whose numbers differ by one at most
   int64_t tile_pixels;               // of the largest tile
-  int64_t pointwise_groups;          // partial sums of the pointwise backward
+  int64_t pointwise_groups;          // partial sums of the backward
   int64_t du_width;                  // channels of a panel of du
-  int64_t depthwise_groups;          // partial sums of the depthwise weight gradient
-  int64_t depthwise_parts;           // parts of the channels, each a task of every group
+  int64_t z_channels, z_ld;          // of z at a time, and their row stride
+  bool joined;                       // stage D runs within the groups as far as it can
   int64_t grad_pixels;               // pixels of a tile of grad_x
   int64_t grad_rows;                 // rows of grad_x a task
   int64_t x_ld, turned_pixels;       // of an nchw x as it is turned: elements a pixel, and pixels a task
@@ -185,8 +185,7 @@ inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, Layout x_layout, Bet
   const int64_t tiles = ceil_div(plan.chunk_pixels, kTilePixels);
   plan.panel_tile = round_up(ceil_div(plan.chunk_pixels, tiles), micro.rows);
   const int64_t turned = x_layout == Layout::nchw ? plan.chunk_images * g.h_in * g.w_in : 0;
-  const int64_t rows =
-      2 * g.c_out + 2 * plan.panel_tile + plan.chunk_pixels + plan.taps + 1 + plan.grad_pixels + turned;
+  const int64_t rows = 2 * g.c_out + 2 * plan.panel_tile + plan.chunk_pixels + plan.taps + 1 + turned;
   const int64_t panel = rows * micro.columns * plan.element;
   const int64_t turn = 2 * (micro.rows + 1) * plan.out_ld * plan.element;
   const int64_t bytes = (panel > turn ? panel : turn) + 8 * kCacheLine;
@@ -202,39 +201,42 @@ inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, Layout x_layout, Bet
 inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element,
                              BetweenStages between = BetweenStages::nothing) {
   constexpr int64_t kMaxGroups = 16;
-  constexpr int64_t kPartialBytes = int64_t{32} << 20;
+  constexpr int64_t kPartialBytes = int64_t{32} << 20, kPanelsAtOnce = 6;
   CpuPlan plan = plan_detail::base(g, x_layout, micro, element, element);
-  const int64_t per_pixel = (2 * plan.mid_ld + 2 * plan.out_ld + micro.columns) * element;
-  const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, plan.mid_ld * element), 12 * micro.rows, 256);
-  const int64_t fits = plan_detail::pixels_within(kScratchBytes - (8 << 10), per_pixel);
-  plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, 4);
-
-  const int64_t pointwise_bytes = g.c_out * plan.mid_columns * element;
-  const int64_t affordable = clamp64(kPartialBytes / pointwise_bytes, 2, kMaxGroups);
-  plan.pointwise_groups = clamp64(plan.tiles / 2, 1, affordable);
-  if (plan.tiles > 1 && plan.pointwise_groups == 1) plan.pointwise_groups = 2;
-
-  const int64_t vectors = g.multiplier * ceil_div(g.c_in, micro.lanes);
-  const int64_t depthwise_bytes = plan.taps * vectors * micro.lanes * element;
-  const int64_t rows = g.n * g.h_out;
-  plan.du_width = g.multiplier == 1 ? micro.columns : g.c_mid;
-  plan.depthwise_groups = clamp64(rows / 8, 1, clamp64(kPartialBytes / depthwise_bytes, 1, kMaxGroups));
-  plan.depthwise_parts = clamp64(kMaxGroups / plan.depthwise_groups, 1, vectors);
   plan.grad_pixels = 256;
-  plan.grad_rows = 1;
-  if (between != BetweenStages::caller) plan.scratch_bytes = plan_detail::cut_panels(plan, g, x_layout, between);
-  if (plan.panels > 0) return plan;
+  plan.grad_rows = 4;
   plan.x_ld = skewed(round_up(g.c_in, micro.lanes), element);
   plan.turned_pixels = 512;
   if (x_layout == Layout::nchw) {
     plan.grad_pixels = clamp64(g.w_in, 512, 2048);
     plan.grad_rows = clamp64(plan.grad_pixels / g.w_in, 1, g.h_in);
   }
-  const int64_t depthwise = plan.grad_pixels * micro.columns * element + 8 * kCacheLine;
-  const int64_t pointwise =
-      plan.tile_pixels * (2 * plan.mid_ld + 2 * plan.out_ld + micro.columns) * element + 8 * kCacheLine;
-  plan.scratch_bytes = pointwise > depthwise ? pointwise : depthwise;
+  const int64_t fixed = plan.grad_pixels * micro.columns * element + 8 * kCacheLine;
+  const int64_t panels = plan.mid_columns / micro.columns;
+  plan.z_channels = ceil_div(panels, ceil_div(panels, kPanelsAtOnce)) * micro.columns;
+  plan.z_ld = skewed(plan.z_channels, element);
+  const int64_t per_pixel = (2 * plan.z_ld + micro.columns + 2 * plan.out_ld) * element;
+  const int64_t fits = plan_detail::pixels_within(kScratchBytes - fixed, per_pixel);
+  plan_detail::cut(plan, g, x_layout, fits < 256 ? fits : 256, 4);
+
+  const int64_t partial_bytes = (g.c_out + plan.taps) * plan.mid_columns * element;
+  const int64_t affordable = clamp64(kPartialBytes / partial_bytes, 2, kMaxGroups);
+  plan.pointwise_groups = clamp64(plan.tiles / 2, 1, affordable);
+  if (plan.tiles > 1 && plan.pointwise_groups == 1) plan.pointwise_groups = 2;
+
+  plan.du_width = g.multiplier == 1 ? micro.columns : g.c_mid;
+  const int64_t group_rows = g.n * g.h_out / plan.pointwise_groups;
+  // Else no row of grad_x lies in one, or what stands between needs all of du.
+  plan.joined = between == BetweenStages::nothing && group_rows > (g.kernel_h - 1) * g.dilation_h / g.stride_h;
+  const int64_t panels_bytes =
+      between != BetweenStages::caller ? plan_detail::cut_panels(plan, g, x_layout, between) : 0;
+  plan.scratch_bytes = panels_bytes > 0 ? panels_bytes : fixed + plan.tile_pixels * per_pixel;
   return plan;
+}
+
+// Pixels at a time where the norm's backward makes zhat of all channels once more, beside a copy of du.
+constexpr int64_t norm_pixels(const CpuPlan& plan) {
+  return clamp64(kScratchBytes / 2 / (2 * plan.mid_ld * plan.element), 1, plan.tile_pixels);
 }
 
 // The range of outputs o in [0, extent) that tap `offset` (tap * dilation - pad) reads inside [0, in).

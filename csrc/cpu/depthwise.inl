@@ -161,7 +161,7 @@ static void depthwise_nchw(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
   const CpuPlan& plan = *in.plan;
   const PlaneShape shape = {g.h_in, g.w_in, g.w_out, g.stride_h, g.stride_w};
   PlaneTaps taps;
-  Window<T> w;
+  Window<T> w = {};
   plane_memory(plan, memory, taps, w);
   forward_taps(g, taps);
   for (int64_t p = 0; p < count;) {

@@ -14,12 +14,11 @@ DSCONV_INLINE DTypeKernels kernels_of() {
   k.pack_pointwise_forward = pack_pointwise_forward<S, T>;
   k.pack_pointwise_backward = pack_pointwise_backward<S, T>;
   k.forward = forward_tile<S, T, T>;
-  k.backward_pointwise = backward_pointwise<S, T>;
+  k.backward_group = backward_group<S, T>;
   k.reduce_pointwise = reduce_pointwise<S, T>;
   k.reduce_biases = reduce_biases<S, T>;
   k.backward_turn_x = backward_turn_x<S, T>;
-  k.backward_x_nhwc = backward_x_nhwc<S, T>;
-  k.backward_x_nchw = backward_x_nchw<S, T>;
+  k.backward_x = backward_x<S, T>;
   k.backward_dw = backward_dw<S, T>;
   k.reduce_depthwise = reduce_depthwise<S, T>;
   k.backward_turn = backward_turn<S, T>;

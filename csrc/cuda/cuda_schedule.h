@@ -121,8 +121,8 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
       sum.tile_columns = kBackwardMid;
       sum.tile_depth = kBackwardPixels;
       sum.shared_bytes = plan.mma.sum_shared.bytes;
-      sum.multiply_adds =
-          mma_work(plan.pw_blocks * plan.mma.boxes_of_split * kBackwardPixels * kBackwardMid, kBackwardOut, 2 * taps + 8);
+      sum.multiply_adds = mma_work(plan.pw_blocks * plan.mma.boxes_of_split * kBackwardPixels * kBackwardMid,
+                                   kBackwardOut, 2 * taps + 8);
     }
     schedule.add(sum);
     if (p.grad_pw_weight != nullptr) {

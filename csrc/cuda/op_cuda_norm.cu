@@ -269,8 +269,8 @@ Pointwise stage_pointwise(const char* op, const Tensor& grad, const Bias& y, con
   BackwardParams through = p;
   through.dw_weight = folded.weight.const_data_ptr();
   through.dw_bias = folded.bias.const_data_ptr();
-  check_launch(op, DSCONV_BY_DTYPE(p.dtype, launch_stage_p, through, plan, workspace.mutable_data_ptr(),
-                                   device.stream()));
+  check_launch(op,
+               DSCONV_BY_DTYPE(p.dtype, launch_stage_p, through, plan, workspace.mutable_data_ptr(), device.stream()));
   NormPass pass = du_pass(p, plan, of, du);
   Tensor sums = run_sums(op, pass, x, device, [&](const NormPass& ready, void* stream) {
     return DSCONV_BY_DTYPE(p.dtype, launch_norm_sums, ready, stream);

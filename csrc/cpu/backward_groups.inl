@@ -1,0 +1,188 @@
+// Backward where there are many pixels: groups of tiles, in order, each group into its own partial sums.
+//
+//   per tile of pixels:       g loaded, and its column sums
+//     per panel of channels:  stage P (backward_pointwise.inl)
+//     stage D                 of what is ready: the weight gradient of the tile's pixels, and the rows of grad_x all of
+//                             whose du lies in the group and is done. du and x are in cache still.
+//   after all groups:         the rows of grad_x between groups (backward_depthwise.inl), and the sums of the groups
+//
+// Which tiles form a group follows from the shape alone, and groups are added in order: the same bits for any number
+// of threads.
+#ifndef DSCONV_ISA
+#error "backward_groups.inl belongs inside an ISA region"
+#endif
+
+DSCONV_INLINE int64_t group_tile(const CpuPlan& plan, int64_t group) {
+  return plan.tiles * group / plan.pointwise_groups;
+}
+DSCONV_INLINE int64_t group_pixel(const CpuPlan& plan, int64_t group) {
+  return tile_begin(plan, group_tile(plan, group));
+}
+
+// The pixels of z that row `row` of grad_x (n * h_in of them) reads.
+DSCONV_INLINE Range pixels_for_row(const Geometry& g, int64_t row) {
+  const int64_t bottom = row % g.h_in + g.pad_top, above = bottom - (g.kernel_h - 1) * g.dilation_h;
+  const int64_t first = above > 0 ? ceil_div(above, g.stride_h) : 0, last = bottom / g.stride_h;
+  const int64_t image = row / g.h_in * g.h_out;
+  const Range r = {(image + first) * g.w_out, (image + (last < g.h_out ? last + 1 : g.h_out)) * g.w_out};
+  return r;
+}
+
+// Whether a group has done the row, where stage D joins stage P.
+static bool done_in_group(const BackwardContext& ctx, int64_t row) {
+  const CpuPlan& plan = ctx.plan;
+  const Range pixels = pixels_for_row(ctx.p.geom, row);
+  for (int64_t group = 0; plan.joined && pixels.begin < pixels.end && group < plan.pointwise_groups; ++group) {
+    if (pixels.begin >= group_pixel(plan, group) && pixels.end <= group_pixel(plan, group + 1)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+template <typename T>
+struct GroupMemory {
+  T *g, *saved;  // [tile_pixels][out_ld]
+  T* da;         // [tile_pixels][columns], where du is not kept in panels
+  T* tile;       // [grad_pixels][columns]
+};
+
+// Stage P of a tile.
+template <typename S, typename X, typename T>
+static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t pixel,
+                                int64_t count, const GroupMemory<T>& memory, ChannelPanel<T> t, T* pw_partial,
+                                T* bias_partial) {
+  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
+  const BackwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  const CpuPlan& plan = ctx.plan;
+  load_output_gradient<S>(ctx, pixel, count, memory.g, memory.saved);
+  T *lost = bias_partial + plan.out_columns, *dw_bias_partial = lost + plan.out_columns;
+  if (p.grad_pw_bias != nullptr) add_columns_exactly(memory.g, plan.out_ld, count, g.c_out, bias_partial, lost);
+  const GradTile<T> grad = {memory.g, kMicroRows, plan.out_ld, memory.g, kMicroRows * plan.out_ld, plan.out_ld, true};
+  T* du = static_cast<T*>(ctx.du);
+  const bool panels = du != nullptr && plan.du_width == columns;
+  ChannelPanel<T> z = t;
+  for (int64_t block = 0; block < g.c_mid; block += plan.z_channels) {
+    z.k = block;
+    z.width = g.c_mid - block < plan.z_channels ? g.c_mid - block : plan.z_channels;
+    if (needs_z(ctx)) recompute_panel(ctx, x, 0, pixel, count, z);
+    for (t.k = block; t.k < block + z.width; t.k += columns) {
+      t.width = g.c_mid - t.k < columns ? g.c_mid - t.k : columns;
+      t.a = z.a + t.k - block;
+      t.derivative = z.derivative + t.k - block;
+      t.weight = static_cast<const T*>(ctx.packed.pw_backward);
+      if (t.weight != nullptr) t.weight += t.k * g.c_out;
+      t.sums = pw_partial != nullptr ? pw_partial + t.k : nullptr;
+      t.sums_ld = plan.mid_columns;
+      t.bias_sums = dw_bias_partial + t.k;
+      backward_pointwise(ctx, count, grad, t, panels ? du + t.k * plan.pixels + pixel * columns : memory.da);
+      if (du != nullptr && !panels) {
+        store_tile(memory.da, columns, t.k, t.width, pixel, count, du, Layout::nhwc, g.c_mid, plan.image_pixels);
+      }
+    }
+  }
+}
+
+// Rows of grad_x from `row` on that are ready once the pixels of the group up to `done` are; returns the first that is
+// not.
+template <typename S, typename T>
+static int64_t backward_ready_rows(const BackwardContext& ctx, int64_t row, int64_t begin, int64_t done, T* tile) {
+  const Geometry& g = ctx.p.geom;
+  const int64_t rows = g.n * g.h_in;
+  while (row < rows) {
+    const int64_t first = row;
+    for (; row < rows && row - first < ctx.plan.grad_rows && row / g.h_in == first / g.h_in; ++row) {
+      const Range pixels = pixels_for_row(g, row);
+      if (pixels.begin < begin || pixels.begin >= pixels.end || pixels.end > done) break;
+    }
+    if (row > first) {
+      backward_x_rows<S>(ctx, first, row, tile);
+      continue;
+    }
+    if (pixels_for_row(g, row).end > done) break;
+    ++row;  // another group's, or no pixel reaches it
+  }
+  return row;
+}
+
+// The group's partial sums of the depthwise weight gradient, null where it is not needed.
+template <typename T>
+static T* zero_depthwise_partial(const BackwardContext& ctx, int64_t group) {
+  if (ctx.dw_partial == nullptr) return nullptr;
+  const int64_t size = depthwise_vectors<T>(ctx.p.geom) * ctx.plan.taps * Vec<T>::n;
+  T* partial = static_cast<T*>(ctx.dw_partial) + group * size;
+  zero_fill(partial, size);
+  return partial;
+}
+
+template <typename S, typename X, typename T>
+static void backward_group_of(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t group,
+                              void* scratch) {
+  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
+  const Geometry& g = ctx.p.geom;
+  const CpuPlan& plan = ctx.plan;
+  ChannelPanel<T> t;
+  t.a = static_cast<T*>(scratch);
+  t.ld = plan.z_ld;
+  t.norm_sums = ctx.norm != nullptr ? ctx.norm_partial + group * 2 * g.c_mid : nullptr;
+  for (int64_t i = 0; t.norm_sums != nullptr && i < 2 * g.c_mid; ++i) t.norm_sums[i] = 0;
+  t.derivative = t.a + plan.tile_pixels * t.ld;
+  GroupMemory<T> memory;
+  memory.da = t.derivative + plan.tile_pixels * t.ld;
+  memory.tile = memory.da + plan.tile_pixels * columns;
+  memory.g = memory.tile + plan.grad_pixels * columns;
+  memory.saved = memory.g + plan.tile_pixels * plan.out_ld;
+
+  const int64_t pw_size = g.c_out * plan.mid_columns, bias_size = 2 * plan.out_columns + plan.mid_columns;
+  T* pw_partial = ctx.pw_partial != nullptr ? static_cast<T*>(ctx.pw_partial) + group * pw_size : nullptr;
+  T* bias_partial = static_cast<T*>(ctx.bias_partial) + group * bias_size;
+  if (pw_partial != nullptr) zero_fill(pw_partial, pw_size);
+  zero_fill(bias_partial, bias_size);
+  T* dw_partial = plan.joined ? zero_depthwise_partial<T>(ctx, group) : nullptr;
+
+  const int64_t begin = group_pixel(plan, group);
+  int64_t row = begin / plan.image_pixels * g.h_in;
+  for (int64_t tile = group_tile(plan, group); tile < group_tile(plan, group + 1); ++tile) {
+    const int64_t pixel = tile_begin(plan, tile), end = tile_begin(plan, tile + 1);
+    backward_group_tile<S>(ctx, x, pixel, end - pixel, memory, t, pw_partial, bias_partial);
+    if (dw_partial != nullptr) correlate_run(ctx, x, pixel, end, dw_partial);
+    if (plan.joined && ctx.p.grad_x != nullptr) row = backward_ready_rows<S>(ctx, row, begin, end, memory.tile);
+  }
+}
+
+template <typename S, typename T>
+static void backward_group(const BackwardContext& ctx, int64_t group, void* scratch) {
+  if (ctx.x_turned != nullptr) {
+    backward_group_of<S, T, T>(ctx, x_turned<T>(ctx), group, scratch);
+  } else {
+    backward_group_of<S, S, T>(ctx, x_as_given<S>(ctx), group, scratch);
+  }
+}
+
+// Rows of grad_x, plan.grad_rows of an image, but for those that the groups have done.
+template <typename S, typename T>
+static void backward_x(const BackwardContext& ctx, int64_t task, void* scratch) {
+  const Geometry& g = ctx.p.geom;
+  const int64_t tasks = ceil_div(g.h_in, ctx.plan.grad_rows), image = task / tasks;
+  const int64_t begin = task % tasks * ctx.plan.grad_rows;
+  const int64_t end = g.h_in - begin < ctx.plan.grad_rows ? g.h_in : begin + ctx.plan.grad_rows;
+  for (int64_t row = image * g.h_in + begin, last = image * g.h_in + end; row < last;) {
+    int64_t row_end = row;
+    while (row_end < last && !done_in_group(ctx, row_end)) ++row_end;
+    if (row_end > row) backward_x_rows<S>(ctx, row, row_end, static_cast<T*>(scratch));
+    row = row_end + 1;
+  }
+}
+
+// The depthwise weight gradient of a group's pixels, where stage D comes after.
+template <typename S, typename T>
+static void backward_dw(const BackwardContext& ctx, int64_t group) {
+  const int64_t begin = group_pixel(ctx.plan, group), end = group_pixel(ctx.plan, group + 1);
+  T* partial = zero_depthwise_partial<T>(ctx, group);
+  if (ctx.x_turned != nullptr) {
+    correlate_run(ctx, x_turned<T>(ctx), begin, end, partial);
+  } else {
+    correlate_run(ctx, x_as_given<S>(ctx), begin, end, partial);
+  }
+}
