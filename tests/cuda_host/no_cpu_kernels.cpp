@@ -18,6 +18,12 @@ Isa isa_active() { return Isa::generic; }
 
 void set_isa(const std::string&) { throw std::runtime_error("the emulated library has no CPU kernels"); }
 
+bool bf16_dot_available() { return false; }
+
+bool bf16_dot_active() { return false; }
+
+void set_bf16_dot(bool) { throw std::runtime_error("the emulated library has no CPU kernels"); }
+
 PlanNumbers cpu_plan(const PlanQuery&, int64_t) { throw std::runtime_error("the emulated library has no CPU kernels"); }
 
 }  // namespace dsconv
