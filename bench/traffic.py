@@ -35,7 +35,7 @@ from dsconv_cuda import planning
 from dsconv_cuda.activations import activation_number
 
 from .layers import GPU_LAYERS, LAYERS, Layer, select
-from .problem import DTYPES, FORWARD, MODES, TRAINING, Problem
+from .problem import DTYPES, FORWARD, TRAINING, Problem
 from .sass import demangle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +44,7 @@ LAYOUTS = {"channels_last": "nhwc", "nchw": "nchw"}
 SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 TF32 = "tf32"
 SECTOR = 32
+COUNTED_MODES = (FORWARD, TRAINING)
 FAMILIES = (
     "mbv1_b01,mbv1_b02,mbv1_b05,mbv1_b07,mbv1_b13,mbv2_96x112s2_24,mbv2_144x56s1_24,mbv2_576x14s1_96,mbv2_960x7s1_160,"
     "effb0_k5_144x56s2_40,effb0_k5_672x14s1_112,effb0_k5_1152x7s1_192,mbv3_k5_72x56s2_40,xception_mid,convnext_k7,"
@@ -324,7 +325,7 @@ def parse_arguments(argv=None):
         prog="python -m bench.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", default=FAMILIES, help="quick, all, or names separated by commas")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--mode", nargs="+", choices=COUNTED_MODES, default=COUNTED_MODES)
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--batch", type=int, default=BATCH, help=f"images of every layer (default {BATCH})")

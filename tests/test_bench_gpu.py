@@ -63,7 +63,7 @@ def run(device, modes=(FORWARD,), precisions=("float32",), methods=(FUSED, EAGER
 def test_every_form_is_checked_measured_and_told():
     device = StandIn()
     result = run(device, MODES, ("float32", "tf32", "bfloat16"))
-    assert device.released == len(result.measurements) == 6
+    assert device.released == len(result.measurements) == 3 * len(MODES)
     for m in result.measurements:
         assert {str(form) for form in m.samples} == {
             f"{method}{graph} {layout}"
@@ -86,7 +86,8 @@ def test_every_form_is_checked_measured_and_told():
     assert "A copy moves 1000 GB/s" in text
     assert "WRONG" not in text
     found = json.loads(gpu.to_json(result))
-    assert [m["precision"] for m in found["measurements"]] == ["float32"] * 2 + ["tf32"] * 2 + ["bfloat16"] * 2
+    precisions = [m["precision"] for m in found["measurements"]]
+    assert precisions == [name for name in ("float32", "tf32", "bfloat16") for _ in MODES]
     forms = found["measurements"][0]["forms"]
     assert all(form["share_of_copy"] == form["bytes_per_second"] / 1e12 for form in forms)
     assert all((form["gain"] is not None) == form["method"].startswith(FUSED) for form in forms)
