@@ -123,6 +123,28 @@ DSCONV_INLINE void add_taps_pair(const S* x, int64_t column_step, const T* upper
   }
 }
 
+// One row of taps, taps that are neighbours, for P pixels.
+template <int Step, int P, Columns Where, typename S, typename T, typename V>
+DSCONV_INLINE void add_tap_row(const ChannelRow<S>& row, const S* x, const T* w, const ColumnRange& range,
+                               V (&acc)[P]) {
+  const int64_t column_step = row.column_step, weight_column = row.weight_column, taps_w = row.taps_w;
+  int64_t j = 0;
+  for (; j + 7 <= taps_w; j += 7) {
+    add_taps<7, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column, weight_column, range, j, acc);
+  }
+  if (j + 5 <= taps_w) {
+    add_taps<5, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column, weight_column, range, j, acc);
+    j += 5;
+  }
+  if (j + 3 <= taps_w) {
+    add_taps<3, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column, weight_column, range, j, acc);
+    j += 3;
+  }
+  for (; j < taps_w; ++j) {
+    add_taps<1, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column, weight_column, range, j, acc);
+  }
+}
+
 // P pixels, `vectors` vectors of channels one after another: that way x is read as it lies in memory, which the
 // prefetchers follow. Step: row.step_w where taps are neighbours, else 0.
 template <int Step, int P, Columns Where, typename S, typename T, typename M>
@@ -130,7 +152,7 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
                            const T* start, const ColumnRange& range, Clamp<T> clamp, M* out, int64_t ld) {
   typedef typename Vec<T>::type V;
   const int64_t column_step = row.column_step, pixel_step = row.step_w * column_step, tap_step = row.dilation_w;
-  const int64_t taps_w = row.taps_w, start_step = row.start_step;
+  const int64_t start_step = row.start_step;
   const V lo = vset(clamp.lo), hi = vset(clamp.hi);
   for (int64_t vector = 0; vector < vectors; ++vector) {
     V acc[P];
@@ -143,28 +165,18 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
     const S* x_row = x;
     const T* weight_row = weight;
     for (int64_t i = 0; i < tap_rows; ++i) {
-      int64_t j = 0;
-      const T* w = weight_row;
       if constexpr (Step > 0) {
-        for (; j + 7 <= taps_w; j += 7, w += 7 * row.weight_column) {
-          add_taps<7, Step, P, Where>(x_row + j * column_step, column_step, w, row.weight_column, range, j, acc);
-        }
-        if (j + 5 <= taps_w) {
-          add_taps<5, Step, P, Where>(x_row + j * column_step, column_step, w, row.weight_column, range, j, acc);
-          j += 5, w += 5 * row.weight_column;
-        }
-        if (j + 3 <= taps_w) {
-          add_taps<3, Step, P, Where>(x_row + j * column_step, column_step, w, row.weight_column, range, j, acc);
-          j += 3, w += 3 * row.weight_column;
-        }
-      }
-      for (; j < taps_w; ++j, w += row.weight_column) {
-        const V v = load_lanes<Where == Columns::rest>(w, range.left);
-        const S* xp = x_row + j * tap_step * column_step;
-        DSCONV_UNROLL
-        for (int p = 0; p < P; ++p) {
-          acc[p] = vfma(v, load_column<Where>(xp, range, j * tap_step + p * row.step_w), acc[p]);
-          advance(xp, pixel_step);
+        add_tap_row<Step, P, Where>(row, x_row, weight_row, range, acc);
+      } else {
+        const T* w = weight_row;
+        for (int64_t j = 0; j < row.taps_w; ++j, w += row.weight_column) {
+          const V v = load_lanes<Where == Columns::rest>(w, range.left);
+          const S* xp = x_row + j * tap_step * column_step;
+          DSCONV_UNROLL
+          for (int p = 0; p < P; ++p) {
+            acc[p] = vfma(v, load_column<Where>(xp, range, j * tap_step + p * row.step_w), acc[p]);
+            advance(xp, pixel_step);
+          }
         }
       }
       x_row += row.dilation_h * row.row_step;
@@ -185,28 +197,6 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
     weight += Vec<T>::n;
     start += Vec<T>::n;
     out += Vec<T>::n;
-  }
-}
-
-// One row of taps, taps that are neighbours, for P pixels.
-template <int Step, int P, Columns Where, typename S, typename T, typename V>
-DSCONV_INLINE void add_tap_row(const ChannelRow<S>& row, const S* x, const T* w, const ColumnRange& range,
-                               V (&acc)[P]) {
-  const int64_t column_step = row.column_step, weight_column = row.weight_column, taps_w = row.taps_w;
-  int64_t j = 0;
-  for (; j + 7 <= taps_w; j += 7) {
-    add_taps<7, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column, weight_column, range, j, acc);
-  }
-  if (j + 5 <= taps_w) {
-    add_taps<5, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column, weight_column, range, j, acc);
-    j += 5;
-  }
-  if (j + 3 <= taps_w) {
-    add_taps<3, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column, weight_column, range, j, acc);
-    j += 3;
-  }
-  for (; j < taps_w; ++j) {
-    add_taps<1, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column, weight_column, range, j, acc);
   }
 }
 

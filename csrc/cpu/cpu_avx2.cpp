@@ -11,7 +11,7 @@
 
 #define DSCONV_ISA DSCONV_ISA_AVX2
 
-DSCONV_REGION_BEGIN("avx2,fma,f16c")
+DSCONV_REGION_BEGIN("avx2,fma,f16c,prfchw")
 
 namespace dsconv {
 namespace avx2 {

@@ -17,9 +17,9 @@
 #define DSCONV_ISA DSCONV_ISA_AVX512
 
 #if defined(DSCONV_EMULATE_AVX512)  // tests/isa_emulation: the intrinsics are functions of the test build
-DSCONV_REGION_BEGIN("avx2,fma,f16c")
+DSCONV_REGION_BEGIN("avx2,fma,f16c,prfchw")
 #else
-DSCONV_REGION_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+DSCONV_REGION_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prfchw")
 #endif
 
 namespace dsconv {

@@ -19,9 +19,9 @@
 #define DSCONV_BF16_DOT
 
 #if defined(DSCONV_EMULATE_AVX512)  // tests/isa_emulation: the intrinsics are functions of the test build
-DSCONV_REGION_BEGIN("avx2,fma,f16c")
+DSCONV_REGION_BEGIN("avx2,fma,f16c,prfchw")
 #else
-DSCONV_REGION_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c")
+DSCONV_REGION_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prfchw")
 #endif
 
 namespace dsconv {

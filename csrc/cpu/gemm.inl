@@ -63,8 +63,7 @@ struct OutputTarget {
     if (stream) return;
     constexpr int per_line = kCacheLine / static_cast<int>(Vec<T>::n * sizeof(S));
     for (int j = 0; j < NV; j += per_line > 1 ? per_line : 1) {
-      const S* out = y + row * ld + j * Vec<T>::n;
-      __asm__ volatile("prefetchw %0" : : "m"(*out));
+      __builtin_prefetch(y + row * ld + j * Vec<T>::n, 1, 3);
     }
   }
   template <int NV, typename V>
