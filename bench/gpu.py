@@ -16,8 +16,6 @@ from pathlib import Path
 
 import torch
 
-import dsconv_cuda
-
 from .competitors import COMPILED, EAGER, FUSED, PYTORCH, Arena, Form, WrongResult
 from .device import CudaDevice, precision
 from .environment import describe
@@ -118,25 +116,9 @@ def _measure(device, problem, name, methods, rounds, least_seconds):
 
 
 def _predicted(device, problem):
-    """Seconds that the planner predicts for the fused op, channels_last."""
-    layer = problem.layer
-    seconds = 0.0
-    for backward in (False, True) if problem.mode == "training" else (False,):
-        seconds += dsconv_cuda.plan(
-            (layer.batch, layer.channels, layer.height, layer.width),
-            layer.out_channels,
-            layer.kernel,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            layer.multiplier,
-            activation=problem.activation,
-            backward=backward,
-            dtype=problem.dtype,
-            memory_format=torch.channels_last,
-            arch=device.planned_as(),
-        ).seconds
-    return seconds
+    """Seconds that the planner predicts for the fused op, channels_last, without the passes that BatchNorm adds."""
+    stages = (False, True) if problem.trains else (False,)
+    return sum(problem.plan(device.planned_as(), backward=backward).seconds for backward in stages)
 
 
 def to_json(result):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+import dsconv_cuda
+
 from .layers import Layer
 
 FORWARD = "forward"
@@ -84,6 +86,24 @@ class Problem:
         }
         bound = max(bounds, key=bounds.get)
         return bounds[bound], bound
+
+    def plan(self, arch, *, memory_format=torch.channels_last, activation=None, backward=False):
+        """What dsconv_cuda.plan() says of the fused op; activation: another than this problem's."""
+        layer = self.layer
+        return dsconv_cuda.plan(
+            (layer.batch, layer.channels, layer.height, layer.width),
+            layer.out_channels,
+            layer.kernel,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            layer.multiplier,
+            activation=activation or self.activation,
+            backward=backward,
+            dtype=self.dtype,
+            memory_format=memory_format,
+            arch=arch,
+        )
 
 
 def inner_taps(size, size_out, kernel, stride, dilation, padding):

@@ -252,20 +252,8 @@ def _launch(found):
 
 def plan_of(problem, layout, gpu) -> planning.CudaPlan:
     """The plan of the problem's forward."""
-    layer = problem.layer
-    return dsconv_cuda.plan(
-        (layer.batch, layer.channels, layer.height, layer.width),
-        layer.out_channels,
-        layer.kernel,
-        layer.stride,
-        layer.padding,
-        layer.dilation,
-        layer.multiplier,
-        activation=MIDDLE,
-        dtype=problem.dtype,
-        memory_format=torch.channels_last if layout == "channels_last" else torch.contiguous_format,
-        arch=gpu,
-    )
+    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    return problem.plan(gpu, memory_format=memory_format, activation=MIDDLE)
 
 
 # ------------------------------------------------------------------------------------------------------------- report

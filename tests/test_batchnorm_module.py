@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from test_batchnorm_block import Plain, Shape, results
 from torch import nn
 
 import dsconv_cuda
+from bench.saved import saved_bytes
 from dsconv_cuda import BatchNormArguments, DepthwiseSeparableConvBN2d, depthwise_separable_conv_bn2d
 
 pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
@@ -240,23 +242,6 @@ MOBILENET = [
 ]  # fmt: skip
 
 
-def _saved(module, x, others=()):
-    """Bytes kept for backward beyond parameters and `others`."""
-    known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *others)}
-    sizes = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = module(x)
-    del out
-    return sum(sizes.values())
-
-
 def test_bytes_kept_for_backward(isa, device):
     """The input, y, and vectors of the channels: over the blocks of MobileNetV1 at most 45 % of stock modules' bytes,
     and with recompute_output at most 25 %, the input counted in both."""
@@ -267,10 +252,11 @@ def test_bytes_kept_for_backward(isa, device):
         block = DepthwiseSeparableConvBN2d(c_in, c_out, 3, stride, 1, activation="relu6", out_activation="relu6")
         block.to(device)
         x = torch.randn(2, c_in, size, size, device=device, requires_grad=True)
-        stock += _saved(Plain(block), x)
-        here = _saved(block, x)
+        plain = Plain(block)
+        stock += saved_bytes(plain, partial(plain, x))
+        here = saved_bytes(block, partial(block, x))
         block.recompute_output = True
-        again = _saved(block, x)
+        again = saved_bytes(block, partial(block, x))
         vectors = 4 * 8 * (c_in + c_out)
         assert here <= x.nbytes + block(x).nbytes + vectors
         assert again <= x.nbytes + vectors
