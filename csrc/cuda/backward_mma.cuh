@@ -29,17 +29,6 @@
 
 namespace dsconv {
 
-template <typename T>
-DSCONV_DEVICE DepthwiseInput<T> box_depthwise_input(const BackwardParams& p) {
-  return {static_cast<const T*>(p.x),
-          static_cast<const T*>(p.dw_weight),
-          static_cast<const T*>(p.dw_bias),
-          p.geom,
-          p.x_strides,
-          p.x_layout,
-          p.act};
-}
-
 // ---------------------------------------------------------------------------------------------------------------- du
 
 template <typename T_, bool kAlongC_>
@@ -69,7 +58,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   const BoxPlace place = box_place(box, blockIdx.x / static_cast<unsigned>(plan.mid_tiles));
   const int32_t c0 = static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(plan.mid_tiles)) * Traits::kMid;
   const int32_t c_out = static_cast<int32_t>(g.c_out), c_mid = static_cast<int32_t>(g.c_mid);
-  const DepthwiseInput<T> in = box_depthwise_input<T>(p);
+  const DepthwiseInput<T> in = depthwise_input<T>(p);
   const Input input{box, in, place, shared, at.tables};
   int64_t* dy_at = reinterpret_cast<int64_t*>(shared + at.dy_offsets);
   int64_t* saved_at = reinterpret_cast<int64_t*>(shared + at.saved_offsets);
@@ -193,7 +182,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const bool sums_bias = bias_partial != nullptr && c0 == 0 && thread < Traits::kOut;
   const bool dy_along_c = p.dy_layout == Layout::nhwc;
-  const DepthwiseInput<T> in = box_depthwise_input<T>(p);
+  const DepthwiseInput<T> in = depthwise_input<T>(p);
   int64_t* saved_at = reinterpret_cast<int64_t*>(shared + at.saved_offsets);
   unsigned char* z = shared + at.z;
 

@@ -44,17 +44,6 @@
 
 namespace dsconv {
 
-template <typename T>
-DSCONV_DEVICE DepthwiseInput<T> depthwise_input(const BackwardParams& p) {
-  return {static_cast<const T*>(p.x),
-          static_cast<const T*>(p.dw_weight),
-          static_cast<const T*>(p.dw_bias),
-          p.geom,
-          p.x_strides,
-          p.x_layout,
-          p.act};
-}
-
 // ---------------------------------------------------------------------------------------------------------------- du
 
 template <typename T_>

@@ -30,6 +30,18 @@ struct DepthwiseInput {
   Activation act;
 };
 
+// Of ForwardParams or BackwardParams.
+template <typename T, typename Params>
+DSCONV_DEVICE DepthwiseInput<T> depthwise_input(const Params& p) {
+  return {static_cast<const T*>(p.x),
+          static_cast<const T*>(p.dw_weight),
+          static_cast<const T*>(p.dw_bias),
+          p.geom,
+          p.x_strides,
+          p.x_layout,
+          p.act};
+}
+
 constexpr int kStrip = 4;  // pixels of one item
 
 // Adds one channel's taps at kStrip windows to z, each row of taps summed apart: rounding errors grow with the length

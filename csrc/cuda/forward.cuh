@@ -137,13 +137,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(Traits::kThreads, kForwardBlocks)
   if (thread < Traits::kPixels) windows[thread] = window_at(q0 + thread, g.n * g.h_out * g.w_out, g, p.x_strides);
   __syncthreads();
 
-  const DepthwiseInput<T> in{static_cast<const T*>(p.x),
-                             static_cast<const T*>(p.dw_weight),
-                             static_cast<const T*>(p.dw_bias),
-                             g,
-                             p.x_strides,
-                             p.x_layout,
-                             p.act};
+  const DepthwiseInput<T> in = depthwise_input<T>(p);
   const Gemm own = Gemm::of_thread(p.y_layout == Layout::nhwc);
   typename Gemm::Registers acc = {};
 #pragma unroll 1

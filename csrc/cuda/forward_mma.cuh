@@ -58,13 +58,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) forward_mma_kernel(ForwardPar
   const PixelBox& box = plan.box;
   const BoxPlace place = box_place(box, blockIdx.x / static_cast<unsigned>(plan.groups));
   const int32_t group = static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(plan.groups));
-  const DepthwiseInput<T> in{static_cast<const T*>(p.x),
-                             static_cast<const T*>(p.dw_weight),
-                             static_cast<const T*>(p.dw_bias),
-                             g,
-                             p.x_strides,
-                             p.x_layout,
-                             p.act};
+  const DepthwiseInput<T> in = depthwise_input<T>(p);
   const Input input{box, in, place, shared, plan.shared.tables};
   input.fill_tables(p.y_strides);
   __syncthreads();
