@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from dsconv_cuda.activations import activation_name
 from dsconv_cuda.batchnorm import BatchNormArguments, depthwise_separable_conv_bn2d
+from dsconv_cuda.modules import separable_convolutions
 
 
 class DepthwiseSeparableConvBN2d(nn.Module):
@@ -67,18 +68,28 @@ class DepthwiseSeparableConvBN2d(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        if channel_multiplier < 1:
-            raise ValueError(f"{name}: channel_multiplier must be at least 1, got {channel_multiplier}")
         self.activation = activation_name(activation, "activation", name)
         self.out_activation = activation_name(out_activation, "out_activation", name)
         self.recompute_output = recompute_output
-        channels = in_channels * channel_multiplier
-        of = {"device": device, "dtype": dtype}
-        self.depthwise = nn.Conv2d(
-            in_channels, channels, kernel_size, stride, padding, dilation, groups=in_channels, bias=bias, **of
+        depthwise, pointwise = separable_convolutions(
+            nn.Conv2d,
+            name,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation=dilation,
+            channel_multiplier=channel_multiplier,
+            bias=bias,
+            device=device,
+            dtype=dtype,
         )
-        self.bn1 = nn.BatchNorm2d(channels, eps, momentum, **of)
-        self.pointwise = nn.Conv2d(channels, out_channels, 1, bias=bias, **of)
+        of = {"device": device, "dtype": dtype}
+        # In the order of the calls, which that of the parameters follows.
+        self.depthwise = depthwise
+        self.bn1 = nn.BatchNorm2d(depthwise.out_channels, eps, momentum, **of)
+        self.pointwise = pointwise
         self.bn2 = nn.BatchNorm2d(out_channels, eps, momentum, **of)
 
     def forward(self, input: Tensor) -> Tensor:

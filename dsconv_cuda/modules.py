@@ -1,5 +1,7 @@
 """The op as a module whose parameters are those of the two nn.Conv2d it replaces."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -8,7 +10,90 @@ from dsconv_cuda.activations import ACTIVATIONS, activation_name
 from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separable_conv2d
 
 
-class DepthwiseSeparableConv2d(nn.Module):
+def separable_convolutions(
+    convolution: type[nn.Module],
+    name: str,
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int | tuple[int, ...],
+    stride: int | tuple[int, ...],
+    padding: int | tuple[int, ...] | str,
+    *,
+    dilation: int | tuple[int, ...],
+    channel_multiplier: int,
+    bias: bool,
+    padding_mode: str = "zeros",
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> tuple[nn.Module, nn.Module]:
+    """The depthwise and the pointwise convolution of the module `name`."""
+    if channel_multiplier < 1:
+        raise ValueError(f"{name}: channel_multiplier must be at least 1, got {channel_multiplier}")
+    channels = in_channels * channel_multiplier
+    of = {"bias": bias, "device": device, "dtype": dtype}
+    depthwise = convolution(
+        in_channels,
+        channels,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups=in_channels,
+        padding_mode=padding_mode,
+        **of,
+    )
+    return depthwise, convolution(channels, out_channels, 1, **of)
+
+
+def _only_computes_weights(module: nn.Module) -> bool:
+    """Whether all hooks are those of torch.nn.utils: pruning, weight_norm and spectral_norm. They look at no input."""
+    others = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    hooks = module._forward_pre_hooks.values()
+    return not others and all(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
+
+
+def _compute_weights(*modules: nn.Module) -> None:
+    for module in modules:
+        for hook in module._forward_pre_hooks.values():
+            hook(module, None)
+
+
+class _DepthwiseSeparable(nn.Module):
+    """What the modules of every rank share: two children, activations, and the way of a call."""
+
+    def _call(self, operation: Callable[..., Tensor], input: Tensor, padding: int | tuple[int, ...] | str) -> Tensor:
+        depthwise, pointwise = self.depthwise, self.pointwise
+        if kept_weights.has_hooks(depthwise) or kept_weights.has_hooks(pointwise):
+            if not (_only_computes_weights(depthwise) and _only_computes_weights(pointwise)):
+                z = ACTIVATIONS[self.activation].value(depthwise(self._input_of_depthwise(input)))
+                return ACTIVATIONS[self.out_activation].value(pointwise(z))
+            _compute_weights(depthwise, pointwise)
+        if depthwise.padding_mode != "zeros":
+            input = nn.functional.pad(input, depthwise._reversed_padding_repeated_twice, mode=depthwise.padding_mode)
+            padding = 0
+        return operation(
+            input,
+            depthwise.weight,
+            pointwise.weight,
+            depthwise.bias,
+            pointwise.bias,
+            depthwise.stride,
+            padding,
+            depthwise.dilation,
+            self.activation,
+            self.out_activation,
+        )
+
+    def _input_of_depthwise(self, input: Tensor) -> Tensor:
+        """What .depthwise is given where it is called itself."""
+        return input
+
+    def extra_repr(self) -> str:
+        # Sizes are in the repr of the two children.
+        return f"activation={self.activation}, out_activation={self.out_activation}"
+
+
+class DepthwiseSeparableConv2d(_DepthwiseSeparable):
     r"""Depthwise separable convolution, fused: see :func:`dsconv_cuda.depthwise_separable_conv2d`.
 
     Equivalent to::
@@ -62,25 +147,23 @@ class DepthwiseSeparableConv2d(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        if channel_multiplier < 1:
-            raise ValueError(f"{name}: channel_multiplier must be at least 1, got {channel_multiplier}")
         self.activation = activation_name(activation, "activation", name)
         self.out_activation = activation_name(out_activation, "out_activation", name)
-        channels = in_channels * channel_multiplier
-        self.depthwise = nn.Conv2d(
+        self.depthwise, self.pointwise = separable_convolutions(
+            nn.Conv2d,
+            name,
             in_channels,
-            channels,
+            out_channels,
             kernel_size,
             stride,
             padding,
-            dilation,
-            groups=in_channels,
+            dilation=dilation,
+            channel_multiplier=channel_multiplier,
             bias=bias,
             padding_mode=padding_mode,
             device=device,
             dtype=dtype,
         )
-        self.pointwise = nn.Conv2d(channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_dynamo_compiling():
@@ -96,27 +179,7 @@ class DepthwiseSeparableConv2d(nn.Module):
         return y
 
     def _forward(self, input: Tensor) -> Tensor:
-        depthwise, pointwise = self.depthwise, self.pointwise
-        if kept_weights.has_hooks(depthwise) or kept_weights.has_hooks(pointwise):
-            if not (_only_computes_weights(depthwise) and _only_computes_weights(pointwise)):
-                z = ACTIVATIONS[self.activation].value(depthwise(input))
-                return ACTIVATIONS[self.out_activation].value(pointwise(z))
-            _compute_weights(depthwise, pointwise)
-        padding = depthwise.padding
-        if depthwise.padding_mode != "zeros":
-            input, padding = _padded(input, depthwise), 0
-        return depthwise_separable_conv2d(
-            input,
-            depthwise.weight,
-            pointwise.weight,
-            depthwise.bias,
-            pointwise.bias,
-            depthwise.stride,
-            padding,
-            depthwise.dilation,
-            self.activation,
-            self.out_activation,
-        )
+        return self._call(depthwise_separable_conv2d, input, self.depthwise.padding)
 
     def __getstate__(self):
         state = self.__dict__.copy()
@@ -128,29 +191,8 @@ class DepthwiseSeparableConv2d(nn.Module):
         self.__dict__.pop("_kept_call", None)
         return super()._apply(*args, **kwargs)
 
-    def extra_repr(self) -> str:
-        # Sizes are in the repr of the two children.
-        return f"activation={self.activation}, out_activation={self.out_activation}"
 
-
-def _only_computes_weights(module: nn.Module) -> bool:
-    """Whether all hooks are those of torch.nn.utils: pruning, weight_norm and spectral_norm. They look at no input."""
-    others = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    hooks = module._forward_pre_hooks.values()
-    return not others and all(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
-
-
-def _compute_weights(*modules: nn.Module) -> None:
-    for module in modules:
-        for hook in module._forward_pre_hooks.values():
-            hook(module, None)
-
-
-def _padded(input: Tensor, conv: nn.Module) -> Tensor:
-    return nn.functional.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-
-
-class DepthwiseSeparableConv1d(nn.Module):
+class DepthwiseSeparableConv1d(_DepthwiseSeparable):
     """Depthwise separable convolution along one dimension: see :func:`dsconv_cuda.depthwise_separable_conv1d`.
 
     ``.depthwise`` and ``.pointwise`` are nn.Conv1d and hold the parameters, as in :class:`DepthwiseSeparableConv2d`.
@@ -182,56 +224,36 @@ class DepthwiseSeparableConv1d(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        if channel_multiplier < 1:
-            raise ValueError(f"{name}: channel_multiplier must be at least 1, got {channel_multiplier}")
         self.causal = isinstance(padding, str) and padding == "causal"
         if self.causal and padding_mode != "zeros":
             raise ValueError(f"{name}: padding 'causal' takes padding_mode 'zeros' only, got {padding_mode!r}")
         self.activation = activation_name(activation, "activation", name)
         self.out_activation = activation_name(out_activation, "out_activation", name)
-        channels = in_channels * channel_multiplier
-        self.depthwise = nn.Conv1d(
+        self.depthwise, self.pointwise = separable_convolutions(
+            nn.Conv1d,
+            name,
             in_channels,
-            channels,
+            out_channels,
             kernel_size,
             stride,
             0 if self.causal else padding,
-            dilation,
-            groups=in_channels,
+            dilation=dilation,
+            channel_multiplier=channel_multiplier,
             bias=bias,
             padding_mode=padding_mode,
             device=device,
             dtype=dtype,
         )
-        self.pointwise = nn.Conv1d(channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        depthwise, pointwise = self.depthwise, self.pointwise
-        if kept_weights.has_hooks(depthwise) or kept_weights.has_hooks(pointwise):
-            if not (_only_computes_weights(depthwise) and _only_computes_weights(pointwise)):
-                left = depthwise.dilation[0] * (depthwise.kernel_size[0] - 1) if self.causal else 0
-                z = ACTIVATIONS[self.activation].value(depthwise(nn.functional.pad(input, (left, 0))))
-                return ACTIVATIONS[self.out_activation].value(pointwise(z))
-            _compute_weights(depthwise, pointwise)
-        padding = "causal" if self.causal else depthwise.padding
-        if depthwise.padding_mode != "zeros":
-            input, padding = _padded(input, depthwise), 0
-        return depthwise_separable_conv1d(
-            input,
-            depthwise.weight,
-            pointwise.weight,
-            depthwise.bias,
-            pointwise.bias,
-            depthwise.stride,
-            padding,
-            depthwise.dilation,
-            self.activation,
-            self.out_activation,
-        )
+        return self._call(depthwise_separable_conv1d, input, "causal" if self.causal else self.depthwise.padding)
+
+    def _input_of_depthwise(self, input: Tensor) -> Tensor:
+        left = self.depthwise.dilation[0] * (self.depthwise.kernel_size[0] - 1) if self.causal else 0
+        return nn.functional.pad(input, (left, 0))
 
     def extra_repr(self) -> str:
-        text = f"activation={self.activation}, out_activation={self.out_activation}"
-        return text + (", padding=causal" if self.causal else "")
+        return super().extra_repr() + (", padding=causal" if self.causal else "")
 
 
 DepthwiseSeparableConv = DepthwiseSeparableConv2d  # the name under which tutorials know it
