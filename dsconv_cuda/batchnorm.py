@@ -132,9 +132,9 @@ def depthwise_separable_conv_bn2d(
         _checks.raise_for_no_cuda(_OP, input.device)
     batch1, batch2 = bn1 is not None and bn1.training, bn2 is not None and bn2.training
     if bn1 is not None and not batch1:
-        dw_weight, dw_bias = _fold(dw_weight, dw_bias, bn1)
+        dw_weight, dw_bias = fold_norm(dw_weight, dw_bias, bn1)
     if bn2 is not None and not batch2:
-        pw_weight, pw_bias = _fold(pw_weight, pw_bias, bn2)
+        pw_weight, pw_bias = fold_norm(pw_weight, pw_bias, bn2)
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias)
     if not batch1 and not batch2:
         return autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act))
@@ -205,7 +205,7 @@ def _parameter(t: Tensor | None, x: Tensor) -> Tensor | None:
     return t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
 
 
-def _fold(weight: Tensor, bias: Tensor | None, bn: BatchNormArguments) -> tuple[Tensor, Tensor]:
+def fold_norm(weight: Tensor, bias: Tensor | None, bn: BatchNormArguments) -> tuple[Tensor, Tensor]:
     """The weight and the bias of a convolution with the norm after it, differentiable in all."""
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     mean, var, gamma, beta = (

@@ -37,7 +37,7 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from dsconv_cuda import _checks, _loader
-from dsconv_cuda.batchnorm import depthwise_separable_conv_bn2d
+from dsconv_cuda.batchnorm import depthwise_separable_conv_bn2d, fold_norm
 from dsconv_cuda.batchnorm_module import arguments_of, counts_batches
 from dsconv_cuda.functional import depthwise_separable_conv2d
 from dsconv_cuda.kept_weights import has_hooks
@@ -152,17 +152,9 @@ class Chain:
 
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the convolution that computes bn(conv(x)), with bn in evaluation."""
-    weight, bias = conv.weight, conv.bias
     if bn is None:
-        return weight, bias
-    dtype = torch.promote_types(bn.running_var.dtype, torch.float32)
-    scale = torch.rsqrt(bn.running_var.to(dtype) + bn.eps)
-    if bn.weight is not None:
-        scale = scale * bn.weight
-    shift = -bn.running_mean * scale if bias is None else (bias - bn.running_mean) * scale
-    if bn.bias is not None:
-        shift = shift + bn.bias
-    return (weight * scale.view(-1, 1, 1, 1)).to(weight.dtype), shift.to(weight.dtype)
+        return conv.weight, conv.bias
+    return fold_norm(conv.weight, conv.bias, arguments_of(bn, synchronised=False))
 
 
 def _transformed() -> bool:

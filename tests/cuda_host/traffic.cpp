@@ -131,6 +131,7 @@ ForwardParams forward_params(const Request& r, Make make) {
   ForwardParams p{};
   p.geom = g;
   p.dtype = dtype_of(r.dtype);
+  p.tf32 = r.dtype == "tf32";
   p.act = static_cast<Activation>(r.act);
   p.out_act = static_cast<Activation>(r.out_act);
   p.x_layout = p.y_layout = r.layout == "nhwc" ? Layout::nhwc : Layout::nchw;
@@ -155,6 +156,7 @@ BackwardParams backward_params(const ForwardParams& p, Make make) {
   BackwardParams b{};
   b.geom = g;
   b.dtype = p.dtype;
+  b.tf32 = p.tf32;
   b.act = p.act;
   b.out_act = p.out_act;
   b.x = p.x;
@@ -217,23 +219,31 @@ class Launches {
     return true;
   }
 
+  bool add_on_every_gpu(const driver::Call& call, const std::string& precision) {
+    for (const Gpu& gpu : kGpus) {
+      for (const int64_t multiprocessors : {int64_t{1}, gpu.limits.multiprocessors}) {
+        Request r{};
+        r.dtype = precision;
+        r.layout = call.x_layout == Layout::nhwc ? "nhwc" : "nchw";
+        r.mode = "training";
+        r.g = driver::geometry_of(*call.shape);
+        r.act = static_cast<int64_t>(call.act);
+        r.out_act = static_cast<int64_t>(call.out_act);
+        r.capability = gpu.limits.capability;
+        r.multiprocessors = multiprocessors;
+        if (!add(r)) return false;
+      }
+    }
+    return true;
+  }
+
   // The matrix of the driver; few multiprocessors and many make the planner choose otherwise.
   bool add_matrix() {
-    const char* names[] = {"f32", "f64", "f16", "bf16"};  // in the order of DType
+    // In the order of DType; float32 in TF32 too.
+    const std::vector<std::string> precisions[] = {{"f32", "tf32"}, {"f64"}, {"f16"}, {"bf16"}};
     for (const driver::Call& call : driver::all_calls()) {
-      for (const Gpu& gpu : kGpus) {
-        for (const int64_t multiprocessors : {int64_t{1}, gpu.limits.multiprocessors}) {
-          Request r{};
-          r.dtype = names[static_cast<int>(call.type)];
-          r.layout = call.x_layout == Layout::nhwc ? "nhwc" : "nchw";
-          r.mode = "training";
-          r.g = driver::geometry_of(*call.shape);
-          r.act = static_cast<int64_t>(call.act);
-          r.out_act = static_cast<int64_t>(call.out_act);
-          r.capability = gpu.limits.capability;
-          r.multiprocessors = multiprocessors;
-          if (!add(r)) return false;
-        }
+      for (const std::string& precision : precisions[static_cast<int>(call.type)]) {
+        if (!add_on_every_gpu(call, precision)) return false;
       }
     }
     return true;
