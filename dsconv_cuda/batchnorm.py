@@ -206,19 +206,21 @@ def _parameter(t: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def fold_norm(weight: Tensor, bias: Tensor | None, bn: BatchNormArguments) -> tuple[Tensor, Tensor]:
-    """The weight and the bias of a convolution with the norm after it, differentiable in all."""
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    """The weight and the bias of a convolution with the norm after it, differentiable in all.
+
+    Scale and shift, a number a channel, are made in float64 and rounded once.
+    """
     mean, var, gamma, beta = (
-        None if t is None else t.to(wide) for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+        None if t is None else t.double() for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
     )
     scale = torch.rsqrt(var + bn.eps)
     if gamma is not None:
         scale = scale * gamma
-    shift = -mean if bias is None else bias.to(wide) - mean
-    shift = shift * scale
+    shift = (-mean if bias is None else bias.double() - mean) * scale
     if beta is not None:
         shift = shift + beta
-    scaled = weight.to(wide) * scale.view(-1, *(1,) * (weight.dim() - 1))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    scaled = weight.to(wide) * scale.to(wide).view(-1, *(1,) * (weight.dim() - 1))
     return scaled.to(weight.dtype), shift.to(weight.dtype)
 
 
