@@ -1,7 +1,7 @@
 """Every CUDA kernel as nvcc compiles it, for every architecture: no GPU is needed, nvcc and cuobjdump are.
 
     python -m bench.static > bench/results/static.txt         # all kernels, all architectures: some minutes
-    python -m bench.static --arch sm_90 --source cuda_forward_f16.cu
+    python -m bench.static --arch sm_90 --source cuda_forward_mma_f16.cu
 
 A line for each kernel and architecture: registers and spills (which must be 0), static and dynamic shared memory, the
 blocks that share a multiprocessor, how many __launch_bounds__ asks for, the occupancy (warps over the most there can

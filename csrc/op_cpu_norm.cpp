@@ -123,7 +123,7 @@ Tensor norm_vectors(Tensor moments, Bias gamma, Bias beta, double eps) {
 }
 
 Tensor fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor vectors, Ints stride,
-                Ints padding, Ints dilation, int64_t act) {
+                Ints padding, Ints dilation, int64_t act, bool /*tf32*/) {
   constexpr const char* op = "dsconv_cuda::fwd_norm";
   ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
                                      arguments_of(op, stride, padding, dilation, act, 0), false);

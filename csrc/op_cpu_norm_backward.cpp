@@ -207,7 +207,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_norm(Tensor grad, Bias y,
                                                             Tensor pw_weight, Bias dw_bias, Tensor vectors,
                                                             Bias out_vectors, Bias out_sums, double out_count,
                                                             Ints stride, Ints padding, Ints dilation, int64_t act,
-                                                            int64_t out_act, int64_t grad_mask) {
+                                                            int64_t out_act, int64_t grad_mask, bool /*tf32*/) {
   Run run("dsconv_cuda::bwd_norm");
   const OutputNorm norm = {y, out_vectors, out_sums, out_count};
   prepare(run, grad, norm, x, dw_weight, pw_weight, dw_bias,
@@ -254,7 +254,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_norm_pointwise(Tensor grad, Bias 
                                                               Tensor pw_weight, Bias dw_bias, Tensor vectors,
                                                               Bias out_vectors, Bias out_sums, double out_count,
                                                               Ints stride, Ints padding, Ints dilation, int64_t act,
-                                                              int64_t out_act, int64_t grad_mask) {
+                                                              int64_t out_act, int64_t grad_mask, bool /*tf32*/) {
   Run run("dsconv_cuda::bwd_norm_pointwise");
   const OutputNorm norm = {y, out_vectors, out_sums, out_count};
   prepare(run, grad, norm, x, dw_weight, pw_weight, dw_bias,

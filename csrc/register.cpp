@@ -41,7 +41,7 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   m.def("norm_vectors(Tensor moments, Tensor? weight, Tensor? bias, float eps) -> Tensor");
   m.def(
       "fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor vectors, int[2] "
-      "stride, int[4] padding, int[2] dilation, int act) -> Tensor");
+      "stride, int[4] padding, int[2] dilation, int act, bool tf32=False) -> Tensor");
   m.def("moments(Tensor v) -> Tensor");
   m.def("norm_act(Tensor v, Tensor vectors, int act) -> Tensor");
   m.def("norm_act_sums(Tensor grad, Tensor v, Tensor vectors, int act) -> Tensor");
@@ -51,16 +51,13 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   m.def(
       "bwd_norm(Tensor grad, Tensor? y, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor vectors, "
       "Tensor? out_vectors, Tensor? out_sums, float out_count, int[2] stride, int[4] padding, int[2] dilation, int "
-      "act, "
-      "int out_act, int grad_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "act, int out_act, int grad_mask, bool tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The same in two, for sums that are reduced in between: (du, sums, grad pw_weight, grad pw_bias), then the other
   // two.
   m.def(
       "bwd_norm_pointwise(Tensor grad, Tensor? y, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, "
-      "Tensor "
-      "vectors, Tensor? out_vectors, Tensor? out_sums, float out_count, int[2] stride, int[4] padding, int[2] "
-      "dilation, "
-      "int act, int out_act, int grad_mask) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor vectors, Tensor? out_vectors, Tensor? out_sums, float out_count, int[2] stride, int[4] padding, int[2] "
+      "dilation, int act, int out_act, int grad_mask, bool tf32=False) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "bwd_norm_depthwise(Tensor(a!) du, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor "
       "vectors, "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dsconv_cuda import _checks, _loader, autograd
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.functional import _AUTOCAST_DEVICES, _autocast, _load
+from dsconv_cuda.functional import _AUTOCAST_DEVICES, _autocast, _load, _tf32_applies
 from dsconv_cuda.ops import IDENTITY, grad_mask
 from dsconv_cuda.second_order import Config
 
@@ -137,13 +137,13 @@ def depthwise_separable_conv_bn2d(
         pw_weight, pw_bias = fold_norm(pw_weight, pw_bias, bn2)
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias)
     if not batch1 and not batch2:
-        return autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act))
+        return autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act, _tf32_applies(x)))
 
     _refuse_what_has_no_rule()
     _check_kernels(input.device)
     count = pixels[0] * pixels[1] * pixels[2]
     block = Block(
-        Config(stride, padding, dilation, act, IDENTITY),
+        Config(stride, padding, dilation, act, IDENTITY, _tf32_applies(x)),
         out_act,
         _Batch(bn1.eps, count, bn1.process_group) if batch1 else None,
         _Batch(bn2.eps, count, bn2.process_group) if batch2 else None,
@@ -315,8 +315,9 @@ def _vectors_of_no_norm(y: Tensor) -> Tensor:
 def _make_y(x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, config: Config) -> Tensor:
     ops = torch.ops.dsconv_cuda
     if vectors1 is None:
-        return ops.fwd(x, dw_weight, pw_weight, dw_bias, pw_bias, *config.arguments())
-    return ops.fwd_norm(x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, *config.arguments()[:4])
+        return ops.fwd(x, dw_weight, pw_weight, dw_bias, pw_bias, *config.arguments(), *config.precision())
+    arguments = (*config.arguments()[:4], *config.precision())
+    return ops.fwd_norm(x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, *arguments)
 
 
 class BatchNormBlock(torch.autograd.Function):
@@ -385,7 +386,7 @@ def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, vectors
     ops, block, config = torch.ops.dsconv_cuda, ctx.block, ctx.block.config
     wanted = ctx.needs_input_grad
     weights = (x, dw_weight, pw_weight, dw_bias)
-    geometry = config.arguments()[:3]
+    geometry, precision = config.arguments()[:3], config.precision()
     gamma1 = beta1 = gamma2 = beta2 = sums2 = None
     # What a bias adds, the norm after it takes off again.
     mask = grad_mask(*wanted[:3], wanted[3] and vectors1 is None, wanted[4] and block.batch2 is None)
@@ -400,9 +401,11 @@ def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, vectors
         through_norm2 = (vectors2, sums2, ctx.count2)
         if block.batch1 is None:
             dy = ops.norm_act_grad(grad_out, y, *through_norm2, block.out_act)
-            grad_x, grad_dw, grad_pw, grad_b1, grad_b2 = ops.bwd(dy, *weights, None, *config.arguments(), mask)
+            arguments = (dy, *weights, None, *config.arguments(), mask, *precision)
+            grad_x, grad_dw, grad_pw, grad_b1, grad_b2 = ops.bwd(*arguments)
         else:
-            arguments = (grad_out, y, *weights, vectors1, *through_norm2, *geometry, config.act, block.out_act, mask)
+            arguments = (grad_out, y, *weights, vectors1, *through_norm2, *geometry, config.act, block.out_act)
+            arguments += (mask, *precision)
             grad_b1 = None
             if block.batch1.is_shared():
                 du, sums1, grad_pw, grad_b2 = ops.bwd_norm_pointwise(*arguments)

@@ -107,7 +107,7 @@ def _conv(op: str, tensors: tuple, stride, padding, dilation, activation, out_ac
         dilation,
         activation_number(activation, "activation", op),
         activation_number(out_activation, "out_activation", op),
-        device == "cuda" and tensors[0].dtype == torch.float32 and _tf32_allowed(),
+        _tf32_applies(tensors[0]),
     )
 
     _load()
@@ -118,8 +118,10 @@ def _conv(op: str, tensors: tuple, stride, padding, dilation, activation, out_ac
     return autograd.apply(tensors[0].unsqueeze(0), *tensors[1:], config).squeeze(0)
 
 
-def _tf32_allowed() -> bool:
-    """The switch that PyTorch's own convolutions on CUDA follow."""
+def _tf32_applies(x: Tensor) -> bool:
+    """For float32 on CUDA the switch that PyTorch's own convolutions follow."""
+    if x.device.type != "cuda" or x.dtype != torch.float32:
+        return False
     cudnn = torch.backends.cudnn
     if hasattr(cudnn, "conv"):  # torch >= 2.9; allow_tf32 is another view of it, and raises where it cannot say
         return cudnn.conv.fp32_precision == "tf32"

@@ -121,7 +121,7 @@ def _z_moments_fake(x, dw_weight, pw_weight, dw_bias, stride, padding, dilation)
     return _doubles(x, 2, dw_weight.shape[0])
 
 
-def _fwd_norm_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, vectors, stride, padding, dilation, act):
+def _fwd_norm_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, vectors, stride, padding, dilation, act, tf32=False):
     return _fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, IDENTITY)
 
 
@@ -136,15 +136,15 @@ def _du_size(x: Tensor, dw_weight: Tensor, shape: tuple) -> int:
     return shape[0] * shape[2] * shape[3] * channels
 
 
-def _bwd_norm_fake(grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums, out_count, *config):
-    *config, mask = config
+def _bwd_norm_fake(grad, y, x, dw_weight, pw_weight, dw_bias, *rest, tf32=False):
+    *config, mask = rest[4:10]
     mask &= ~GRAD_DW_BIAS
     grads = _bwd_fake(grad, x, dw_weight, pw_weight, dw_bias, None, *config, mask)
     return (*grads[:3], grads[4], _doubles(x, 2, dw_weight.shape[0]))
 
 
-def _bwd_norm_pointwise_fake(grad, y, x, dw_weight, pw_weight, dw_bias, *rest):
-    *_, stride, padding, dilation, _, _, mask = rest
+def _bwd_norm_pointwise_fake(grad, y, x, dw_weight, pw_weight, dw_bias, *rest, tf32=False):
+    stride, padding, dilation, _, _, mask = rest[4:10]
     shape = _output_shape("dsconv_cuda::bwd_norm_pointwise", x, dw_weight, pw_weight, stride, padding, dilation)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     du = torch.empty(_du_size(x, dw_weight, shape), dtype=dtype, device=x.device)

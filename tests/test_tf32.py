@@ -101,6 +101,29 @@ def test_backward(case, channels_last, device, isa):
             assert torch.all(error <= PRODUCT_ERROR * bound + budget[name]), name
 
 
+def norm_calls(case: Case, tensors: list):
+    """Forward and backward of a block with a norm of the batch, as functions of tf32."""
+    ops = torch.ops.dsconv_cuda
+    geometry = (case.stride, padding_of(case), case.dilation)
+    vectors = ops.norm_vectors(ops.z_moments(*tensors[:4], *geometry), None, None, 1e-5)
+    relu = ACTIVATIONS["relu"].number
+    dy = torch.randn_like(ops.fwd_norm(*tensors, vectors, *geometry, relu))
+    none = (None, None, 1.0)
+    yield lambda tf32: ops.fwd_norm(*tensors, vectors, *geometry, relu, tf32)
+    for op in (ops.bwd_norm, ops.bwd_norm_pointwise):
+        yield lambda tf32, op=op: op(dy, None, *tensors[:4], vectors, *none, *geometry, relu, 0, 31, tf32)[2]
+
+
+def test_a_norm_passes_it_on(device, isa):
+    _loader.load_library()
+    case = LAYERS[0]
+    tensors = case.tensors(torch.float32, device)
+    for call in norm_calls(case, tensors):
+        strict, rounded = call(False).double(), call(True).double()
+        off = (strict - rounded).abs().max() / strict.abs().max()
+        assert 1e-5 < off < 2e-3 if isa in ("emulated", "cuda") else off == 0
+
+
 def test_operands_are_rounded(device, isa):
     """Errors of the size of TF32's are there, and only where they are allowed."""
     case = LAYERS[0]

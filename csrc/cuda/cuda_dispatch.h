@@ -6,13 +6,18 @@
 
 namespace dsconv {
 
-// Stage P by the kernels that the plan is for.
+// Stage P by the kernels that the plan is for. f16 has no others than those of the tensor cores, which every
+// architecture from sm_75 on has for it, f64 none of these.
 template <DType kType>
 LaunchStatus launch_stage_p(const BackwardParams& p, const BackwardPlan& plan, void* workspace, void* stream) {
-  if constexpr (kType != DType::f64) {
-    if (plan.tensor_cores) return launch_backward_mma<kType>(p, plan, workspace, stream);
+  if constexpr (kType == DType::f16) {
+    return launch_backward_mma<kType>(p, plan, workspace, stream);
+  } else {
+    if constexpr (kType != DType::f64) {
+      if (plan.tensor_cores) return launch_backward_mma<kType>(p, plan, workspace, stream);
+    }
+    return launch_backward_pointwise<kType>(p, plan, workspace, stream);
   }
-  return launch_backward_pointwise<kType>(p, plan, workspace, stream);
 }
 
 template <DType kType>
@@ -22,24 +27,16 @@ LaunchStatus launch_backward(const BackwardParams& p, const BackwardPlan& plan, 
 }
 
 inline LaunchStatus forward(const ForwardParams& p, const ForwardPlan& plan, void* stream) {
-  if (plan.tensor_cores) {
-    switch (p.dtype) {
-      case DType::f16:
-        return launch_forward_mma<DType::f16>(p, plan.mma, stream);
-      case DType::bf16:
-        return launch_forward_mma<DType::bf16>(p, plan.mma, stream);
-      default:
-        return launch_forward_mma<DType::f32>(p, plan.mma, stream);
-    }
-  }
   switch (p.dtype) {
     case DType::f64:
       return launch_forward<DType::f64>(p, plan, stream);
     case DType::f16:
-      return launch_forward<DType::f16>(p, plan, stream);
+      return launch_forward_mma<DType::f16>(p, plan.mma, stream);
     case DType::bf16:
+      if (plan.tensor_cores) return launch_forward_mma<DType::bf16>(p, plan.mma, stream);
       return launch_forward<DType::bf16>(p, plan, stream);
     default:
+      if (plan.tensor_cores) return launch_forward_mma<DType::f32>(p, plan.mma, stream);
       return launch_forward<DType::f32>(p, plan, stream);
   }
 }

@@ -13,6 +13,7 @@ struct LaunchStatus {
   const char* kernel = nullptr;  // which launch failed
 };
 
+// All but f16.
 template <DType kType>
 LaunchStatus launch_forward(const ForwardParams& p, const ForwardPlan& plan, void* stream);
 
@@ -20,7 +21,7 @@ LaunchStatus launch_forward(const ForwardParams& p, const ForwardPlan& plan, voi
 template <DType kType>
 LaunchStatus launch_forward_mma(const ForwardParams& p, const MmaForwardPlan& plan, void* stream);
 
-// Stage P: du, and the partial and final sums of grad_pw_weight and grad_pw_bias.
+// Stage P: du, and the partial and final sums of grad_pw_weight and grad_pw_bias. All but f16.
 template <DType kType>
 LaunchStatus launch_backward_pointwise(const BackwardParams& p, const BackwardPlan& plan, void* workspace,
                                        void* stream);

@@ -10,10 +10,9 @@
 
 namespace dsconv {
 
-// fp16 from sm_75 on; bf16, and float where TF32 is allowed, from sm_80 on.
+// fp16 everywhere (sm_75 is the oldest there is); bf16, and float where TF32 is allowed, from sm_80 on.
 constexpr bool has_tensor_cores(DType dtype, bool tf32, int64_t capability) {
-  return dtype == DType::f16 ? capability >= 75
-                             : (dtype == DType::bf16 || (dtype == DType::f32 && tf32)) && capability >= 80;
+  return dtype == DType::f16 || ((dtype == DType::bf16 || (dtype == DType::f32 && tf32)) && capability >= 80);
 }
 
 constexpr int kWarpsOfBlock = kBlockThreads / 32;

@@ -120,10 +120,11 @@ Folded fold(const char* op, const Params& p, const double* vectors, const Tensor
 }
 
 Tensor fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor vectors, Ints stride,
-                Ints padding, Ints dilation, int64_t act) {
+                Ints padding, Ints dilation, int64_t act, bool tf32) {
   constexpr const char* op = "dsconv_cuda::fwd_norm";
   ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
                                      arguments_of(op, stride, padding, dilation, act, 0), false);
+  call.params.tf32 = tf32;
   check_extents(op, call.params.geom);
   const double* of = doubles_of(op, "vectors", vectors, kVectorRows, call.params.geom.c_mid);
   const CurrentDevice device(x);
@@ -242,7 +243,8 @@ struct Pointwise {
 
 Pointwise stage_pointwise(const char* op, const Tensor& grad, const Bias& y, const Tensor& x, const Tensor& dw_weight,
                           const Tensor& pw_weight, const Bias& dw_bias, const Tensor& vectors, const Bias& out_vectors,
-                          const Bias& out_sums, double out_count, const CallArguments& arguments, int64_t grad_mask) {
+                          const Bias& out_sums, double out_count, const CallArguments& arguments, int64_t grad_mask,
+                          bool tf32) {
   Bias dy;
   if (y.has_value()) {
     STD_TORCH_CHECK(out_vectors.has_value(), op, ": out_vectors must be given with y");
@@ -255,6 +257,7 @@ Pointwise stage_pointwise(const char* op, const Tensor& grad, const Bias& y, con
   BackwardCall call =
       prepare_backward(op, y.has_value() ? *dy : grad, x, dw_weight, pw_weight, dw_bias, {}, linear, mask);
   BackwardParams& p = call.params;
+  p.tf32 = tf32;
   check_extents(op, p.geom);
   const double* of = doubles_of(op, "vectors", vectors, kVectorRows, p.geom.c_mid);
   const CurrentDevice device(x);
@@ -313,11 +316,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_norm(Tensor grad, Bias y,
                                                             Tensor pw_weight, Bias dw_bias, Tensor vectors,
                                                             Bias out_vectors, Bias out_sums, double out_count,
                                                             Ints stride, Ints padding, Ints dilation, int64_t act,
-                                                            int64_t out_act, int64_t grad_mask) {
+                                                            int64_t out_act, int64_t grad_mask, bool tf32) {
   constexpr const char* op = "dsconv_cuda::bwd_norm";
   const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, out_act);
   const Pointwise first = stage_pointwise(op, grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums,
-                                          out_count, arguments, grad_mask);
+                                          out_count, arguments, grad_mask, tf32);
   const double count = static_cast<double>(grad.size(0) * grad.size(2) * grad.size(3));
   const auto [grad_x, grad_dw_weight] =
       stage_depthwise(op, first.du, x, dw_weight, pw_weight, dw_bias, vectors, first.sums, count, arguments, grad_mask);
@@ -328,11 +331,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_norm_pointwise(Tensor grad, Bias 
                                                               Tensor pw_weight, Bias dw_bias, Tensor vectors,
                                                               Bias out_vectors, Bias out_sums, double out_count,
                                                               Ints stride, Ints padding, Ints dilation, int64_t act,
-                                                              int64_t out_act, int64_t grad_mask) {
+                                                              int64_t out_act, int64_t grad_mask, bool tf32) {
   constexpr const char* op = "dsconv_cuda::bwd_norm_pointwise";
   const Pointwise first =
       stage_pointwise(op, grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums, out_count,
-                      arguments_of(op, stride, padding, dilation, act, out_act), grad_mask);
+                      arguments_of(op, stride, padding, dilation, act, out_act), grad_mask, tf32);
   return {first.du, first.sums, first.grad_pw_weight, first.grad_pw_bias};
 }
 

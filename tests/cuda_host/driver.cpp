@@ -48,6 +48,16 @@ R rounded(R value) {
   return storage::round_to(storage::format_of(type), value);
 }
 
+// What the product rounds its operands to: 10 bits of the fraction, or nothing that round() has not done.
+template <typename R>
+R tf32_rounded(R value) {
+  return storage::round_to(storage::Format{4, 10, -126, 127}, value);
+}
+template <typename R>
+R unrounded(R value) {
+  return value;
+}
+
 // Calls visit with the type that is accumulated in and the rounding to what is stored.
 template <typename Visit>
 void with_types_of(DType type, Visit visit) {
@@ -113,6 +123,7 @@ class CallRun {
     ForwardParams p{};
     p.geom = g_;
     p.dtype = call_.type;
+    p.tf32 = call_.tf32;
     p.act = call_.act;
     p.out_act = call_.out_act;
     p.x = x_.buffer.data();
@@ -162,6 +173,7 @@ class CallRun {
     BackwardParams p{};
     p.geom = g_;
     p.dtype = type;
+    p.tf32 = call_.tf32;
     p.act = call_.act;
     p.out_act = call_.out_act;
     p.x = x_.buffer.data();
@@ -224,7 +236,8 @@ class CallRun {
   using Exact = reference::Reference<long double>;
 
   Exact exact(const Inputs<long double>& in) const {
-    return Exact(g_, call_.act, call_.out_act, in, [](long double value) { return value; }, false);
+    const auto as_it_is = [](long double value) { return value; };
+    return Exact(g_, call_.act, call_.out_act, in, as_it_is, as_it_is, false);
   }
 
   Inputs<long double> draw(Random& random) const {
@@ -247,10 +260,11 @@ class CallRun {
   template <typename Visit>
   void each_peer(Visit visit) const {
     with_types_of(call_.type, [&]<typename R>(R (*round)(R)) {
+      R (*operand)(R) = call_.tf32 ? &tf32_rounded<R> : &unrounded<R>;
       const auto visit_both = [&](const Inputs<long double>& exact_in) {
         const Inputs<R> in = inputs_as<R>(exact_in);
         for (const bool backwards : {false, true}) {
-          visit(reference::Reference<R>(g_, call_.act, call_.out_act, in, round, backwards), exact(exact_in));
+          visit(reference::Reference<R>(g_, call_.act, call_.out_act, in, round, operand, backwards), exact(exact_in));
         }
       };
       visit_both(in_);

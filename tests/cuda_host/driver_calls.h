@@ -1,7 +1,9 @@
 // The matrix of calls that the driver makes.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <iterator>
 #include <vector>
 
 #include "../../csrc/params.h"
@@ -56,6 +58,7 @@ struct Call {
   int number;
   const Shape* shape;
   DType type;
+  bool tf32;  // of float32
   Layout x_layout, y_layout, dy_layout, grad_x_layout;
   Activation act, out_act;
   bool dw_bias, pw_bias, pre, padded_x;
@@ -65,18 +68,20 @@ struct Call {
 inline std::vector<Call> all_calls() {
   std::vector<Call> calls;
   int number = 0;
+  const auto add = [&](const Shape& shape, DType type, bool tf32) {
+    const int i = number++;
+    const auto layout = [&](int bit) { return (i * 5 + i / 4 * 3) >> bit & 1 ? Layout::nhwc : Layout::nchw; };
+    // All gradients mostly, then each alone and each left out.
+    constexpr int64_t kMasks[] = {31, 31, 1, 31, 2, 31, 4, 31, 8, 31, 16, 31, 30, 29, 27, 23, 15};
+    calls.push_back({i, &shape, type, tf32, layout(0), layout(1), layout(2), layout(3),
+                     static_cast<Activation>(i * 7 % kActivationCount),
+                     static_cast<Activation>(i % 3 == 0 ? 0 : i * 4 % kActivationCount), i % 5 != 0, i % 7 != 0,
+                     i % 2 == 1, i % 3 == 1, kMasks[i % 17]});
+  };
   for (const Shape& shape : kShapes) {
-    for (const DType type : kTypes) {
-      const int i = number++;
-      const auto layout = [&](int bit) { return (i * 5 + i / 4 * 3) >> bit & 1 ? Layout::nhwc : Layout::nchw; };
-      // All gradients mostly, then each alone and each left out.
-      constexpr int64_t kMasks[] = {31, 31, 1, 31, 2, 31, 4, 31, 8, 31, 16, 31, 30, 29, 27, 23, 15};
-      calls.push_back({i, &shape, type, layout(0), layout(1), layout(2), layout(3),
-                       static_cast<Activation>(i * 7 % kActivationCount),
-                       static_cast<Activation>(i % 3 == 0 ? 0 : i * 4 % kActivationCount), i % 5 != 0, i % 7 != 0,
-                       i % 2 == 1, i % 3 == 1, kMasks[i % 17]});
-    }
+    for (const DType type : kTypes) add(shape, type, false);
   }
+  for (std::size_t i = 0; i < std::size(kShapes); i += 2) add(kShapes[i], DType::f32, true);
   return calls;
 }
 

@@ -121,8 +121,10 @@ class Reference {
  public:
   using Round = R (*)(R);
 
-  Reference(const Geometry& g, Activation act, Activation out_act, const Inputs<R>& in, Round round, bool backwards)
-      : g_(g), act_(act), out_act_(out_act), in_(in), round_(round), backwards_(backwards) {}
+  // `round` makes of a value what is stored, `operand` of that what the pointwise products take.
+  Reference(const Geometry& g, Activation act, Activation out_act, const Inputs<R>& in, Round round, Round operand,
+            bool backwards)
+      : g_(g), act_(act), out_act_(out_act), in_(in), round_(round), operand_(operand), backwards_(backwards) {}
 
   Forward<R> forward() const {
     const std::vector<R> z = depthwise();
@@ -134,7 +136,8 @@ class Reference {
         R sum = in_.pw_bias.empty() ? R(0) : in_.pw_bias[at(o)];
         for (int64_t i = 0; i < g_.c_mid; ++i) {
           const int64_t c = turned(i, g_.c_mid);
-          sum += in_.pw_weight[at(o * g_.c_mid + c)] * round_(activate(act_, z[at(z_index(n, c, h, w))]));
+          const R a = round_(activate(act_, z[at(z_index(n, c, h, w))]));
+          sum += operand_(in_.pw_weight[at(o * g_.c_mid + c)]) * operand_(a);
         }
         out.pre[at(y_index(n, o, h, w))] = round_(sum);
         out.y[at(y_index(n, o, h, w))] = round_(activate(out_act_, round_(sum)));
@@ -168,8 +171,8 @@ class Reference {
         R da = 0;
         for (int64_t i = 0; i < g_.c_out; ++i) {
           const int64_t o = turned(i, g_.c_out);
-          da += in_.pw_weight[at(o * g_.c_mid + c)] * grad_out[at(o)];
-          grad.pw_weight[at(o * g_.c_mid + c)] += grad_out[at(o)] * a;
+          da += operand_(in_.pw_weight[at(o * g_.c_mid + c)]) * operand_(grad_out[at(o)]);
+          grad.pw_weight[at(o * g_.c_mid + c)] += operand_(grad_out[at(o)]) * operand_(a);
         }
         const R du = round_(round_(da) * derivative(act_, z_here));
         grad.dw_bias[at(c)] += du;
@@ -233,7 +236,7 @@ class Reference {
   const Geometry& g_;
   Activation act_, out_act_;
   const Inputs<R>& in_;
-  Round round_;
+  Round round_, operand_;
   bool backwards_;
 };
 

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/cuda_dispatch.h"
+#include "../../csrc/cuda/cuda_norm.h"
 #include "counters.h"
 #include "cuda_host.h"
 #include "driver_calls.h"
@@ -195,6 +196,34 @@ bool count(const Request& r) {
   return true;
 }
 
+// The kernels of training through BatchNorm that are not forward's and backward's own.
+template <DType kType>
+bool launch_norms_of(const NormPass& pass) {
+  return !failed(launch_norm_moments<kType>(pass, nullptr)) && !failed(launch_norm_sums<kType>(pass, nullptr)) &&
+         !failed(launch_norm_forward<kType>(pass, nullptr)) && !failed(launch_norm_backward<kType>(pass, nullptr)) &&
+         !failed(launch_norm_fold<kType>(pass, 1, nullptr, nullptr, nullptr)) &&
+         !failed(launch_norm_vectors(nullptr, {}, 1, pass.source.channels, nullptr, nullptr));
+}
+
+bool launch_norms(const ForwardParams& p) {
+  NormPass pass{};
+  pass.source.n = p.geom.n;
+  pass.source.channels = p.geom.c_mid;
+  pass.source.h = p.geom.h_out;
+  pass.source.w = p.geom.w_out;
+  pass.splits = 1;
+  switch (p.dtype) {
+    case DType::f64:
+      return launch_norms_of<DType::f64>(pass);
+    case DType::f16:
+      return launch_norms_of<DType::f16>(pass);
+    case DType::bf16:
+      return launch_norms_of<DType::bf16>(pass);
+    default:
+      return launch_norms_of<DType::f32>(pass);
+  }
+}
+
 class Launches {
  public:
   // Without running a block, so that no tensor is read or written.
@@ -208,7 +237,7 @@ class Launches {
     if (failed(forward(p, plan_forward(p, device), nullptr))) return false;
     if (r.mode == "training") {
       const BackwardParams b = backward_params(p, make);
-      if (failed(backward(b, plan_backward(b, device), nowhere, nullptr))) return false;
+      if (failed(backward(b, plan_backward(b, device), nowhere, nullptr)) || !launch_norms(p)) return false;
     }
     for (const cuda_host::KernelTraffic& k : cuda_host::take_traffic()) {
       if (!seen_.insert({r.capability, k.symbol, k.threads, k.dynamic_shared}).second) continue;
@@ -239,12 +268,9 @@ class Launches {
 
   // The matrix of the driver; few multiprocessors and many make the planner choose otherwise.
   bool add_matrix() {
-    // In the order of DType; float32 in TF32 too.
-    const std::vector<std::string> precisions[] = {{"f32", "tf32"}, {"f64"}, {"f16"}, {"bf16"}};
+    constexpr const char* kPrecisions[] = {"f32", "f64", "f16", "bf16"};  // in the order of DType
     for (const driver::Call& call : driver::all_calls()) {
-      for (const std::string& precision : precisions[static_cast<int>(call.type)]) {
-        if (!add_on_every_gpu(call, precision)) return false;
-      }
+      if (!add_on_every_gpu(call, call.tf32 ? "tf32" : kPrecisions[static_cast<int>(call.type)])) return false;
     }
     return true;
   }

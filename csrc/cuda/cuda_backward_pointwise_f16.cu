@@ -1,5 +1,0 @@
-#include "backward_pointwise.cuh"
-
-template dsconv::LaunchStatus dsconv::launch_backward_pointwise<dsconv::DType::f16>(const dsconv::BackwardParams&,
-                                                                                    const dsconv::BackwardPlan&, void*,
-                                                                                    void*);

@@ -1,4 +1,0 @@
-#include "forward.cuh"
-
-template dsconv::LaunchStatus dsconv::launch_forward<dsconv::DType::f16>(const dsconv::ForwardParams&,
-                                                                         const dsconv::ForwardPlan&, void*);
