@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "cpu/cpu_plan.h"
+#include "cpu/cpu_kernels.h"
 #include "norm_args.h"
 
 namespace dsconv {
@@ -34,6 +34,30 @@ inline void fill_norm_rows(int64_t element, int64_t channels, int64_t ld, const 
                            double count, void* to) {
   if (element == 8) return fill_norm_rows(channels, ld, vectors, sums, count, static_cast<double*>(to));
   fill_norm_rows(channels, ld, vectors, sums, count, static_cast<float*>(to));
+}
+
+// The norm that x goes through as the kernels read it: its vectors [4][c_in] as the ops have them, null where there is
+// none, and the memory for its rows.
+struct InputNormCall {
+  const double* vectors = nullptr;
+  Activation act = Activation::identity;
+  void* rows = nullptr;
+
+  InputNorm fill(const Geometry& g, const CpuPlan& plan) const {
+    if (vectors == nullptr) return {};
+    fill_norm_rows(plan.element, g.c_in, ld(g, plan), vectors, nullptr, 0, rows);
+    return {rows, ld(g, plan), act};
+  }
+  int64_t elements(const Geometry& g, const CpuPlan& plan) const { return kNormRows * ld(g, plan); }
+  static int64_t ld(const Geometry& g, const CpuPlan& plan) { return round_up(g.c_in, plan.micro.lanes); }
+};
+
+inline InputNormCall input_norm_of(const char* op, const std::optional<Tensor>& vectors, int64_t act, int64_t c_in) {
+  InputNormCall norm;
+  if (!vectors.has_value()) return norm;
+  norm.vectors = doubles_of(op, "in_vectors", *vectors, kVectorRows, c_in);
+  norm.act = activation_of(op, "in_activation", act);
+  return norm;
 }
 
 inline int64_t channel_of(const Geometry& g, int64_t k) { return k % g.c_in * g.multiplier + k / g.c_in; }

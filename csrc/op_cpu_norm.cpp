@@ -3,10 +3,14 @@
 //
 //   z_moments      mean and variance of z, which is made tile by tile and forgotten
 //   norm_vectors   from these and the affine pair: mean, invstd, gamma, beta of every channel
-//   fwd_norm       y, the scale and the shift of the first norm folded into the packed depthwise weights
-//   moments        mean and variance of y
+//   fwd_norm       y, the scale and the shift of the first norm folded into the packed depthwise weights; and mean and
+//                  variance of y, tile by tile while it is in cache, where they are asked for
+//   moments        mean and variance of a tensor
 //   norm_act       act(gamma * yhat + beta) in one pass
 //   norm_act_sums, norm_act_grad    its gradient: sums over the pixels, then a pass
+//
+// In a chain of blocks x is the y of the block before: with in_vectors and in_act the first two, and backward, take it
+// through the norm and the activation after it as they read it.
 //
 // Per-channel values are doubles in tensors of shape [2, C] or [4, C]: they cost nothing beside the maps, and what is
 // reduced over tiles, threads and processes keeps its digits. As in op_cpu.cpp, how a call is cut into tasks follows
@@ -46,45 +50,12 @@ void merge_moments(const double* partial, int64_t groups, int64_t channels, cons
   }
 }
 
-struct MomentsCall {
-  ForwardParams params;
-  std::optional<Tensor> x, dw_weight, pw_weight, dw_bias;
-};
-
-Tensor z_moments(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Ints stride, Ints padding, Ints dilation) {
-  constexpr const char* op = "dsconv_cuda::z_moments";
-  MomentsCall call{};
-  prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, arguments_of(op, stride, padding, dilation, 0, 0));
-  const ForwardParams& p = call.params;
-  const Geometry& g = p.geom;
-  Tensor result = empty_doubles(x, 2, g.c_mid);
-  if (g.n * g.h_out * g.w_out == 0) return torch::stable::zero_(result);
-
-  const KernelTable& table = active_table(op);
-  const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
-  const int64_t element = element_bytes(p.dtype);
-  MomentsContext ctx{};
-  ctx.geom = g;
-  ctx.plan = plan_moments(g, p.x_layout, micro_of(table, p.dtype), element, kZTileBytes);
-  ctx.x = {p.x, p.x_strides, p.x_layout};
-  ctx.groups = ctx.plan.tiles < kMaxGroups ? ctx.plan.tiles : kMaxGroups;
-  const CpuPlan& plan = ctx.plan;
-  ctx.panels = ceil_div(g.c_mid, plan.mid_ld);
-  Workspace workspace(1);
-  workspace.reserve(&ctx.packed.dw_weight, plan.taps * plan.mid_columns * element);
-  workspace.reserve(&ctx.packed.dw_bias, plan.mid_columns * element);
-  workspace.reserve(reinterpret_cast<void**>(&ctx.partial), ctx.groups * 2 * g.c_mid * sizeof(double));
-  workspace.allocate();
-  pack_all(kernels, {g, plan, ctx.packed, p.dw_weight, p.dw_bias, nullptr, nullptr}, 0, nullptr);
-  for_each_task(ctx.groups * ctx.panels,
-                [&](int64_t task) { kernels.depthwise_moments(ctx, task, thread_scratch(plan.scratch_bytes)); });
-  const auto tile_of = [&](int64_t group) { return tile_begin(plan, plan.tiles * group / ctx.groups); };
-  merge_moments(
-      ctx.partial, ctx.groups, g.c_mid,
-      [&](int64_t group) { return static_cast<double>(tile_of(group + 1) - tile_of(group)); },
-      [&](int64_t k) { return k % g.c_in * g.multiplier + k / g.c_in; },
-      static_cast<double*>(result.mutable_data_ptr()));
-  return result;
+// Of the groups that plan.tiles are cut into.
+auto pixels_of_groups(const CpuPlan& plan, int64_t groups) {
+  return [&plan, groups](int64_t group) {
+    const auto begin = [&](int64_t i) { return tile_begin(plan, plan.tiles * i / groups); };
+    return static_cast<double>(begin(group + 1) - begin(group));
+  };
 }
 
 template <typename T>
@@ -122,36 +93,7 @@ Tensor norm_vectors(Tensor moments, Bias gamma, Bias beta, double eps) {
   return result;
 }
 
-Tensor fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor vectors, Ints stride,
-                Ints padding, Ints dilation, int64_t act, bool /*tf32*/) {
-  constexpr const char* op = "dsconv_cuda::fwd_norm";
-  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
-                                     arguments_of(op, stride, padding, dilation, act, 0), false);
-  const ForwardParams& p = call.params;
-  const Geometry& g = p.geom;
-  const double* of = doubles_of(op, "vectors", vectors, kVectorRows, g.c_mid);
-  if (call.y->numel() == 0) return *call.y;
-  const KernelTable& table = active_table(op);
-  const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
-  ForwardContext ctx{};
-  ctx.p = p;
-  ctx.plan = plan_forward(g, p.x_layout, micro_of(table, p.dtype), kernels.bytes, torch::stable::get_num_threads());
-  ctx.plan.tap_pairs = 0;  // the norm is folded into weights in the compute type
-  const CpuPlan& plan = ctx.plan;
-  Workspace weights(plan.element);
-  reserve_depthwise(weights, plan, ctx.packed);
-  weights.reserve(&ctx.packed.pw_forward, plan.out_columns * g.c_mid);
-  weights.reserve(&ctx.packed.pw_bias, plan.out_columns);
-  weights.allocate();
-  pack_all(kernels, {g, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias},
-           plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward);
-  fold_norm(g, plan, of, Fold::affine, ctx.packed.dw_weight, ctx.packed.dw_weight, ctx.packed.dw_bias);
-  for_each_task(plan.tiles, [&](int64_t tile) { kernels.forward(ctx, tile, thread_scratch(plan.scratch_bytes)); });
-  return *call.y;
-}
-
-// ---- passes over tensors of the shape of y
-// ---------------------------------------------------------------------------
+// ---- passes over tensors of the shape of y ----
 
 struct NormCall {
   NormContext ctx{};
@@ -268,6 +210,114 @@ Tensor norm_act_grad(Tensor grad, Tensor v, Tensor vectors, Bias sums, double co
   Tensor out = empty_output(call, v);
   if (v.numel() > 0) run_norm(call, of, summed, count, false, call.kernels->norm_backward, nullptr);
   return out;
+}
+
+// ---- the block ----
+
+struct MomentsCall {
+  ForwardParams params;
+  std::optional<Tensor> x, dw_weight, pw_weight, dw_bias;
+};
+
+// Kernels too large for that (turns_channels) get an x that has been through its norm.
+bool norms_as_it_reads(const Geometry& g, const KernelTable& table, DType dtype) {
+  return turns_channels(g, micro_of(table, dtype), element_bytes(dtype));
+}
+
+Tensor z_moments(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Ints stride, Ints padding, Ints dilation,
+                 Bias in_vectors, int64_t in_act) {
+  constexpr const char* op = "dsconv_cuda::z_moments";
+  MomentsCall call{};
+  prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, arguments_of(op, stride, padding, dilation, 0, 0));
+  const ForwardParams& p = call.params;
+  const Geometry& g = p.geom;
+  InputNormCall in_norm = input_norm_of(op, in_vectors, in_act, g.c_in);
+  Tensor result = empty_doubles(x, 2, g.c_mid);
+  if (g.n * g.h_out * g.w_out == 0) return torch::stable::zero_(result);
+
+  const KernelTable& table = active_table(op);
+  if (in_vectors.has_value() && !norms_as_it_reads(g, table, p.dtype)) {
+    return z_moments(norm_act(x, *in_vectors, in_act), dw_weight, pw_weight, dw_bias, stride, padding, dilation, {}, 0);
+  }
+  const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
+  const int64_t element = element_bytes(p.dtype);
+  MomentsContext ctx{};
+  ctx.geom = g;
+  ctx.plan = plan_moments(g, in_vectors.has_value() ? Layout::nchw : p.x_layout, micro_of(table, p.dtype), element,
+                          kZTileBytes);
+  ctx.x = {p.x, p.x_strides, p.x_layout};
+  ctx.groups = ctx.plan.tiles < kMaxGroups ? ctx.plan.tiles : kMaxGroups;
+  const CpuPlan& plan = ctx.plan;
+  ctx.panels = ceil_div(g.c_mid, plan.mid_ld);
+  Workspace workspace(1);
+  workspace.reserve(&ctx.packed.dw_weight, plan.taps * plan.mid_columns * element);
+  workspace.reserve(&ctx.packed.dw_bias, plan.mid_columns * element);
+  workspace.reserve(&in_norm.rows, in_norm.elements(g, plan) * element);
+  workspace.reserve(reinterpret_cast<void**>(&ctx.partial), ctx.groups * 2 * g.c_mid * sizeof(double));
+  workspace.allocate();
+  ctx.in_norm = in_norm.fill(g, plan);
+  pack_all(kernels, {g, plan, ctx.packed, p.dw_weight, p.dw_bias, nullptr, nullptr}, 0, nullptr);
+  for_each_task(ctx.groups * ctx.panels,
+                [&](int64_t task) { kernels.depthwise_moments(ctx, task, thread_scratch(plan.scratch_bytes)); });
+  merge_moments(
+      ctx.partial, ctx.groups, g.c_mid, pixels_of_groups(plan, ctx.groups),
+      [&](int64_t k) { return k % g.c_in * g.multiplier + k / g.c_in; },
+      static_cast<double*>(result.mutable_data_ptr()));
+  return result;
+}
+
+std::tuple<Tensor, Tensor> fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
+                                    Tensor vectors, Ints stride, Ints padding, Ints dilation, int64_t act,
+                                    bool want_moments, Bias in_vectors, int64_t in_act, bool /*tf32*/) {
+  constexpr const char* op = "dsconv_cuda::fwd_norm";
+  const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, 0);
+  const KernelTable& table = active_table(op);
+  if (in_vectors.has_value() &&
+      !norms_as_it_reads(geometry_of(op, x, dw_weight, pw_weight, arguments), table, dtype_of(op, x))) {
+    return fwd_norm(norm_act(x, *in_vectors, in_act), dw_weight, pw_weight, dw_bias, pw_bias, vectors, stride, padding,
+                    dilation, act, want_moments, {}, 0, false);
+  }
+  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments, false);
+  const ForwardParams& p = call.params;
+  const Geometry& g = p.geom;
+  const double* of = doubles_of(op, "vectors", vectors, kVectorRows, g.c_mid);
+  InputNormCall in_norm = input_norm_of(op, in_vectors, in_act, g.c_in);
+  Tensor moments = empty_doubles(x, 2, want_moments ? g.c_out : 0);
+  if (call.y->numel() == 0) return {*call.y, torch::stable::zero_(moments)};
+  const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
+  ForwardContext ctx{};
+  ctx.p = p;
+  // Sums follow the tiles, and these then not the threads.
+  const int64_t granule = want_moments ? 4 : static_cast<int64_t>(torch::stable::get_num_threads());
+  ctx.plan = plan_forward(g, in_vectors.has_value() ? Layout::nchw : p.x_layout, micro_of(table, p.dtype),
+                          kernels.bytes, granule);
+  ctx.plan.tap_pairs = 0;  // the norm is folded into weights in the compute type
+  const CpuPlan& plan = ctx.plan;
+  Workspace workspace(1);
+  const auto reserve = [&](void** pointer, int64_t elements) { workspace.reserve(pointer, elements * plan.element); };
+  reserve(&ctx.packed.dw_weight, plan.taps * plan.mid_columns);
+  reserve(&ctx.packed.dw_bias, plan.mid_columns);
+  reserve(&ctx.packed.pw_forward, plan.out_columns * g.c_mid);
+  reserve(&ctx.packed.pw_bias, plan.out_columns);
+  reserve(&in_norm.rows, in_norm.elements(g, plan));
+  if (want_moments) {
+    ctx.groups = plan.tiles < kMaxGroups ? plan.tiles : kMaxGroups;
+    workspace.reserve(reinterpret_cast<void**>(&ctx.partial), ctx.groups * 2 * g.c_out * sizeof(double));
+  }
+  workspace.allocate();
+  ctx.in_norm = in_norm.fill(g, plan);
+  pack_all(kernels, {g, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias},
+           plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward);
+  fold_norm(g, plan, of, Fold::affine, ctx.packed.dw_weight, ctx.packed.dw_weight, ctx.packed.dw_bias);
+  const auto kernel = want_moments ? kernels.forward_moments : kernels.forward;
+  for_each_task(want_moments ? ctx.groups : plan.tiles,
+                [&](int64_t task) { kernel(ctx, task, thread_scratch(plan.scratch_bytes)); });
+  if (want_moments) {
+    merge_moments(
+        ctx.partial, ctx.groups, g.c_out, pixels_of_groups(plan, ctx.groups), [](int64_t c) { return c; },
+        static_cast<double*>(moments.mutable_data_ptr()));
+  }
+  return {*call.y, moments};
 }
 
 }  // namespace

@@ -35,15 +35,18 @@ struct Run {
   Workspace workspace{1};
   void* out_rows = nullptr;
   const double* vectors = nullptr;
+  InputNormCall in_norm{};
 
   const Geometry& geom() const { return ctx.p.geom; }
   bool need_du() const { return ctx.p.grad_x != nullptr || ctx.p.grad_dw_weight != nullptr; }
 
-  void plan(BetweenStages between, const Tensor& norm_vectors) {
+  void plan(BetweenStages between, const Tensor& norm_vectors, const Bias& in_vectors, int64_t in_act) {
     const BackwardParams& p = ctx.p = call.params;
     kernels = &table.by_dtype[static_cast<int>(p.dtype)];
     vectors = doubles_of(op, "vectors", norm_vectors, kVectorRows, p.geom.c_mid);
-    ctx.plan = plan_backward(p.geom, walked_in_place(p) ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype),
+    in_norm = input_norm_of(op, in_vectors, in_act, p.geom.c_in);
+    const bool in_place = walked_in_place(p) && !in_vectors.has_value();
+    ctx.plan = plan_backward(p.geom, in_place ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype),
                              element_bytes(p.dtype), between);
   }
   void reserve(void** pointer, int64_t elements) { workspace.reserve(pointer, elements * ctx.plan.element); }
@@ -54,7 +57,8 @@ struct Run {
     reserve(&ctx.packed.dw_bias, plan.mid_columns);
     reserve(&ctx.zhat_weight, plan.taps * plan.mid_columns);
     reserve(&ctx.norm, kNormRows * plan.mid_columns);
-    if (ctx.p.x_layout == Layout::nchw && plan.panels == 0) {
+    if (in_norm.vectors != nullptr) reserve(&in_norm.rows, in_norm.elements(geom(), plan));
+    if ((ctx.p.x_layout == Layout::nchw || in_norm.vectors != nullptr) && plan.panels == 0) {
       reserve(&ctx.x_turned, geom().n * geom().h_in * geom().w_in * plan.x_ld);
     }
   }
@@ -122,6 +126,7 @@ struct Run {
 
   void pack(bool pointwise) {
     const CpuPlan& plan = ctx.plan;
+    ctx.in_norm = in_norm.fill(geom(), plan);
     const PackContext pack = {geom(), plan, ctx.packed, ctx.p.dw_weight, ctx.p.dw_bias, ctx.p.pw_weight, nullptr};
     pack_all(*kernels, pack, pointwise ? plan.mid_columns / plan.micro.columns : 0, kernels->pack_pointwise_backward);
     fold_norm(geom(), plan, vectors, Fold::zhat, ctx.packed.dw_weight, ctx.zhat_weight, ctx.packed.dw_bias);
@@ -207,12 +212,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_norm(Tensor grad, Bias y,
                                                             Tensor pw_weight, Bias dw_bias, Tensor vectors,
                                                             Bias out_vectors, Bias out_sums, double out_count,
                                                             Ints stride, Ints padding, Ints dilation, int64_t act,
-                                                            int64_t out_act, int64_t grad_mask, bool /*tf32*/) {
+                                                            int64_t out_act, int64_t grad_mask, Bias in_vectors,
+                                                            int64_t in_act, bool /*tf32*/) {
   Run run("dsconv_cuda::bwd_norm");
   const OutputNorm norm = {y, out_vectors, out_sums, out_count};
   prepare(run, grad, norm, x, dw_weight, pw_weight, dw_bias,
           arguments_of(run.op, stride, padding, dilation, act, out_act), grad_mask & ~kGradDwBias);
-  run.plan(BetweenStages::sums, vectors);
+  run.plan(BetweenStages::sums, vectors, in_vectors, in_act);
   const Geometry& g = run.geom();
   Tensor sums = empty_doubles(x, 2, g.c_mid);
   double* summed = static_cast<double*>(sums.mutable_data_ptr());
@@ -254,12 +260,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_norm_pointwise(Tensor grad, Bias 
                                                               Tensor pw_weight, Bias dw_bias, Tensor vectors,
                                                               Bias out_vectors, Bias out_sums, double out_count,
                                                               Ints stride, Ints padding, Ints dilation, int64_t act,
-                                                              int64_t out_act, int64_t grad_mask, bool /*tf32*/) {
+                                                              int64_t out_act, int64_t grad_mask, Bias in_vectors,
+                                                              int64_t in_act, bool /*tf32*/) {
   Run run("dsconv_cuda::bwd_norm_pointwise");
   const OutputNorm norm = {y, out_vectors, out_sums, out_count};
   prepare(run, grad, norm, x, dw_weight, pw_weight, dw_bias,
           arguments_of(run.op, stride, padding, dilation, act, out_act), grad_mask & (kGradPwWeight | kGradPwBias));
-  run.plan(BetweenStages::caller, vectors);
+  run.plan(BetweenStages::caller, vectors, in_vectors, in_act);
   const Geometry& g = run.geom();
   Tensor sums = empty_doubles(x, 2, g.c_mid);
   Tensor du = empty_du(run, x, run.du_elements());
@@ -282,12 +289,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_norm_pointwise(Tensor grad, Bias 
 // Writes over du.
 std::tuple<Tensor, Tensor> bwd_norm_depthwise(Tensor du, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias,
                                               Tensor vectors, Tensor sums, double count, Ints stride, Ints padding,
-                                              Ints dilation, int64_t grad_mask) {
+                                              Ints dilation, int64_t grad_mask, Bias in_vectors, int64_t in_act) {
   Run run("dsconv_cuda::bwd_norm_depthwise");
   prepare_operands(run.call, run.op, x, dw_weight, pw_weight, dw_bias,
                    arguments_of(run.op, stride, padding, dilation, 0, 0));
   allocate_grads(run.call, x, dw_weight, pw_weight, grad_mask & (kGradX | kGradDwWeight));
-  run.plan(BetweenStages::caller, vectors);
+  run.plan(BetweenStages::caller, vectors, in_vectors, in_act);
   const Geometry& g = run.geom();
   const double* summed = doubles_of(run.op, "sums", sums, 2, g.c_mid);
   STD_TORCH_CHECK(du.numel() == run.du_elements() && du.is_contiguous() &&

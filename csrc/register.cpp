@@ -34,34 +34,41 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
       "Tensor, Tensor, Tensor, Tensor)");
 
   // Training through BatchNorm: op_cpu_norm.cpp says what each computes. moments and sums are [2, C], vectors [4, C]
-  // (mean, invstd, gamma, beta), all float64; pw_weight tells z_moments nothing but is there as everywhere.
+  // (mean, invstd, gamma, beta), all float64; pw_weight tells z_moments nothing but is there as everywhere. With
+  // in_vectors and in_act, x goes through a norm and an activation first, in every op that has them.
   m.def(
       "z_moments(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, int[2] stride, int[4] padding, int[2] "
-      "dilation) -> Tensor");
+      "dilation, Tensor? in_vectors=None, int in_act=0) -> Tensor");
   m.def("norm_vectors(Tensor moments, Tensor? weight, Tensor? bias, float eps) -> Tensor");
+  // y and its moments, [2, 0] where not asked for.
   m.def(
       "fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor vectors, int[2] "
-      "stride, int[4] padding, int[2] dilation, int act, bool tf32=False) -> Tensor");
+      "stride, int[4] padding, int[2] dilation, int act, bool want_moments, Tensor? in_vectors=None, int in_act=0, "
+      "bool tf32=False) -> (Tensor, Tensor)");
   m.def("moments(Tensor v) -> Tensor");
   m.def("norm_act(Tensor v, Tensor vectors, int act) -> Tensor");
   m.def("norm_act_sums(Tensor grad, Tensor v, Tensor vectors, int act) -> Tensor");
   m.def("norm_act_grad(Tensor grad, Tensor v, Tensor vectors, Tensor? sums, float count, int act) -> Tensor");
   // Gradients of (x, dw_weight, pw_weight, pw_bias) and the sums of du. With y, grad is that of the output, behind a
-  // norm with out_vectors and out_act; out_sums and out_count make its statistics those of the batch.
+  // norm with out_vectors and out_act; out_sums and out_count make its statistics those of the batch. With in_vectors
+  // the first gradient is that of what x is after its norm and activation.
   m.def(
       "bwd_norm(Tensor grad, Tensor? y, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor vectors, "
       "Tensor? out_vectors, Tensor? out_sums, float out_count, int[2] stride, int[4] padding, int[2] dilation, int "
-      "act, int out_act, int grad_mask, bool tf32=False) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "act, int out_act, int grad_mask, Tensor? in_vectors=None, int in_act=0, bool tf32=False) -> (Tensor, Tensor, "
+      "Tensor, Tensor, Tensor)");
   // The same in two, for sums that are reduced in between: (du, sums, grad pw_weight, grad pw_bias), then the other
   // two.
   m.def(
       "bwd_norm_pointwise(Tensor grad, Tensor? y, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, "
       "Tensor vectors, Tensor? out_vectors, Tensor? out_sums, float out_count, int[2] stride, int[4] padding, int[2] "
-      "dilation, int act, int out_act, int grad_mask, bool tf32=False) -> (Tensor, Tensor, Tensor, Tensor)");
+      "dilation, int act, int out_act, int grad_mask, Tensor? in_vectors=None, int in_act=0, bool tf32=False) -> "
+      "(Tensor, "
+      "Tensor, Tensor, Tensor)");
   m.def(
       "bwd_norm_depthwise(Tensor(a!) du, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor "
-      "vectors, "
-      "Tensor sums, float count, int[2] stride, int[4] padding, int[2] dilation, int grad_mask) -> (Tensor, Tensor)");
+      "vectors, Tensor sums, float count, int[2] stride, int[4] padding, int[2] dilation, int grad_mask, Tensor? "
+      "in_vectors=None, int in_act=0) -> (Tensor, Tensor)");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

@@ -4,6 +4,7 @@
     DepthwiseSeparableConv2d        the module, also as DepthwiseSeparableConv, and ...Conv1d
     DepthwiseSeparableConvBN2d      the block with a BatchNorm after either part, trained as one;
                                     depthwise_separable_conv_bn2d and BatchNormArguments are its function
+    DepthwiseSeparableSequence      a sequence of such blocks that keeps one tensor a block for backward
     fuse, unfuse, explain_fusion    finds the chains of a model of stock modules and fuses them
     clear_weight_cache              frees the packed weights that modules keep
     decomposition_table             the op as two convolutions, for exports to other runtimes
@@ -26,6 +27,7 @@ from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separab
 from dsconv_cuda.fusion import explain_fusion, fuse, unfuse
 from dsconv_cuda.kept_weights import clear_weight_cache
 from dsconv_cuda.modules import DepthwiseSeparableConv, DepthwiseSeparableConv1d, DepthwiseSeparableConv2d
+from dsconv_cuda.sequence import DepthwiseSeparableSequence
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,7 @@ __all__ = [
     "DepthwiseSeparableConv1d",
     "DepthwiseSeparableConv2d",
     "DepthwiseSeparableConvBN2d",
+    "DepthwiseSeparableSequence",
     "Gpu",
     "__version__",
     "clear_weight_cache",

@@ -9,12 +9,7 @@ With statistics of the batch, z is made three times, tile by tile, and written n
 (with the scale and the shift folded into the depthwise weights), and in backward. A norm with given statistics folds
 into the weights beside it; where both are such, the block is a plain depthwise_separable_conv2d.
 
-The steps are ops of their own (csrc/op_cpu_norm.cpp), so that statistics can be reduced over processes between them:
-
-    forward     z_moments -> fwd_norm -> moments -> norm_act
-    backward    norm_act_sums -> bwd_norm, or bwd_norm_pointwise -> bwd_norm_depthwise
-
-Per-channel values go between them in float64.
+batchnorm_autograd.py joins the ops, sequence.py joins blocks.
 """
 
 import dataclasses
@@ -24,11 +19,11 @@ from torch import Tensor, nn
 
 from dsconv_cuda import _checks, _loader, autograd
 from dsconv_cuda.activations import activation_number
+from dsconv_cuda.batchnorm_autograd import OP as _OP
+from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block
 from dsconv_cuda.functional import _AUTOCAST_DEVICES, _autocast, _load, _tf32_applies
-from dsconv_cuda.ops import IDENTITY, grad_mask
+from dsconv_cuda.ops import IDENTITY
 from dsconv_cuda.second_order import Config
-
-_OP = "depthwise_separable_conv_bn2d"
 
 
 @dataclasses.dataclass
@@ -104,9 +99,60 @@ def depthwise_separable_conv_bn2d(
         ValueError: a norm that takes statistics of the batch and gets one value per channel, as in PyTorch.
         RuntimeError: CUDA tensors where a norm takes statistics of the batch and this build has no kernels for that.
     """
-    tensors = (input, dw_weight, pw_weight, dw_bias, pw_bias)
+    return block_of_chain(
+        input,
+        dw_weight,
+        pw_weight,
+        dw_bias,
+        pw_bias,
+        bn1,
+        bn2,
+        stride,
+        padding,
+        dilation,
+        activation,
+        out_activation,
+        recompute_output=recompute_output,
+    )
+
+
+@dataclasses.dataclass
+class Unnormalised:
+    """What a block of a chain hands to the next: out_act(gamma * yhat + beta) of `y`, which that one makes as it reads.
+
+    `vectors` are those of ``torch.ops.dsconv_cuda.norm_vectors``, `act` is the number of the activation. What
+    comes back to `y` as its gradient is that of the value it stands for.
+    """
+
+    y: Tensor
+    vectors: Tensor
+    act: int
+
+
+def block_of_chain(
+    input: Tensor | Unnormalised,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    dw_bias: Tensor | None,
+    pw_bias: Tensor | None,
+    bn1: BatchNormArguments | None,
+    bn2: BatchNormArguments | None,
+    stride,
+    padding,
+    dilation,
+    activation,
+    out_activation,
+    *,
+    recompute_output: bool = False,
+    defer: bool = False,
+) -> Tensor | Unnormalised:
+    """:func:`depthwise_separable_conv_bn2d` in a chain: after a block that deferred its second norm, where `input` is
+    Unnormalised (bn1 must take statistics of the batch then), and before one that takes it (bn2 must), with `defer`.
+    """
+    before = input if isinstance(input, Unnormalised) else None
+    tensors = (before.y if before else input, dw_weight, pw_weight, dw_bias, pw_bias)
     _checks.check_types(_OP, tensors)
-    device = input.device.type
+    device = tensors[0].device.type
     if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         tensors = _autocast(tensors, device)
     _checks.check_operands(_OP, tensors)
@@ -129,7 +175,7 @@ def depthwise_separable_conv_bn2d(
     _check_norm("bn2", bn2, x, pw_shape[0], pixels)
     _load()
     if device == "cuda" and not _loader.cuda_kernels_loaded():
-        _checks.raise_for_no_cuda(_OP, input.device)
+        _checks.raise_for_no_cuda(_OP, tensors[0].device)
     batch1, batch2 = bn1 is not None and bn1.training, bn2 is not None and bn2.training
     if bn1 is not None and not batch1:
         dw_weight, dw_bias = fold_norm(dw_weight, dw_bias, bn1)
@@ -140,27 +186,30 @@ def depthwise_separable_conv_bn2d(
         return autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act, _tf32_applies(x)))
 
     _refuse_what_has_no_rule()
-    _check_kernels(input.device)
+    _check_kernels(x.device)
     count = pixels[0] * pixels[1] * pixels[2]
     block = Block(
         Config(stride, padding, dilation, act, IDENTITY, _tf32_applies(x)),
         out_act,
-        _Batch(bn1.eps, count, bn1.process_group) if batch1 else None,
-        _Batch(bn2.eps, count, bn2.process_group) if batch2 else None,
+        Batch(bn1.eps, count, bn1.process_group) if batch1 else None,
+        Batch(bn2.eps, count, bn2.process_group) if batch2 else None,
         recompute_output,
+        before.act if before else IDENTITY,
+        defer,
     )
     affine = [
         _parameter(t, x)
         for bn, batch in ((bn1, batch1), (bn2, batch2))
         for t in ((bn.weight, bn.bias) if batch else (None, None))
     ]
-    out, moments1, count1, moments2, count2 = BatchNormBlock.apply(*tensors, *affine, block)
+    in_vectors = before.vectors if before else None
+    out, vectors, moments1, count1, moments2, count2 = BatchNormBlock.apply(*tensors, *affine, in_vectors, block)
     with torch.no_grad():
         if batch1:
             _track(bn1, moments1, count1)
         if batch2:
             _track(bn2, moments2, count2)
-    return out
+    return Unnormalised(out, vectors, out_act) if defer else out
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -247,41 +296,6 @@ def _refuse_what_has_no_rule() -> None:
         )
 
 
-# ---- statistics ------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class _Batch:
-    """A norm that takes statistics of the batch: of `count` values a channel here, and of what `group` has beside."""
-
-    eps: float
-    count: int
-    group: object | None
-
-    def is_shared(self) -> bool:
-        return self.group is not None and self.group.size() > 1
-
-    def join_moments(self, moments: Tensor) -> tuple[Tensor, float]:
-        """The mean and variance over all processes, from everybody's, and the number of values; in order of ranks."""
-        if not self.is_shared():
-            return moments, float(self.count)
-        mine = torch.cat((moments, moments.new_full((1, moments.shape[1]), float(self.count))))
-        everybody = [torch.empty_like(mine) for _ in range(self.group.size())]
-        torch.distributed.all_gather(everybody, mine, group=self.group)
-        means, variances, counts = torch.stack(everybody).unbind(1)
-        count = counts.sum(0)
-        mean = (means * counts).sum(0) / count
-        variance = ((variances + (means - mean).square()) * counts).sum(0) / count
-        return torch.stack((mean, variance)), count[0].item()
-
-    def join_sums(self, sums: Tensor) -> Tensor:
-        if not self.is_shared():
-            return sums
-        sums = sums.clone()
-        torch.distributed.all_reduce(sums, group=self.group)
-        return sums
-
-
 def _track(bn: BatchNormArguments, moments: Tensor, count: float) -> None:
     """Moves the running statistics towards those of the batch; the variance without bias, as PyTorch does."""
     if count == 0:  # an empty batch
@@ -290,137 +304,3 @@ def _track(bn: BatchNormArguments, moments: Tensor, count: float) -> None:
         if running is not None:
             value = moments[row] if scale == 1.0 else moments[row] * scale
             running.lerp_(value.to(running.dtype), bn.momentum)
-
-
-# ---- the block as a differentiable function --------------------------------------------------------------------------
-
-
-@dataclasses.dataclass
-class Block:
-    """The arguments of a block that are no tensors; batch1 and batch2 are None for no norm."""
-
-    config: Config
-    out_act: int
-    batch1: _Batch | None
-    batch2: _Batch | None
-    recompute: bool
-
-
-def _vectors_of_no_norm(y: Tensor) -> Tensor:
-    vectors = torch.zeros(4, y.shape[1], dtype=torch.float64, device=y.device)
-    vectors[1:3] = 1
-    return vectors
-
-
-def _make_y(x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, config: Config) -> Tensor:
-    ops = torch.ops.dsconv_cuda
-    if vectors1 is None:
-        return ops.fwd(x, dw_weight, pw_weight, dw_bias, pw_bias, *config.arguments(), *config.precision())
-    arguments = (*config.arguments()[:4], *config.precision())
-    return ops.fwd_norm(x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, *arguments)
-
-
-class BatchNormBlock(torch.autograd.Function):
-    """(out, moments and count of the first norm, those of the second); only out has a gradient."""
-
-    @staticmethod
-    def forward(ctx, x, dw_weight, pw_weight, dw_bias, pw_bias, gamma1, beta1, gamma2, beta2, block: Block):
-        ops, config = torch.ops.dsconv_cuda, block.config
-        vectors1 = vectors2 = moments1 = moments2 = None
-        count1 = count2 = 0.0
-        with torch._C._AutoDispatchBelowAutograd():
-            if block.batch1 is not None:
-                moments1 = ops.z_moments(x, dw_weight, pw_weight, dw_bias, *config.arguments()[:3])
-                moments1, count1 = block.batch1.join_moments(moments1)
-                vectors1 = ops.norm_vectors(moments1, gamma1, beta1, block.batch1.eps)
-            y = _make_y(x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, config)
-            if block.batch2 is not None:
-                moments2, count2 = block.batch2.join_moments(ops.moments(y))
-                vectors2 = ops.norm_vectors(moments2, gamma2, beta2, block.batch2.eps)
-            elif block.out_act != IDENTITY:
-                vectors2 = _vectors_of_no_norm(y)
-            out = y if vectors2 is None else ops.norm_act(y, vectors2, block.out_act)
-        ctx.block, ctx.count1, ctx.count2 = block, count1, count2
-        kept_y = None if block.recompute or vectors2 is None else y
-        ctx.save_for_backward(x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, vectors2, kept_y)
-        ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma1, beta1, gamma2, beta2)]
-        ctx.mark_non_differentiable(*(m for m in (moments1, moments2) if m is not None))
-        ctx.set_materialize_grads(False)
-        return out, moments1, count1, moments2, count2
-
-    @staticmethod
-    def backward(ctx, grad_out, *_):
-        if grad_out is None:
-            return (None,) * 10
-        if torch.is_grad_enabled():
-            grads = _FirstDerivative.apply(ctx, grad_out, *ctx.saved_tensors)
-        else:
-            grads = _gradients(ctx, grad_out, *ctx.saved_tensors)
-        return (*grads, None)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(
-            f"{_OP}: forward-mode AD is not supported where a norm takes statistics of the batch; use backward mode, "
-            f"or put the norms into eval mode"
-        )
-
-
-class _FirstDerivative(torch.autograd.Function):
-    """The gradients of a block under create_graph: a graph that says in its own backward that there is no second."""
-
-    @staticmethod
-    def forward(ctx, block_ctx, grad_out, *saved):
-        return _gradients(block_ctx, grad_out, *saved)
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError(
-            f"{_OP}: double backward is not supported where a norm takes statistics of the batch; put the norms into "
-            f"eval mode, whose derivatives of any order are right, or use nn.Conv2d and nn.BatchNorm2d for this loss"
-        )
-
-
-def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, vectors2, y) -> tuple:
-    """Of (x, dw_weight, pw_weight, dw_bias, pw_bias, gamma1, beta1, gamma2, beta2)."""
-    ops, block, config = torch.ops.dsconv_cuda, ctx.block, ctx.block.config
-    wanted = ctx.needs_input_grad
-    weights = (x, dw_weight, pw_weight, dw_bias)
-    geometry, precision = config.arguments()[:3], config.precision()
-    gamma1 = beta1 = gamma2 = beta2 = sums2 = None
-    # What a bias adds, the norm after it takes off again.
-    mask = grad_mask(*wanted[:3], wanted[3] and vectors1 is None, wanted[4] and block.batch2 is None)
-    with torch._C._AutoDispatchBelowAutograd():
-        if vectors2 is not None:
-            if y is None:
-                y = _make_y(*weights, pw_bias, vectors1, config)
-            if block.batch2 is not None:
-                sums2 = ops.norm_act_sums(grad_out, y, vectors2, block.out_act)
-                beta2, gamma2 = sums2.unbind(0)
-                sums2 = block.batch2.join_sums(sums2)
-        through_norm2 = (vectors2, sums2, ctx.count2)
-        if block.batch1 is None:
-            dy = ops.norm_act_grad(grad_out, y, *through_norm2, block.out_act)
-            arguments = (dy, *weights, None, *config.arguments(), mask, *precision)
-            grad_x, grad_dw, grad_pw, grad_b1, grad_b2 = ops.bwd(*arguments)
-        else:
-            arguments = (grad_out, y, *weights, vectors1, *through_norm2, *geometry, config.act, block.out_act)
-            arguments += (mask, *precision)
-            grad_b1 = None
-            if block.batch1.is_shared():
-                du, sums1, grad_pw, grad_b2 = ops.bwd_norm_pointwise(*arguments)
-                shared = block.batch1.join_sums(sums1)
-                grad_x, grad_dw = ops.bwd_norm_depthwise(du, *weights, vectors1, shared, ctx.count1, *geometry, mask)
-            else:
-                grad_x, grad_dw, grad_pw, grad_b2, sums1 = ops.bwd_norm(*arguments)
-            beta1, gamma1 = sums1.unbind(0)
-    if wanted[3] and vectors1 is not None:
-        grad_b1 = torch.zeros_like(dw_bias)
-    if wanted[4] and block.batch2 is not None:
-        grad_b2 = torch.zeros_like(pw_bias)
-    affine = (
-        None if grad is None or dtype is None else grad.to(dtype)
-        for grad, dtype in zip((gamma1, beta1, gamma2, beta2), ctx.affine_dtypes, strict=True)
-    )
-    grads = (grad_x, grad_dw, grad_pw, grad_b1, grad_b2, *affine)
-    return tuple(g if w else None for g, w in zip(grads, wanted, strict=False))

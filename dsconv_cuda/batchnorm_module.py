@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_cuda.activations import activation_name
-from dsconv_cuda.batchnorm import BatchNormArguments, depthwise_separable_conv_bn2d
+from dsconv_cuda.batchnorm import BatchNormArguments, Unnormalised, block_of_chain
 from dsconv_cuda.modules import separable_convolutions
 
 
@@ -93,8 +93,12 @@ class DepthwiseSeparableConvBN2d(nn.Module):
         self.bn2 = nn.BatchNorm2d(out_channels, eps, momentum, **of)
 
     def forward(self, input: Tensor) -> Tensor:
+        return self.forward_in_chain(input)
+
+    def forward_in_chain(self, input: Tensor | Unnormalised, defer: bool = False) -> Tensor | Unnormalised:
+        """See :func:`dsconv_cuda.batchnorm.block_of_chain`."""
         depthwise, pointwise = self.depthwise, self.pointwise
-        out = depthwise_separable_conv_bn2d(
+        out = block_of_chain(
             input,
             depthwise.weight,
             pointwise.weight,
@@ -108,6 +112,7 @@ class DepthwiseSeparableConvBN2d(nn.Module):
             self.activation,
             self.out_activation,
             recompute_output=self.recompute_output,
+            defer=defer,
         )
         for norm in (self.bn1, self.bn2):
             if counts_batches(norm):

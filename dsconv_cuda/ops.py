@@ -116,13 +116,16 @@ def _doubles(like: Tensor, rows: int, channels: int) -> Tensor:
     return torch.empty(rows, channels, dtype=torch.float64, device=like.device)
 
 
-def _z_moments_fake(x, dw_weight, pw_weight, dw_bias, stride, padding, dilation):
+def _z_moments_fake(x, dw_weight, pw_weight, dw_bias, stride, padding, dilation, *in_norm):
     _output_shape("dsconv_cuda::z_moments", x, dw_weight, pw_weight, stride, padding, dilation)
     return _doubles(x, 2, dw_weight.shape[0])
 
 
-def _fwd_norm_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, vectors, stride, padding, dilation, act, tf32=False):
-    return _fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, IDENTITY)
+def _fwd_norm_fake(
+    x, dw_weight, pw_weight, dw_bias, pw_bias, vectors, stride, padding, dilation, act, want_moments, *in_norm
+):
+    y = _fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, IDENTITY)
+    return y, _doubles(x, 2, pw_weight.shape[0] if want_moments else 0)
 
 
 def _empty_like_v(v: Tensor) -> Tensor:
@@ -136,15 +139,19 @@ def _du_size(x: Tensor, dw_weight: Tensor, shape: tuple) -> int:
     return shape[0] * shape[2] * shape[3] * channels
 
 
-def _bwd_norm_fake(grad, y, x, dw_weight, pw_weight, dw_bias, *rest, tf32=False):
-    *config, mask = rest[4:10]
-    mask &= ~GRAD_DW_BIAS
-    grads = _bwd_fake(grad, x, dw_weight, pw_weight, dw_bias, None, *config, mask)
+def _bwd_norm_fake(
+    grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums, out_count, stride, padding, dilation,
+    act, out_act, mask, *in_norm,
+):  # fmt: skip
+    config = (stride, padding, dilation, act, out_act, mask & ~GRAD_DW_BIAS)
+    grads = _bwd_fake(grad, x, dw_weight, pw_weight, dw_bias, None, *config)
     return (*grads[:3], grads[4], _doubles(x, 2, dw_weight.shape[0]))
 
 
-def _bwd_norm_pointwise_fake(grad, y, x, dw_weight, pw_weight, dw_bias, *rest, tf32=False):
-    stride, padding, dilation, _, _, mask = rest[4:10]
+def _bwd_norm_pointwise_fake(
+    grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums, out_count, stride, padding, dilation,
+    act, out_act, mask, *in_norm,
+):  # fmt: skip
     shape = _output_shape("dsconv_cuda::bwd_norm_pointwise", x, dw_weight, pw_weight, stride, padding, dilation)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     du = torch.empty(_du_size(x, dw_weight, shape), dtype=dtype, device=x.device)
@@ -153,8 +160,9 @@ def _bwd_norm_pointwise_fake(grad, y, x, dw_weight, pw_weight, dw_bias, *rest, t
     return (du, _doubles(x, 2, dw_weight.shape[0]), *grads)
 
 
-def _bwd_norm_depthwise_fake(du, x, dw_weight, *rest):
-    mask = rest[-1]
+def _bwd_norm_depthwise_fake(
+    du, x, dw_weight, pw_weight, dw_bias, vectors, sums, count, stride, padding, dilation, mask, *in_norm
+):
     grad_x = _empty(x, x.shape, _memory_format(x)) if mask & GRAD_X else _empty(x, (0,))
     return grad_x, _empty(x, dw_weight.shape if mask & GRAD_DW_WEIGHT else (0,))
 

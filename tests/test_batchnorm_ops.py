@@ -39,8 +39,8 @@ def test_opcheck(dtype, channels_last, multiplier, device):
     gamma = torch.rand(dw.shape[0], device=device)
     arguments["norm_vectors"] = (moments, gamma, None, 1e-5)
     vectors = ops.norm_vectors(*arguments["norm_vectors"])
-    arguments["fwd_norm"] = (x, dw, pw, dw_bias, pw_bias, vectors, *GEOMETRY, SILU)
-    y = ops.fwd_norm(*arguments["fwd_norm"])
+    arguments["fwd_norm"] = (x, dw, pw, dw_bias, pw_bias, vectors, *GEOMETRY, SILU, True)
+    y, _ = ops.fwd_norm(*arguments["fwd_norm"])
     arguments["moments"] = (y,)
     out_vectors = ops.norm_vectors(ops.moments(y), None, None, 1e-5)
     arguments["norm_act"] = (y, out_vectors, TANH)
@@ -66,7 +66,7 @@ def test_the_stages_apart_give_the_gradients_of_both_together(device):
     ops = torch.ops.dsconv_cuda
     x, dw, pw, dw_bias, pw_bias = _operands(torch.float64, device, True)
     vectors = ops.norm_vectors(ops.z_moments(x, dw, pw, dw_bias, *GEOMETRY), None, None, 1e-5)
-    grad = torch.randn_like(ops.fwd_norm(x, dw, pw, dw_bias, pw_bias, vectors, *GEOMETRY, SILU))
+    grad = torch.randn_like(ops.fwd_norm(x, dw, pw, dw_bias, pw_bias, vectors, *GEOMETRY, SILU, False)[0])
     operands = (x, dw, pw, dw_bias)
     alone = (None, None, 1.0, *GEOMETRY, SILU, 0, 31)
     grad_x, grad_dw, grad_pw, grad_b, sums = ops.bwd_norm(grad, None, *operands, vectors, *alone)
@@ -76,16 +76,40 @@ def test_the_stages_apart_give_the_gradients_of_both_together(device):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck_behind_another_norm(channels_last, device):
+    ops = torch.ops.dsconv_cuda
+    x, dw, pw, dw_bias, pw_bias = _operands(torch.float32, device, channels_last)
+    in_norm = (ops.norm_vectors(ops.moments(x), None, None, 1e-5), TANH)
+    operands = (x, dw, pw, dw_bias)
+    arguments = {"z_moments": (*operands, *GEOMETRY, *in_norm)}
+    vectors = ops.norm_vectors(ops.z_moments(*arguments["z_moments"]), None, None, 1e-5)
+    arguments["fwd_norm"] = (*operands, pw_bias, vectors, *GEOMETRY, SILU, True, *in_norm)
+    grad = torch.randn_like(ops.fwd_norm(*arguments["fwd_norm"])[0])
+    alone = (grad, None, *operands, vectors, None, None, 1.0, *GEOMETRY, SILU, 0, 15, *in_norm)
+    arguments["bwd_norm"] = alone
+    du, sums, *_ = ops.bwd_norm_pointwise(*alone)
+    opcheck(ops.bwd_norm_pointwise.default, alone, test_utils=TESTS[:2])
+    arguments["bwd_norm_depthwise"] = (du, *operands, vectors, sums, 70.0, *GEOMETRY, 3, *in_norm)
+    for name, args in arguments.items():
+        opcheck(getattr(ops, name).default, args, test_utils=TESTS)
+
+
 def test_what_would_read_outside_of_a_tensor_is_refused(device):
     ops = torch.ops.dsconv_cuda
     x, dw, pw, dw_bias, pw_bias = _operands(torch.float32, device, False)
     vectors = ops.norm_vectors(ops.z_moments(x, dw, pw, dw_bias, *GEOMETRY), None, None, 1e-5)
-    y = ops.fwd_norm(x, dw, pw, dw_bias, pw_bias, vectors, *GEOMETRY, SILU)
+    y, moments = ops.fwd_norm(x, dw, pw, dw_bias, pw_bias, vectors, *GEOMETRY, SILU, True)
+    torch.testing.assert_close(moments, ops.moments(y))
     of_y = ops.norm_vectors(ops.moments(y), None, None, 1e-5)
     operands = (x, dw, pw, dw_bias)
     for call in (
-        lambda: ops.fwd_norm(x, dw, pw, dw_bias, pw_bias, vectors[:, :5], *GEOMETRY, SILU),
-        lambda: ops.fwd_norm(x, dw, pw, dw_bias, pw_bias, vectors.float(), *GEOMETRY, SILU),
+        lambda: ops.fwd_norm(x, dw, pw, dw_bias, pw_bias, vectors[:, :5], *GEOMETRY, SILU, True),
+        lambda: ops.fwd_norm(x, dw, pw, dw_bias, pw_bias, vectors.float(), *GEOMETRY, SILU, True),
+        lambda: ops.fwd_norm(x, dw, pw, dw_bias, pw_bias, vectors, *GEOMETRY, SILU, True, vectors[:, :2], 0),
+        lambda: ops.fwd_norm(x, dw, pw, dw_bias, pw_bias, vectors, *GEOMETRY, SILU, True, vectors, 11),
+        lambda: ops.z_moments(x, dw, pw, dw_bias, *GEOMETRY, vectors[:2], 0),
+        lambda: ops.bwd_norm(y, None, *operands, vectors, None, None, 1.0, *GEOMETRY, SILU, 0, 31, of_y, 0),
         lambda: ops.norm_act(y, vectors, 0),
         lambda: ops.norm_act(y, of_y, 11),
         lambda: ops.norm_act(y[0], of_y, 0),

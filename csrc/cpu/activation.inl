@@ -115,12 +115,12 @@ struct ScaleByOutDerivative {
   }
 };
 
-template <typename Pass, typename T>
-static void activation_pass(Activation a, int64_t n, T* first, T* second) {
+template <typename Pass, typename Tile>
+static void for_activation(Activation a, const Tile& tile) {
   switch (a) {
 #define DSCONV_CASE(name) \
   case Activation::name:  \
-    return Pass::template run<Activation::name>(n, first, second);
+    return Pass::template run<Activation::name>(tile);
     DSCONV_CASE(identity)
     DSCONV_CASE(relu)
     DSCONV_CASE(relu6)
@@ -134,4 +134,19 @@ static void activation_pass(Activation a, int64_t n, T* first, T* second) {
     DSCONV_CASE(hardsigmoid)
 #undef DSCONV_CASE
   }
+}
+
+template <typename Pass, typename T>
+struct OverBuffers {
+  int64_t n;
+  T *first, *second;
+  template <Activation A>
+  DSCONV_INLINE void run(const OverBuffers& buffers) {
+    Pass::template run<A>(buffers.n, buffers.first, buffers.second);
+  }
+};
+template <typename Pass, typename T>
+static void activation_pass(Activation a, int64_t n, T* first, T* second) {
+  const OverBuffers<Pass, T> buffers = {n, first, second};
+  for_activation<OverBuffers<Pass, T>>(a, buffers);
 }

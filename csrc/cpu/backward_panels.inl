@@ -183,7 +183,7 @@ static void backward_panel(const BackwardContext& ctx, int64_t task, void* scrat
     const int64_t first = chunk * plan.chunk_images;
     const int64_t images = g.n - first < plan.chunk_images ? g.n - first : plan.chunk_images;
     if constexpr (SameType<S, T>::value) {
-      if (walked_in_place(p)) {
+      if (x_in_place(ctx)) {
         const Strides& to = p.grad_x_strides;
         ChannelsLast<const T> x = x_as_given<S>(ctx);
         x.data += first * x.image + t.k;

@@ -34,6 +34,7 @@ namespace avx512 {
 #include "pack.inl"
 #include "plane.inl"
 #include "channel_row.inl"
+#include "input_norm.inl"
 #include "depthwise.inl"
 #include "moments.inl"
 #include "norm.inl"

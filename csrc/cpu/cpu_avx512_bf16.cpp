@@ -39,8 +39,10 @@ namespace avx512_bf16 {
 #include "pack_bf16.inl"
 #include "plane.inl"
 #include "channel_row.inl"
+#include "input_norm.inl"
 #include "depthwise.inl"
 #include "depthwise_bf16.inl"
+#include "moments.inl"
 #include "forward.inl"
 // clang-format on
 
@@ -49,6 +51,7 @@ static void replace_forward(DTypeKernels& k) {
   k.pack_depthwise_forward = pack_depthwise_forward_bf16;
   k.pack_pointwise_forward = pack_pointwise_pairs;
   k.forward = forward_tile<bf16, float, bf16>;
+  k.forward_moments = forward_moments<bf16, float, bf16>;
 }
 
 }  // namespace avx512_bf16

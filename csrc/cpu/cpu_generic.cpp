@@ -21,6 +21,7 @@ namespace generic {
 #include "pack.inl"
 #include "plane.inl"
 #include "channel_row.inl"
+#include "input_norm.inl"
 #include "depthwise.inl"
 #include "moments.inl"
 #include "norm.inl"

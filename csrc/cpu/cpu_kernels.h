@@ -19,10 +19,22 @@ struct PackedWeights {
   void* pw_bias;      // [out_columns]
 };
 
+// A norm and an activation that x goes through as it is read (input_norm.inl): rows as of NormContext::vectors, null
+// where there is none.
+struct InputNorm {
+  const void* rows;
+  int64_t ld;
+  Activation act;
+};
+
 struct ForwardContext {
   ForwardParams p;
   CpuPlan plan;
   PackedWeights packed;
+  InputNorm in_norm;
+  // forward_moments: tasks are `groups` ranges of the plan's tiles.
+  int64_t groups;
+  double* partial;  // [groups][2][c_out]: mean of y and sum of squares about it
 };
 
 // A null pointer: not needed for the gradients that were asked for.
@@ -30,9 +42,11 @@ struct BackwardContext {
   BackwardParams p;
   CpuPlan plan;
   PackedWeights packed;
-  void* x_turned;  // [pixels of x][x_ld] of an nchw x; null where x is nhwc, or is turned by panels
-  void* du;        // gradient of z: [c_mid / du_width][pixels][du_width]
-  void* g_rows;    // backward_panels.inl says how these two hold dy * out_act'
+  InputNorm in_norm;
+  void*
+      x_turned;  // [pixels of x][x_ld] of an nchw x or of one with a norm; null where x is read as it is, or by panels
+  void* du;      // gradient of z: [c_mid / du_width][pixels][du_width]
+  void* g_rows;  // backward_panels.inl says how these two hold dy * out_act'
   void* g_pixels;
   void* pw_partial;    // [pointwise_groups][c_out][mid_columns]
   void* bias_partial;  // [pointwise_groups][2 * out_columns + mid_columns]: pw bias, what its sums lost, dw bias
@@ -44,6 +58,9 @@ struct BackwardContext {
   double norm_count;     // values a channel, where the stages are not apart
   const void* out_norm;  // after the pointwise, ld = out_columns; p.saved is y
 };
+
+// Whether x is read, and grad_x written, where they are.
+inline bool x_in_place(const BackwardContext& ctx) { return walked_in_place(ctx.p) && ctx.in_norm.rows == nullptr; }
 
 // Packing. A panel is micro.columns channels: of k for the depthwise and pw_backward, output channels for pw_forward.
 struct PackContext {
@@ -68,6 +85,7 @@ struct MomentsContext {
   CpuPlan plan;
   PackedWeights packed;
   ImageTensor x;
+  InputNorm in_norm;
   int64_t groups, panels;
   double* partial;  // [groups][2][c_mid]: mean and sum of squares about it, order of k
 };
@@ -92,6 +110,7 @@ struct DTypeKernels {
   void (*pack_pointwise_forward)(const PackContext&, int64_t panel);
   void (*pack_pointwise_backward)(const PackContext&, int64_t panel);
   void (*forward)(const ForwardContext&, int64_t tile, void* scratch);
+  void (*forward_moments)(const ForwardContext&, int64_t group, void* scratch);
   void (*backward_group)(const BackwardContext&, int64_t group, void* scratch);
   void (*reduce_pointwise)(const BackwardContext&, int64_t out_channel);
   void (*reduce_biases)(const BackwardContext&);

@@ -98,6 +98,14 @@ constexpr int64_t turned_columns_of(const Geometry& g, const CpuPlan& plan) {
   return outputs < kFew ? 0 : outputs;
 }
 
+// Whether forward can turn x, and so take it through a norm as it reads it.
+constexpr bool turns_channels(const Geometry& g, MicroTile micro, int64_t element) {
+  CpuPlan plan{};
+  plan.micro = micro;
+  plan.turned = kTurnedBytes / element;
+  return turned_columns_of(g, plan) > 0;
+}
+
 namespace plan_detail {
 
 inline CpuPlan base(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element, int64_t middle) {

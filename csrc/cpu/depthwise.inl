@@ -1,7 +1,8 @@
 // z of a tile: z[p][k] = clamp(dw_bias[k] + sum over taps dw_weight[tap][k] * x[tap of p][c(k)]).
 //
 // nhwc: vectors along the channels (channel_row.inl), a row of pixels at a time.
-// nchw: x is turned in registers, `lanes` channels of some rows at a time, and goes the same way.
+// nchw: x is turned in registers, `lanes` channels of some rows at a time, and goes the same way. So does an x of
+//       either layout that goes through a norm and an activation first.
 //       Kernels whose windows are too large for that: vectors along w (plane.inl). Strips of the tile's pixels are
 //       summed for `lanes` channels, then turned into the tile.
 #ifndef DSCONV_ISA
@@ -17,6 +18,7 @@ struct DepthwiseInput {
   Layout layout;
   const typename ComputeOf<S>::type* weight;  // PackedWeights
   const typename ComputeOf<S>::type* bias;
+  InputNorm norm;
 };
 
 // All but where x and the weights are.
@@ -58,7 +60,7 @@ static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
   }
 }
 
-// nchw: the part of x that some rows of outputs read, turned into [row][column][lanes of channels].
+// The part of x that some rows of outputs read, turned into [row][column][lanes of channels].
 struct TurnedPiece {
   int64_t image, oh, rows, ow, width;                    // outputs: `width` columns of each of `rows` rows
   int64_t in_row, in_row_end, in_column, in_column_end;  // what they read, inside the image
@@ -93,8 +95,13 @@ DSCONV_INLINE TurnedPiece turned_piece(const Geometry& g, const CpuPlan& plan, i
 template <typename S, typename T>
 static void turn_channels(const DepthwiseInput<S>& in, const TurnedPiece& piece, int64_t c, int channels, T* to) {
   constexpr int n = Vec<T>::n;
-  const S* from = in.x + piece.image * in.stride.n + c * in.stride.c + piece.in_column;
+  const S* from = in.x + piece.image * in.stride.n + c * in.stride.c + piece.in_column * in.stride.w;
   const int64_t columns = piece.in_column_end - piece.in_column;
+  if (in.layout == Layout::nhwc) {
+    return norm_lanes(in.norm, c, channels, from + piece.in_row * in.stride.h, in.stride.h, in.stride.w,
+                      piece.in_row_end - piece.in_row, columns, to);
+  }
+  T* const begin = to;
   for (int64_t row = piece.in_row; row < piece.in_row_end; ++row) {
     const S* x = from + row * in.stride.h;
     for (int64_t i = 0; i < columns; i += n) {
@@ -102,6 +109,7 @@ static void turn_channels(const DepthwiseInput<S>& in, const TurnedPiece& piece,
     }
     to += columns * n;
   }
+  if (in.norm.rows != nullptr) norm_lanes(in.norm, c, n, begin, 0, n, 1, (to - begin) / n, begin);
 }
 
 template <typename S, typename T, typename M>
@@ -180,10 +188,10 @@ static void depthwise_nchw(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
   }
 }
 
-// `memory`: depthwise_scratch(plan) bytes, which nchw uses.
+// `memory`: depthwise_scratch(plan) bytes, which all but plain nhwc uses.
 template <typename S, typename T, typename M>
 static void depthwise_tile(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, M* z, T* memory) {
-  if (in.layout == Layout::nhwc) {
+  if (in.layout == Layout::nhwc && in.norm.rows == nullptr) {
     depthwise_nhwc(in, pixel, count, clamp, z);
   } else if (turned_columns_of(*in.g, *in.plan) > 0) {
     depthwise_turned(in, pixel, count, clamp, z, memory);

@@ -65,6 +65,13 @@ static Ahead next_rows(const ForwardContext& ctx, int64_t pixel, int64_t count, 
           round_up(ceil_div(bytes, calls), kCacheLine)};
 }
 
+// Behind z: [tile_pixels][columns].
+template <typename T, typename M>
+DSCONV_INLINE T* output_tile(const CpuPlan& plan, void* scratch) {
+  const int64_t z_bytes = plan.tile_pixels * plan.mid_ld * static_cast<int64_t>(sizeof(M));
+  return reinterpret_cast<T*>(static_cast<char*>(scratch) + round_up(z_bytes, kCacheLine));
+}
+
 template <typename S, typename T, typename M>
 static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch) {
   const ForwardParams& p = ctx.p;
@@ -75,8 +82,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
   const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
   const int64_t k = ceil_div(g.c_mid, per_factor);
   M* z = static_cast<M*>(scratch);
-  const int64_t z_bytes = plan.tile_pixels * plan.mid_ld * static_cast<int64_t>(sizeof(M));
-  T* out = reinterpret_cast<T*>(static_cast<char*>(scratch) + round_up(z_bytes, kCacheLine));
+  T* out = output_tile<T, M>(plan, scratch);
   T* memory = out + plan.tile_pixels * columns;
 
   const DepthwiseInput<S> in = {&g,
@@ -85,7 +91,8 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
                                 p.x_strides,
                                 p.x_layout,
                                 static_cast<const T*>(ctx.packed.dw_weight),
-                                static_cast<const T*>(ctx.packed.dw_bias)};
+                                static_cast<const T*>(ctx.packed.dw_bias),
+                                ctx.in_norm};
   depthwise_tile(in, pixel, count, clamp_of<T>(p.act), z, memory);
   if (!is_clamp(p.act)) {
     for (int64_t i = 0; i < count; ++i) {
@@ -97,7 +104,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
   // nchw outputs that turn faster as bf16 than as sums (tile_io_bf16.inl).
   const bool by_planes = sizeof(M) < sizeof(T) && p.y_layout == Layout::nchw && p.pre == nullptr && is_clamp(p.out_act);
   const uint64_t misaligned = reinterpret_cast<uint64_t>(p.y) | static_cast<uint64_t>(g.c_out) * sizeof(S);
-  const bool stream = direct && plan.beyond_cache && misaligned % kCacheLine == 0;
+  const bool stream = direct && plan.beyond_cache && ctx.partial == nullptr && misaligned % kCacheLine == 0;
   Ahead ahead =
       next_rows<S>(ctx, pixel, count, ceil_div(count, kMicroRows) * ceil_div(g.c_out, columns) * chains_of(k));
   for (int64_t channel = 0; channel < g.c_out; channel += columns) {
@@ -127,4 +134,42 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
     }
   }
   if (stream) vstream_fence();
+}
+
+// The moments of a tile's y, while it is in cache; `before` pixels have been merged into mean and m2 already.
+template <typename S, typename T>
+static void merge_output_moments(const ForwardContext& ctx, int64_t pixel, int64_t count, int64_t before, T* out,
+                                 double* mean, double* m2) {
+  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
+  const ForwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  for (int64_t channel = 0; channel < g.c_out; channel += columns) {
+    const int64_t width = g.c_out - channel < columns ? g.c_out - channel : columns;
+    const S* y = static_cast<const S*>(p.y) + channel * p.y_strides.c;
+    const T* tile = out;
+    int64_t ld = columns;
+    bool as_it_is = false;
+    if constexpr (sizeof(S) == sizeof(T)) {
+      as_it_is = p.y_layout == Layout::nhwc && width % Vec<T>::n == 0;
+      if (as_it_is) tile = y + pixel * g.c_out, ld = g.c_out;
+    }
+    if (!as_it_is) load_tile(y, p.y_strides, p.y_layout, g.h_out, g.w_out, width, pixel, count, out, columns);
+    merge_tile_moments(tile, ld, count, width, before, mean + channel, m2 + channel);
+  }
+}
+
+// A range of tiles, and the moments of its y.
+template <typename S, typename T, typename M>
+static void forward_moments(const ForwardContext& ctx, int64_t group, void* scratch) {
+  const CpuPlan& plan = ctx.plan;
+  const int64_t c_out = ctx.p.geom.c_out, first_tile = plan.tiles * group / ctx.groups;
+  double* mean = ctx.partial + group * 2 * c_out;
+  double* m2 = mean + c_out;
+  for (int64_t i = 0; i < 2 * c_out; ++i) mean[i] = 0;
+  const int64_t first = tile_begin(plan, first_tile);
+  for (int64_t tile = first_tile; tile < plan.tiles * (group + 1) / ctx.groups; ++tile) {
+    forward_tile<S, T, M>(ctx, tile, scratch);
+    const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
+    merge_output_moments<S>(ctx, pixel, count, pixel - first, output_tile<T, M>(plan, scratch), mean, m2);
+  }
 }

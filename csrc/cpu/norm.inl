@@ -37,27 +37,6 @@ struct NormTile {
   double *sums, *paired;  // [channels] each
 };
 
-template <typename Pass, typename T>
-static void for_activation(Activation a, const NormTile<T>& tile) {
-  switch (a) {
-#define DSCONV_CASE(name) \
-  case Activation::name:  \
-    return Pass::template run<Activation::name>(tile);
-    DSCONV_CASE(identity)
-    DSCONV_CASE(relu)
-    DSCONV_CASE(relu6)
-    DSCONV_CASE(leaky_relu)
-    DSCONV_CASE(silu)
-    DSCONV_CASE(hardswish)
-    DSCONV_CASE(gelu)
-    DSCONV_CASE(gelu_tanh)
-    DSCONV_CASE(sigmoid)
-    DSCONV_CASE(tanh)
-    DSCONV_CASE(hardsigmoid)
-#undef DSCONV_CASE
-  }
-}
-
 // Some rows at a time, so that the vectors of a channel are loaded once for them all.
 constexpr int kNormRows = 4;
 

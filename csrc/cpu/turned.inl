@@ -1,6 +1,7 @@
 // What backward reads x through, and writes grad_x through: images whose channels are neighbours. An nchw x is turned
 // into such a copy once, in the compute type, since backward reads it twice: for z, and for the depthwise weight
-// gradient. Rows of grad_x are turned back as they are done.
+// gradient. So is an x of either layout that goes through a norm and an activation first. Rows of grad_x are turned
+// back as they are done.
 #ifndef DSCONV_ISA
 #error "turned.inl belongs inside an ISA region"
 #endif
@@ -29,6 +30,13 @@ static void turn_x(const BackwardContext& ctx, int64_t c, int64_t channels, int6
   const Geometry& g = ctx.p.geom;
   load_tile(static_cast<const S*>(ctx.p.x) + c * ctx.p.x_strides.c, ctx.p.x_strides, ctx.p.x_layout, g.h_in, g.w_in,
             channels, pixel, count, dst, ld);
+  if (ctx.in_norm.rows == nullptr) return;
+  NormTile<T> t = {};
+  t.rows = count, t.channels = channels;
+  t.v = dst, t.v_ld = ld;
+  t.out = dst, t.out_ld = ld;
+  t.of = norm_vectors<T>(norm_from<T>(ctx.in_norm, c).rows, ctx.in_norm.ld);
+  for_activation<NormForward>(ctx.in_norm.act, t);
 }
 
 // The task's part of the copy as a whole.

@@ -61,13 +61,22 @@ Tensor run_sums(const char* op, NormPass& pass, const Tensor& like, const Curren
   return result;
 }
 
+Tensor norm_act(Tensor v, Tensor vectors, int64_t act);
+
+// x after the norm and the activation of the block before, made for the call and forgotten.
+Tensor input_of(const Tensor& x, const Bias& in_vectors, int64_t in_act) {
+  return in_vectors.has_value() ? norm_act(x, *in_vectors, in_act) : x;
+}
+
 struct MomentsCall {
   ForwardParams params;
   Bias x, dw_weight, pw_weight, dw_bias;
 };
 
-Tensor z_moments(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Ints stride, Ints padding, Ints dilation) {
+Tensor z_moments(Tensor before, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Ints stride, Ints padding,
+                 Ints dilation, Bias in_vectors, int64_t in_act) {
   constexpr const char* op = "dsconv_cuda::z_moments";
+  const Tensor x = input_of(before, in_vectors, in_act);
   MomentsCall call{};
   prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, arguments_of(op, stride, padding, dilation, 0, 0));
   check_extents(op, call.params.geom);
@@ -119,9 +128,13 @@ Folded fold(const char* op, const Params& p, const double* vectors, const Tensor
   return folded;
 }
 
-Tensor fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor vectors, Ints stride,
-                Ints padding, Ints dilation, int64_t act, bool tf32) {
+Tensor moments(Tensor v);
+
+std::tuple<Tensor, Tensor> fwd_norm(Tensor before, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
+                                    Tensor vectors, Ints stride, Ints padding, Ints dilation, int64_t act,
+                                    bool want_moments, Bias in_vectors, int64_t in_act, bool tf32) {
   constexpr const char* op = "dsconv_cuda::fwd_norm";
+  const Tensor x = input_of(before, in_vectors, in_act);
   ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
                                      arguments_of(op, stride, padding, dilation, act, 0), false);
   call.params.tf32 = tf32;
@@ -132,7 +145,7 @@ Tensor fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias
   call.params.dw_weight = folded.weight.const_data_ptr();
   call.params.dw_bias = folded.bias.const_data_ptr();
   check_launch(op, forward(call.params, plan_forward(call.params, device_limits()), device.stream()));
-  return *call.y;
+  return {*call.y, want_moments ? moments(*call.y) : empty_doubles(x, 2, 0)};
 }
 
 NormPass norm_of(const char* op, const Tensor& v, const Tensor& vectors, int64_t act) {
@@ -312,13 +325,15 @@ std::tuple<Tensor, Tensor> stage_depthwise(const char* op, const Tensor& du, con
   return {call.grad_x, call.grad_dw_weight};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_norm(Tensor grad, Bias y, Tensor x, Tensor dw_weight,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_norm(Tensor grad, Bias y, Tensor before, Tensor dw_weight,
                                                             Tensor pw_weight, Bias dw_bias, Tensor vectors,
                                                             Bias out_vectors, Bias out_sums, double out_count,
                                                             Ints stride, Ints padding, Ints dilation, int64_t act,
-                                                            int64_t out_act, int64_t grad_mask, bool tf32) {
+                                                            int64_t out_act, int64_t grad_mask, Bias in_vectors,
+                                                            int64_t in_act, bool tf32) {
   constexpr const char* op = "dsconv_cuda::bwd_norm";
   const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, out_act);
+  const Tensor x = input_of(before, in_vectors, in_act);
   const Pointwise first = stage_pointwise(op, grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums,
                                           out_count, arguments, grad_mask, tf32);
   const double count = static_cast<double>(grad.size(0) * grad.size(2) * grad.size(3));
@@ -327,22 +342,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_norm(Tensor grad, Bias y,
   return {grad_x, grad_dw_weight, first.grad_pw_weight, first.grad_pw_bias, first.sums};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_norm_pointwise(Tensor grad, Bias y, Tensor x, Tensor dw_weight,
+std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_norm_pointwise(Tensor grad, Bias y, Tensor before, Tensor dw_weight,
                                                               Tensor pw_weight, Bias dw_bias, Tensor vectors,
                                                               Bias out_vectors, Bias out_sums, double out_count,
                                                               Ints stride, Ints padding, Ints dilation, int64_t act,
-                                                              int64_t out_act, int64_t grad_mask, bool tf32) {
+                                                              int64_t out_act, int64_t grad_mask, Bias in_vectors,
+                                                              int64_t in_act, bool tf32) {
   constexpr const char* op = "dsconv_cuda::bwd_norm_pointwise";
+  const Tensor x = input_of(before, in_vectors, in_act);
   const Pointwise first =
       stage_pointwise(op, grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums, out_count,
                       arguments_of(op, stride, padding, dilation, act, out_act), grad_mask, tf32);
   return {first.du, first.sums, first.grad_pw_weight, first.grad_pw_bias};
 }
 
-std::tuple<Tensor, Tensor> bwd_norm_depthwise(Tensor du, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias,
-                                              Tensor vectors, Tensor sums, double count, Ints stride, Ints padding,
-                                              Ints dilation, int64_t grad_mask) {
+std::tuple<Tensor, Tensor> bwd_norm_depthwise(Tensor du, Tensor before, Tensor dw_weight, Tensor pw_weight,
+                                              Bias dw_bias, Tensor vectors, Tensor sums, double count, Ints stride,
+                                              Ints padding, Ints dilation, int64_t grad_mask, Bias in_vectors,
+                                              int64_t in_act) {
   constexpr const char* op = "dsconv_cuda::bwd_norm_depthwise";
+  const Tensor x = input_of(before, in_vectors, in_act);
   return stage_depthwise(op, du, x, dw_weight, pw_weight, dw_bias, vectors, sums, count,
                          arguments_of(op, stride, padding, dilation, 0, 0), grad_mask);
 }

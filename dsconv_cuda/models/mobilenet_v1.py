@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN2d as Block
+from dsconv_cuda.sequence import DepthwiseSeparableSequence
 
 # Output channels and stride of each block. Table 1 gives the last one stride 2, but its sizes say 1: 7 x 7 both in and
 # out.
@@ -39,7 +40,7 @@ class MobileNetV1(nn.Module):
         for out_channels, stride in BLOCKS:
             blocks.append(Block(channels, width(out_channels), 3, stride, 1))
             channels = width(out_channels)
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = DepthwiseSeparableSequence(*blocks)
         self.classifier = nn.Linear(channels, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -1,0 +1,210 @@
+"""The block dw -> BatchNorm -> act -> pw -> BatchNorm -> act with statistics of the batch, as an autograd Function.
+
+The steps are ops of their own (csrc/op_cpu_norm.cpp), so that statistics can be reduced over processes between them:
+
+    forward     z_moments -> fwd_norm -> norm_act
+    backward    norm_act_sums -> bwd_norm, or bwd_norm_pointwise -> bwd_norm_depthwise
+
+Per-channel values go between them in float64. In a chain norm_act is left out: the next block gets y, and its ops take
+it through the norm and the activation as they read it.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from dsconv_cuda.ops import IDENTITY, grad_mask
+from dsconv_cuda.second_order import Config
+
+OP = "depthwise_separable_conv_bn2d"
+
+# ---- statistics ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Batch:
+    """A norm that takes statistics of the batch: of `count` values a channel here, and of what `group` has beside."""
+
+    eps: float
+    count: int
+    group: object | None
+
+    def is_shared(self) -> bool:
+        return self.group is not None and self.group.size() > 1
+
+    def join_moments(self, moments: Tensor) -> tuple[Tensor, float]:
+        """The mean and variance over all processes, from everybody's, and the number of values; in order of ranks."""
+        if not self.is_shared():
+            return moments, float(self.count)
+        mine = torch.cat((moments, moments.new_full((1, moments.shape[1]), float(self.count))))
+        everybody = [torch.empty_like(mine) for _ in range(self.group.size())]
+        torch.distributed.all_gather(everybody, mine, group=self.group)
+        means, variances, counts = torch.stack(everybody).unbind(1)
+        count = counts.sum(0)
+        mean = (means * counts).sum(0) / count
+        variance = ((variances + (means - mean).square()) * counts).sum(0) / count
+        return torch.stack((mean, variance)), count[0].item()
+
+    def join_sums(self, sums: Tensor) -> Tensor:
+        if not self.is_shared():
+            return sums
+        sums = sums.clone()
+        torch.distributed.all_reduce(sums, group=self.group)
+        return sums
+
+
+# ---- the block as a differentiable function --------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Block:
+    """The arguments of a block that are no tensors; batch1 and batch2 are None for no norm.
+
+    With `defer` the output is y, not yet through the second norm and out_act; with in_vectors x is such a y, of which
+    in_act follows the norm.
+    """
+
+    config: Config
+    out_act: int
+    batch1: Batch | None
+    batch2: Batch | None
+    recompute: bool
+    in_act: int
+    defer: bool
+
+
+def _vectors_of_no_norm(y: Tensor) -> Tensor:
+    vectors = torch.zeros(4, y.shape[1], dtype=torch.float64, device=y.device)
+    vectors[1:3] = 1
+    return vectors
+
+
+def _make_y(weights: tuple, vectors1, block: Block, in_norm: tuple, want_moments: bool) -> tuple[Tensor, Tensor | None]:
+    """y of (x, dw_weight, pw_weight, dw_bias, pw_bias), and its moments where they are asked for."""
+    ops = torch.ops.dsconv_cuda
+    if vectors1 is not None:
+        return ops.fwd_norm(*weights, vectors1, *block.config.arguments()[:4], want_moments, *in_norm)
+    y = ops.fwd(*weights, *block.config.arguments())
+    return y, ops.moments(y) if want_moments else None
+
+
+class BatchNormBlock(torch.autograd.Function):
+    """(out, vectors of the second norm, moments and count of the first, those of the second); only out has a gradient,
+    which with `defer` is that of the value behind the norm and out_act."""
+
+    @staticmethod
+    def forward(ctx, x, dw_weight, pw_weight, dw_bias, pw_bias, gamma1, beta1, gamma2, beta2, in_vectors, block: Block):
+        ops, config = torch.ops.dsconv_cuda, block.config
+        weights, in_norm = (x, dw_weight, pw_weight, dw_bias, pw_bias), (in_vectors, block.in_act)
+        vectors1 = vectors2 = moments1 = moments2 = None
+        count1 = count2 = 0.0
+        with torch._C._AutoDispatchBelowAutograd():
+            if block.batch1 is not None:
+                moments1 = ops.z_moments(*weights[:4], *config.arguments()[:3], *in_norm)
+                moments1, count1 = block.batch1.join_moments(moments1)
+                vectors1 = ops.norm_vectors(moments1, gamma1, beta1, block.batch1.eps)
+            y, moments2 = _make_y(weights, vectors1, block, in_norm, block.batch2 is not None)
+            if block.batch2 is not None:
+                moments2, count2 = block.batch2.join_moments(moments2)
+                vectors2 = ops.norm_vectors(moments2, gamma2, beta2, block.batch2.eps)
+            else:
+                moments2 = None
+                if block.out_act != IDENTITY:
+                    vectors2 = _vectors_of_no_norm(y)
+            out = y if vectors2 is None or block.defer else ops.norm_act(y, vectors2, block.out_act)
+        ctx.block, ctx.count1, ctx.count2 = block, count1, count2
+        kept_y = None if vectors2 is None or (block.recompute and not block.defer) else y
+        ctx.save_for_backward(*weights, in_vectors, vectors1, vectors2, kept_y)
+        ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma1, beta1, gamma2, beta2)]
+        ctx.mark_non_differentiable(*(t for t in (vectors2, moments1, moments2) if t is not None))
+        ctx.set_materialize_grads(False)
+        return out, vectors2, moments1, count1, moments2, count2
+
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        if grad_out is None:
+            return (None,) * 11
+        if torch.is_grad_enabled():
+            grads = _FirstDerivative.apply(ctx, grad_out, *ctx.saved_tensors)
+        else:
+            grads = _gradients(ctx, grad_out, *ctx.saved_tensors)
+        return (*grads, None, None)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(
+            f"{OP}: forward-mode AD is not supported where a norm takes statistics of the batch; use backward mode, "
+            f"or put the norms into eval mode"
+        )
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """The gradients of a block under create_graph: a graph that says in its own backward that there is no second."""
+
+    @staticmethod
+    def forward(ctx, block_ctx, grad_out, *saved):
+        return _gradients(block_ctx, grad_out, *saved)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(
+            f"{OP}: double backward is not supported where a norm takes statistics of the batch; put the norms into "
+            f"eval mode, whose derivatives of any order are right, or use nn.Conv2d and nn.BatchNorm2d for this loss"
+        )
+
+
+def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, in_vectors, vectors1, vectors2, y) -> tuple:
+    """Of (x, dw_weight, pw_weight, dw_bias, pw_bias, gamma1, beta1, gamma2, beta2)."""
+    ops, block, config = torch.ops.dsconv_cuda, ctx.block, ctx.block.config
+    wanted = ctx.needs_input_grad
+    weights = (x, dw_weight, pw_weight, dw_bias)
+    geometry, in_norm = config.arguments()[:3], (in_vectors, block.in_act)
+    gamma1 = beta1 = gamma2 = beta2 = sums2 = None
+    # What a bias adds, the norm after it takes off again.
+    mask = grad_mask(*wanted[:3], wanted[3] and vectors1 is None, wanted[4] and block.batch2 is None)
+    with torch._C._AutoDispatchBelowAutograd():
+        if vectors2 is not None:
+            if y is None:
+                y, _ = _make_y((*weights, pw_bias), vectors1, block, in_norm, False)
+            if block.batch2 is not None:
+                sums2 = ops.norm_act_sums(grad_out, y, vectors2, block.out_act)
+                beta2, gamma2 = sums2.unbind(0)
+                sums2 = block.batch2.join_sums(sums2)
+        through_norm2 = (vectors2, sums2, ctx.count2)
+        if block.batch1 is None:
+            dy = ops.norm_act_grad(grad_out, y, *through_norm2, block.out_act)
+            grad_x, grad_dw, grad_pw, grad_b1, grad_b2 = ops.bwd(dy, *weights, None, *config.arguments(), mask)
+        else:
+            arguments = (
+                grad_out,
+                y,
+                *weights,
+                vectors1,
+                *through_norm2,
+                *geometry,
+                config.act,
+                block.out_act,
+                mask,
+                *in_norm,
+            )
+            grad_b1 = None
+            if block.batch1.is_shared():
+                du, sums1, grad_pw, grad_b2 = ops.bwd_norm_pointwise(*arguments)
+                shared = block.batch1.join_sums(sums1)
+                grad_x, grad_dw = ops.bwd_norm_depthwise(
+                    du, *weights, vectors1, shared, ctx.count1, *geometry, mask, *in_norm
+                )
+            else:
+                grad_x, grad_dw, grad_pw, grad_b2, sums1 = ops.bwd_norm(*arguments)
+            beta1, gamma1 = sums1.unbind(0)
+    if wanted[3] and vectors1 is not None:
+        grad_b1 = torch.zeros_like(dw_bias)
+    if wanted[4] and block.batch2 is not None:
+        grad_b2 = torch.zeros_like(pw_bias)
+    affine = (
+        None if grad is None or dtype is None else grad.to(dtype)
+        for grad, dtype in zip((gamma1, beta1, gamma2, beta2), ctx.affine_dtypes, strict=True)
+    )
+    grads = (grad_x, grad_dw, grad_pw, grad_b1, grad_b2, *affine)
+    return tuple(g if w else None for g, w in zip(grads, wanted, strict=False))
