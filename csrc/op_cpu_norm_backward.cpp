@@ -48,6 +48,12 @@ struct Run {
     const bool in_place = walked_in_place(p) && !in_vectors.has_value();
     ctx.plan = plan_backward(p.geom, in_place ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype),
                              element_bytes(p.dtype), between);
+    // x behind its norm is read a last time before grad_x is written (stage_depthwise): it may stand there until then.
+    if (in_norm.vectors != nullptr && ctx.plan.panels == 0 && p.grad_x != nullptr && walked_in_place(p) &&
+        p.geom.c_in % ctx.plan.micro.lanes == 0) {
+      ctx.x_turned = p.grad_x;
+      ctx.plan.x_ld = p.geom.c_in;
+    }
   }
   void reserve(void** pointer, int64_t elements) { workspace.reserve(pointer, elements * ctx.plan.element); }
 
@@ -58,7 +64,8 @@ struct Run {
     reserve(&ctx.zhat_weight, plan.taps * plan.mid_columns);
     reserve(&ctx.norm, kNormRows * plan.mid_columns);
     if (in_norm.vectors != nullptr) reserve(&in_norm.rows, in_norm.elements(geom(), plan));
-    if ((ctx.p.x_layout == Layout::nchw || in_norm.vectors != nullptr) && plan.panels == 0) {
+    const bool turned = ctx.p.x_layout == Layout::nchw || in_norm.vectors != nullptr;
+    if (turned && plan.panels == 0 && ctx.x_turned == nullptr) {
       reserve(&ctx.x_turned, geom().n * geom().h_in * geom().w_in * plan.x_ld);
     }
   }
@@ -179,13 +186,14 @@ struct Run {
     const BackwardParams& p = ctx.p;
     const Geometry& g = geom();
     each(plan.tiles, kernels->backward_norm_z, 2 * norm_pixels(plan) * plan.mid_ld * plan.element + 4 * kCacheLine);
+    if (p.grad_dw_weight != nullptr) {
+      for_each_task(plan.pointwise_groups, [&](int64_t group) { kernels->backward_dw(ctx, group); });
+      for_each_task(g.multiplier * ceil_div(g.c_in, plan.micro.lanes),
+                    [&](int64_t vector) { kernels->reduce_depthwise(ctx, vector); });
+    }
     if (p.grad_x != nullptr) {
       each(g.n * ceil_div(g.h_in, plan.grad_rows), kernels->backward_x, plan.scratch_bytes);
     }
-    if (p.grad_dw_weight == nullptr) return;
-    for_each_task(plan.pointwise_groups, [&](int64_t group) { kernels->backward_dw(ctx, group); });
-    for_each_task(g.multiplier * ceil_div(g.c_in, plan.micro.lanes),
-                  [&](int64_t vector) { kernels->reduce_depthwise(ctx, vector); });
   }
 };
 
