@@ -82,10 +82,10 @@ def _vectors_of_no_norm(y: Tensor) -> Tensor:
 
 def _make_y(weights: tuple, vectors1, block: Block, in_norm: tuple, want_moments: bool) -> tuple[Tensor, Tensor | None]:
     """y of (x, dw_weight, pw_weight, dw_bias, pw_bias), and its moments where they are asked for."""
-    ops = torch.ops.dsconv_cuda
+    ops, precision = torch.ops.dsconv_cuda, block.config.precision()
     if vectors1 is not None:
-        return ops.fwd_norm(*weights, vectors1, *block.config.arguments()[:4], want_moments, *in_norm)
-    y = ops.fwd(*weights, *block.config.arguments())
+        return ops.fwd_norm(*weights, vectors1, *block.config.arguments()[:4], want_moments, *in_norm, *precision)
+    y = ops.fwd(*weights, *block.config.arguments(), *precision)
     return y, ops.moments(y) if want_moments else None
 
 
@@ -159,7 +159,7 @@ def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, in_vect
     ops, block, config = torch.ops.dsconv_cuda, ctx.block, ctx.block.config
     wanted = ctx.needs_input_grad
     weights = (x, dw_weight, pw_weight, dw_bias)
-    geometry, in_norm = config.arguments()[:3], (in_vectors, block.in_act)
+    geometry, precision, in_norm = config.arguments()[:3], config.precision(), (in_vectors, block.in_act)
     gamma1 = beta1 = gamma2 = beta2 = sums2 = None
     # What a bias adds, the norm after it takes off again.
     mask = grad_mask(*wanted[:3], wanted[3] and vectors1 is None, wanted[4] and block.batch2 is None)
@@ -174,20 +174,11 @@ def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, in_vect
         through_norm2 = (vectors2, sums2, ctx.count2)
         if block.batch1 is None:
             dy = ops.norm_act_grad(grad_out, y, *through_norm2, block.out_act)
-            grad_x, grad_dw, grad_pw, grad_b1, grad_b2 = ops.bwd(dy, *weights, None, *config.arguments(), mask)
+            arguments = (dy, *weights, None, *config.arguments(), mask, *precision)
+            grad_x, grad_dw, grad_pw, grad_b1, grad_b2 = ops.bwd(*arguments)
         else:
-            arguments = (
-                grad_out,
-                y,
-                *weights,
-                vectors1,
-                *through_norm2,
-                *geometry,
-                config.act,
-                block.out_act,
-                mask,
-                *in_norm,
-            )
+            arguments = (grad_out, y, *weights, vectors1, *through_norm2, *geometry, config.act, block.out_act)
+            arguments += (mask, *in_norm, *precision)
             grad_b1 = None
             if block.batch1.is_shared():
                 du, sums1, grad_pw, grad_b2 = ops.bwd_norm_pointwise(*arguments)

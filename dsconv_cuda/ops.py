@@ -116,14 +116,15 @@ def _doubles(like: Tensor, rows: int, channels: int) -> Tensor:
     return torch.empty(rows, channels, dtype=torch.float64, device=like.device)
 
 
-def _z_moments_fake(x, dw_weight, pw_weight, dw_bias, stride, padding, dilation, *in_norm):
+def _z_moments_fake(x, dw_weight, pw_weight, dw_bias, stride, padding, dilation, in_vectors=None, in_act=0):
     _output_shape("dsconv_cuda::z_moments", x, dw_weight, pw_weight, stride, padding, dilation)
     return _doubles(x, 2, dw_weight.shape[0])
 
 
 def _fwd_norm_fake(
-    x, dw_weight, pw_weight, dw_bias, pw_bias, vectors, stride, padding, dilation, act, want_moments, *in_norm
-):
+    x, dw_weight, pw_weight, dw_bias, pw_bias, vectors, stride, padding, dilation, act, want_moments,
+    in_vectors=None, in_act=0, tf32=False,
+):  # fmt: skip
     y = _fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, IDENTITY)
     return y, _doubles(x, 2, pw_weight.shape[0] if want_moments else 0)
 
@@ -141,7 +142,7 @@ def _du_size(x: Tensor, dw_weight: Tensor, shape: tuple) -> int:
 
 def _bwd_norm_fake(
     grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums, out_count, stride, padding, dilation,
-    act, out_act, mask, *in_norm,
+    act, out_act, mask, in_vectors=None, in_act=0, tf32=False,
 ):  # fmt: skip
     config = (stride, padding, dilation, act, out_act, mask & ~GRAD_DW_BIAS)
     grads = _bwd_fake(grad, x, dw_weight, pw_weight, dw_bias, None, *config)
@@ -150,7 +151,7 @@ def _bwd_norm_fake(
 
 def _bwd_norm_pointwise_fake(
     grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums, out_count, stride, padding, dilation,
-    act, out_act, mask, *in_norm,
+    act, out_act, mask, in_vectors=None, in_act=0, tf32=False,
 ):  # fmt: skip
     shape = _output_shape("dsconv_cuda::bwd_norm_pointwise", x, dw_weight, pw_weight, stride, padding, dilation)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -161,8 +162,9 @@ def _bwd_norm_pointwise_fake(
 
 
 def _bwd_norm_depthwise_fake(
-    du, x, dw_weight, pw_weight, dw_bias, vectors, sums, count, stride, padding, dilation, mask, *in_norm
-):
+    du, x, dw_weight, pw_weight, dw_bias, vectors, sums, count, stride, padding, dilation, mask,
+    in_vectors=None, in_act=0,
+):  # fmt: skip
     grad_x = _empty(x, x.shape, _memory_format(x)) if mask & GRAD_X else _empty(x, (0,))
     return grad_x, _empty(x, dw_weight.shape if mask & GRAD_DW_WEIGHT else (0,))
 
