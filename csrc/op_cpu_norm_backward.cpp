@@ -48,7 +48,8 @@ struct Run {
     const bool in_place = walked_in_place(p) && !in_vectors.has_value();
     ctx.plan = plan_backward(p.geom, in_place ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype),
                              element_bytes(p.dtype), between);
-    // x behind its norm is read a last time before grad_x is written (stage_depthwise): it may stand there until then.
+    // x behind its norm is read a last time before grad_x is written (cpu/backward_groups.inl): it stands there until
+    // then.
     if (in_norm.vectors != nullptr && ctx.plan.panels == 0 && p.grad_x != nullptr && walked_in_place(p) &&
         p.geom.c_in % ctx.plan.micro.lanes == 0) {
       ctx.x_turned = p.grad_x;
@@ -185,9 +186,8 @@ struct Run {
     const CpuPlan& plan = ctx.plan;
     const BackwardParams& p = ctx.p;
     const Geometry& g = geom();
-    each(plan.tiles, kernels->backward_norm_z, 2 * norm_pixels(plan) * plan.mid_ld * plan.element + 4 * kCacheLine);
+    each(plan.pointwise_groups, kernels->backward_norm_group, plan.scratch_bytes);
     if (p.grad_dw_weight != nullptr) {
-      for_each_task(plan.pointwise_groups, [&](int64_t group) { kernels->backward_dw(ctx, group); });
       for_each_task(g.multiplier * ceil_div(g.c_in, plan.micro.lanes),
                     [&](int64_t vector) { kernels->reduce_depthwise(ctx, vector); });
     }

@@ -6,6 +6,9 @@
 //                             whose du lies in the group and is done. du and x are in cache still.
 //   after all groups:         the rows of grad_x between groups (backward_depthwise.inl), and the sums of the groups
 //
+// Where a norm's sums stand between the stages, stage D goes over the groups a second time, in the same way. x may be
+// in the memory of grad_x then: who reads a row of x are the pixels that its row of grad_x waits for.
+//
 // Which tiles form a group follows from the shape alone, and groups are added in order: the same bits for any number
 // of threads.
 #ifndef DSCONV_ISA
@@ -139,7 +142,8 @@ static void backward_group_of(const BackwardContext& ctx, const ChannelsLast<con
   T* bias_partial = static_cast<T*>(ctx.bias_partial) + group * bias_size;
   if (pw_partial != nullptr) zero_fill(pw_partial, pw_size);
   zero_fill(bias_partial, bias_size);
-  T* dw_partial = plan.joined ? zero_depthwise_partial<T>(ctx, group) : nullptr;
+  const bool joined = plan.joined && ctx.norm == nullptr;
+  T* dw_partial = joined ? zero_depthwise_partial<T>(ctx, group) : nullptr;
 
   const int64_t begin = group_pixel(plan, group);
   int64_t row = begin / plan.image_pixels * g.h_in;
@@ -147,7 +151,7 @@ static void backward_group_of(const BackwardContext& ctx, const ChannelsLast<con
     const int64_t pixel = tile_begin(plan, tile), end = tile_begin(plan, tile + 1);
     backward_group_tile<S>(ctx, x, pixel, end - pixel, memory, t, pw_partial, bias_partial);
     if (dw_partial != nullptr) correlate_run(ctx, x, pixel, end, dw_partial);
-    if (plan.joined && ctx.p.grad_x != nullptr) row = backward_ready_rows<S>(ctx, row, begin, end, memory.tile);
+    if (joined && ctx.p.grad_x != nullptr) row = backward_ready_rows<S>(ctx, row, begin, end, memory.tile);
   }
 }
 
@@ -157,6 +161,56 @@ static void backward_group(const BackwardContext& ctx, int64_t group, void* scra
     backward_group_of<S, T, T>(ctx, x_turned<T>(ctx), group, scratch);
   } else {
     backward_group_of<S, S, T>(ctx, x_as_given<S>(ctx), group, scratch);
+  }
+}
+
+// du -> dz of a tile's pixels, some panels of channels at a time; zhat: room for plan.z_ld a pixel, and as much for
+// rows that are no whole vectors.
+template <typename X, typename T>
+static void tile_du_to_dz(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t pixel, int64_t count,
+                          T* zhat) {
+  const Geometry& g = ctx.p.geom;
+  const CpuPlan& plan = ctx.plan;
+  const int64_t width = plan.du_width;
+  T *du = static_cast<T*>(ctx.du), *copy = zhat + plan.tile_pixels * plan.z_ld;
+  for (int64_t block = 0; block < g.c_mid; block += plan.z_channels) {
+    const int64_t channels = g.c_mid - block < plan.z_channels ? g.c_mid - block : plan.z_channels;
+    recompute_z(ctx, x, 0, pixel, count, block, channels, zhat, plan.z_ld);
+    if (g.multiplier == 1) {
+      for (int64_t k = block; k < block + channels; k += width) {
+        const int64_t part = g.c_mid - k < width ? g.c_mid - k : width;
+        du_to_dz(ctx, count, part, k, zhat + k - block, plan.z_ld, du + k * plan.pixels + pixel * width, width);
+      }
+      continue;
+    }
+    T* rows = du + pixel * width + block;
+    for (int64_t i = 0; i < count; ++i) copy_row(rows + i * width, copy + i * plan.z_ld, channels);
+    du_to_dz(ctx, count, channels, block, zhat, plan.z_ld, copy, plan.z_ld);
+    for (int64_t i = 0; i < count; ++i) store_row(copy + i * plan.z_ld, rows + i * width, channels);
+  }
+}
+
+template <typename S, typename X, typename T>
+static void backward_norm_group_of(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t group, T* zhat) {
+  const CpuPlan& plan = ctx.plan;
+  T* grad_tile = zhat + 2 * plan.tile_pixels * plan.z_ld;
+  T* dw_partial = zero_depthwise_partial<T>(ctx, group);
+  const int64_t begin = group_pixel(plan, group);
+  int64_t row = begin / plan.image_pixels * ctx.p.geom.h_in;
+  for (int64_t tile = group_tile(plan, group); tile < group_tile(plan, group + 1); ++tile) {
+    const int64_t pixel = tile_begin(plan, tile), end = tile_begin(plan, tile + 1);
+    tile_du_to_dz(ctx, x, pixel, end - pixel, zhat);
+    if (dw_partial != nullptr) correlate_run(ctx, x, pixel, end, dw_partial);
+    if (plan.joined && ctx.p.grad_x != nullptr) row = backward_ready_rows<S>(ctx, row, begin, end, grad_tile);
+  }
+}
+
+template <typename S, typename T>
+static void backward_norm_group(const BackwardContext& ctx, int64_t group, void* scratch) {
+  if (ctx.x_turned != nullptr) {
+    backward_norm_group_of<S>(ctx, x_turned<T>(ctx), group, static_cast<T*>(scratch));
+  } else {
+    backward_norm_group_of<S>(ctx, x_as_given<S>(ctx), group, static_cast<T*>(scratch));
   }
 }
 

@@ -1,9 +1,8 @@
 // Backward through a norm between z and the activation, u = gamma * zhat + beta, zhat = (z - mean) * invstd:
 //
 //   stage P   makes zhat where it would make z; du = da * act'(u), and per channel sum du and sum du * zhat
-//   between   dz = scale * du + along * zhat + across, in place in the workspace; zhat is made once more
+//   stage D   begins with dz = scale * du + along * zhat + across, in place; zhat is made once more
 //             scale = gamma * invstd, along = -scale * (sum du * zhat) / count, across = -scale * (sum du) / count
-//   stage D   goes on from dz
 //
 // zhat and not u is made by the depthwise weights, which is right for gamma = 0 too.
 #ifndef DSCONV_ISA
@@ -73,60 +72,18 @@ static void finish_norm(const BackwardContext& ctx, int64_t k, int64_t channels)
   }
 }
 
-// grad -> the gradient of y = saved, through out_act and the norm before it.
-template <typename T>
-static void output_norm_gradient(const BackwardContext& ctx, int64_t rows, T* grad, const T* y) {
-  NormTile<T> t = {};
-  t.rows = rows;
-  t.channels = ctx.p.geom.c_out;
-  t.of = norm_vectors<T>(ctx.out_norm, ctx.plan.out_columns);
-  t.v = y, t.v_ld = ctx.plan.out_ld;
-  t.grad = grad, t.grad_ld = ctx.plan.out_ld;
-  t.out = grad, t.out_ld = ctx.plan.out_ld;
-  for_activation<NormBackward>(ctx.p.out_act, t);
-}
-
-template <typename X, typename T>
-static void backward_norm_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t pixel, int64_t count,
-                               T* zhat, T* copy) {
-  const Geometry& g = ctx.p.geom;
-  const CpuPlan& plan = ctx.plan;
-  const int64_t width = plan.du_width;
-  const DepthwiseInput<X> in = {&g,
-                                &plan,
-                                x.data,
-                                {x.image, 1, x.row, x.column},
-                                Layout::nhwc,
-                                z_weight<T>(ctx),
-                                static_cast<const T*>(ctx.packed.dw_bias)};
-  depthwise_nhwc(in, pixel, count, clamp_of<T>(Activation::identity), zhat);
-  T* du = static_cast<T*>(ctx.du);
-  if (g.multiplier == 1) {
-    for (int64_t k = 0; k < g.c_mid; k += width) {
-      const int64_t channels = g.c_mid - k < width ? g.c_mid - k : width;
-      du_to_dz(ctx, count, channels, k, zhat + k, plan.mid_ld, du + k * plan.pixels + pixel * width, width);
-    }
-    return;
-  }
-  // Rows of one panel lie side by side: whole vectors would reach into the next pixel.
-  T* rows = du + pixel * width;
-  for (int64_t i = 0; i < count; ++i) copy_row(rows + i * width, copy + i * plan.mid_ld, g.c_mid);
-  du_to_dz(ctx, count, g.c_mid, 0, zhat, plan.mid_ld, copy, plan.mid_ld);
-  for (int64_t i = 0; i < count; ++i) store_row(copy + i * plan.mid_ld, rows + i * width, g.c_mid);
-}
-
+// dy of `count` pixels -> the gradient of y = p.saved, through out_act and the norm before it, into g[pixel][out_ld].
 template <typename S, typename T>
-static void backward_norm_z(const BackwardContext& ctx, int64_t tile, void* scratch) {
-  const CpuPlan& plan = ctx.plan;
-  T* zhat = static_cast<T*>(scratch);
-  const int64_t most = norm_pixels(plan), end = tile_begin(plan, tile + 1);
-  T* copy = zhat + most * plan.mid_ld;
-  for (int64_t pixel = tile_begin(plan, tile); pixel < end; pixel += most) {
-    const int64_t count = end - pixel < most ? end - pixel : most;
-    if (ctx.x_turned != nullptr) {
-      backward_norm_tile(ctx, x_turned<T>(ctx), pixel, count, zhat, copy);
-    } else {
-      backward_norm_tile(ctx, x_as_given<S>(ctx), pixel, count, zhat, copy);
-    }
-  }
+static void output_norm_gradient(const BackwardContext& ctx, int64_t pixel, int64_t count, T* g_tile, T* saved_tile) {
+  const BackwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  const PixelTensor of = {g.n, g.c_out, g.h_out, g.w_out, ctx.plan.out_ld};
+  NormTile<T> t = {};
+  t.rows = count;
+  t.channels = g.c_out;
+  t.of = norm_vectors<T>(ctx.out_norm, ctx.plan.out_columns);
+  t.v = tile_of<S>(of, {p.saved, p.saved_strides, p.saved_layout}, pixel, count, saved_tile, t.v_ld);
+  t.grad = tile_of<S>(of, {p.dy, p.dy_strides, p.dy_layout}, pixel, count, g_tile, t.grad_ld);
+  t.out = g_tile, t.out_ld = ctx.plan.out_ld;
+  for_activation<NormBackward>(p.out_act, t);
 }

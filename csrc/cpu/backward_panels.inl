@@ -100,7 +100,7 @@ static void panel_du_to_dz(const BackwardContext& ctx, const ChannelsLast<const 
   finish_norm<T>(ctx, t.k, t.width);
   for (int64_t begin = 0; begin < pixels; begin += ctx.plan.panel_tile) {
     const int64_t count = pixels - begin < ctx.plan.panel_tile ? pixels - begin : ctx.plan.panel_tile;
-    if (pixels > count) recompute_panel(ctx, x, t.k, begin, count, t);
+    if (pixels > count) recompute_z(ctx, x, t.k, begin, count, t.k, t.width, t.derivative, columns);
     du_to_dz(ctx, count, t.width, t.k, t.derivative, columns, du + begin * columns, columns);
   }
 }

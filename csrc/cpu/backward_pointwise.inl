@@ -67,12 +67,12 @@ static void load_output_gradient(const BackwardContext& ctx, int64_t pixel, int6
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const int64_t ld = ctx.plan.out_ld;
+  if (ctx.out_norm != nullptr) return output_norm_gradient<S>(ctx, pixel, count, g_tile, saved_tile);
   load_tile(static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g.h_out, g.w_out, g.c_out, pixel, count, g_tile,
             ld);
   if (p.saved == nullptr) return;
   load_tile(static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g.h_out, g.w_out, g.c_out, pixel, count,
             saved_tile, ld);
-  if (ctx.out_norm != nullptr) return output_norm_gradient(ctx, count, g_tile, saved_tile);
   for (int64_t i = 0; i < count; ++i) {
     activation_pass<ScaleByOutDerivative, T>(p.out_act, g.c_out, g_tile + i * ld, saved_tile + i * ld);
   }
@@ -104,26 +104,25 @@ struct ChannelPanel {
   double* norm_sums;  // [2][c_mid], null where there is no norm
 };
 
-// z and what follows from it for `count` pixels of x, whose channels begin with number x_channel.
 DSCONV_INLINE bool needs_z(const BackwardContext& ctx) {
   const BackwardParams& p = ctx.p;
   const bool need_du = p.grad_x != nullptr || p.grad_dw_weight != nullptr || p.grad_dw_bias != nullptr;
   return ctx.norm != nullptr || p.grad_pw_weight != nullptr || (need_du && p.act != Activation::identity);
 }
 
+// z, or zhat where there is a norm, of `count` pixels of x, whose channels begin with number x_channel: the channels
+// first .. first + width of z into z[pixel][ld].
 template <typename X, typename T>
-static void recompute_panel(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t x_channel,
-                            int64_t pixel, int64_t count, const ChannelPanel<T>& t) {
-  const BackwardParams& p = ctx.p;
-  const bool linear = p.act == Activation::identity && ctx.norm == nullptr;
-  T* z = linear ? t.a : t.derivative;
+static void recompute_z(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t x_channel, int64_t pixel,
+                        int64_t count, int64_t first, int64_t width, T* z, int64_t ld) {
+  const int64_t c_in = ctx.p.geom.c_in;
   CpuPlan plan = ctx.plan;
-  plan.mid_ld = t.ld;
-  Geometry g = p.geom;
+  plan.mid_ld = ld;
+  Geometry g = ctx.p.geom;
   g.multiplier = 1;
-  for (int64_t j = 0; j < t.width; j += g.c_in) {
-    const int64_t k = t.k + j, c = k % p.geom.c_in;
-    g.c_in = t.width - j < p.geom.c_in - c ? t.width - j : p.geom.c_in - c;
+  for (int64_t j = 0; j < width; j += g.c_in) {
+    const int64_t k = first + j, c = k % c_in;
+    g.c_in = width - j < c_in - c ? width - j : c_in - c;
     const DepthwiseInput<X> in = {&g,
                                   &plan,
                                   x.data + (c - x_channel),
@@ -133,6 +132,15 @@ static void recompute_panel(const BackwardContext& ctx, const ChannelsLast<const
                                   static_cast<const T*>(ctx.packed.dw_bias) + k};
     depthwise_nhwc(in, pixel, count, clamp_of<T>(Activation::identity), z + j);
   }
+}
+
+// And what follows from it.
+template <typename X, typename T>
+static void recompute_panel(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t x_channel,
+                            int64_t pixel, int64_t count, const ChannelPanel<T>& t) {
+  const BackwardParams& p = ctx.p;
+  const bool linear = p.act == Activation::identity && ctx.norm == nullptr;
+  recompute_z(ctx, x, x_channel, pixel, count, t.k, t.width, linear ? t.a : t.derivative, t.ld);
   if (ctx.norm != nullptr) return activate_zhat(ctx, count, t.width, t.derivative, t.a, t.ld, t.k);
   if (!linear) activation_pass<ActivateAndDerive, T>(p.act, count * t.ld, t.derivative, t.a);
 }

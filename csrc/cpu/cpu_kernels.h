@@ -125,7 +125,7 @@ struct DTypeKernels {
   void (*norm_forward)(const NormContext&, int64_t group, void* scratch);
   void (*norm_sums)(const NormContext&, int64_t group, void* scratch);
   void (*norm_backward)(const NormContext&, int64_t group, void* scratch);
-  void (*backward_norm_z)(const BackwardContext&, int64_t tile, void* scratch);
+  void (*backward_norm_group)(const BackwardContext&, int64_t group, void* scratch);
 };
 
 struct KernelTable {

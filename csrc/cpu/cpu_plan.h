@@ -234,17 +234,12 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
 
   plan.du_width = g.multiplier == 1 ? micro.columns : g.c_mid;
   const int64_t group_rows = g.n * g.h_out / plan.pointwise_groups;
-  // Else no row of grad_x lies in one, or what stands between needs all of du.
-  plan.joined = between == BetweenStages::nothing && group_rows > (g.kernel_h - 1) * g.dilation_h / g.stride_h;
+  // Else no row of grad_x lies in one.
+  plan.joined = group_rows > (g.kernel_h - 1) * g.dilation_h / g.stride_h;
   const int64_t panels_bytes =
       between != BetweenStages::caller ? plan_detail::cut_panels(plan, g, x_layout, between) : 0;
   plan.scratch_bytes = panels_bytes > 0 ? panels_bytes : fixed + plan.tile_pixels * per_pixel;
   return plan;
-}
-
-// Pixels at a time where the norm's backward makes zhat of all channels once more, beside a copy of du.
-constexpr int64_t norm_pixels(const CpuPlan& plan) {
-  return clamp64(kScratchBytes / 2 / (2 * plan.mid_ld * plan.element), 1, plan.tile_pixels);
 }
 
 // The range of outputs o in [0, extent) that tap `offset` (tap * dilation - pad) reads inside [0, in).

@@ -148,18 +148,23 @@ struct NormSums {
   }
 };
 
+// The size of a tensor that is read in tiles, and the row stride of a copy.
+struct PixelTensor {
+  int64_t n, channels, h, w, copy_ld;
+};
+
 template <typename S, typename T>
-DSCONV_INLINE const T* tile_of(const NormContext& ctx, const ImageTensor& t, int64_t pixel, int64_t count, T* copy,
+DSCONV_INLINE const T* tile_of(const PixelTensor& of, const ImageTensor& t, int64_t pixel, int64_t count, T* copy,
                                int64_t& ld) {
   if constexpr (sizeof(S) == sizeof(T)) {
-    const bool joined = t.strides.h == ctx.w * t.strides.w && (ctx.n == 1 || t.strides.n == ctx.h * t.strides.h);
-    if (t.layout == Layout::nhwc && joined && ctx.channels % Vec<T>::n == 0) {
+    const bool joined = t.strides.h == of.w * t.strides.w && (of.n == 1 || t.strides.n == of.h * t.strides.h);
+    if (t.layout == Layout::nhwc && joined && of.channels % Vec<T>::n == 0) {
       ld = t.strides.w;
       return static_cast<const T*>(t.data) + pixel * t.strides.w;
     }
   }
-  ld = ctx.ld;
-  load_tile(static_cast<const S*>(t.data), t.strides, t.layout, ctx.h, ctx.w, ctx.channels, pixel, count, copy, ctx.ld);
+  ld = of.copy_ld;
+  load_tile(static_cast<const S*>(t.data), t.strides, t.layout, of.h, of.w, of.channels, pixel, count, copy, ld);
   return copy;
 }
 
@@ -169,13 +174,14 @@ static void norm_pass(const NormContext& ctx, int64_t group, void* scratch, cons
   T* v_copy = static_cast<T*>(scratch);
   T* grad_copy = v_copy + ctx.tile_pixels * ctx.ld;
   T* out_copy = grad_copy + ctx.tile_pixels * ctx.ld;
+  const PixelTensor of = {ctx.n, ctx.channels, ctx.h, ctx.w, ctx.ld};
   const int64_t begin = ctx.pixels * group / ctx.groups, end = ctx.pixels * (group + 1) / ctx.groups;
   for (int64_t pixel = begin; pixel < end; pixel += ctx.tile_pixels) {
     NormTile<T> t = {};
     t.rows = end - pixel < ctx.tile_pixels ? end - pixel : ctx.tile_pixels;
     t.channels = ctx.channels;
-    t.v = tile_of<S, T>(ctx, ctx.v, pixel, t.rows, v_copy, t.v_ld);
-    if (ctx.grad.data != nullptr) t.grad = tile_of<S, T>(ctx, ctx.grad, pixel, t.rows, grad_copy, t.grad_ld);
+    t.v = tile_of<S>(of, ctx.v, pixel, t.rows, v_copy, t.v_ld);
+    if (ctx.grad.data != nullptr) t.grad = tile_of<S>(of, ctx.grad, pixel, t.rows, grad_copy, t.grad_ld);
     t.of = norm_vectors<T>(ctx.vectors, ctx.ld);
     bool direct = false;
     t.out = out_copy, t.out_ld = ctx.ld;

@@ -29,7 +29,7 @@ DSCONV_INLINE DTypeKernels kernels_of() {
   k.norm_forward = norm_forward<S, T>;
   k.norm_sums = norm_sums<S, T>;
   k.norm_backward = norm_backward<S, T>;
-  k.backward_norm_z = backward_norm_z<S, T>;
+  k.backward_norm_group = backward_norm_group<S, T>;
   return k;
 }
 
