@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <new>
+#include <utility>
 
 #include "cpu_tasks.h"
 #include "kept_weights.h"
@@ -153,9 +154,9 @@ Tensor fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_b
               .y;
 }
 
-// The memory that fwd_kept() takes for these weights and arguments, nothing packed yet.
-Tensor keep(Tensor dw_weight, Tensor pw_weight, Ints stride, Ints padding, Ints dilation, int64_t act,
-            int64_t out_act) {
+// What fwd_kept() and bwd_kept() take for these weights and arguments, nothing packed yet; without `room` nothing ever.
+Tensor keep(Tensor dw_weight, Tensor pw_weight, Ints stride, Ints padding, Ints dilation, int64_t act, int64_t out_act,
+            bool room) {
   constexpr const char* op = "dsconv_cuda::keep";
   STD_TORCH_CHECK(dw_weight.dim() == 4 && pw_weight.dim() >= 2, op, ": dw_weight or pw_weight has a wrong shape");
   const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, out_act);
@@ -163,7 +164,7 @@ Tensor keep(Tensor dw_weight, Tensor pw_weight, Ints stride, Ints padding, Ints 
   constexpr int64_t kWidest = 64;
   const int64_t c_mid = dw_weight.size(0), mid = round_up(c_mid, kWidest), out = round_up(pw_weight.size(0), kWidest);
   const int64_t elements = (dw_weight.size(2) * dw_weight.size(3) + 1) * mid + out * (c_mid + 1);
-  const int64_t capacity = elements * element_bytes(dtype_of(op, dw_weight)) + 4 * kCacheLine;
+  const int64_t capacity = room ? elements * element_bytes(dtype_of(op, dw_weight)) + 4 * kCacheLine : 0;
   const int64_t size[1] = {static_cast<int64_t>(sizeof(KeptHeader)) + capacity + kCacheLine}, unit[1] = {1};
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
@@ -188,17 +189,31 @@ KeptHeader* kept_of(const char* op, const Tensor& memory) {
   return header;
 }
 
-Tensor fwd_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor kept,
-                int64_t version) {
-  constexpr const char* op = "dsconv_cuda::fwd_kept";
-  KeptHeader* header = kept_of(op, kept);
-  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, header->arguments, false);
-  const Geometry& g = call.params.geom;
-  const int64_t* sizes = header->weight_sizes;
+void check_kept_sizes(const char* op, const KeptHeader& header, const Geometry& g) {
+  const int64_t* sizes = header.weight_sizes;
   STD_TORCH_CHECK(g.c_mid == sizes[0] && g.kernel_h == sizes[1] && g.kernel_w == sizes[2] && g.c_out == sizes[3], op,
                   ": kept was made for weights of other sizes");
-  if (call.y->numel() > 0) run_forward(op, call.params, header, version);
-  return *call.y;
+}
+
+ForwardCall forward_kept(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                         const Bias& dw_bias, const Bias& pw_bias, const Tensor& kept, int64_t version, bool want_pre) {
+  KeptHeader* header = kept_of(op, kept);
+  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, header->arguments, want_pre);
+  check_kept_sizes(op, *header, call.params.geom);
+  if (call.y->numel() > 0) run_forward(op, call.params, header->capacity > 0 ? header : nullptr, version);
+  return call;
+}
+
+Tensor fwd_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor kept,
+                int64_t version) {
+  return *forward_kept("dsconv_cuda::fwd_kept", x, dw_weight, pw_weight, dw_bias, pw_bias, kept, version, false).y;
+}
+
+std::tuple<Tensor, Tensor> fwd_with_pre_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
+                                             Tensor kept) {
+  ForwardCall call =
+      forward_kept("dsconv_cuda::fwd_with_pre_kept", x, dw_weight, pw_weight, dw_bias, pw_bias, kept, 0, true);
+  return {*call.y, *call.pre};
 }
 
 std::tuple<Tensor, Tensor> fwd_with_pre(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
@@ -209,16 +224,28 @@ std::tuple<Tensor, Tensor> fwd_with_pre(Tensor x, Tensor dw_weight, Tensor pw_we
   return {*call.y, *call.pre};
 }
 
-BackwardResult bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved, Ints stride,
-                   Ints padding, Ints dilation, int64_t act, int64_t out_act, int64_t grad_mask, bool /*tf32*/) {
-  constexpr const char* op = "dsconv_cuda::bwd";
-  BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
-                                       arguments_of(op, stride, padding, dilation, act, out_act), grad_mask);
+BackwardResult backward(const char* op, BackwardCall call) {
   const BackwardParams& p = call.params;
   const bool asked = p.grad_x != nullptr || p.grad_dw_weight != nullptr || p.grad_pw_weight != nullptr ||
                      p.grad_dw_bias != nullptr || p.grad_pw_bias != nullptr;
   if (p.geom.n > 0 && asked) run_backward(op, p);
   return take_grads(call);
+}
+
+BackwardResult bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved, Ints stride,
+                   Ints padding, Ints dilation, int64_t act, int64_t out_act, int64_t grad_mask, bool /*tf32*/) {
+  constexpr const char* op = "dsconv_cuda::bwd";
+  return backward(op, prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
+                                       arguments_of(op, stride, padding, dilation, act, out_act), grad_mask));
+}
+
+BackwardResult bwd_kept(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved, Tensor kept,
+                        int64_t grad_mask) {
+  constexpr const char* op = "dsconv_cuda::bwd_kept";
+  const KeptHeader* header = kept_of(op, kept);
+  BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved, header->arguments, grad_mask);
+  check_kept_sizes(op, *header, call.params.geom);
+  return backward(op, std::move(call));
 }
 
 }  // namespace
@@ -228,6 +255,8 @@ STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
   m.impl("fwd", TORCH_BOX(&dsconv::fwd));
   m.impl("keep", TORCH_BOX(&dsconv::keep));
   m.impl("fwd_kept", TORCH_BOX(&dsconv::fwd_kept));
+  m.impl("fwd_with_pre_kept", TORCH_BOX(&dsconv::fwd_with_pre_kept));
   m.impl("fwd_with_pre", TORCH_BOX(&dsconv::fwd_with_pre));
   m.impl("bwd", TORCH_BOX(&dsconv::bwd));
+  m.impl("bwd_kept", TORCH_BOX(&dsconv::bwd_kept));
 }

@@ -14,15 +14,21 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   m.def(
       "fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[2] stride, int[4] "
       "padding, int[2] dilation, int act, int out_act, bool tf32=False) -> Tensor");
-  // fwd for a module whose weights stay as they are between calls, on the CPU: `kept`, made by keep(), holds the
-  // arguments that are no tensors, and the packed weights (kept_weights.h). version is the sum of the weights' version
-  // counters. Below autograd, for calls that need no gradient, and for plain tensors only: no fake kernel, no vmap.
+  // The three ops below for a module, on the CPU: `kept`, made by keep(), holds the arguments that are no tensors, and
+  // with `room` the packed weights while they stay as they are (kept_weights.h); version is the sum of the weights'
+  // version counters. Below autograd, and for plain tensors only: no fake kernel, no vmap.
   m.def(
-      "keep(Tensor dw_weight, Tensor pw_weight, int[2] stride, int[4] padding, int[2] dilation, int act, int out_act) "
-      "-> Tensor");
+      "keep(Tensor dw_weight, Tensor pw_weight, int[2] stride, int[4] padding, int[2] dilation, int act, int out_act, "
+      "bool room=True) -> Tensor");
   m.def(
       "fwd_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor kept, int "
       "version) -> Tensor");
+  m.def(
+      "fwd_with_pre_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor kept) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "bwd_kept(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? saved, Tensor kept, "
+      "int grad_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // (y, pre): pre is y before out_act, kept for backward where its derivative cannot be told from y
   m.def(
       "fwd_with_pre(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[2] stride, "

@@ -8,6 +8,8 @@
                                   v
                                 second_order.py (stock PyTorch convolutions)
 
+    apply(), kept_weights.py -> KeptFunction: the same for a plain training step, in as little Python as can be
+
 That backward is a Function of its own is what makes double backward, torch.func.grad, hessian and vmap(grad) right: the
 ops alone have first-order gradients only. Both are written with setup_context and jvp, as torch.func asks for.
 
@@ -16,9 +18,11 @@ derivative cannot be told from y. z and act(z) are recomputed.
 """
 
 import contextlib
+import functools
+import itertools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from dsconv_cuda import decompositions, second_order
@@ -87,6 +91,93 @@ class _DepthwiseSeparableEager(torch.autograd.Function):
 
     backward = DepthwiseSeparable.backward
     jvp = DepthwiseSeparable.jvp
+
+
+_is_grad_enabled = torch.is_grad_enabled
+_functorch_active = torch._C._are_functorch_transforms_active
+_autocast_enabled = torch._C._is_any_autocast_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_tracer = torch._C._get_tracing_state
+
+
+def nobody_watches() -> bool:
+    """Whether a call is just a call: no forward-mode AD, transform, autocast, mode or tracer has a say in it."""
+    return (
+        forward_ad._current_level < 0
+        and not _functorch_active()
+        and not _autocast_enabled()
+        and not _dispatch_modes()
+        and not _function_modes()
+        and _tracer() is None
+    )
+
+
+def kept_kernels() -> bool:
+    """Whether the loaded library has the ops *_kept; the CUDA kernels on the host, which tests run, have not."""
+    return hasattr(torch.ops.dsconv_cuda, "fwd_kept") and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "dsconv_cuda::fwd_kept", "CPU"
+    )
+
+
+_ALL_GRADS = sum(GRAD_BITS)
+# ctx.needs_input_grad of a KeptFunction -> grad_mask
+_KEPT_MASKS = {(*needed, False): grad_mask(*needed) for needed in itertools.product((False, True), repeat=5)}
+
+
+class KeptArguments:
+    """The arguments that are no tensors, as Config and as one tensor, for calls with weights of these shapes."""
+
+    __slots__ = ("arguments", "backward", "config", "forward", "saves_pre", "saves_y")
+
+    def __init__(self, dw_shape: torch.Size, pw_shape: torch.Size, config: Config):
+        ops = torch.ops.dsconv_cuda
+        self.config = config
+        weights = (torch.empty(1).expand(shape) for shape in (dw_shape, pw_shape))
+        self.arguments = ops.keep(*weights, *config.arguments(), False)
+        self.saves_pre = not derivative_from_output(config.out_act)
+        self.saves_y = not self.saves_pre and config.out_act != IDENTITY
+        self.forward = ops.fwd_with_pre_kept.default if self.saves_pre else ops.fwd_kept.default
+        self.backward = ops.bwd_kept.default
+
+
+class KeptFunction(torch.autograd.Function):
+    """DepthwiseSeparable for a plain call in eager mode: on the CPU, no forward-mode AD, transform or mode.
+
+    After a layer of some megabytes the processor's caches hold its data, and each line of Python and of the dispatcher
+    comes from memory again; so what a training step executes beside the two ops is kept small.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dw_weight, pw_weight, dw_bias, pw_bias, kept: KeptArguments):
+        if kept.saves_pre:
+            y, saved = kept.forward(x, dw_weight, pw_weight, dw_bias, pw_bias, kept.arguments)
+        else:
+            y = kept.forward(x, dw_weight, pw_weight, dw_bias, pw_bias, kept.arguments, 0)
+            saved = y if kept.saves_y else None
+        ctx.kept = kept
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, dw_weight, pw_weight, dw_bias, pw_bias, saved)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        kept = ctx.kept
+        if (
+            type(dy) is not Tensor
+            or _is_grad_enabled()
+            or _dispatch_modes()
+            or _functorch_active()
+            or forward_ad._current_level >= 0
+        ):
+            ctx.config = kept.config
+            return DepthwiseSeparable.backward(ctx, dy)
+        x, dw_weight, pw_weight, dw_bias, _, saved = ctx.saved_tensors
+        mask = _KEPT_MASKS[ctx.needs_input_grad]
+        grads = kept.backward(dy, x, dw_weight, pw_weight, dw_bias, saved, kept.arguments, mask)
+        if mask != _ALL_GRADS:
+            grads = _asked_for(grads, mask)
+        return (*grads, None)
 
 
 class DepthwiseSeparableGrad(torch.autograd.Function):
@@ -160,10 +251,15 @@ def _derivatives_may_follow(tensors: tuple) -> bool:
     )
 
 
-def apply_with_graph(*inputs) -> Tensor:
-    """Calls the op through the Function for calls outside of torch.func; takes what :func:`apply` takes."""
-    result = _DepthwiseSeparableEager.apply(*inputs)
-    return result if isinstance(result, Tensor) else result[0]
+@functools.lru_cache(maxsize=1024)
+def kept_arguments(dw_shape, pw_shape, stride, padding, dilation, act, out_act) -> KeptArguments | None:
+    if not kept_kernels():
+        return None
+    return KeptArguments(dw_shape, pw_shape, Config(stride, padding, dilation, act, out_act))
+
+
+def _is_plain(tensors: tuple) -> bool:
+    return nobody_watches() and all(t is None or (type(t) in (Tensor, nn.Parameter) and t.is_cpu) for t in tensors)
 
 
 def apply(
@@ -182,7 +278,10 @@ def apply(
     if not _derivatives_may_follow(tensors):
         with torch._C._AutoDispatchBelowAutograd():  # past the op's own gradients, which would find nothing to do
             return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments(), *config.precision())
-    if not torch._C._are_functorch_transforms_active():
-        return apply_with_graph(*tensors, config)
-    result = DepthwiseSeparable.apply(*tensors, config)
+    if _is_plain(tensors):
+        kept = kept_arguments(dw_weight.shape, pw_weight.shape, *config.arguments())
+        if kept is not None:
+            return KeptFunction.apply(*tensors, kept)
+    function = DepthwiseSeparable if _functorch_active() else _DepthwiseSeparableEager
+    result = function.apply(*tensors, config)
     return result if isinstance(result, Tensor) else result[0]

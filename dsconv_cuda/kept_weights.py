@@ -24,32 +24,14 @@ import weakref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
-from dsconv_cuda import _checks, autograd
+from dsconv_cuda import _checks
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.second_order import Config
+from dsconv_cuda.autograd import KeptFunction, kept_arguments, kept_kernels, nobody_watches
 
 _is_grad_enabled = torch.is_grad_enabled
-_functorch_active = torch._C._are_functorch_transforms_active
-_autocast_enabled = torch._C._is_any_autocast_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_tracer = torch._C._get_tracing_state
 
 _calls = weakref.WeakSet()
-
-
-def nobody_watches() -> bool:
-    """Whether a call is just a call: no forward-mode AD, transform, autocast, mode or tracer has a say in it."""
-    return (
-        forward_ad._current_level < 0
-        and not _functorch_active()
-        and not _autocast_enabled()
-        and not _dispatch_modes()
-        and not _function_modes()
-        and _tracer() is None
-    )
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -68,11 +50,10 @@ class KeptCall:
     __slots__ = (
         "__weakref__",
         "activation",
-        "config",
+        "arguments",
         "depthwise",
         "dilation",
         "dw_bias",
-        "dw_shape",
         "dw_weight",
         "memory",
         "op",
@@ -112,9 +93,7 @@ class KeptCall:
             return self._drop(module)
         try:
             if _is_grad_enabled() and _any_requires_grad(dw_weight, pw_weight, dw_bias, pw_bias, input):
-                if not input.is_cpu or dw_weight.shape != self.dw_shape:
-                    return self._drop(module)
-                return autograd.apply_with_graph(input, dw_weight, pw_weight, dw_bias, pw_bias, self.config)
+                return KeptFunction.apply(input, dw_weight, pw_weight, dw_bias, pw_bias, self.arguments)
             version = dw_weight._version + pw_weight._version
             if dw_bias is not None:
                 version += dw_bias._version
@@ -131,7 +110,7 @@ class KeptCall:
 
     def _allocate(self) -> Tensor:
         with torch.no_grad():
-            return torch.ops.dsconv_cuda.keep(self.dw_weight, self.pw_weight, *self.config.arguments())
+            return torch.ops.dsconv_cuda.keep(self.dw_weight, self.pw_weight, *self.arguments.config.arguments())
 
     def _drop(self, module: nn.Module) -> None:
         module.__dict__.pop("_kept_call", None)
@@ -146,7 +125,7 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
 
 def keep(module: nn.Module, input: Tensor) -> None:
     """Prepares the next calls of `module`, which has just been called with `input`, where they may be KeptCalls."""
-    if type(input) is not Tensor or not input.is_cpu or not nobody_watches() or not _built_in():
+    if type(input) is not Tensor or not input.is_cpu or not nobody_watches() or not kept_kernels():
         return
     depthwise, pointwise = module._modules.get("depthwise"), module._modules.get("pointwise")
     if type(depthwise) is not nn.Conv2d or type(pointwise) is not nn.Conv2d:
@@ -168,21 +147,13 @@ def keep(module: nn.Module, input: Tensor) -> None:
     op = "forward"
     stride, dilation = _checks.pair(op, "stride", call.stride, 1), _checks.pair(op, "dilation", call.dilation, 1)
     padding = _checks.padding(op, call.padding, call.dw_weight.shape[2:], stride, dilation)
-    call.config = Config(
-        stride, padding, dilation, activation_number(call.activation), activation_number(call.out_activation)
-    )
-    call.dw_shape = call.dw_weight.shape
+    activations = activation_number(call.activation), activation_number(call.out_activation)
+    shapes = call.dw_weight.shape, call.pw_weight.shape
+    call.arguments = kept_arguments(*shapes, stride, padding, dilation, *activations)
     call.op = torch.ops.dsconv_cuda.fwd_kept.default
     call.memory = None
     module.__dict__["_kept_call"] = call
     _calls.add(call)
-
-
-def _built_in() -> bool:
-    """Whether the loaded library has the op; the CUDA kernels on the host, which tests run, have not."""
-    return hasattr(torch.ops.dsconv_cuda, "fwd_kept") and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "dsconv_cuda::fwd_kept", "CPU"
-    )
 
 
 def clear_weight_cache() -> None:

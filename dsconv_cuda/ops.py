@@ -310,7 +310,7 @@ def register_python_parts() -> None:
     torch.library.register_vmap("dsconv_cuda::bwd", backward_vmap(torch.ops.dsconv_cuda.bwd, 5, 11))
     torch.library.register_autograd("dsconv_cuda::bwd", _no_double_backward)
     if hasattr(torch.ops.dsconv_cuda, "fwd_kept"):
-        # Called where no gradient is needed, and only there: nothing for autograd to do.
+        # Called below autograd and only there.
         _fragment = torch.library.Library("dsconv_cuda", "IMPL")
-        for name in ("keep", "fwd_kept"):
+        for name in ("keep", "fwd_kept", "fwd_with_pre_kept", "bwd_kept"):
             _fragment.impl(name, torch.library.fallthrough_kernel, "Autograd")

@@ -1,13 +1,15 @@
 """The gradients against the oracle, which of them are computed, and what is kept for them."""
 
+import functools
 import itertools
+import types
 
 import pytest
 import torch
 from oracle import check, check_case
 from shapes import ALL, LAYERS, WINDOWS, Case, identify, with_dtype
 
-from dsconv_cuda import depthwise_separable_conv2d, ops
+from dsconv_cuda import autograd, depthwise_separable_conv2d, ops
 from dsconv_cuda.activations import ACTIVATIONS
 
 numerical = pytest.mark.usefixtures("isa")
@@ -37,23 +39,32 @@ def test_activations_at_their_kinks(dtype, device):
 
 
 @numerical
+@pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("out_activation", ["identity", "tanh", "silu"])
-def test_only_what_is_asked_for_is_computed(out_activation, device, monkeypatch):
+def test_only_what_is_asked_for_is_computed(out_activation, plain, device, monkeypatch):
     """Every combination of needs_input_grad gives the bits that all of them together give, and nothing else runs."""
     case = Case(activation="silu", out_activation=out_activation)
     tensors = case.tensors(torch.float32, device)
     masks = []
-    bwd = torch.ops.dsconv_cuda.bwd
 
-    def spy(*args):
-        masks.append(args[-1])
-        grads = bwd(*args)
-        assert [g.numel() > 0 for g in grads] == [bool(args[-1] & bit) for bit in ops.GRAD_BITS]
-        return grads
+    def spy(bwd):
+        def spied(*args):
+            masks.append(args[-1])
+            grads = bwd(*args)
+            assert [g.numel() > 0 for g in grads] == [bool(args[-1] & bit) for bit in ops.GRAD_BITS]
+            return grads
+
+        return spied
 
     depthwise_separable_conv2d(*tensors, **case.kwargs)  # has the ops registered
-    bwd = torch.ops.dsconv_cuda.bwd
-    monkeypatch.setattr(torch.ops.dsconv_cuda, "bwd", spy)
+    monkeypatch.setattr(torch.ops.dsconv_cuda, "bwd", spy(torch.ops.dsconv_cuda.bwd))
+    kept_arguments = functools.cache(autograd.kept_arguments.__wrapped__)
+    monkeypatch.setattr(autograd, "kept_arguments", kept_arguments)
+    if not plain:
+        monkeypatch.setattr(autograd, "_is_plain", lambda tensors: False)
+    elif autograd.kept_kernels():
+        kept_bwd = spy(torch.ops.dsconv_cuda.bwd_kept)
+        monkeypatch.setattr(torch.ops.dsconv_cuda, "bwd_kept", types.SimpleNamespace(default=kept_bwd))
 
     def grads_of(needed):
         leaves = [t.clone().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]

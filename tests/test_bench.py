@@ -310,6 +310,10 @@ def test_overheads_are_told_above_an_empty_op():
         "DepthwiseSeparableConv2d",
     ]
     assert all(total > 0 for _, total, _ in rows)
+    rows = overhead.overheads((1, 1, 1), rounds=2, least_seconds=1e-5, training=True)
+    assert [row[0] for row in rows[:2]] == [overhead.EMPTY_FUNCTION, "torch.ops.dsconv_cuda.fwd and bwd"]
+    assert "DepthwiseSeparableConv2d" in [what for what, _, _ in rows]
+    assert all(total > 0 for _, total, _ in rows)
 
 
 def test_the_limit_of_an_instruction_set():

@@ -11,6 +11,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsconv_cuda
 from dsconv_cuda import DepthwiseSeparableConv2d, _loader, kept_weights
@@ -21,7 +22,7 @@ pytestmark = [pytest.mark.usefixtures("isa")]
 @pytest.fixture(autouse=True)
 def _kept_at_all(device):
     _loader.load_library()
-    if device.type != "cpu" or not kept_weights._built_in():
+    if device.type != "cpu" or not kept_weights.kept_kernels():
         pytest.skip("these kernels keep nothing")
 
 
@@ -285,6 +286,75 @@ def test_transforms_modes_and_autocast_go_the_long_way(monkeypatch):
     still_there()
 
 
+def _training_step(forward, module, x, dy, asked):
+    """The output and the gradients of the `asked` ones of (x, parameters...)."""
+    tensors = (x.detach().requires_grad_(), *module.parameters())
+    for t, wanted in zip(tensors, asked, strict=True):
+        t.requires_grad_(wanted)
+    y = forward(tensors[0])
+    return (y, *torch.autograd.grad(y, [t for t, wanted in zip(tensors, asked, strict=True) if wanted], dy))
+
+
+@pytest.mark.parametrize("out_activation", ["identity", "relu6", "hardswish"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_training_steps_the_same_bits(out_activation, bias):
+    x, dy = torch.randn(X), torch.randn(2, 36, 9, 7)
+    module = _settled(_module(bias=bias, out_activation=out_activation), x)
+    call = module._kept_call
+    count = 1 + len(list(module.parameters()))
+    masks = [[i != left_out for i in range(count)] for left_out in range(count + 1)]
+    for asked in (*masks, *([i == alone for i in range(count)] for alone in range(count))):
+        results = [_training_step(forward, module, x, dy, asked) for forward in (module, module._forward)]
+        for ours, expected in zip(*results, strict=True):
+            assert torch.equal(ours, expected)
+            assert ours.stride() == expected.stride()
+    assert module._kept_call is call
+    weight = module.pointwise.weight.requires_grad_()
+    assert torch.autograd.grad(module(x[:0]).sum(), weight)[0].eq(0).all()
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("out_activation", ["identity", "relu6", "silu"])
+def test_a_plain_step_can_be_differentiated_again(out_activation):
+    x, dy = torch.randn(X, dtype=torch.float64), torch.randn(2, 36, 9, 7, dtype=torch.float64)
+    module = _settled(_module(activation="gelu", out_activation=out_activation).double(), x)
+
+    def penalty(forward):
+        leaf = x.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(forward(leaf), leaf, dy, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), (leaf, module.depthwise.weight, module.pointwise.weight))
+
+    for ours, expected in zip(penalty(module), penalty(module._forward), strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.one_isa
+def test_modes_and_transforms_around_the_backward_alone_see_the_ops_they_know():
+    x = torch.randn(X)
+    module = _settled(_module(), x)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    y = module(x)
+    with Watch():
+        y.sum().backward()
+    assert "dsconv_cuda.bwd.default" in seen
+    assert not any("kept" in name for name in seen)
+
+    y = module(x.requires_grad_())
+    dys = torch.randn(3, *y.shape)
+    batched = torch.autograd.grad(y, x, dys, is_grads_batched=True, retain_graph=True)[0]
+    torch.testing.assert_close(batched[1], torch.autograd.grad(y, x, dys[1], retain_graph=True)[0])
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(dys[0], dys[1])
+        grad = torch.autograd.forward_ad.unpack_dual(torch.autograd.grad(y, x, dual)[0])
+    torch.testing.assert_close(grad.tangent, batched[1])
+
+
 @pytest.mark.one_isa
 def test_functional_call_uses_the_weights_it_is_given():
     x = torch.randn(X)
@@ -419,3 +489,12 @@ def test_the_op_refuses_memory_that_is_not_its_own():
             ops.fwd_kept(x, dw, pw, None, None, wrong, 0)
     with pytest.raises(RuntimeError, match="other sizes"):
         ops.fwd_kept(x, dw, pw[:4], None, None, memory, 0)
+    arguments = ops.keep(dw, pw, (1, 1), (1, 1, 1, 1), (1, 1), 0, 0, False)
+    assert torch.equal(
+        ops.fwd_kept(x, dw, pw, None, None, arguments, 0), ops.fwd_kept(x, dw, pw, None, None, memory, 0)
+    )
+    for wrong, what in ((x, "keep"), (arguments[:-1], "keep")):
+        with pytest.raises(RuntimeError, match=what):
+            ops.bwd_kept(torch.randn(2, 8, 9, 7), x, dw, pw, None, None, wrong, 31)
+    with pytest.raises(RuntimeError, match="other sizes"):
+        ops.bwd_kept(torch.randn(2, 4, 9, 7), x, dw, pw[:4], None, None, arguments, 31)
