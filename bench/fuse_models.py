@@ -40,16 +40,16 @@ def network(name):
 
         if name in models.list_models():
             return models.get_model(name), "torchvision"
-    except ImportError:
+    except (ImportError, RuntimeError):  # RuntimeError: a torchvision for CUDA beside a torch without
         pass
     try:
         import timm
 
         if timm.is_model(name):
             return timm.create_model(name), "timm"
-    except ImportError:
+    except (ImportError, RuntimeError):
         pass
-    return None, "not installed"
+    return None, "not installed, or not for this torch"
 
 
 def step(model, x):

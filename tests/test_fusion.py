@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import importlib
 import io
 import pickle
 import threading
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsconv_cuda
 from dsconv_cuda import _loader, explain_fusion, fuse, unfuse
+from dsconv_cuda.fusion import measure
 
 pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
 
@@ -754,6 +756,95 @@ def test_explaining_changes_nothing():
     assert [type(m) for m in model.modules()] == classes
 
 
+# ---- where it would be slower ----------------------------------------------------------------------------------------
+
+
+def timed(monkeypatch, *ratios):
+    """Has what is measured take that much longer as one operation, in turn, and checks that both ways are the same."""
+    left = list(ratios)
+
+    def compare(one_by_one, fused, device):
+        torch.testing.assert_close(fused(), one_by_one(), rtol=1e-3, atol=1e-4)
+        return 1.0, left[0], left.pop(0)
+
+    monkeypatch.setattr(measure, "compare", compare)
+    return left
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["shufflenet", "xception", "functional"])
+def test_a_chain_that_is_slower_is_left(name, training, device, monkeypatch):
+    model, x = build(name, device).train(training), image(device)
+    if training and not _loader.batch_norm_kernels_loaded(device.type):
+        pytest.skip("a chain that runs module by module is not measured")
+    timed(monkeypatch, 1.5, 0.5)
+    fused = fuse(model, example_input=x)
+    slower, taken = explain_fusion(fused)
+    assert (slower.taken, taken.taken) == (False, True)
+    mode = "in training" if training else "in evaluation"
+    assert slower.reason.startswith("slower as one operation: 1.5e+03 ms, module by module 1e+03 ms, " + mode)
+    assert "float32" in slower.reason
+    assert calls(copy.deepcopy(fused), x).fused == 1
+    assert_as_precise(model, fused, x)
+
+    for other in (fuse(fused), copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert [f.reason for f in explain_fusion(other)] == [slower.reason, taken.reason]
+    assert len(explain_fusion(unfuse(fused)).taken) == 2
+    assert len(explain_fusion(model).taken) == 2
+    timed(monkeypatch, 0.9)
+    assert len(explain_fusion(fuse(fused, example_input=x)).taken) == 2  # measured again
+
+
+def test_explaining_with_times(device, monkeypatch):
+    model, x = build("shufflenet", device).eval(), image(device)
+    timed(monkeypatch, 1.25, 0.5)
+    explanation = explain_fusion(model, example_input=x)
+    assert [(f.taken, f.gain) for f in explanation] == [(False, 0.8), (True, 2)]
+    assert "(2.00 x as fast)" in str(explanation)
+    assert len(explain_fusion(model).taken) == 2
+    timed(monkeypatch, 1.0, 1.02)  # as fast, or nearly: taken, it needs less memory
+    assert len(explain_fusion(model, example_input=x).taken) == 2
+
+
+def test_equal_chains_are_measured_once(device, monkeypatch):
+    model = nn.Sequential(*(nn.Sequential(depthwise(), nn.ReLU(), nn.Conv2d(8, 8, 1)) for _ in range(3)))
+    model.append(nn.Sequential(depthwise(stride=2), nn.ReLU(), nn.Conv2d(8, 8, 1)))
+    left = timed(monkeypatch, 2.0, 0.5)
+    explanation = explain_fusion(model.to(device).eval(), example_input=image(device))
+    assert [f.taken for f in explanation] == [False, False, False, True]
+    assert not left
+
+
+def test_measuring_changes_nothing(device, monkeypatch):
+    model, inputs = build("switched", device).train(), (image(device), torch.ones(1, device=device))
+    monkeypatch.setattr(measure, "_ROUNDS", 1)
+    before = copy.deepcopy(model.state_dict())
+    classes, random = [type(m) for m in model.modules()], torch.get_rng_state()
+    explain_fusion(model, example_input=inputs)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [type(m) for m in model.modules()] == classes
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_meta_models_and_parts_that_do_not_run_are_not_measured(monkeypatch):
+    timed(monkeypatch)
+    model = build("mobilenet_v1").to("meta").eval()
+    assert explain_fusion(model, example_input=image("meta"))[0].taken
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_measured(training, device):
+    """Nothing is known of which chains are slower here; but what fuse() does is what its explanation says."""
+    model, x = build("shufflenet", device).train(training), image(device)
+    fused = fuse(model, example_input=x)
+    taken = explain_fusion(fused).taken
+    assert len(taken) + sum(f.reason.startswith("slower as one operation") for f in explain_fusion(fused)) == 2
+    assert calls(copy.deepcopy(fused).eval(), x).fused == len(taken)
+    assert_as_precise(model, fused, x)
+
+
 # ---- other people's models -------------------------------------------------------------------------------------------
 
 # (of which library, name, depthwise convolutions, chains)
@@ -773,11 +864,14 @@ NETWORKS = [
 
 @pytest.mark.parametrize(("library", "name", "convolutions", "chains"), NETWORKS)
 def test_networks(library, name, convolutions, chains):
-    if library == "timm":
-        model = pytest.importorskip("timm", reason="timm is not installed").create_model(name, num_classes=10)
-    else:
-        models = pytest.importorskip("torchvision.models", reason="torchvision is not installed")
-        model = models.get_model(name, num_classes=10)
+    try:
+        networks = importlib.import_module("timm" if library == "timm" else "torchvision.models")
+    except ImportError:
+        pytest.skip(f"{library} is not installed")
+    except RuntimeError as error:  # a torchvision for CUDA beside a torch without
+        pytest.skip(f"{library} does not go with this torch: {error}")
+    create = networks.create_model if library == "timm" else networks.get_model
+    model = create(name, num_classes=10)
     explanation = explain_fusion(model)
     assert (len(explanation), len(explanation.taken)) == (convolutions, chains)
     model.eval()

@@ -2,6 +2,7 @@
 
 find.py     which modules make a chain, and why others do not
 chain.py    what takes their place
+measure.py  where it would be slower
 """
 
 import copy
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 from dsconv_cuda.fusion import chain as _chain
 from dsconv_cuda.fusion import find as _find
+from dsconv_cuda.fusion import measure as _measure
 from dsconv_cuda.fusion import rewrite as _rewrite
 from dsconv_cuda.fusion.find import Finding
 
 __all__ = ["Explanation", "Finding", "explain_fusion", "fuse", "unfuse"]
 
 
-def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+def fuse(model: nn.Module, *, inplace: bool = False, example_input: Tensor | tuple | None = None) -> nn.Module:
     """Makes one fused operation of every depthwise -> [BatchNorm] -> [activation] -> pointwise -> [BatchNorm] ->
     [activation] in `model`; :func:`explain_fusion` lists them.
 
@@ -28,12 +30,16 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     exchanged, or where the model moves to a device without kernels, the modules of that chain run one by one as before.
 
     What is gained is memory traffic; how much differs with layers and machine: ``python -m bench.fuse_models`` measures
-    it. No chain is left because it would be slower.
+    it. With `example_input` each chain is timed both ways where the model runs, and left where it would be slower;
+    without it all are taken.
 
     Args:
         model: is left alone unless `inplace`.
         inplace: changes `model` itself. Otherwise a copy is made that shares parameters and buffers with `model`, so
             that training one of them trains both; ``copy.deepcopy`` of the result shares nothing.
+        example_input: what `model` is called with once, a tensor or a tuple of arguments, to see the inputs of its
+            chains. Measured is what the model's mode says: in evaluation the forward without gradients, in training
+            forward and backward (`measure.py` tells how). Statistics of BatchNorm, gradients and random numbers stay.
 
     Returns:
         The fused model, of the same class.
@@ -45,8 +51,11 @@ def fuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     if not inplace:
         model = _copy_sharing_tensors(model)
     rewritten: dict[nn.Module, list] = {}
-    for finding in _find.find(model):
+    for finding in _findings(model, example_input):
         if finding.chain is None:
+            continue
+        if not finding.taken:
+            finding.chain.depthwise._fusion_slower = finding.reason
             continue
         if finding.chain.needs_rewriting:
             rewritten.setdefault(finding.chain.rewritten, []).append(finding.chain)
@@ -71,6 +80,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if "_fused_forwards" in vars(module):
             _rewrite.remove(module)
     for module in list(model.modules()):
+        vars(module).pop("_fusion_slower", None)
         if _chain.chain_of(module) is not None:
             _chain.remove(module)
     return model
@@ -92,13 +102,29 @@ class Explanation(list):
         return "\n".join([*lines, *map(str, self)])
 
 
-def explain_fusion(model: nn.Module) -> Explanation:
+def explain_fusion(model: nn.Module, *, example_input: Tensor | tuple | None = None) -> Explanation:
     """What :func:`fuse` does with each depthwise convolution of `model`: taken or left, and why.
 
-    Each :class:`Finding` has ``name`` (of the convolution in the model), ``taken``, ``reason`` and ``members``, the
-    names of the modules of its chain. `model` is not changed; it may be fused already.
+    Each :class:`Finding` has ``name`` (of the convolution in the model), ``taken``, ``reason``, ``members``, the names
+    of the modules of its chain, and with `example_input`, that of :func:`fuse`, ``gain``, the time of its modules over
+    that of the one operation. `model` is not changed; it may be fused already, and then what :func:`fuse` left because
+    it was slower is said with its times.
     """
-    return Explanation(_find.find(model))
+    return Explanation(_findings(model, example_input))
+
+
+def _findings(model: nn.Module, example_input) -> list[Finding]:
+    if example_input is None:
+        return _find.find(model)
+    findings = _find.find(model, forget_times=True)
+    verdicts = _measure.judge(model, example_input, [f.chain for f in findings if f.chain is not None])
+    for finding in findings:
+        verdict = verdicts.get(finding.chain)
+        if verdict is not None:
+            finding.gain = verdict.gain
+            if verdict.slower:
+                finding.taken, finding.reason = False, str(verdict)
+    return findings
 
 
 def _copy_sharing_tensors(model: nn.Module) -> nn.Module:

@@ -38,16 +38,19 @@ class Finding:
     reason: str
     members: tuple[str, ...] = ()  # the names of the modules of its chain
     chain: Chain | None = field(default=None, repr=False)
+    gain: float | None = None  # time of the modules over that of the one operation, where that was measured
 
     def __str__(self):
-        return f"{'taken' if self.taken else 'left '}  {self.name}: {self.reason}"
+        gain = f" ({self.gain:.2f} x as fast)" if self.gain is not None else ""
+        return f"{'taken' if self.taken else 'left '}  {self.name}: {self.reason}{gain}"
 
 
 class _No(Exception):
     """Why there is no chain."""
 
 
-def find(model: nn.Module) -> list[Finding]:
+def find(model: nn.Module, *, forget_times: bool = False) -> list[Finding]:
+    """forget_times: finds also what fuse() left because it was slower."""
     names = {module: name for name, module in model.named_modules()}
     places = {child: (parent, name, child) for parent in names for name, child in parent._modules.items() if child}
     inside_fused = {c for m in names if isinstance(m, FUSED_MODULES) for c in m.modules() if c is not m}
@@ -57,6 +60,9 @@ def find(model: nn.Module) -> list[Finding]:
     for module in candidates:
         if chain_of(module) is not None:
             findings.append(_fused_already(module, names))
+            continue
+        if "_fusion_slower" in vars(module) and not forget_times:
+            findings.append(Finding(names[module], False, vars(module)["_fusion_slower"]))
             continue
         try:
             _check_convolution(module)

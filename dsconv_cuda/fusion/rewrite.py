@@ -105,6 +105,9 @@ def check(module: nn.Module, chain: Chain) -> None:
 
 
 def install(module: nn.Module, chains: list[Chain]) -> None:
+    if "_fused_forwards" in vars(module):  # it has another forward already, for others of its chains
+        chains = [*module._fused_forwards.chains, *chains]
+        remove(module)
     for chain in chains:
         chain.depthwise._fused_chain = chain
     module._fused_forwards = forwards = Forwards(chains)
