@@ -863,7 +863,9 @@ NETWORKS = [
 
 
 @pytest.mark.parametrize(("library", "name", "convolutions", "chains"), NETWORKS)
-def test_networks(library, name, convolutions, chains):
+def test_networks(library, name, convolutions, chains, isa):
+    if "emulated" in isa:
+        pytest.skip("whole networks take minutes there")
     try:
         networks = importlib.import_module("timm" if library == "timm" else "torchvision.models")
     except ImportError:
