@@ -1,12 +1,13 @@
-"""Trains one network twice on real digits, through BatchNorm: with the fused block, and with PyTorch's own modules.
+"""Trains one network three times on real digits, through BatchNorm: with fused blocks in a chain, with fused blocks one
+by one, and with PyTorch's own modules.
 
-    python -m bench.demo [--epochs 15] [--batch-size 64] [--activation relu6] [--layout channels_last] [--threads 2]
+    python -m bench.demo [--epochs 12] [--batch-size 64] [--activation relu6] [--layout channels_last] [--threads 2]
                          [--device cpu] [--output curves.png]
 
-Both networks start from the same weights and see the same batches in the same order; their epochs alternate, so that a
-change in the machine's load meets both. Their tensors lie in channels_last, in which PyTorch's convolutions are faster
-too. As a yardstick for rounding, PyTorch trains a third one for the first epoch in the other layout. At the end stand a
-table and a picture of the loss curves.
+The networks start from the same weights and see the same batches in the same order; their epochs take turns, so that a
+change in the machine's load meets all. Their tensors lie in channels_last, in which PyTorch's convolutions are faster
+too. As a yardstick for rounding, PyTorch trains a fourth one for the first epoch in the other layout. At the end stand
+a table and a picture of the loss curves.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from dsconv_cuda import DepthwiseSeparableConvBN2d, _loader
+from dsconv_cuda import DepthwiseSeparableConvBN2d, DepthwiseSeparableSequence, _loader
 
 from .demo_report import draw, reading, table
 from .digits import load_digits
@@ -87,24 +88,27 @@ class Run:
 
 
 def make_runs(device, total_steps, activation, layout, seed):
-    """The fused network, the plain one, and the plain one in the other layout, all from the same initial weights."""
+    """The chain, the blocks, the plain network, and that in the other layout, all from the same initial weights."""
     (other_layout,) = LAYOUTS.keys() - {layout}
     torch.manual_seed(seed)
     plain = MnistNet(PlainSeparableConvBN2d, activation).to(device)
-    fused = MnistNet(DepthwiseSeparableConvBN2d, activation).to(device)
-    fused.load_state_dict(plain.state_dict())
+    blocks = MnistNet(DepthwiseSeparableConvBN2d, activation).to(device)
+    chain = MnistNet(DepthwiseSeparableConvBN2d, activation, DepthwiseSeparableSequence).to(device)
+    for network in (blocks, chain):
+        network.load_state_dict(plain.state_dict())
     return (
-        Run("dsconv_cuda", fused, total_steps, layout),
+        Run("chain", chain, total_steps, layout),
+        Run("blocks", blocks, total_steps, layout),
         Run("PyTorch", plain, total_steps, layout),
         Run(f"PyTorch {other_layout}", copy.deepcopy(plain), total_steps, other_layout),
     )
 
 
-def train(fused, plain, yardstick, digits, *, epochs, batch_size, device, seed, console):
-    """Trains the first two for all epochs and the yardstick for the first."""
+def train(runs, yardstick, digits, *, epochs, batch_size, device, seed, console):
+    """Trains the runs for all epochs and the yardstick for the first."""
     test_images, test_labels = digits.test_images.to(device), digits.test_labels.to(device)
     first_images, first_labels = (t.to(device) for t in next(digits.batches(batch_size, seed)))
-    for run in (fused, plain):
+    for run in runs:
         run.saved_bytes = saved_bytes(run.network, functools.partial(run.loss, first_images, first_labels))
     columns = (
         TextColumn("{task.description:<22}"),
@@ -115,18 +119,18 @@ def train(fused, plain, yardstick, digits, *, epochs, batch_size, device, seed, 
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=(2 * epochs + 1) * (len(digits.train_labels) // batch_size))
+        task = progress.add_task("", total=(len(runs) * epochs + 1) * (len(digits.train_labels) // batch_size))
         for epoch in range(epochs):
             batches = [(x.to(device), y.to(device)) for x, y in digits.batches(batch_size, seed + 1 + epoch)]
-            order = (fused, plain) if epoch % 2 == 0 else (plain, fused)
-            for run in order if epoch else (*order, yardstick):
+            first = epoch % len(runs)
+            for run in (*runs[first:], *runs[:first], *(() if epoch else (yardstick,))):
                 progress.update(task, description=run.name)
                 run.train_epoch(batches, functools.partial(progress.advance, task))
                 run.test(test_images, test_labels)
             summary = " | ".join(
                 f"{run.name}: loss {run.last_epoch_loss():.4f}, test {run.accuracies[-1]:.1%}, "
                 f"{run.epoch_seconds[-1]:.2f} s"
-                for run in (fused, plain)
+                for run in runs
             )
             progress.console.print(f"epoch {epoch + 1:2}/{epochs} | {summary}", highlight=False, soft_wrap=True)
 
@@ -139,16 +143,16 @@ def run_demo(*, epochs, batch_size, activation, layout, output, device, seed=0, 
     parameters = sum(p.numel() for p in runs[0].network.parameters())
     console.print(
         f"{len(digits.train_labels)} training and {len(digits.test_labels)} test digits, {parameters} parameters, "
-        f"batches of {batch_size}, {epochs} epochs of either network, {layout}, on {describe(device)}",
+        f"batches of {batch_size}, {epochs} epochs of each network, {layout}, on {describe(device)}",
         highlight=False,
         soft_wrap=True,
     )
     started = time.perf_counter()
-    train(*runs, digits, epochs=epochs, batch_size=batch_size, device=device, seed=seed, console=console)
-    fused, plain, yardstick = runs
-    draw(fused, plain, output)
+    *trained, yardstick = runs
+    train(trained, yardstick, digits, epochs=epochs, batch_size=batch_size, device=device, seed=seed, console=console)
+    draw(trained, output)
     # print, not console.print: a table must not be wrapped to the width of a terminal
-    print(f"\n{table(fused, plain, yardstick)}\n\n{reading(fused, plain, yardstick)}\n")
+    print(f"\n{table(trained, yardstick)}\n\n{reading(trained, yardstick)}\n")
     print(f"Trained in {time.perf_counter() - started:.0f} s. Loss curves: {output}")
     return runs
 
@@ -172,9 +176,10 @@ def pick_device():
 
 def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
-        prog="python -m bench.demo", description="Trains a small MobileNet on 5,000 real digits, fused and plain."
+        prog="python -m bench.demo",
+        description="Trains a small MobileNet on 5,000 real digits: in a chain of fused blocks, one by one, and plain.",
     )
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--activation", default="relu6", help="inside and after each block (default relu6)")
     parser.add_argument("--layout", choices=LAYOUTS, default="channels_last")

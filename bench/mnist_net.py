@@ -16,9 +16,10 @@ CLASSES = 10
 
 
 class MnistNet(nn.Module):
-    """`block` is DepthwiseSeparableConvBN2d or PlainSeparableConvBN2d; the parameters have the same names."""
+    """`block` is DepthwiseSeparableConvBN2d or PlainSeparableConvBN2d, `sequence` is nn.Sequential or
+    DepthwiseSeparableSequence; the parameters have the same names."""
 
-    def __init__(self, block, activation="relu6"):
+    def __init__(self, block, activation="relu6", sequence=nn.Sequential):
         super().__init__()
         self.stem = nn.Conv2d(1, STEM_CHANNELS, 3, padding=1)
         self.activation = ACTIVATIONS[activation].value
@@ -36,7 +37,7 @@ class MnistNet(nn.Module):
                 )
             )
             channels = out_channels
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks = sequence(*blocks)
         self.classifier = nn.Linear(channels, CLASSES)
         self.apply(_draw_weights)
 

@@ -179,7 +179,8 @@ enum class BetweenStages { nothing, sums, caller };
 
 namespace plan_detail {
 
-// By panels where they are tasks enough, all images of a chunk have du within the scratch, and a panel's pass over dy
+// By panels where they are tasks enough, all images of a chunk (all there are, for sums between the stages) have du
+// within the scratch, and a panel's pass over dy
 // costs less than the groups' passes over the pointwise weights: measured to be so up to some 2.5 pixels for each
 // output channel. Returns the bytes of scratch, 0 where not.
 inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, Layout x_layout, BetweenStages between) {
@@ -187,7 +188,7 @@ inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, Layout x_layout, Bet
   const MicroTile& micro = plan.micro;
   const int64_t panels = ceil_div(g.c_mid, micro.columns);
   if (g.multiplier != 1 || panels < kLeastPanels || 2 * plan.pixels > 5 * g.c_out) return 0;
-  plan.chunk_images = clamp64(kTilePixels / plan.image_pixels, 1, g.n);
+  plan.chunk_images = between == BetweenStages::sums ? g.n : clamp64(kTilePixels / plan.image_pixels, 1, g.n);
   plan.chunk_pixels = plan.chunk_images * plan.image_pixels;
   plan.chunks = ceil_div(g.n, plan.chunk_images);
   const int64_t tiles = ceil_div(plan.chunk_pixels, kTilePixels);
@@ -197,7 +198,7 @@ inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, Layout x_layout, Bet
   const int64_t panel = rows * micro.columns * plan.element;
   const int64_t turn = 2 * (micro.rows + 1) * plan.out_ld * plan.element;
   const int64_t bytes = (panel > turn ? panel : turn) + 8 * kCacheLine;
-  if (bytes > kScratchBytes || (between == BetweenStages::sums && plan.chunks > 1)) return 0;
+  if (bytes > kScratchBytes) return 0;
   plan.panels = panels;
   plan.pointwise_groups = clamp64(plan.pixels / (4 * micro.rows), 1, plan.pointwise_groups);
   return bytes;
