@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from dsconv_cuda import decompositions, second_order
+from dsconv_cuda import compiled_weights, decompositions, second_order
 from dsconv_cuda.activations import derivative_from_output
 from dsconv_cuda.ops import GRAD_BITS, IDENTITY, backward_vmap, forward_vmap, grad_mask
 from dsconv_cuda.second_order import Config
@@ -271,9 +271,11 @@ def apply(
         if torch.onnx.is_in_onnx_export():
             return decompositions.fwd(*tensors, *config.arguments())
         # Graphs hold the bare op; its gradients are registered in ops.py.
-        needs_pre = torch.is_grad_enabled() and not derivative_from_output(config.out_act)
-        if needs_pre and any(t is not None and t.requires_grad for t in tensors):
+        differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if differentiable and not derivative_from_output(config.out_act):
             return torch.ops.dsconv_cuda.fwd_with_pre(*tensors, *config.arguments(), *config.precision())[0]
+        if not differentiable and compiled_weights.pay(*tensors[:3]):
+            return torch.ops.dsconv_cuda.fwd_packed(*tensors, *config.arguments())
         return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments(), *config.precision())
     if not _derivatives_may_follow(tensors):
         with torch._C._AutoDispatchBelowAutograd():  # past the op's own gradients, which would find nothing to do

@@ -16,8 +16,9 @@ When weights count as the same, and what is noticed:
 * not noticed: such an uncounted write to a few elements of a large matrix. Write under ``torch.no_grad()`` without
   ``.data``, or call :func:`clear_weight_cache` afterwards.
 
-Nothing is kept for calls that need a gradient, under torch.func, torch.compile, autocast, a dispatch or function mode
-or a tracer, nor for subclasses of Tensor and Parameter, parametrized weights and inference tensors.
+Nothing is kept for calls that need a gradient, under torch.func, autocast, a dispatch or function mode or a tracer, nor
+for subclasses of Tensor and Parameter, parametrized weights and inference tensors. Graphs of torch.compile keep theirs
+by compiled_weights.py.
 """
 
 import weakref
@@ -25,7 +26,7 @@ import weakref
 import torch
 from torch import Tensor, nn
 
-from dsconv_cuda import _checks
+from dsconv_cuda import _checks, compiled_weights
 from dsconv_cuda.activations import activation_number
 from dsconv_cuda.autograd import KeptFunction, kept_arguments, kept_kernels, nobody_watches
 
@@ -157,10 +158,12 @@ def keep(module: nn.Module, input: Tensor) -> None:
 
 
 def clear_weight_cache() -> None:
-    """Frees the packed weights that modules keep between calls without gradient; the next call packs anew.
+    """Frees the packed weights that modules and compiled graphs keep between calls without gradient; the next call
+    packs anew.
 
     Needed after a write to a few elements of a weight that PyTorch does not count (through ``.data``, numpy or shared
     memory), and of use where the memory matters: what is kept is as large as the weights in float32.
     """
     for call in list(_calls):
         call.memory = None
+    compiled_weights.clear()

@@ -1,11 +1,16 @@
 """torch.compile and torch.export: one graph, the bare op in it, right in both directions."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from shapes import Case
+from torch._dynamo.backends.common import aot_autograd
 
 import dsconv_cuda
-from dsconv_cuda import DepthwiseSeparableConv2d, depthwise_separable_conv2d, reference
+from dsconv_cuda import DepthwiseSeparableConv2d, _loader, compiled_weights, depthwise_separable_conv2d, reference
 
 pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
 
@@ -134,3 +139,101 @@ def test_make_fx_traces_the_op(device):
     graph = make_fx(lambda *t: depthwise_separable_conv2d(*t), tracing_mode="fake")(*tensors)
     assert any("dsconv_cuda.fwd" in str(node.target) for node in graph.graph.nodes)
     torch.testing.assert_close(graph(*tensors), reference.depthwise_separable_conv2d(*tensors))
+
+
+# ---- packed weights in graphs: compiled_weights.py -------------------------------------------------------------------
+
+
+@pytest.fixture
+def packed(device, monkeypatch):
+    """A module that is compiled with packed weights, however small, and the same in eager mode."""
+    net = DepthwiseSeparableConv2d(6, 20, 3, padding=1, bias=True, activation="relu", out_activation="silu").to(device)
+    _loader.load_library()
+    if device.type != "cpu" or not compiled_weights.registered:
+        pytest.skip("these kernels keep nothing")
+    monkeypatch.setattr(compiled_weights, "LEAST_ELEMENTS", 1)
+    compiled_weights.clear()
+    return net
+
+
+class _Backend:
+    """aot_eager that remembers the ops of its graphs."""
+
+    def __init__(self):
+        self.ops = []
+
+    def __call__(self, graph, inputs):
+        def remember(graph, inputs):
+            self.ops += [str(node.target) for node in graph.graph.nodes if "dsconv_cuda" in str(node.target)]
+            return make_boxed_func(graph.forward)
+
+        return aot_autograd(fw_compiler=remember)(graph, inputs)
+
+
+@torch.no_grad()
+def test_packed_weights_of_a_graph_follow_the_weights(packed):
+    backend, x = _Backend(), torch.randn(2, 6, 9, 7)
+    compiled = torch.compile(packed, fullgraph=True, backend=backend)
+
+    def check():
+        for _ in range(3):
+            assert torch.equal(compiled(x), packed._forward(x))
+        ((_, memories),) = compiled_weights._kept.values()
+        (memory,) = memories.values()
+        return memory
+
+    memory = check()
+    assert backend.ops == ["dsconv_cuda.fwd_packed.default"]
+    packed.pointwise.weight[3, 1] += 1
+    packed.depthwise.bias.fill_(0.3)
+    assert check() is memory
+    packed.pointwise.weight.data *= 2
+    check()
+    packed.load_state_dict({name: torch.randn_like(t) for name, t in packed.state_dict().items()})
+    check()
+    packed.pointwise.weight.data = torch.randn_like(packed.pointwise.weight)
+    check()
+    dsconv_cuda.clear_weight_cache()
+    assert check() is not memory
+
+
+def test_packed_weights_of_a_graph_go_with_the_weights(packed):
+    x = torch.randn(2, 6, 9, 7)
+    with torch.no_grad():
+        torch.compile(packed, backend="aot_eager")(x)
+        assert len(compiled_weights._kept) == 1
+        memory = weakref.ref(packed.pointwise.weight)
+        packed.pointwise.weight = torch.nn.Parameter(torch.randn_like(packed.pointwise.weight))
+        torch._dynamo.reset()
+        gc.collect()
+        assert memory() is None
+        assert not compiled_weights._kept
+
+
+def test_where_graphs_keep_nothing(packed):
+    x = torch.randn(2, 6, 9, 7)
+    backend = _Backend()
+    y = torch.compile(packed, fullgraph=True, backend=backend)(x)
+    y.sum().backward()
+    assert not any("packed" in name for name in backend.ops)
+    with torch.no_grad():
+        for strict in (False, True):
+            program = torch.export.export(packed.eval(), (x,), strict=strict)
+            assert not any("packed" in str(node.target) for node in program.graph.nodes)
+    with torch.inference_mode():
+        weights = [torch.nn.Parameter(torch.randn_like(p)) for p in packed.parameters()]
+        dw, db, pw, pb = weights
+        arguments = ([1, 1], [1, 1, 1, 1], [1, 1], 1, 0)
+        y = torch.ops.dsconv_cuda.fwd_packed(x, dw, pw, db, pb, *arguments)
+        assert torch.equal(y, torch.ops.dsconv_cuda.fwd(x, dw, pw, db, pb, *arguments))
+    assert not compiled_weights._kept
+
+
+@torch.no_grad()
+def test_the_op_of_packed_weights_under_vmap_and_opcheck(packed):
+    x, arguments = torch.randn(3, 2, 6, 9, 7), ([1, 1], [1, 1, 1, 1], [1, 1], 1, 0)
+    dw, db, pw, pb = (p.detach() for p in packed.parameters())
+    op = torch.ops.dsconv_cuda.fwd_packed
+    batched = torch.func.vmap(lambda x: op(x, dw, pw, db, pb, *arguments))(x)
+    assert torch.equal(batched[1], op(x[1], dw, pw, db, pb, *arguments))
+    torch.library.opcheck(op.default, (x[0], dw, pw, db, pb, *arguments))
