@@ -35,7 +35,7 @@ inline bool same_key(const KeptKey& a, const KeptKey& b) { return std::memcmp(&a
 struct alignas(kCacheLine) KeptHeader {
   uint64_t magic;
   CallArguments arguments;     // of the module
-  int64_t weight_sizes[4];     // c_mid, kernel_h, kernel_w, c_out that these arguments go with
+  int64_t weight_sizes[5];     // c_mid, kernel_d, kernel_h, kernel_w, c_out that these arguments go with
   int64_t capacity;            // bytes behind the header
   KeptKey key;                 // of what lies there
   std::atomic<int32_t> users;  // calls that read; -1 while one writes
@@ -106,7 +106,7 @@ inline uint64_t fingerprint(const ForwardParams& p, int64_t element) {
   const Geometry& g = p.geom;
   LineSums sums;
   sums.add_matrix(p.pw_weight, g.c_out, g.c_mid * element);
-  sums.add_matrix(p.dw_weight, g.c_mid, g.kernel_h * g.kernel_w * element);
+  sums.add_matrix(p.dw_weight, g.c_mid, g.kernel_d * g.kernel_h * g.kernel_w * element);
   sums.add_matrix(p.dw_bias, 1, g.c_mid * element);
   sums.add_matrix(p.pw_bias, 1, g.c_out * element);
   return sums.total();

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -51,14 +52,15 @@ inline Activation activation_of(const char* op, const char* arg, int64_t value) 
   return static_cast<Activation>(value);
 }
 
-// What PyTorch calls suggest_memory_format() == channels_last: walking c, w, h, n, strides never decrease, and an
-// ambiguous one-element shape counts as contiguous.
+// What PyTorch calls suggest_memory_format() == channels_last, or channels_last_3d: walking c, w, h, d, n, strides
+// never decrease, and an ambiguous one-element shape counts as contiguous.
 inline bool suggests_channels_last(const Tensor& t) {
-  if (t.dim() != 4) return false;
-  const int order[4] = {1, 3, 2, 0};
+  const int64_t dims = t.dim();
+  if (dims != 4 && dims != 5) return false;
   int64_t min_stride = 0;
   if (t.stride(1) == 0) return false;
-  for (const int d : order) {
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t d = i == 0 ? 1 : (i + 1 == dims ? 0 : dims - i);
     if (t.size(d) == 0 || t.stride(d) < min_stride) return false;
     if (d == 0 && min_stride == t.stride(1)) return false;
     min_stride = t.stride(d) * (t.size(d) > 1 ? t.size(d) : 1);
@@ -66,11 +68,15 @@ inline bool suggests_channels_last(const Tensor& t) {
   return true;
 }
 
-inline Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2), t.stride(3)}; }
+inline Strides strides_of(const Tensor& t) {
+  const int64_t dims = t.dim();
+  return {t.stride(0), t.stride(1), t.stride(dims - 2), t.stride(dims - 1), dims == 5 ? t.stride(2) : 0};
+}
 
 // True, and `layout` set, where a kernel can walk the tensor as it lies.
 inline bool walkable(const Tensor& t, Layout& layout) {
-  const bool unit_c = t.stride(1) == 1, unit_w = t.stride(3) == 1 || t.size(3) == 1;
+  const int64_t w = t.dim() - 1;
+  const bool unit_c = t.stride(1) == 1, unit_w = t.stride(w) == 1 || t.size(w) == 1;
   if (unit_c && t.size(1) > 1) {
     layout = Layout::nhwc;
     return true;
@@ -83,8 +89,8 @@ inline bool walkable(const Tensor& t, Layout& layout) {
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 inline Tensor contiguous_copy(const Tensor& t) {
-  return torch::stable::contiguous(t,
-                                   suggests_channels_last(t) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const MemoryFormat channels_last = t.dim() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
+  return torch::stable::contiguous(t, suggests_channels_last(t) ? channels_last : MemoryFormat::Contiguous);
 }
 
 // Keeps the tensor as it is where a kernel can walk it (any strides with unit stride along c or w, including slices and
@@ -116,16 +122,26 @@ inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* siz
 
 constexpr int64_t at_least_1(int64_t extent) { return extent > 1 ? extent : 1; }
 
-inline Tensor empty_4d(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
-  const int64_t size[4] = {n, c, h, w};
-  const int64_t pixel = channels_last ? at_least_1(c) : 1, row = pixel * at_least_1(w), plane = row * at_least_1(h);
-  const int64_t stride[4] = {channels_last ? plane : plane * at_least_1(c), channels_last ? 1 : plane, row, pixel};
-  return empty_strided(like, 4, size, stride);
+// [n, c, d, h, w], or [n, c, h, w] where `like` has four dimensions.
+inline Tensor empty_images(const Tensor& like, int64_t n, int64_t c, int64_t d, int64_t h, int64_t w,
+                           bool channels_last) {
+  const int64_t pixel = channels_last ? at_least_1(c) : 1, row = pixel * at_least_1(w), slice = row * at_least_1(h);
+  const int64_t image = slice * at_least_1(d);
+  const int64_t size[5] = {n, c, d, h, w};
+  const int64_t stride[5] = {channels_last ? image : image * at_least_1(c), channels_last ? 1 : image, slice, row,
+                             pixel};
+  if (like.dim() == 5) return empty_strided(like, 5, size, stride);
+  const int64_t flat_size[4] = {n, c, h, w}, flat_stride[4] = {stride[0], stride[1], row, pixel};
+  return empty_strided(like, 4, flat_size, flat_stride);
 }
 
-// Of up to four dimensions.
+inline Tensor empty_4d(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
+  return empty_images(like, n, c, 1, h, w, channels_last);
+}
+
+// Of up to five dimensions.
 inline Tensor empty_contiguous(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size) {
-  int64_t stride[4] = {1, 1, 1, 1};
+  int64_t stride[5] = {1, 1, 1, 1, 1};
   const int64_t dims = static_cast<int64_t>(size.size());
   for (int64_t d = dims - 2; d >= 0; --d) stride[d] = stride[d + 1] * at_least_1(size[d + 1]);
   return empty_strided(like, dims, size.data(), stride);
@@ -144,29 +160,35 @@ inline void check_bias(const char* op, const char* arg, const std::optional<Tens
 
 inline CallArguments arguments_of(const char* op, const std::vector<int64_t>& stride,
                                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                  int64_t act, int64_t out_act) {
-  STD_TORCH_CHECK(stride.size() == 2 && padding.size() == 4 && dilation.size() == 2, op,
-                  ": stride and dilation take 2 numbers, padding 4 (top, left, bottom, right)");
-  return {{stride[0], stride[1]},
-          {padding[0], padding[1], padding[2], padding[3]},
-          {dilation[0], dilation[1]},
-          act,
-          out_act};
+                                  int64_t act, int64_t out_act, int64_t most_dims = 2) {
+  const size_t dims = stride.size();
+  STD_TORCH_CHECK(
+      (dims == 2 || static_cast<int64_t>(dims) == most_dims) && padding.size() == 2 * dims && dilation.size() == dims,
+      op, ": stride and dilation take 2 numbers, padding 4 (top, left, bottom, right)",
+      most_dims == 3 ? "; in 3-D 3, and 6 (front, top, left, back, bottom, right)" : "");
+  CallArguments arguments = call_arguments(static_cast<int64_t>(dims), stride.data(), padding.data(), dilation.data());
+  arguments.act = act;
+  arguments.out_act = out_act;
+  return arguments;
 }
 
 inline Geometry geometry_of(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                             const CallArguments& arguments) {
-  STD_TORCH_CHECK(x.dim() == 4, op, ": input must have 4 dimensions, got ", x.dim());
-  STD_TORCH_CHECK(dw_weight.dim() == 4 && dw_weight.size(1) == 1, op, ": dw_weight must have shape [C * m, 1, kh, kw]");
-  STD_TORCH_CHECK(pw_weight.dim() == 2 || (pw_weight.dim() == 4 && pw_weight.size(2) == 1 && pw_weight.size(3) == 1),
-                  op, ": pw_weight must have shape [C_out, C * m, 1, 1] or [C_out, C * m]");
+  const int64_t dims = arguments.dims + 2;
+  const bool flat = dims == 4;
+  STD_TORCH_CHECK(x.dim() == dims, op, ": input must have ", dims, " dimensions, got ", x.dim());
+  STD_TORCH_CHECK(dw_weight.dim() == dims && dw_weight.size(1) == 1, op, ": dw_weight must have shape [C * m, 1, ",
+                  flat ? "" : "kd, ", "kh, kw]");
+  bool pointwise = pw_weight.dim() == 2 || pw_weight.dim() == dims;
+  for (int64_t d = 2; d < pw_weight.dim(); ++d) pointwise = pointwise && pw_weight.size(d) == 1;
+  STD_TORCH_CHECK(pointwise, op, ": pw_weight must have shape [C_out, C * m", flat ? "" : ", 1",
+                  ", 1, 1] or [C_out, C * m]");
   check_operand(op, "dw_weight", dw_weight, x);
   check_operand(op, "pw_weight", pw_weight, x);
   STD_TORCH_CHECK(pw_weight.size(1) == dw_weight.size(0), op, ": pw_weight must have ", dw_weight.size(0),
                   " input channels, got ", pw_weight.size(1));
   try {
-    return geometry_of_sizes(x.sizes().data(), dw_weight.sizes().data(), pw_weight.size(0), arguments.stride,
-                             arguments.padding, arguments.dilation);
+    return geometry_of_sizes(x.sizes().data(), dw_weight.sizes().data(), pw_weight.size(0), arguments);
   } catch (const std::invalid_argument& error) {
     STD_TORCH_CHECK(false, op, ": ", error.what());
     throw;
@@ -214,8 +236,8 @@ inline ForwardCall prepare_forward(const char* op, const Tensor& x, const Tensor
 
   const bool channels_last =
       suggests_channels_last(x) || suggests_channels_last(dw_weight) || suggests_channels_last(pw_weight);
-  call.y = empty_4d(x, g.n, g.c_out, g.h_out, g.w_out, channels_last);
-  if (want_pre) call.pre = empty_4d(x, g.n, g.c_out, g.h_out, g.w_out, channels_last);
+  call.y = empty_images(x, g.n, g.c_out, g.d_out, g.h_out, g.w_out, channels_last);
+  if (want_pre) call.pre = empty_images(x, g.n, g.c_out, g.d_out, g.h_out, g.w_out, channels_last);
   walkable(*call.y, p.y_layout);
   p.y = call.y->mutable_data_ptr();
   p.y_strides = walk_strides(*call.y, p.y_layout);
@@ -247,7 +269,7 @@ inline void allocate_grads(BackwardCall& call, const Tensor& x, const Tensor& dw
   allocate(kGradDwBias, {c_mid, 1}, call.grad_dw_bias, p.grad_dw_bias);
   allocate(kGradPwBias, {c_out, 1}, call.grad_pw_bias, p.grad_pw_bias);
   if ((grad_mask & kGradX) != 0) {
-    call.grad_x = empty_4d(x, g.n, g.c_in, g.h_in, g.w_in, suggests_channels_last(x));
+    call.grad_x = empty_images(x, g.n, g.c_in, g.d_in, g.h_in, g.w_in, suggests_channels_last(x));
     walkable(call.grad_x, p.grad_x_layout);
     p.grad_x = call.grad_x.mutable_data_ptr();
     p.grad_x_strides = walk_strides(call.grad_x, p.grad_x_layout);
@@ -267,9 +289,11 @@ inline BackwardCall prepare_backward(const char* op, const Tensor& dy, const Ten
   const Geometry& g = p.geom;
   const auto check_output_shaped = [&](const char* arg, const Tensor& t) {
     check_operand(op, arg, t, x);
-    STD_TORCH_CHECK(
-        t.dim() == 4 && t.size(0) == g.n && t.size(1) == g.c_out && t.size(2) == g.h_out && t.size(3) == g.w_out, op,
-        ": ", arg, " must have the shape of the output, [", g.n, ", ", g.c_out, ", ", g.h_out, ", ", g.w_out, "]");
+    const int64_t h = arguments.dims, w = h + 1;
+    STD_TORCH_CHECK(t.dim() == x.dim() && t.size(0) == g.n && t.size(1) == g.c_out &&
+                        (h == 2 || t.size(2) == g.d_out) && t.size(h) == g.h_out && t.size(w) == g.w_out,
+                    op, ": ", arg, " must have the shape of the output, [", g.n, ", ", g.c_out, ", ",
+                    h == 3 ? std::to_string(g.d_out) + ", " : "", g.h_out, ", ", g.w_out, "]");
   };
   check_output_shaped("grad_output", dy);
   call.dy = walkable_or_copy(dy, p.dy_layout);

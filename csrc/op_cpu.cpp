@@ -14,6 +14,8 @@
 namespace dsconv {
 namespace {
 
+constexpr int64_t kMostDims = 3;
+
 KeptKey key_of(const ForwardParams& p, const CpuPlan& plan, const DTypeKernels& kernels, int64_t version) {
   const Geometry& g = p.geom;
   return {&kernels,       g.c_in,      g.c_mid,          g.c_out,          plan.taps,
@@ -97,7 +99,7 @@ void run_backward(const char* op, const BackwardParams& p) {
   workspace.reserve(&ctx.bias_partial, plan.pointwise_groups * (2 * plan.out_columns + plan.mid_columns));
   if (need_da) workspace.reserve(&ctx.packed.pw_backward, plan.mid_columns * g.c_out);
   if (need_du) workspace.reserve(&ctx.du, plan.pixels * ceil_div(g.c_mid, plan.du_width) * plan.du_width);
-  const int64_t x_pixels = g.n * g.h_in * g.w_in;
+  const int64_t x_pixels = g.n * g.d_in * g.h_in * g.w_in;
   if (p.x_layout == Layout::nchw) workspace.reserve(&ctx.x_turned, x_pixels * plan.x_ld);
   if (p.grad_pw_weight != nullptr) {
     workspace.reserve(&ctx.pw_partial, plan.pointwise_groups * g.c_out * plan.mid_columns);
@@ -120,7 +122,7 @@ void run_backward(const char* op, const BackwardParams& p) {
   if (p.grad_pw_bias != nullptr || p.grad_dw_bias != nullptr) kernels.reduce_biases(ctx);
 
   if (p.grad_x != nullptr) {
-    for_each_task(g.n * ceil_div(g.h_in, plan.grad_rows),
+    for_each_task(g.n * g.d_in * ceil_div(g.h_in, plan.grad_rows),
                   [&](int64_t task) { kernels.backward_x(ctx, task, thread_scratch(plan.scratch_bytes)); });
   }
   if (p.grad_dw_weight != nullptr) {
@@ -142,7 +144,7 @@ ForwardCall forward(const char* op, const Tensor& x, const Tensor& dw_weight, co
                     const Bias& dw_bias, const Bias& pw_bias, const Ints& stride, const Ints& padding,
                     const Ints& dilation, int64_t act, int64_t out_act, bool want_pre) {
   ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
-                                     arguments_of(op, stride, padding, dilation, act, out_act), want_pre);
+                                     arguments_of(op, stride, padding, dilation, act, out_act, kMostDims), want_pre);
   if (call.y->numel() > 0) run_forward(op, call.params, nullptr, 0);
   return call;
 }
@@ -158,12 +160,15 @@ Tensor fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_b
 Tensor keep(Tensor dw_weight, Tensor pw_weight, Ints stride, Ints padding, Ints dilation, int64_t act, int64_t out_act,
             bool room) {
   constexpr const char* op = "dsconv_cuda::keep";
-  STD_TORCH_CHECK(dw_weight.dim() == 4 && pw_weight.dim() >= 2, op, ": dw_weight or pw_weight has a wrong shape");
-  const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, out_act);
+  const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, out_act, kMostDims);
+  STD_TORCH_CHECK(dw_weight.dim() == arguments.dims + 2 && pw_weight.dim() >= 2, op,
+                  ": dw_weight or pw_weight has a wrong shape");
+  int64_t kernel[3];
+  with_depth(dw_weight.sizes().data() + 2, arguments.dims, 1, kernel);
   // Room for the panels of every instruction set: their widths divide this one.
   constexpr int64_t kWidest = 64;
   const int64_t c_mid = dw_weight.size(0), mid = round_up(c_mid, kWidest), out = round_up(pw_weight.size(0), kWidest);
-  const int64_t elements = (dw_weight.size(2) * dw_weight.size(3) + 1) * mid + out * (c_mid + 1);
+  const int64_t elements = (kernel[0] * kernel[1] * kernel[2] + 1) * mid + out * (c_mid + 1);
   const int64_t capacity = room ? elements * element_bytes(dtype_of(op, dw_weight)) + 4 * kCacheLine : 0;
   const int64_t size[1] = {static_cast<int64_t>(sizeof(KeptHeader)) + capacity + kCacheLine}, unit[1] = {1};
   AtenTensorHandle handle = nullptr;
@@ -173,8 +178,8 @@ Tensor keep(Tensor dw_weight, Tensor pw_weight, Ints stride, Ints padding, Ints 
   auto* header = new (first_line(memory.mutable_data_ptr())) KeptHeader{};
   header->magic = kKeptMagic;
   header->arguments = arguments;
-  const int64_t sizes[4] = {c_mid, dw_weight.size(2), dw_weight.size(3), pw_weight.size(0)};
-  std::copy(sizes, sizes + 4, header->weight_sizes);
+  const int64_t sizes[5] = {c_mid, kernel[0], kernel[1], kernel[2], pw_weight.size(0)};
+  std::copy(sizes, sizes + 5, header->weight_sizes);
   header->capacity = capacity;
   return memory;
 }
@@ -191,8 +196,9 @@ KeptHeader* kept_of(const char* op, const Tensor& memory) {
 
 void check_kept_sizes(const char* op, const KeptHeader& header, const Geometry& g) {
   const int64_t* sizes = header.weight_sizes;
-  STD_TORCH_CHECK(g.c_mid == sizes[0] && g.kernel_h == sizes[1] && g.kernel_w == sizes[2] && g.c_out == sizes[3], op,
-                  ": kept was made for weights of other sizes");
+  STD_TORCH_CHECK(g.c_mid == sizes[0] && g.kernel_d == sizes[1] && g.kernel_h == sizes[2] && g.kernel_w == sizes[3] &&
+                      g.c_out == sizes[4],
+                  op, ": kept was made for weights of other sizes");
 }
 
 ForwardCall forward_kept(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
@@ -235,8 +241,9 @@ BackwardResult backward(const char* op, BackwardCall call) {
 BackwardResult bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved, Ints stride,
                    Ints padding, Ints dilation, int64_t act, int64_t out_act, int64_t grad_mask, bool /*tf32*/) {
   constexpr const char* op = "dsconv_cuda::bwd";
-  return backward(op, prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
-                                       arguments_of(op, stride, padding, dilation, act, out_act), grad_mask));
+  return backward(op,
+                  prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
+                                   arguments_of(op, stride, padding, dilation, act, out_act, kMostDims), grad_mask));
 }
 
 BackwardResult bwd_kept(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved, Tensor kept,

@@ -44,11 +44,13 @@ enum class Layout : int32_t {
 
 struct Strides {
   int64_t n, c, h, w;
+  int64_t d;  // of 3-D convolutions, from one slice of an image to the next
 };
 
-// The ops' arguments that are no tensors. padding is (top, left, bottom, right).
+// The ops' arguments that are no tensors, along depth, height and width. padding is (front, top, left, back, bottom,
+// right). dims: 2 or 3; in 2-D what concerns the depth is one, and padding zero.
 struct CallArguments {
-  int64_t stride[2], padding[4], dilation[2], act, out_act;
+  int64_t dims, stride[3], padding[6], dilation[3], act, out_act;
 };
 
 struct Geometry {
@@ -63,7 +65,12 @@ struct Geometry {
   int64_t stride_h, stride_w;
   int64_t pad_top, pad_left;  // bottom and right follow from h_out and w_out
   int64_t dilation_h, dilation_w;
+  // 3-D: an image is d_in slices of h_in x w_in. All one, and pad_front zero, in 2-D.
+  int64_t d_in, d_out, kernel_d, stride_d, pad_front, dilation_d;
 };
+
+// Whether an image has slices, before or after the convolution.
+constexpr bool has_depth(const Geometry& g) { return g.d_in > 1 || g.d_out > 1; }
 
 struct ForwardParams {
   Geometry geom;
@@ -71,15 +78,15 @@ struct ForwardParams {
   Activation act, out_act;
   bool tf32;  // f32 products of the pointwise stage may round their operands to TF32; the CPU never does
 
-  const void* x;  // [n, c_in, h_in, w_in], x_strides
+  const void* x;  // [n, c_in, d_in, h_in, w_in], x_strides
   Strides x_strides;
   Layout x_layout;
-  const void* dw_weight;  // [c_mid, kernel_h, kernel_w], contiguous
+  const void* dw_weight;  // [c_mid, kernel_d, kernel_h, kernel_w], contiguous
   const void* dw_bias;    // [c_mid] or null
   const void* pw_weight;  // [c_out, c_mid], contiguous
   const void* pw_bias;    // [c_out] or null
 
-  void* y;  // [n, c_out, h_out, w_out], y_strides, dense
+  void* y;  // [n, c_out, d_out, h_out, w_out], y_strides, dense
   Strides y_strides;
   Layout y_layout;
   void* pre;  // y before out_act, strides of y; null where it is not asked for
@@ -99,17 +106,17 @@ struct BackwardParams {
   const void* dw_bias;
   const void* pw_weight;
 
-  const void* dy;  // [n, c_out, h_out, w_out], dy_strides
+  const void* dy;  // [n, c_out, d_out, h_out, w_out], dy_strides
   Strides dy_strides;
   Layout dy_layout;
   const void* saved;  // y where derivative_from_output(out_act), else pre; null for out_act == identity
   Strides saved_strides;
   Layout saved_layout;
 
-  void* grad_x;  // [n, c_in, h_in, w_in], grad_x_strides, dense
+  void* grad_x;  // [n, c_in, d_in, h_in, w_in], grad_x_strides, dense
   Strides grad_x_strides;
   Layout grad_x_layout;
-  void* grad_dw_weight;  // [c_mid, kernel_h, kernel_w], contiguous
+  void* grad_dw_weight;  // [c_mid, kernel_d, kernel_h, kernel_w], contiguous
   void* grad_pw_weight;  // [c_out, c_mid], contiguous
   void* grad_dw_bias;    // [c_mid]
   void* grad_pw_bias;    // [c_out]

@@ -17,8 +17,8 @@ namespace dsconv {
 using PlanNumbers = std::map<std::string, int64_t>;
 
 struct PlanQuery {
-  std::vector<int64_t> input;      // n, c_in, h_in, w_in
-  std::vector<int64_t> dw_weight;  // c_mid, 1, kernel_h, kernel_w
+  std::vector<int64_t> input;      // n, c_in, [d_in,] h_in, w_in
+  std::vector<int64_t> dw_weight;  // c_mid, 1, [kernel_d,] kernel_h, kernel_w
   int64_t c_out;
   std::vector<int64_t> stride, padding, dilation;  // as the ops take them
   std::string dtype;                               // float32, float64, float16 or bfloat16
@@ -54,13 +54,15 @@ inline DType dtype_of(const PlanQuery& query) {
 inline Layout layout_of(const PlanQuery& query) { return query.channels_last ? Layout::nhwc : Layout::nchw; }
 
 inline Geometry geometry_of(const PlanQuery& q) {
-  if (q.input.size() != 4 || q.dw_weight.size() != 4 || q.stride.size() != 2 || q.padding.size() != 4 ||
-      q.dilation.size() != 2) {
-    throw_invalid("input and dw_weight take 4 sizes, stride and dilation 2 numbers, padding 4");
+  const size_t dims = q.stride.size();
+  if ((dims != 2 && dims != 3) || q.input.size() != dims + 2 || q.dw_weight.size() != dims + 2 ||
+      q.padding.size() != 2 * dims || q.dilation.size() != dims) {
+    throw_invalid("input and dw_weight take 4 sizes, stride and dilation 2 numbers, padding 4; in 3-D 5, 3 and 6");
   }
   if (q.input[0] < 1 || q.c_out < 1) throw_invalid("the number of images and c_out must be positive");
-  return geometry_of_sizes(q.input.data(), q.dw_weight.data(), q.c_out, q.stride.data(), q.padding.data(),
-                           q.dilation.data());
+  return geometry_of_sizes(
+      q.input.data(), q.dw_weight.data(), q.c_out,
+      call_arguments(static_cast<int64_t>(dims), q.stride.data(), q.padding.data(), q.dilation.data()));
 }
 
 }  // namespace dsconv

@@ -1,7 +1,7 @@
 """Fused depthwise separable convolutions for PyTorch, on the CPU and on CUDA.
 
-    depthwise_separable_conv2d      the function, and ...conv1d
-    DepthwiseSeparableConv2d        the module, also as DepthwiseSeparableConv, and ...Conv1d
+    depthwise_separable_conv2d      the function, and ...conv1d, ...conv3d
+    DepthwiseSeparableConv2d        the module, also as DepthwiseSeparableConv, and ...Conv1d, ...Conv3d
     DepthwiseSeparableConvBN2d      the block with a BatchNorm after either part, trained as one;
                                     depthwise_separable_conv_bn2d and BatchNormArguments are its function
     DepthwiseSeparableSequence      a sequence of such blocks that keeps one tensor a block for backward
@@ -23,10 +23,19 @@ from dsconv_cuda import complexity, models
 from dsconv_cuda.batchnorm import BatchNormArguments, depthwise_separable_conv_bn2d
 from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN2d
 from dsconv_cuda.decompositions import decomposition_table
-from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separable_conv2d
+from dsconv_cuda.functional import (
+    depthwise_separable_conv1d,
+    depthwise_separable_conv2d,
+    depthwise_separable_conv3d,
+)
 from dsconv_cuda.fusion import explain_fusion, fuse, unfuse
 from dsconv_cuda.kept_weights import clear_weight_cache
-from dsconv_cuda.modules import DepthwiseSeparableConv, DepthwiseSeparableConv1d, DepthwiseSeparableConv2d
+from dsconv_cuda.modules import (
+    DepthwiseSeparableConv,
+    DepthwiseSeparableConv1d,
+    DepthwiseSeparableConv2d,
+    DepthwiseSeparableConv3d,
+)
 from dsconv_cuda.sequence import DepthwiseSeparableSequence
 
 __version__ = "0.1.0"
@@ -36,6 +45,7 @@ __all__ = [
     "DepthwiseSeparableConv",
     "DepthwiseSeparableConv1d",
     "DepthwiseSeparableConv2d",
+    "DepthwiseSeparableConv3d",
     "DepthwiseSeparableConvBN2d",
     "DepthwiseSeparableSequence",
     "Gpu",
@@ -45,6 +55,7 @@ __all__ = [
     "decomposition_table",
     "depthwise_separable_conv1d",
     "depthwise_separable_conv2d",
+    "depthwise_separable_conv3d",
     "depthwise_separable_conv_bn2d",
     "explain_fusion",
     "fuse",

@@ -11,13 +11,16 @@ from torch import Tensor
 
 ARGUMENTS = ("input", "dw_weight", "pw_weight", "dw_bias", "pw_bias")
 _FIRST_BIAS = 3
-_AXES = ("height", "width")
+_AXES = ("depth", "height", "width")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DEVICES = ("cpu", "cuda", "meta")
 _MAX_EXTENT = 2**61  # csrc/op_args.h: a quarter of what 64 bits hold
 
 
-def _integer(op: str, argument: str, value) -> int:
+_NUMBERS = {1: "an int", 2: "an int or a pair of ints", 3: "an int or three ints"}
+
+
+def _integer(op: str, argument: str, value, dims: int = 2) -> int:
     if isinstance(value, torch.SymInt):
         return value
     try:
@@ -25,41 +28,39 @@ def _integer(op: str, argument: str, value) -> int:
             raise TypeError
         return operator.index(value)
     except TypeError:
-        raise TypeError(
-            f"{op}: {argument} must be an int or a pair of ints, got {value!r} ({type(value).__name__})"
-        ) from None
+        raise TypeError(f"{op}: {argument} must be {_NUMBERS[dims]}, got {value!r} ({type(value).__name__})") from None
 
 
-def pair(op: str, argument: str, value, least: int) -> tuple[int, int]:
-    """`value`, an int or a sequence of one or two, as (vertical, horizontal), each at least `least`."""
+def per_axis(op: str, argument: str, value, least: int, dims: int = 2) -> tuple[int, ...]:
+    """`value`, an int or a sequence of one or `dims`, as one number for each axis, each at least `least`."""
     if type(value) is int:
-        result = (value, value)
+        result = (value,) * dims
     elif isinstance(value, (tuple, list, torch.Size)):
-        if len(value) not in (1, 2):
-            raise ValueError(f"{op}: {argument} must be an int or a pair of ints, got {len(value)} numbers: {value!r}")
-        result = (_integer(op, argument, value[0]), _integer(op, argument, value[-1]))
+        if len(value) not in (1, dims):
+            raise ValueError(f"{op}: {argument} must be {_NUMBERS[dims]}, got {len(value)} numbers: {value!r}")
+        result = tuple([_integer(op, argument, v, dims) for v in value]) * (dims // len(value))
     else:
-        number = _integer(op, argument, value)
-        result = (number, number)
-    if result[0] < least or result[1] < least:
-        raise ValueError(f"{op}: {argument} must be at least {least}, got {value!r}")
+        result = (_integer(op, argument, value, dims),) * dims
+    for number in result:
+        if number < least:
+            raise ValueError(f"{op}: {argument} must be at least {least}, got {value!r}")
     return result
 
 
-def padding(op: str, value, kernel: tuple[int, int], stride, dilation) -> tuple[int, int, int, int]:
-    """`value`, an int, a pair, "same" or "valid", as (top, left, bottom, right)."""
+def padding(op: str, value, kernel: tuple[int, ...], stride, dilation) -> tuple[int, ...]:
+    """`value`, an int, one for each axis, "same" or "valid", as (top, left, bottom, right), in 3-D with front and back."""
+    dims = len(stride)
     if isinstance(value, str):
         if value == "valid":
-            return (0, 0, 0, 0)
+            return (0,) * (2 * dims)
         if value != "same":
-            raise ValueError(f'{op}: padding must be an int, a pair of ints, "same" or "valid", got {value!r}')
-        if stride[0] != 1 or stride[1] != 1:
+            raise ValueError(f'{op}: padding must be {_NUMBERS[dims]}, "same" or "valid", got {value!r}')
+        if any(step != 1 for step in stride):
             raise ValueError(f'{op}: padding "same" takes stride 1 only, as in PyTorch, got stride {tuple(stride)}')
-        total_h, total_w = dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1)
-        # What does not divide evenly goes to the bottom and to the right, as in PyTorch.
-        return (total_h // 2, total_w // 2, total_h - total_h // 2, total_w - total_w // 2)
-    vertical, horizontal = pair(op, "padding", value, 0)
-    return (vertical, horizontal, vertical, horizontal)
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        # What does not divide evenly goes to the back, the bottom and the right, as in PyTorch.
+        return (*[total // 2 for total in totals], *[total - total // 2 for total in totals])
+    return per_axis(op, "padding", value, 0, dims) * 2
 
 
 def single(op: str, argument: str, value, least: int = 1) -> int:
@@ -68,7 +69,7 @@ def single(op: str, argument: str, value, least: int = 1) -> int:
         if len(value) != 1:
             raise ValueError(f"{op}: {argument} must be an int, got {len(value)} numbers: {value!r}")
         value = value[0]
-    return pair(op, argument, value, least)[0]
+    return per_axis(op, argument, value, least)[0]
 
 
 def padding_1d(op: str, value, kernel: int, stride: int, dilation: int) -> tuple[int, int, int, int]:
@@ -134,6 +135,13 @@ def check_operands(op: str, tensors: tuple) -> None:
         raise RuntimeError(f"{op}: input must be on a CPU or a CUDA device, got {device}; move it with .to()")
 
 
+def raise_for_cuda_3d(op: str, device: torch.device) -> None:
+    raise RuntimeError(
+        f"{op}: input must be on a CPU, got {device}: 3-D convolutions have no CUDA kernels; move the tensors with "
+        f".cpu(), or call torch.nn.functional.conv3d twice"
+    )
+
+
 def raise_for_no_cuda(op: str, device: torch.device) -> None:
     raise RuntimeError(
         f"{op}: input is on {device}, but the loaded library was built without CUDA kernels; build it again "
@@ -142,26 +150,32 @@ def raise_for_no_cuda(op: str, device: torch.device) -> None:
     )
 
 
-def check_shapes(op: str, tensors: tuple) -> tuple[torch.Size, torch.Size, torch.Size]:
+_SHAPES = {2: ("H, W", "kh, kw", "1, 1", "1 x 1"), 3: ("D, H, W", "kd, kh, kw", "1, 1, 1", "1 x 1 x 1")}
+
+
+def check_shapes(op: str, tensors: tuple, dims: int = 2) -> tuple[torch.Size, torch.Size, torch.Size]:
     """That the shapes fit one another. Returns those of input, dw_weight and pw_weight."""
     x, dw, pw = tensors[0].shape, tensors[1].shape, tensors[2].shape
-    if len(x) not in (3, 4):
-        raise ValueError(f"{op}: input must have shape [N, C, H, W] or [C, H, W], got {len(x)} dimensions: {list(x)}")
-    c_in = x[-3]
+    image, kernel, ones, smallest = _SHAPES[dims]
+    if len(x) not in (dims + 1, dims + 2):
+        raise ValueError(
+            f"{op}: input must have shape [N, C, {image}] or [C, {image}], got {len(x)} dimensions: {list(x)}"
+        )
+    c_in = x[-1 - dims]
     if c_in == 0:
         raise ValueError(f"{op}: input must have at least one channel, got shape {list(x)}")
-    if len(dw) != 4 or dw[1] != 1 or dw[0] == 0 or dw[0] % c_in != 0:
+    if len(dw) != dims + 2 or dw[1] != 1 or dw[0] == 0 or dw[0] % c_in != 0:
         raise ValueError(
-            f"{op}: dw_weight must have shape [C * m, 1, kh, kw] with C={c_in}, the channels of input, and a "
+            f"{op}: dw_weight must have shape [C * m, 1, {kernel}] with C={c_in}, the channels of input, and a "
             f"whole m >= 1, got {list(dw)}"
         )
-    if dw[2] == 0 or dw[3] == 0:
-        raise ValueError(f"{op}: dw_weight must have a kernel of at least 1 x 1, got shape {list(dw)}")
+    if 0 in dw[2:]:
+        raise ValueError(f"{op}: dw_weight must have a kernel of at least {smallest}, got shape {list(dw)}")
     c_mid = dw[0]
-    if not (len(pw) == 2 or (len(pw) == 4 and pw[2] == 1 and pw[3] == 1)):
+    if not (len(pw) == 2 or (len(pw) == dims + 2 and all(size == 1 for size in pw[2:]))):
         raise ValueError(
-            f"{op}: pw_weight must be 1x1, of shape [C_out, {c_mid}, 1, 1] or [C_out, {c_mid}], got {list(pw)}; "
-            f"a larger second kernel is no pointwise convolution"
+            f"{op}: pw_weight must be {smallest.replace(' ', '')}, of shape [C_out, {c_mid}, {ones}] or [C_out, "
+            f"{c_mid}], got {list(pw)}; a larger second kernel is no pointwise convolution"
         )
     if pw[1] != c_mid:
         raise ValueError(
@@ -178,24 +192,26 @@ def check_shapes(op: str, tensors: tuple) -> tuple[torch.Size, torch.Size, torch
 
 def check_extents(op: str, x: torch.Size, dw: torch.Size, pw: torch.Size, stride, padding, dilation) -> None:
     """That the kernel fits into the padded input and that no size overflows."""
-    largest = 16 * max(dw[0], pw[0]) * (x[0] if len(x) == 4 else 1)  # 16 bytes an element, as csrc/op_args.h counts
-    for axis in (0, 1):
+    dims = len(stride)
+    # 16 bytes an element, as csrc/geometry.h counts
+    largest = 16 * max(dw[0], pw[0]) * (x[0] if len(x) == dims + 2 else 1)
+    for axis in range(dims):
         span = dilation[axis] * (dw[2 + axis] - 1) + 1
-        padded = x[axis - 2] + padding[axis] + padding[2 + axis]
+        padded = x[axis - dims] + padding[axis] + padding[dims + axis]
         if span > padded:
             raise ValueError(
-                f"{op}: the kernel is larger than the padded input along the {_AXES[axis]}: "
+                f"{op}: the kernel is larger than the padded input along the {_AXES[axis - dims]}: "
                 f"dilation * (kernel - 1) + 1 = {span}, input + padding = "
-                f"{x[axis - 2]} + {padding[axis] + padding[2 + axis]} = {padded}"
+                f"{x[axis - dims]} + {padding[axis] + padding[dims + axis]} = {padded}"
             )
         if padded >= _MAX_EXTENT or stride[axis] >= _MAX_EXTENT:
             raise ValueError(
-                f"{op}: the sizes along the {_AXES[axis]} overflow 64 bits: padded input {padded}, stride "
+                f"{op}: the sizes along the {_AXES[axis - dims]} overflow 64 bits: padded input {padded}, stride "
                 f"{stride[axis]}"
             )
         largest *= (padded - span) // stride[axis] + 1
     if not torch.compiler.is_compiling() and largest > 2**63 - 1:
         raise ValueError(
-            f"{op}: the sizes overflow 64 bits: input {list(x)} with padding {padding[:2]} and stride {stride} "
+            f"{op}: the sizes overflow 64 bits: input {list(x)} with padding {padding[:dims]} and stride {stride} "
             f"makes an output or an intermediate of {largest} bytes"
         )

@@ -159,8 +159,8 @@ def block_of_chain(
     x_shape, dw_shape, pw_shape = _checks.check_shapes(_OP, tensors)
     if len(x_shape) != 4:
         raise ValueError(f"{_OP}: input must have shape [N, C, H, W], as nn.BatchNorm2d takes, got {list(x_shape)}")
-    stride = _checks.pair(_OP, "stride", stride, 1)
-    dilation = _checks.pair(_OP, "dilation", dilation, 1)
+    stride = _checks.per_axis(_OP, "stride", stride, 1)
+    dilation = _checks.per_axis(_OP, "dilation", dilation, 1)
     padding = _checks.padding(_OP, padding, dw_shape[2:], stride, dilation)
     _checks.check_extents(_OP, x_shape, dw_shape, pw_shape, stride, padding, dilation)
     act = activation_number(activation, "activation", _OP)

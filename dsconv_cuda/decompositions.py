@@ -17,7 +17,7 @@ from dsconv_cuda.second_order import Config, Depthwise, Pointwise
 
 def _before_out_activation(x, dw_weight, pw_weight, dw_bias, pw_bias, config: Config) -> Tensor:
     z = Depthwise(config, x.shape[1]).conv(x, dw_weight, dw_bias)
-    return Pointwise(pw_weight).conv(pw_weight, BY_NUMBER[config.act].value(z), pw_bias)
+    return Pointwise(pw_weight, len(config.stride)).conv(pw_weight, BY_NUMBER[config.act].value(z), pw_bias)
 
 
 def fwd(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, tf32=False) -> Tensor:
@@ -35,7 +35,9 @@ def fwd_with_pre(
 def bwd(
     dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act, out_act, grad_mask, tf32=False
 ) -> tuple:
-    depthwise, pointwise = Depthwise(Config(stride, padding, dilation, act, out_act), x.shape[1]), Pointwise(pw_weight)
+    depthwise = Depthwise(Config(stride, padding, dilation, act, out_act), x.shape[1])
+    pointwise = Pointwise(pw_weight, len(stride))
+    pixels = (0, *range(2, dy.dim()))
     z = depthwise.conv(x, dw_weight, dw_bias)
     g = dy if saved is None else dy * _out_derivative(saved, out_act)
     du = pointwise.transposed(pw_weight, g) * BY_NUMBER[act].first(z)
@@ -44,8 +46,8 @@ def bwd(
         grad_x,
         grad_dw_weight,
         pointwise.outer(g, BY_NUMBER[act].value(z)),
-        du.sum((0, 2, 3)),
-        g.sum((0, 2, 3)),
+        du.sum(pixels),
+        g.sum(pixels),
     )
     return tuple(t if grad_mask & bit else x.new_empty(0) for t, bit in zip(grads, GRAD_BITS, strict=True))
 

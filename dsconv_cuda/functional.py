@@ -89,16 +89,18 @@ def depthwise_separable_conv2d(
     return _conv(_OP, tensors, stride, padding, dilation, activation, out_activation)
 
 
-def _conv(op: str, tensors: tuple, stride, padding, dilation, activation, out_activation, border=None) -> Tensor:
+def _conv(
+    op: str, tensors: tuple, stride, padding, dilation, activation, out_activation, border=None, dims: int = 2
+) -> Tensor:
     """`border` is the padding worked out already, as (top, left, bottom, right)."""
     device = tensors[0].device.type
     if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         tensors = _autocast(tensors, device)
     _checks.check_operands(op, tensors)
-    x_shape, dw_shape, pw_shape = _checks.check_shapes(op, tensors)
+    x_shape, dw_shape, pw_shape = _checks.check_shapes(op, tensors, dims)
 
-    stride = _checks.pair(op, "stride", stride, 1)
-    dilation = _checks.pair(op, "dilation", dilation, 1)
+    stride = _checks.per_axis(op, "stride", stride, 1, dims)
+    dilation = _checks.per_axis(op, "dilation", dilation, 1, dims)
     padding = border or _checks.padding(op, padding, dw_shape[2:], stride, dilation)
     _checks.check_extents(op, x_shape, dw_shape, pw_shape, stride, padding, dilation)
     config = Config(
@@ -111,9 +113,12 @@ def _conv(op: str, tensors: tuple, stride, padding, dilation, activation, out_ac
     )
 
     _load()
-    if device == "cuda" and not _loader.cuda_kernels_loaded():
-        _checks.raise_for_no_cuda(op, tensors[0].device)
-    if len(x_shape) == 4:
+    if device == "cuda":
+        if dims == 3:
+            _checks.raise_for_cuda_3d(op, tensors[0].device)
+        if not _loader.cuda_kernels_loaded():
+            _checks.raise_for_no_cuda(op, tensors[0].device)
+    if len(x_shape) == dims + 2:
         return autograd.apply(*tensors, config)
     return autograd.apply(tensors[0].unsqueeze(0), *tensors[1:], config).squeeze(0)
 
@@ -179,3 +184,51 @@ def depthwise_separable_conv1d(
     rows = (input.unsqueeze(-2), dw_weight.unsqueeze(-2), pw_weight, dw_bias, pw_bias)
     y = _conv(_OP_1D, rows, (1, stride), 0, (1, dilation), activation, out_activation, border)
     return y.squeeze(-2)
+
+
+_OP_3D = "depthwise_separable_conv3d"
+
+
+def depthwise_separable_conv3d(
+    input: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    dw_bias: Tensor | None = None,
+    pw_bias: Tensor | None = None,
+    stride: int | tuple[int, int, int] = 1,
+    padding: int | tuple[int, int, int] | str = 0,
+    dilation: int | tuple[int, int, int] = 1,
+    activation: str | nn.Module | None = "identity",
+    out_activation: str | nn.Module | None = "identity",
+) -> Tensor:
+    r"""Depthwise convolution, activation, pointwise convolution and activation in three dimensions, as one operation.
+
+    Equivalent to::
+
+        z = F.conv3d(input, dw_weight, dw_bias, stride, padding, dilation, groups=input.shape[-4])
+        y = out_activation(F.conv3d(activation(z), pw_weight, pw_bias))
+
+    :func:`depthwise_separable_conv2d` with a depth, by the same kernels: z is never written to memory.
+
+    Args:
+        input: ``[N, C, D, H, W]``, N may be 0; or unbatched, ``[C, D, H, W]``.
+        dw_weight: ``[C * m, 1, kd, kh, kw]``.
+        pw_weight: ``[C_out, C * m, 1, 1, 1]`` or ``[C_out, C * m]``.
+        stride, dilation: an int or three (depth, vertical, horizontal).
+        padding: zeros around the input: an int, three, ``"valid"`` or ``"same"``.
+        dw_bias, pw_bias, activation, out_activation: as in :func:`depthwise_separable_conv2d`.
+
+    dtypes, strides, what is saved for backward, derivatives and determinism are as there, with channels_last_3d for
+    channels_last. On the CPU only.
+
+    Returns:
+        ``[N, C_out, D_out, H_out, W_out]`` (``[C_out, D_out, H_out, W_out]`` for an unbatched input), channels_last_3d
+        if input or a weight is.
+
+    Raises:
+        RuntimeError: tensors on a GPU.
+        Everything else as :func:`depthwise_separable_conv2d`.
+    """
+    tensors = (input, dw_weight, pw_weight, dw_bias, pw_bias)
+    _checks.check_types(_OP_3D, tensors)
+    return _conv(_OP_3D, tensors, stride, padding, dilation, activation, out_activation, dims=3)

@@ -146,7 +146,10 @@ def keep(module: nn.Module, input: Tensor) -> None:
         return  # could change in place
     call.activation, call.out_activation = module.activation, module.out_activation
     op = "forward"
-    stride, dilation = _checks.pair(op, "stride", call.stride, 1), _checks.pair(op, "dilation", call.dilation, 1)
+    stride, dilation = (
+        _checks.per_axis(op, "stride", call.stride, 1),
+        _checks.per_axis(op, "dilation", call.dilation, 1),
+    )
     padding = _checks.padding(op, call.padding, call.dw_weight.shape[2:], stride, dilation)
     activations = activation_number(call.activation), activation_number(call.out_activation)
     shapes = call.dw_weight.shape, call.pw_weight.shape

@@ -7,7 +7,11 @@ from torch import Tensor, nn
 
 from dsconv_cuda import kept_weights
 from dsconv_cuda.activations import ACTIVATIONS, activation_name
-from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separable_conv2d
+from dsconv_cuda.functional import (
+    depthwise_separable_conv1d,
+    depthwise_separable_conv2d,
+    depthwise_separable_conv3d,
+)
 
 
 def separable_convolutions(
@@ -254,6 +258,58 @@ class DepthwiseSeparableConv1d(_DepthwiseSeparable):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", padding=causal" if self.causal else "")
+
+
+class DepthwiseSeparableConv3d(_DepthwiseSeparable):
+    """Depthwise separable convolution in three dimensions: see :func:`dsconv_cuda.depthwise_separable_conv3d`.
+
+    ``.depthwise`` and ``.pointwise`` are nn.Conv3d and hold the parameters, as in :class:`DepthwiseSeparableConv2d`.
+
+    Args:
+        As in :class:`DepthwiseSeparableConv2d`, with three numbers where that takes two.
+
+    Shape: ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]`` to ``[N, out_channels, D_out, H_out, W_out]``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int, int],
+        stride: int | tuple[int, int, int] = 1,
+        padding: int | tuple[int, int, int] | str = 0,
+        bias: bool = False,
+        *,
+        dilation: int | tuple[int, int, int] = 1,
+        channel_multiplier: int = 1,
+        padding_mode: str = "zeros",
+        activation: str | nn.Module | None = "identity",
+        out_activation: str | nn.Module | None = "identity",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        self.activation = activation_name(activation, "activation", name)
+        self.out_activation = activation_name(out_activation, "out_activation", name)
+        self.depthwise, self.pointwise = separable_convolutions(
+            nn.Conv3d,
+            name,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation=dilation,
+            channel_multiplier=channel_multiplier,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._call(depthwise_separable_conv3d, input, self.depthwise.padding)
 
 
 DepthwiseSeparableConv = DepthwiseSeparableConv2d  # the name under which tutorials know it

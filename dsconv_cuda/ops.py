@@ -8,7 +8,9 @@ the ops:
     bwd(dy, x, dw_weight, pw_weight, dw_bias?, saved?, stride, padding, dilation, act, out_act, grad_mask, tf32=False)
         -> gradients of (x, dw_weight, pw_weight, dw_bias, pw_bias), of shape [0] where grad_mask does not ask
 
-padding is (top, left, bottom, right), act and out_act are numbers of activations.py, grad_mask sums GRAD_*. tf32 lets
+x and the weights are those of a 2-D convolution, or those of a 3-D one, whose dw_weight has a depth in front of height
+and width; pw_weight may do without its ones. padding is (top, left, bottom, right), in 3-D (front, top, left, back,
+bottom, right); stride and dilation have a number for each axis. act and out_act are numbers of activations.py, grad_mask sums GRAD_*. tf32 lets
 CUDA round the operands of float32 products of the pointwise part to TF32; the CPU takes no notice of it. `saved` is
 what out_act's derivative is told from: y, or y before out_act (see activations.derivative_from_output), None for
 identity.
@@ -39,12 +41,16 @@ def grad_mask(*needed: bool) -> int:
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def suggests_channels_last(t: Tensor) -> bool:
-    """PyTorch's suggest_memory_format() == channels_last: walking c, w, h, n, strides never decrease."""
-    if t.dim() != 4 or t.stride(1) == 0:
+    """PyTorch's suggest_memory_format() == channels_last, or channels_last_3d: walking c, w, h, d, n, strides never
+    decrease."""
+    if t.dim() not in _CHANNELS_LAST or t.stride(1) == 0:
         return False
     min_stride = 0
-    for d in (1, 3, 2, 0):
+    for d in (1, *range(t.dim() - 1, 1, -1), 0):
         size, stride = t.shape[d], t.stride(d)
         if size == 0 or stride < min_stride:
             return False
@@ -56,7 +62,7 @@ def suggests_channels_last(t: Tensor) -> bool:
 
 def _memory_format(*tensors: Tensor) -> torch.memory_format:
     channels_last = any(suggests_channels_last(t) for t in tensors)
-    return torch.channels_last if channels_last else torch.contiguous_format
+    return _CHANNELS_LAST[tensors[0].dim()] if channels_last else torch.contiguous_format
 
 
 def _empty(like: Tensor, shape: tuple, memory_format: torch.memory_format = torch.contiguous_format) -> Tensor:
@@ -64,13 +70,16 @@ def _empty(like: Tensor, shape: tuple, memory_format: torch.memory_format = torc
 
 
 def _output_shape(op: str, x: Tensor, dw_weight: Tensor, pw_weight: Tensor, stride, padding, dilation) -> tuple:
-    torch._check(x.dim() == 4, lambda: f"{op}: input must have 4 dimensions, got {x.dim()}")
+    axes = len(stride)
+    dims, kernel, ones = axes + 2, ", ".join(("kd", "kh", "kw")[-axes:]), ", 1" * axes
+    torch._check(x.dim() == dims, lambda: f"{op}: input must have {dims} dimensions, got {x.dim()}")
     torch._check(
-        dw_weight.dim() == 4 and dw_weight.shape[1] == 1, lambda: f"{op}: dw_weight must have shape [C * m, 1, kh, kw]"
+        dw_weight.dim() == dims and dw_weight.shape[1] == 1,
+        lambda: f"{op}: dw_weight must have shape [C * m, 1, {kernel}]",
     )
     torch._check(
-        pw_weight.dim() == 2 or (pw_weight.dim() == 4 and pw_weight.shape[2] == 1 and pw_weight.shape[3] == 1),
-        lambda: f"{op}: pw_weight must have shape [C_out, C * m, 1, 1] or [C_out, C * m]",
+        pw_weight.dim() == 2 or (pw_weight.dim() == dims and all(size == 1 for size in pw_weight.shape[2:])),
+        lambda: f"{op}: pw_weight must have shape [C_out, C * m{ones}] or [C_out, C * m]",
     )
     torch._check(
         x.shape[1] > 0 and dw_weight.shape[0] > 0 and dw_weight.shape[0] % x.shape[1] == 0,
@@ -83,9 +92,9 @@ def _output_shape(op: str, x: Tensor, dw_weight: Tensor, pw_weight: Tensor, stri
         lambda: f"{op}: pw_weight must have {dw_weight.shape[0]} input channels, got {pw_weight.shape[1]}",
     )
     extents = []
-    for axis in (0, 1):
+    for axis in range(axes):
         span = dilation[axis] * (dw_weight.shape[2 + axis] - 1) + 1
-        padded = x.shape[2 + axis] + padding[axis] + padding[2 + axis]
+        padded = x.shape[2 + axis] + padding[axis] + padding[axes + axis]
         torch._check(padded >= span, lambda s=span, p=padded: f"{op}: kernel larger than the padded input: {s} > {p}")
         extents.append((padded - span) // stride[axis] + 1)
     return (x.shape[0], pw_weight.shape[0], *extents)
@@ -103,7 +112,7 @@ def _fwd_with_pre_fake(*args):
 def _bwd_fake(dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act, out_act, mask, tf32=False):
     shape = _output_shape("dsconv_cuda::bwd", x, dw_weight, pw_weight, stride, padding, dilation)
     torch._check(
-        dy.dim() == 4 and all(a == b for a, b in zip(dy.shape, shape, strict=True)),
+        dy.dim() == x.dim() and all(a == b for a, b in zip(dy.shape, shape, strict=True)),
         lambda: f"dsconv_cuda::bwd: grad_output must have the shape of the output, {list(shape)}",
     )
     shapes = (x.shape, dw_weight.shape, pw_weight.shape, (dw_weight.shape[0],), (pw_weight.shape[0],))

@@ -190,8 +190,8 @@ def plan(
         raise ValueError(f"{_OP}: dtype must be float64, float32, bfloat16 or float16, got {dtype}")
     if memory_format not in (torch.contiguous_format, torch.channels_last):
         raise ValueError(f"{_OP}: memory_format must be contiguous_format or channels_last, got {memory_format}")
-    kernel = _checks.pair(_OP, "kernel_size", kernel_size, 1)
-    steps, spread = _checks.pair(_OP, "stride", stride, 1), _checks.pair(_OP, "dilation", dilation, 1)
+    kernel = _checks.per_axis(_OP, "kernel_size", kernel_size, 1)
+    steps, spread = _checks.per_axis(_OP, "stride", stride, 1), _checks.per_axis(_OP, "dilation", dilation, 1)
     c_mid = sizes[1] * channel_multiplier
     query = {
         "input": sizes,

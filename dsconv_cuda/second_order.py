@@ -15,6 +15,7 @@ A None among tangents and cotangents stands for zero.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ OptionalTensor = Tensor | None
 
 @dataclass
 class Config:
-    """The non-tensor arguments of the ops. padding is (top, left, bottom, right).
+    """The non-tensor arguments of the ops. padding is (top, left, bottom, right), in 3-D with front and back.
 
     No NamedTuple: torch.func would take it apart and expect a gradient for each number.
     """
@@ -76,12 +77,11 @@ def _mul(a: OptionalTensor, b: OptionalTensor) -> OptionalTensor:
     return None if a is None or b is None else a * b
 
 
-def _per_channel(bias: OptionalTensor) -> OptionalTensor:
-    return None if bias is None else bias.view(1, -1, 1, 1)
-
-
 def _sum_pixels(t: OptionalTensor) -> OptionalTensor:
-    return None if t is None else t.sum((0, 2, 3))
+    return None if t is None else t.sum((0, *range(2, t.dim())))
+
+
+_CONVOLUTIONS = {2: F.conv2d, 3: F.conv3d}
 
 
 class Depthwise:
@@ -89,10 +89,13 @@ class Depthwise:
 
     def __init__(self, config: Config, channels: int):
         self.stride, self.dilation, self.groups = list(config.stride), list(config.dilation), channels
-        top, left, bottom, right = config.padding
-        self.symmetric = top == bottom and left == right
-        self.conv_padding = [top, left] if self.symmetric else [0, 0]
-        self.border = (left, right, top, bottom)
+        dims = len(self.stride)
+        before, after = list(config.padding[:dims]), list(config.padding[dims:])
+        self.symmetric = before == after
+        self.conv_padding = before if self.symmetric else [0] * dims
+        # The last axis first, as F.pad takes them.
+        self.border = [number for pair in zip(before[::-1], after[::-1], strict=True) for number in pair]
+        self.convolution = _CONVOLUTIONS[dims]
 
     def _pad(self, x: Tensor) -> Tensor:
         return x if self.symmetric else F.pad(x, self.border)
@@ -104,7 +107,7 @@ class Depthwise:
         """D(x, w) + bias"""
         if x is None or w is None:
             return None
-        return F.conv2d(self._pad(x), w, bias, self.stride, self.conv_padding, self.dilation, self.groups)
+        return self.convolution(self._pad(x), w, bias, self.stride, self.conv_padding, self.dilation, self.groups)
 
     def adjoints(
         self, u: OptionalTensor, x: OptionalTensor, w: OptionalTensor, like_x: Tensor, like_w: Tensor
@@ -121,7 +124,7 @@ class Depthwise:
             self.conv_padding,
             self.dilation,
             False,
-            [0, 0],
+            [0] * len(self.stride),
             self.groups,
             [w is not None, x is not None, False],
         )
@@ -129,26 +132,28 @@ class Depthwise:
 
 
 class Pointwise:
-    """W a, W^T g and g a^T, for a weight with two or with four dimensions."""
+    """W a, W^T g and g a^T in `dims` dimensions, for a weight with two dimensions or with `dims` more."""
 
-    def __init__(self, weight: Tensor):
+    def __init__(self, weight: Tensor, dims: int):
         self.shape = weight.shape
+        self.ones = (1,) * dims
+        self.convolution = _CONVOLUTIONS[dims]
 
     def conv(self, w: OptionalTensor, a: OptionalTensor, bias: OptionalTensor = None) -> OptionalTensor:
         if w is None or a is None:
             return None
-        return F.conv2d(a, w.reshape(*self.shape[:2], 1, 1), bias)
+        return self.convolution(a, w.reshape(*self.shape[:2], *self.ones), bias)
 
     def transposed(self, w: OptionalTensor, g: OptionalTensor) -> OptionalTensor:
         if w is None or g is None:
             return None
-        return F.conv2d(g, w.reshape(*self.shape[:2], 1, 1).transpose(0, 1))
+        return self.convolution(g, w.reshape(*self.shape[:2], *self.ones).transpose(0, 1))
 
     def outer(self, g: OptionalTensor, a: OptionalTensor) -> OptionalTensor:
         if g is None or a is None:
             return None
-        n, _, h, w = g.shape
-        g, a = (t.transpose(0, 1).reshape(t.shape[1], n * h * w) for t in (g, a))
+        pixels = g.shape[0] * math.prod(g.shape[2:])
+        g, a = (t.transpose(0, 1).reshape(t.shape[1], pixels) for t in (g, a))
         return (g @ a.t()).reshape(self.shape)
 
 
@@ -159,14 +164,17 @@ class _Point:
         self.x, self.w1, self.w = x, dw_weight, pw_weight
         self.f, self.o = BY_NUMBER[config.act], BY_NUMBER[config.out_act]
         self.depthwise = Depthwise(config, x.shape[1])
-        self.pointwise = Pointwise(pw_weight)
-        self.z = _add(self.depthwise.conv(x, dw_weight), _per_channel(dw_bias))
+        self.pointwise = Pointwise(pw_weight, len(config.stride))
+        self.z = _add(self.depthwise.conv(x, dw_weight), self._per_channel(dw_bias))
         self.a = self.f.value(self.z)
         self.df = self.f.first(self.z)
         self.linear_out = self.o.number == 0
         if not self.linear_out:
-            self.p = _add(self.pointwise.conv(pw_weight, self.a), _per_channel(pw_bias))
+            self.p = _add(self.pointwise.conv(pw_weight, self.a), self._per_channel(pw_bias))
             self.do = self.o.first(self.p)
+
+    def _per_channel(self, bias: OptionalTensor) -> OptionalTensor:
+        return None if bias is None else bias.view(1, -1, *self.pointwise.ones)
 
     def d2f(self) -> OptionalTensor:
         return None if self.f.second is None else self.f.second(self.z)
@@ -179,14 +187,14 @@ class _Point:
 
     def tangents(self, x_t, w1_t, w_t, b1_t, b2_t) -> tuple[OptionalTensor, OptionalTensor, OptionalTensor]:
         """The tangents of z, of a and of p."""
-        z_t = _add(self.depthwise.conv(x_t, self.w1), self.depthwise.conv(self.x, w1_t), _per_channel(b1_t))
+        z_t = _add(self.depthwise.conv(x_t, self.w1), self.depthwise.conv(self.x, w1_t), self._per_channel(b1_t))
         if z_t is not None and b1_t is not None:
             z_t = z_t.expand_as(self.z)  # the bias alone has one pixel
         a_t = _mul(self.df, z_t)
-        p_t = _add(self.pointwise.conv(self.w, a_t), self.pointwise.conv(w_t, self.a), _per_channel(b2_t))
+        p_t = _add(self.pointwise.conv(self.w, a_t), self.pointwise.conv(w_t, self.a), self._per_channel(b2_t))
         if p_t is not None and b2_t is not None:
-            n, _, h, w = self.z.shape
-            p_t = p_t.expand(n, self.w.shape[0], h, w)
+            n, _, *pixels = self.z.shape
+            p_t = p_t.expand(n, self.w.shape[0], *pixels)
         return z_t, a_t, p_t
 
 

@@ -35,29 +35,45 @@ def evaluate(function, tensors: list, kwargs: dict, dy: Tensor | None) -> dict[s
     return {name: value for name, value in zip(NAMES, results, strict=True) if value is not None}
 
 
-# Along which dimension each result holds the channels between the two convolutions, or the input's.
-_CHANNEL_DIM = {"grad input": -3, "grad dw_weight": 0, "grad pw_weight": 1, "grad dw_bias": 0}
+# Along which dimension each result holds the channels between the two convolutions, or the input's, in 2-D and in 3-D.
+_CHANNEL_DIM = {
+    dims: {"grad input": -1 - dims, "grad dw_weight": 0, "grad pw_weight": 1, "grad dw_bias": 0} for dims in (2, 3)
+}
+_STOCK = {2: reference.depthwise_separable_conv2d, 3: reference.depthwise_separable_conv3d}
+_CHANNELS_LAST = {2: torch.channels_last, 3: torch.channels_last_3d}
+
+
+def _dims(tensors: list) -> int:
+    return tensors[1].dim() - 2
 
 
 def _stock_in_several_orders(tensors: list, kwargs: dict, dy: Tensor | None):
     """The same sums with channels, images or pixels in another order, and in the other memory format."""
-    stock = reference.depthwise_separable_conv2d
+    dims = _dims(tensors)
+    stock, channel_dim = _STOCK[dims], _CHANNEL_DIM[dims]
     x, dw_weight, pw_weight, dw_bias, pw_bias = tensors
+    batched = x.dim() == dims + 2
     yield evaluate(stock, tensors, kwargs, dy)
 
-    other_format = torch.contiguous_format if x.stride(1) == 1 and x.size(1) > 1 else torch.channels_last
-    if x.dim() == 4:
+    other_format = torch.contiguous_format if x.stride(1) == 1 and x.size(1) > 1 else _CHANNELS_LAST[dims]
+    if batched:
         yield evaluate(stock, [x.contiguous(memory_format=other_format), *tensors[1:]], kwargs, dy)
 
-    channels = [x.flip(-3), dw_weight.flip(0), pw_weight.flip(1), None if dw_bias is None else dw_bias.flip(0), pw_bias]
+    channels = [
+        x.flip(-1 - dims),
+        dw_weight.flip(0),
+        pw_weight.flip(1),
+        None if dw_bias is None else dw_bias.flip(0),
+        pw_bias,
+    ]
     results = evaluate(stock, channels, kwargs, dy)
-    yield {n: v.flip(_CHANNEL_DIM[n]) if n in _CHANNEL_DIM else v for n, v in results.items()}
+    yield {n: v.flip(channel_dim[n]) if n in channel_dim else v for n, v in results.items()}
 
-    if x.dim() == 4 and dy is not None:
+    if batched and dy is not None:
         results = evaluate(stock, [x.flip(0), *tensors[1:]], kwargs, dy.flip(0))
         yield {n: v.flip(0) if n in ("y", "grad input") else v for n, v in results.items()}
 
-    turned = {n: v[::-1] if isinstance(v, tuple) else v for n, v in kwargs.items()}
+    turned = {n: (*v[:-2], *v[:-3:-1]) if isinstance(v, tuple) else v for n, v in kwargs.items()}
     tensors = [x.mT, dw_weight.mT, pw_weight, dw_bias, pw_bias]
     results = evaluate(stock, tensors, turned, None if dy is None else dy.mT)
     yield {n: v.mT if n in ("y", "grad input", "grad dw_weight") else v for n, v in results.items()}
@@ -72,7 +88,7 @@ def budgets(tensors: list, kwargs: dict, dy: Tensor | None) -> tuple[dict[str, T
     dtype = tensors[0].dtype
     eps = torch.finfo(dtype).eps
     oracle = evaluate(
-        reference.depthwise_separable_conv2d,
+        _STOCK[_dims(tensors)],
         _to(torch.float64, tensors, "cpu"),
         kwargs,
         _to(torch.float64, [dy], "cpu")[0],

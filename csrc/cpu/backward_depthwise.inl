@@ -1,6 +1,6 @@
 // Stage D of backward, from du (the gradient of z):
 //
-//   grad_x[ih, iw, c]  = sum over planes and taps with oh * stride + tap * dilation - pad == ih (and so along w) of
+//   grad_x[ih, iw, c]  = sum over planes and taps with oh * stride + tap * dilation - pad == ih (so along w and d) of
 //                        dw_weight[tap][k] * du[oh, ow, k]                       gathered: every value written once
 //   grad_dw_weight[tap] = sum over pixels of x[tap of pixel] * du[pixel]
 //
@@ -48,21 +48,21 @@ struct SameType<A, A> {
   static constexpr bool value = true;
 };
 
-// What follows computes rows of an image of grad_x for a panel of channels, micro.columns of them at most, from c on.
-// `du` is the image's, at these channels of its first plane; `grad` points to the first pixel, `step` from pixel to
-// pixel and `out_row` from row to row.
+// What follows computes rows of a slice of grad_x for a panel of channels, micro.columns of them at most, from c on.
+// Rows are numbered through the image, d_in * h_in of them. `du` is the image's, at these channels of its first plane;
+// `grad` points to the first pixel, `step` from pixel to pixel and `out_row` from row to row.
 
 // Unit stride, one plane: a plain convolution of du with the kernel turned around.
 template <typename T>
-static void backward_x_plain(const BackwardContext& ctx, int64_t ih, int64_t rows, int64_t c, int64_t channels,
+static void backward_x_plain(const BackwardContext& ctx, int64_t first_row, int64_t rows, int64_t c, int64_t channels,
                              const T* du, T* grad, int64_t step, int64_t out_row) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
+  const int64_t id = first_row / g.h_in, ih = first_row % g.h_in;
   T zeros[columns];
   zero_fill(zeros, columns);
   ChannelRow<T> row;
-  row.x = du;
   row.row_step = g.w_out * plan.du_width;
   row.column_step = plan.du_width;
   row.in_h = g.h_out;
@@ -75,6 +75,9 @@ static void backward_x_plain(const BackwardContext& ctx, int64_t ih, int64_t row
   row.weight = static_cast<const T*>(ctx.packed.dw_weight) + (plan.taps - 1) * plan.mid_columns + c;
   row.weight_row = -plan.mid_columns * g.kernel_w;
   row.weight_column = -plan.mid_columns;
+  row.weight_slice = -plan.mid_columns * plan.slice_taps;
+  row.weight += row.weight_slice * place_slices(row, du, id + g.pad_front - (g.kernel_d - 1) * g.dilation_d,
+                                                g.dilation_d, g.d_out, g.kernel_d, plan.slice_pixels * plan.du_width);
   row.start = zeros;
   row.start_step = 0;
   row.channels = channels;
@@ -84,16 +87,18 @@ static void backward_x_plain(const BackwardContext& ctx, int64_t ih, int64_t row
 
 // One row where has_grad_row() says yes, for any number of channels.
 template <typename T>
-static void backward_x_strided(const BackwardContext& ctx, int64_t ih, int64_t c, int64_t channels, const T* du,
+static void backward_x_strided(const BackwardContext& ctx, int64_t in_row, int64_t c, int64_t channels, const T* du,
                                T* grad, int64_t step) {
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
   GradRow<T> row;
   row.rows = 0;
-  for (int64_t i = 0; i < g.kernel_h; ++i) {
-    const int64_t above = ih + g.pad_top - i * g.dilation_h;
+  for (int64_t i = 0; i < g.kernel_d * g.kernel_h; ++i) {
+    const int64_t before = in_row / g.h_in + g.pad_front - i / g.kernel_h * g.dilation_d;
+    const int64_t above = in_row % g.h_in + g.pad_top - i % g.kernel_h * g.dilation_h;
+    if (before < 0 || before % g.stride_d != 0 || before / g.stride_d >= g.d_out) continue;
     if (above < 0 || above % g.stride_h != 0 || above / g.stride_h >= g.h_out) continue;
-    row.du[row.rows] = du + above / g.stride_h * g.w_out * plan.du_width;
+    row.du[row.rows] = du + (before / g.stride_d * g.h_out + above / g.stride_h) * g.w_out * plan.du_width;
     row.weight[row.rows++] = static_cast<const T*>(ctx.packed.dw_weight) + i * g.kernel_w * plan.mid_columns + c;
   }
   row.du_column = plan.du_width;
@@ -111,7 +116,7 @@ static void backward_x_strided(const BackwardContext& ctx, int64_t ih, int64_t c
 // columns of one residue modulo the stride are a plain convolution of a few rows of du with the kernel walked
 // backwards.
 template <typename T>
-static void backward_x_general(const BackwardContext& ctx, int64_t ih, int64_t begin, int64_t end, int64_t c,
+static void backward_x_general(const BackwardContext& ctx, int64_t in_row, int64_t begin, int64_t end, int64_t c,
                                int64_t channels, const T* du, T* grad, int64_t step) {
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
@@ -125,24 +130,33 @@ static void backward_x_general(const BackwardContext& ctx, int64_t ih, int64_t b
   row.in_w = g.w_out;
   row.step_w = 1;
   row.channels = channels;
-  const TapWalk kh = taps_to(ih, g.pad_top, g.stride_h, g.dilation_h, g.kernel_h);
+  const TapWalk kd = taps_to(in_row / g.h_in, g.pad_front, g.stride_d, g.dilation_d, g.kernel_d);
+  const TapWalk kh = taps_to(in_row % g.h_in, g.pad_top, g.stride_h, g.dilation_h, g.kernel_h);
+  // The last tap of a walk reads the first output.
+  const int64_t tap_d = kd.first + (kd.count - 1) * kd.step, tap_h = kh.first + (kh.count - 1) * kh.step;
+  row.weight_slice = -kd.step * plan.slice_taps * plan.mid_columns;
+  const int64_t slices_before = place_slices(row, du, kd.out - (kd.count - 1) * kd.out_step, kd.out_step, g.d_out,
+                                             kd.count, plan.slice_pixels * plan.du_width);
+  const T* const first_x = row.x;
   for (int64_t residue = 0; residue < g.stride_w && begin + residue < end; ++residue) {
     const TapWalk kw = taps_to(begin + residue, g.pad_left, g.stride_w, g.dilation_w, g.kernel_w);
     row.taps_h = kw.count > 0 ? kh.count : 0;
     row.taps_w = kh.count > 0 ? kw.count : 0;
     row.dilation_h = kh.out_step;
     row.dilation_w = kw.out_step;
-    // The last tap of the walk reads the first output.
-    const int64_t tap_h = kh.first + (kh.count - 1) * kh.step, tap_w = kw.first + (kw.count - 1) * kw.step;
+    const int64_t tap_w = kw.first + (kw.count - 1) * kw.step;
     const T* weight = static_cast<const T*>(ctx.packed.dw_weight) + c;
-    if (row.taps_h > 0 && row.taps_w > 0) weight += (tap_h * g.kernel_w + tap_w) * plan.mid_columns;
+    if (row.slices > 0 && row.taps_h > 0 && row.taps_w > 0) {
+      weight += (tap_d * plan.slice_taps + tap_h * g.kernel_w + tap_w) * plan.mid_columns;
+      weight += slices_before * row.weight_slice;
+    }
     row.weight_row = -kh.step * g.kernel_w * plan.mid_columns;
     row.weight_column = -kw.step * plan.mid_columns;
     T* out = grad + residue * step;
     row.start = zeros;
     row.start_step = 0;
     for (int64_t plane = 0; plane < g.multiplier; ++plane) {
-      row.x = du + plane * g.c_in;
+      row.x = first_x + plane * g.c_in;
       row.weight = weight + plane * g.c_in;
       convolve_row(row, kh.out - (kh.count - 1) * kh.out_step, kw.out - (kw.count - 1) * kw.out_step,
                    ceil_div(end - begin - residue, g.stride_w), open, out, g.stride_w * step);
@@ -153,36 +167,38 @@ static void backward_x_general(const BackwardContext& ctx, int64_t ih, int64_t b
 }
 
 template <typename T>
-static void backward_x_panel(const BackwardContext& ctx, int64_t ih, int64_t rows, int64_t c, int64_t channels,
+static void backward_x_panel(const BackwardContext& ctx, int64_t row, int64_t rows, int64_t c, int64_t channels,
                              const T* du, T* grad, int64_t step, int64_t out_row) {
   const Geometry& g = ctx.p.geom;
-  if (g.stride_h == 1 && g.stride_w == 1 && g.multiplier == 1) {
-    return backward_x_plain(ctx, ih, rows, c, channels, du, grad, step, out_row);
+  if (g.stride_d == 1 && g.stride_h == 1 && g.stride_w == 1 && g.multiplier == 1) {
+    return backward_x_plain(ctx, row, rows, c, channels, du, grad, step, out_row);
   }
   for (int64_t i = 0; i < rows; ++i, grad += out_row) {
     if (has_grad_row(g)) {
-      backward_x_strided(ctx, ih + i, c, channels, du, grad, step);
+      backward_x_strided(ctx, row + i, c, channels, du, grad, step);
     } else {
-      backward_x_general(ctx, ih + i, 0, g.w_in, c, channels, du, grad, step);
+      backward_x_general(ctx, row + i, 0, g.w_in, c, channels, du, grad, step);
     }
   }
 }
 
-// Rows [row, row_end) of grad_x, n * h_in of them, of one image, for all channels: in place where grad_x allows it,
-// else by way of tile[grad_pixels][columns], some rows or a part of one at a time.
+// Rows [row, row_end) of grad_x, n * d_in * h_in of them, of one slice, for all channels: in place where grad_x allows
+// it, else by way of tile[grad_pixels][columns], some rows or a part of one at a time.
 template <typename S, typename T>
 static void backward_x_rows(const BackwardContext& ctx, int64_t row, int64_t row_end, T* tile) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
   const Strides& stride = ctx.p.grad_x_strides;
-  const int64_t image = row / g.h_in, first = row % g.h_in, last = first + row_end - row;
+  const int64_t rows_of_image = g.d_in * g.h_in, image = row / rows_of_image, first = row % rows_of_image;
+  const int64_t last = first + row_end - row,
+                to_first = image * stride.n + first / g.h_in * stride.d + first % g.h_in * stride.h;
   if constexpr (SameType<S, T>::value) {
     if (has_grad_row(g) && ctx.p.grad_x_layout == Layout::nhwc) {
-      T* grad = static_cast<T*>(ctx.p.grad_x) + image * stride.n;
+      T* grad = static_cast<T*>(ctx.p.grad_x) + to_first;
       const T* du = du_at<T>(ctx, image * plan.image_pixels, 0);
-      for (int64_t ih = first; ih < last; ++ih) {
-        backward_x_strided(ctx, ih, 0, g.c_in, du, grad + ih * stride.h, stride.w);
+      for (int64_t i = first; i < last; ++i, grad += stride.h) {
+        backward_x_strided(ctx, i, 0, g.c_in, du, grad, stride.w);
       }
       return;
     }
@@ -193,50 +209,53 @@ static void backward_x_rows(const BackwardContext& ctx, int64_t row, int64_t row
     const T* du = du_at<T>(ctx, image * plan.image_pixels, c);
     if constexpr (SameType<S, T>::value) {
       if (ctx.p.grad_x_layout == Layout::nhwc) {
-        backward_x_panel(ctx, first, last - first, c, width, du,
-                         static_cast<T*>(ctx.p.grad_x) + image * stride.n + first * stride.h + c, stride.w, stride.h);
+        backward_x_panel(ctx, first, last - first, c, width, du, static_cast<T*>(ctx.p.grad_x) + to_first + c, stride.w,
+                         stride.h);
         continue;
       }
     }
-    for (int64_t ih = first; ih < last;) {
-      const int64_t rows = rows_at_once < 1 ? 1 : (rows_at_once < last - ih ? rows_at_once : last - ih);
-      const int64_t pixel = (image * g.h_in + ih) * g.w_in;
+    for (int64_t i = first; i < last;) {
+      const int64_t rows = rows_at_once < 1 ? 1 : (rows_at_once < last - i ? rows_at_once : last - i);
+      const int64_t pixel = (image * rows_of_image + i) * g.w_in;
       if (rows_at_once > 0) {
-        backward_x_panel(ctx, ih, rows, c, width, du, tile, columns, g.w_in * columns);
+        backward_x_panel(ctx, i, rows, c, width, du, tile, columns, g.w_in * columns);
         turn_grad_x_back<S>(ctx, tile, columns, c, width, pixel, rows * g.w_in);
       }
       for (int64_t begin = 0; rows_at_once < 1 && begin < g.w_in; begin += part) {
         const int64_t end = g.w_in - begin < part ? g.w_in : begin + part;
-        backward_x_general(ctx, ih, begin, end, c, width, du, tile, columns);
+        backward_x_general(ctx, i, begin, end, c, width, du, tile, columns);
         turn_grad_x_back<S>(ctx, tile, columns, c, width, pixel + begin, end - begin);
       }
-      ih += rows;
+      i += rows;
     }
   }
 }
 
 // sums[tap][lanes] of the vector of channels that x begins with += the correlation over rows [row, row_end), columns
-// [column, column_end) of an image, in blocks of about kLongestSum pixels.
+// [column, column_end) of a slice, in blocks of about kLongestSum pixels. du is the slice's.
 template <typename X, typename T>
-static void correlate_rows(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t image, PixelBlock block,
+static void correlate_rows(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t slice, PixelBlock block,
                            int64_t channels, const T* du, T* sums) {
   const Geometry& g = ctx.p.geom;
   Correlation<X, T> in;
   in.g = &g;
-  in.x = x.data + image * x.image;
   in.x_row = x.row;
   in.x_column = x.column;
   in.du = du;
   in.du_row = g.w_out * ctx.plan.du_width;
   in.du_column = ctx.plan.du_width;
-  in.sums = sums;
   in.left = lanes_left(channels, Vec<T>::n);
   const int64_t width = block.column_end - block.column, rows_at_once = width < kLongestSum ? kLongestSum / width : 1;
-  const int64_t pieces = ceil_div(width, kLongestSum);
+  const int64_t pieces = ceil_div(width, kLongestSum), depth = slice % g.d_out * g.stride_d - g.pad_front;
+  const Range taps = valid_taps(depth, g.dilation_d, g.d_in, g.kernel_d);
   for (int64_t row = block.row; row < block.row_end; row += rows_at_once) {
     const int64_t last = block.row_end - row < rows_at_once ? block.row_end : row + rows_at_once;
-    for (int64_t i = 0; i < pieces; ++i) {
-      correlate_vector(in, {row, last, block.column + width * i / pieces, block.column + width * (i + 1) / pieces});
+    for (int64_t tap = taps.begin; tap < taps.end; ++tap) {
+      in.x = x.data + slice / g.d_out * x.image + (depth + tap * g.dilation_d) * x.slice;
+      in.sums = sums + tap * ctx.plan.slice_taps * Vec<T>::n;
+      for (int64_t i = 0; i < pieces; ++i) {
+        correlate_vector(in, {row, last, block.column + width * i / pieces, block.column + width * (i + 1) / pieces});
+      }
     }
   }
 }
@@ -262,9 +281,10 @@ static void correlate_run(const BackwardContext& ctx, const ChannelsLast<const X
     if (rows > g.h_out - run.oh) rows = g.h_out - run.oh;
     for (int64_t v = 0; v < depthwise_vectors<T>(g); ++v) {
       const int64_t c = v % per_plane * n;
-      const ChannelsLast<const X> from = {x.data + c, x.image, x.row, x.column};
-      correlate_rows(ctx, from, run.n, {run.oh, run.oh + rows, run.ow, run.ow + run.length}, g.c_in - c,
-                     du_at<T>(ctx, run.n * plan.image_pixels, v / per_plane * g.c_in + c), partial + v * plan.taps * n);
+      const ChannelsLast<const X> from = {x.data + c, x.image, x.slice, x.row, x.column};
+      correlate_rows(ctx, from, run.slice, {run.oh, run.oh + rows, run.ow, run.ow + run.length}, g.c_in - c,
+                     du_at<T>(ctx, run.slice * plan.slice_pixels, v / per_plane * g.c_in + c),
+                     partial + v * plan.taps * n);
     }
     pixel += rows * run.length;
   }

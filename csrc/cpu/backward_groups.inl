@@ -22,8 +22,16 @@ DSCONV_INLINE int64_t group_pixel(const CpuPlan& plan, int64_t group) {
   return tile_begin(plan, group_tile(plan, group));
 }
 
-// The pixels of z that row `row` of grad_x (n * h_in of them) reads.
+// The pixels of z that row `row` of grad_x (n * d_in * h_in of them) reads; in 3-D whole slices, so that rows are ready
+// in the order of their numbers.
 DSCONV_INLINE Range pixels_for_row(const Geometry& g, int64_t row) {
+  if (has_depth(g)) {
+    const int64_t back = row / g.h_in % g.d_in + g.pad_front, before = back - (g.kernel_d - 1) * g.dilation_d;
+    const int64_t first = before > 0 ? ceil_div(before, g.stride_d) : 0, last = back / g.stride_d;
+    const int64_t slice = row / g.h_in / g.d_in * g.d_out, pixels = g.h_out * g.w_out;
+    const Range r = {(slice + first) * pixels, (slice + (last < g.d_out ? last + 1 : g.d_out)) * pixels};
+    return r;
+  }
   const int64_t bottom = row % g.h_in + g.pad_top, above = bottom - (g.kernel_h - 1) * g.dilation_h;
   const int64_t first = above > 0 ? ceil_div(above, g.stride_h) : 0, last = bottom / g.stride_h;
   const int64_t image = row / g.h_in * g.h_out;
@@ -92,7 +100,7 @@ static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<c
 template <typename S, typename T>
 static int64_t backward_ready_rows(const BackwardContext& ctx, int64_t row, int64_t begin, int64_t done, T* tile) {
   const Geometry& g = ctx.p.geom;
-  const int64_t rows = g.n * g.h_in;
+  const int64_t rows = g.n * g.d_in * g.h_in;
   while (row < rows) {
     const int64_t first = row;
     for (; row < rows && row - first < ctx.plan.grad_rows && row / g.h_in == first / g.h_in; ++row) {
@@ -146,7 +154,7 @@ static void backward_group_of(const BackwardContext& ctx, const ChannelsLast<con
   T* dw_partial = joined ? zero_depthwise_partial<T>(ctx, group) : nullptr;
 
   const int64_t begin = group_pixel(plan, group);
-  int64_t row = begin / plan.image_pixels * g.h_in;
+  int64_t row = begin / plan.image_pixels * g.d_in * g.h_in;
   for (int64_t tile = group_tile(plan, group); tile < group_tile(plan, group + 1); ++tile) {
     const int64_t pixel = tile_begin(plan, tile), end = tile_begin(plan, tile + 1);
     backward_group_tile<S>(ctx, x, pixel, end - pixel, memory, t, pw_partial, bias_partial);
@@ -196,7 +204,7 @@ static void backward_norm_group_of(const BackwardContext& ctx, const ChannelsLas
   T* grad_tile = zhat + 2 * plan.tile_pixels * plan.z_ld;
   T* dw_partial = zero_depthwise_partial<T>(ctx, group);
   const int64_t begin = group_pixel(plan, group);
-  int64_t row = begin / plan.image_pixels * ctx.p.geom.h_in;
+  int64_t row = begin / plan.image_pixels * ctx.p.geom.d_in * ctx.p.geom.h_in;
   for (int64_t tile = group_tile(plan, group); tile < group_tile(plan, group + 1); ++tile) {
     const int64_t pixel = tile_begin(plan, tile), end = tile_begin(plan, tile + 1);
     tile_du_to_dz(ctx, x, pixel, end - pixel, zhat);
@@ -214,14 +222,14 @@ static void backward_norm_group(const BackwardContext& ctx, int64_t group, void*
   }
 }
 
-// Rows of grad_x, plan.grad_rows of an image, but for those that the groups have done.
+// Rows of grad_x, plan.grad_rows of a slice, but for those that the groups have done.
 template <typename S, typename T>
 static void backward_x(const BackwardContext& ctx, int64_t task, void* scratch) {
   const Geometry& g = ctx.p.geom;
-  const int64_t tasks = ceil_div(g.h_in, ctx.plan.grad_rows), image = task / tasks;
+  const int64_t tasks = ceil_div(g.h_in, ctx.plan.grad_rows), slice = task / tasks;
   const int64_t begin = task % tasks * ctx.plan.grad_rows;
   const int64_t end = g.h_in - begin < ctx.plan.grad_rows ? g.h_in : begin + ctx.plan.grad_rows;
-  for (int64_t row = image * g.h_in + begin, last = image * g.h_in + end; row < last;) {
+  for (int64_t row = slice * g.h_in + begin, last = slice * g.h_in + end; row < last;) {
     int64_t row_end = row;
     while (row_end < last && !done_in_group(ctx, row_end)) ++row_end;
     if (row_end > row) backward_x_rows<S>(ctx, row, row_end, static_cast<T*>(scratch));

@@ -75,7 +75,7 @@ template <typename T>
 struct PanelMemory {
   T* du;       // [chunk_pixels][columns]
   T* dw_sums;  // [kMicroVecs][taps][lanes]
-  T* x;        // [chunk_images * h_in * w_in][columns], where it is turned
+  T* x;        // [chunk_images * d_in * h_in * w_in][columns], where it is turned
 };
 
 template <typename T>
@@ -124,12 +124,17 @@ static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int6
   if (ctx.norm != nullptr) panel_du_to_dz(ctx, x, pixels, t, memory.du);
   for (int64_t image = 0; image < images; ++image) {
     const T* du = memory.du + image * plan.image_pixels * columns;
-    for (int64_t c = 0; ctx.p.grad_dw_weight != nullptr && c < t.width; c += n) {
-      const ChannelsLast<const T> from = {x.data + c, x.image, x.row, x.column};
-      correlate_rows(ctx, from, image, {0, g.h_out, 0, g.w_out}, t.width - c, du + c, memory.dw_sums + c * plan.taps);
+    for (int64_t d = 0; ctx.p.grad_dw_weight != nullptr && d < g.d_out; ++d) {
+      const T* du_slice = du + d * plan.slice_pixels * columns;
+      for (int64_t c = 0; c < t.width; c += n) {
+        const ChannelsLast<const T> from = {x.data + c, x.image, x.slice, x.row, x.column};
+        correlate_rows(ctx, from, image * g.d_out + d, {0, g.h_out, 0, g.w_out}, t.width - c, du_slice + c,
+                       memory.dw_sums + c * plan.taps);
+      }
     }
-    if (ctx.p.grad_x != nullptr) {
-      backward_x_panel(ctx, 0, g.h_in, t.k, t.width, du, grad.data + image * grad.image, grad.column, grad.row);
+    for (int64_t d = 0; ctx.p.grad_x != nullptr && d < g.d_in; ++d) {
+      backward_x_panel(ctx, d * g.h_in, g.h_in, t.k, t.width, du, grad.data + image * grad.image + d * grad.slice,
+                       grad.column, grad.row);
     }
   }
 }
@@ -178,7 +183,7 @@ static void backward_panel(const BackwardContext& ctx, int64_t task, void* scrat
   }
   if (t.sums != nullptr) zero_fill(sums, g.c_out * columns);
   zero_fill(t.bias_sums, columns + plan.taps * columns);
-  const int64_t image_pixels = g.h_in * g.w_in;
+  const int64_t image_pixels = g.d_in * g.h_in * g.w_in;
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
     const int64_t first = chunk * plan.chunk_images;
     const int64_t images = g.n - first < plan.chunk_images ? g.n - first : plan.chunk_images;
@@ -187,7 +192,7 @@ static void backward_panel(const BackwardContext& ctx, int64_t task, void* scrat
         const Strides& to = p.grad_x_strides;
         ChannelsLast<const T> x = x_as_given<S>(ctx);
         x.data += first * x.image + t.k;
-        const ChannelsLast<T> grad = {static_cast<T*>(p.grad_x) + first * to.n + t.k, to.n, to.h, to.w};
+        const ChannelsLast<T> grad = {static_cast<T*>(p.grad_x) + first * to.n + t.k, to.n, to.d, to.h, to.w};
         backward_panel_chunk(ctx, chunk, images, x, grad, t, memory);
         continue;
       }

@@ -68,11 +68,11 @@ static void load_output_gradient(const BackwardContext& ctx, int64_t pixel, int6
   const Geometry& g = p.geom;
   const int64_t ld = ctx.plan.out_ld;
   if (ctx.out_norm != nullptr) return output_norm_gradient<S>(ctx, pixel, count, g_tile, saved_tile);
-  load_tile(static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g.h_out, g.w_out, g.c_out, pixel, count, g_tile,
-            ld);
+  load_tile(static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g.d_out, g.h_out, g.w_out, g.c_out, pixel, count,
+            g_tile, ld);
   if (p.saved == nullptr) return;
-  load_tile(static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g.h_out, g.w_out, g.c_out, pixel, count,
-            saved_tile, ld);
+  load_tile(static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g.d_out, g.h_out, g.w_out, g.c_out, pixel,
+            count, saved_tile, ld);
   for (int64_t i = 0; i < count; ++i) {
     activation_pass<ScaleByOutDerivative, T>(p.out_act, g.c_out, g_tile + i * ld, saved_tile + i * ld);
   }
@@ -126,7 +126,7 @@ static void recompute_z(const BackwardContext& ctx, const ChannelsLast<const X>&
     const DepthwiseInput<X> in = {&g,
                                   &plan,
                                   x.data + (c - x_channel),
-                                  {x.image, 1, x.row, x.column},
+                                  x.strides(),
                                   Layout::nhwc,
                                   z_weight<T>(ctx) + k,
                                   static_cast<const T*>(ctx.packed.dw_bias) + k};

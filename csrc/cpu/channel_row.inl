@@ -9,6 +9,8 @@
 //          \ | /                   pixels, and a value of x once for all taps and pixels that read it
 //   out      o o o o o o o         (P - 1) * step + J loads of x and J of weights for P * J multiply-adds
 //
+// In 3-D the taps are some such planes of taps: an outer loop over the slices of x that they read.
+//
 // With dilation, or strides above 2, tap by tap: P + 1 loads for P multiply-adds; and so where masks are slow for the
 // channels left of a last vector. Columns outside the image are loads of a vector of zeros, rows outside are left out
 // of the loop.
@@ -19,12 +21,14 @@
 template <typename S>
 struct ChannelRow {
   typedef typename ComputeOf<S>::type T;
-  const S* x;                     // of one image
+  const S* x;                     // of the first slice that is read
   int64_t row_step, column_step;  // strides of x
   int64_t in_h, in_w;
   int64_t taps_h, taps_w, dilation_h, dilation_w, step_w;
-  const T* weight;                    // the first tap's
+  const T* weight;                    // of the first tap on that slice
   int64_t weight_row, weight_column;  // may be negative: a kernel walked backwards
+  int64_t slices;                     // that are read: planes of taps inside the image
+  int64_t slice_step, weight_slice;   // from one to the next
   const T* start;                     // bias, with start_step 0, or what to add to
   int64_t start_step;                 // per pixel
   int64_t channels;
@@ -145,6 +149,27 @@ DSCONV_INLINE void add_tap_row(const ChannelRow<S>& row, const S* x, const T* w,
   }
 }
 
+// A row of x that meets two rows of taps.
+template <int Step, int P, Columns Where, typename S, typename T, typename V>
+DSCONV_INLINE void add_tap_row_pair(const ChannelRow<S>& row, const S* x, const T* w, const T* w_lower,
+                                    const ColumnRange& range, V (&upper)[P], V (&lower)[P]) {
+  const int64_t column_step = row.column_step, weight_column = row.weight_column, taps_w = row.taps_w;
+  int64_t j = 0;
+  for (; j + 5 <= taps_w; j += 5) {
+    add_taps_pair<5, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column,
+                                     w_lower + j * weight_column, weight_column, range, j, upper, lower);
+  }
+  if (j + 3 <= taps_w) {
+    add_taps_pair<3, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column,
+                                     w_lower + j * weight_column, weight_column, range, j, upper, lower);
+    j += 3;
+  }
+  for (; j < taps_w; ++j) {
+    add_taps_pair<1, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column,
+                                     w_lower + j * weight_column, weight_column, range, j, upper, lower);
+  }
+}
+
 // P pixels, `vectors` vectors of channels one after another: that way x is read as it lies in memory, which the
 // prefetchers follow. Step: row.step_w where taps are neighbours, else 0.
 template <int Step, int P, Columns Where, typename S, typename T, typename M>
@@ -162,25 +187,31 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
       acc[p] = load_lanes<Where == Columns::rest>(from, range.left);
       advance(from, start_step);
     }
-    const S* x_row = x;
-    const T* weight_row = weight;
-    for (int64_t i = 0; i < tap_rows; ++i) {
-      if constexpr (Step > 0) {
-        add_tap_row<Step, P, Where>(row, x_row, weight_row, range, acc);
-      } else {
-        const T* w = weight_row;
-        for (int64_t j = 0; j < row.taps_w; ++j, w += row.weight_column) {
-          const V v = load_lanes<Where == Columns::rest>(w, range.left);
-          const S* xp = x_row + j * tap_step * column_step;
-          DSCONV_UNROLL
-          for (int p = 0; p < P; ++p) {
-            acc[p] = vfma(v, load_column<Where>(xp, range, j * tap_step + p * row.step_w), acc[p]);
-            advance(xp, pixel_step);
+    const S* x_slice = x;
+    const T* weight_slice = weight;
+    for (int64_t slice = 0; slice < row.slices; ++slice) {
+      const S* x_row = x_slice;
+      const T* weight_row = weight_slice;
+      for (int64_t i = 0; i < tap_rows; ++i) {
+        if constexpr (Step > 0) {
+          add_tap_row<Step, P, Where>(row, x_row, weight_row, range, acc);
+        } else {
+          const T* w = weight_row;
+          for (int64_t j = 0; j < row.taps_w; ++j, w += row.weight_column) {
+            const V v = load_lanes<Where == Columns::rest>(w, range.left);
+            const S* xp = x_row + j * tap_step * column_step;
+            DSCONV_UNROLL
+            for (int p = 0; p < P; ++p) {
+              acc[p] = vfma(v, load_column<Where>(xp, range, j * tap_step + p * row.step_w), acc[p]);
+              advance(xp, pixel_step);
+            }
           }
         }
+        x_row += row.dilation_h * row.row_step;
+        weight_row += row.weight_row;
       }
-      x_row += row.dilation_h * row.row_step;
-      weight_row += row.weight_row;
+      x_slice += row.slice_step;
+      weight_slice += row.weight_slice;
     }
     M* to = out;
     DSCONV_UNROLL
@@ -207,7 +238,7 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
                                 int64_t vectors, const S* x_first, const ColumnRange& range, Clamp<T> clamp,
                                 T* out_first, int64_t ld, int64_t out_row) {
   typedef typename Vec<T>::type V;
-  const int64_t column_step = row.column_step, taps_w = row.taps_w, weight_column = row.weight_column;
+  const int64_t column_step = row.column_step;
   const V lo = vset(clamp.lo), hi = vset(clamp.hi);
   for (int64_t group = 0; group < groups; ++group, x_first += P * Step * column_step, out_first += P * ld) {
     const S* x = x_first;
@@ -218,30 +249,23 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
       V upper[P], lower[P];
       DSCONV_UNROLL
       for (int p = 0; p < P; ++p) upper[p] = lower[p] = vload(start);
-      for (int64_t i = rows.begin; i < rows.end; ++i) {
-        const S* x_row = x + i * row.row_step;
-        const T* w = weight + i * row.weight_row;
-        const T* w_lower = w - apart * row.weight_row;
-        if (i < apart) {
-          add_tap_row<Step, P, Where>(row, x_row, w, range, upper);
-        } else if (i >= row.taps_h) {
-          add_tap_row<Step, P, Where>(row, x_row, w_lower, range, lower);
-        } else {
-          int64_t j = 0;
-          for (; j + 5 <= taps_w; j += 5) {
-            add_taps_pair<5, Step, P, Where>(x_row + j * column_step, column_step, w + j * weight_column,
-                                             w_lower + j * weight_column, weight_column, range, j, upper, lower);
-          }
-          if (j + 3 <= taps_w) {
-            add_taps_pair<3, Step, P, Where>(x_row + j * column_step, column_step, w + j * weight_column,
-                                             w_lower + j * weight_column, weight_column, range, j, upper, lower);
-            j += 3;
-          }
-          for (; j < taps_w; ++j) {
-            add_taps_pair<1, Step, P, Where>(x_row + j * column_step, column_step, w + j * weight_column,
-                                             w_lower + j * weight_column, weight_column, range, j, upper, lower);
+      const S* x_slice = x;
+      const T* weight_slice = weight;
+      for (int64_t slice = 0; slice < row.slices; ++slice) {
+        for (int64_t i = rows.begin; i < rows.end; ++i) {
+          const S* x_row = x_slice + i * row.row_step;
+          const T* w = weight_slice + i * row.weight_row;
+          const T* w_lower = w - apart * row.weight_row;
+          if (i < apart) {
+            add_tap_row<Step, P, Where>(row, x_row, w, range, upper);
+          } else if (i >= row.taps_h) {
+            add_tap_row<Step, P, Where>(row, x_row, w_lower, range, lower);
+          } else {
+            add_tap_row_pair<Step, P, Where>(row, x_row, w, w_lower, range, upper, lower);
           }
         }
+        x_slice += row.slice_step;
+        weight_slice += row.weight_slice;
       }
       T* to = out;
       DSCONV_UNROLL
@@ -354,6 +378,18 @@ static void convolve_row(const ChannelRow<S>& row, int64_t top, int64_t left, in
   } else {
     convolve_row_steps<0>(row, top, left, count, clamp, out, ld);
   }
+}
+
+// `taps` taps along the depth, of which number i reads slice `position` + i * dilation of `in`: those inside become the
+// row's loop over slices, `step` apart from x on. Returns the first of them, at whose weights the row has to begin.
+template <typename S>
+DSCONV_INLINE int64_t place_slices(ChannelRow<S>& row, const S* x, int64_t position, int64_t dilation, int64_t in,
+                                   int64_t taps, int64_t step) {
+  const Range inside = valid_taps(position, dilation, in, taps);
+  row.slices = inside.end - inside.begin;
+  row.slice_step = dilation * step;
+  row.x = x + (position + inside.begin * dilation) * step;
+  return inside.begin;
 }
 
 // `row` from channel `begin` on.

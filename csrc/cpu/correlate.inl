@@ -40,9 +40,9 @@ struct PixelBlock {
 template <typename S, typename T>
 struct Correlation {
   const Geometry* g;
-  const S* x;  // of an image, at the vector's channels
+  const S* x;  // of a slice, at the vector's channels
   int64_t x_row, x_column;
-  const T* du;  // of the image, at the vector's channels
+  const T* du;  // of a slice, at the vector's channels
   int64_t du_row, du_column;
   T* sums;                                // [kernel_h][kernel_w][lanes]
   int64_t tap_row, tap_rows, tap_column;  // the block of taps

@@ -36,8 +36,10 @@ struct ElementBytes {
 struct CpuPlan {
   MicroTile micro;
   int64_t element;                   // bytes of the compute type
-  int64_t taps;                      // kernel_h * kernel_w
-  int64_t image_pixels, pixels;      // h_out * w_out, times n
+  int64_t taps;                      // kernel_d * kernel_h * kernel_w
+  int64_t slice_taps;                // kernel_h * kernel_w
+  int64_t slice_pixels;              // h_out * w_out
+  int64_t image_pixels, pixels;      // times d_out, times n
   int64_t mid_columns, out_columns;  // c_mid and c_out rounded up to micro.columns: packed weights, partial sums
   int64_t mid_ld, out_ld;            // row strides of tiles, elements: no multiple of 128 bytes, against set conflicts
   int64_t tap_pairs;                 // forward: pairs of taps that the depthwise multiplies at a time; 0: single taps
@@ -78,7 +80,7 @@ constexpr int64_t skewed(int64_t elements, int64_t element) {
 
 // Pairs of taps as pack_bf16.inl makes them: one tap and that below it, in a last single row neighbours.
 constexpr int64_t tap_pairs_of(const Geometry& g) {
-  return g.kernel_h / 2 * g.kernel_w + (g.kernel_h % 2 != 0 ? ceil_div(g.kernel_w, 2) : 0);
+  return g.kernel_d * (g.kernel_h / 2 * g.kernel_w + (g.kernel_h % 2 != 0 ? ceil_div(g.kernel_w, 2) : 0));
 }
 
 // What the depthwise stage of a tile needs beside z.
@@ -92,7 +94,8 @@ constexpr int64_t depthwise_scratch(const CpuPlan& plan) {
 constexpr int64_t turned_columns_of(const Geometry& g, const CpuPlan& plan) {
   constexpr int64_t kFew = 16;
   const int64_t reach_h = (g.kernel_h - 1) * g.dilation_h + 1, reach_w = (g.kernel_w - 1) * g.dilation_w + 1;
-  const int64_t rows = reach_h < g.h_in ? reach_h : g.h_in, columns = plan.turned / (plan.micro.lanes * rows);
+  const int64_t rows = (reach_h < g.h_in ? reach_h : g.h_in) * g.kernel_d;
+  const int64_t columns = plan.turned / (plan.micro.lanes * rows);
   if (columns >= g.w_in) return g.w_out;
   const int64_t outputs = columns < reach_w ? 0 : (columns - reach_w) / g.stride_w + 1;
   return outputs < kFew ? 0 : outputs;
@@ -112,10 +115,12 @@ inline CpuPlan base(const Geometry& g, Layout x_layout, MicroTile micro, int64_t
   CpuPlan plan{};
   plan.micro = micro;
   plan.element = element;
-  plan.taps = g.kernel_h * g.kernel_w;
+  plan.slice_taps = g.kernel_h * g.kernel_w;
+  plan.taps = g.kernel_d * plan.slice_taps;
   plan.window = kWindowBytes / element;
   plan.turned = x_layout == Layout::nchw ? kTurnedBytes / element : 0;
-  plan.image_pixels = g.h_out * g.w_out;
+  plan.slice_pixels = g.h_out * g.w_out;
+  plan.image_pixels = g.d_out * plan.slice_pixels;
   plan.pixels = g.n * plan.image_pixels;
   plan.mid_columns = round_up(g.c_mid, micro.columns);
   plan.out_columns = round_up(g.c_out, micro.columns);
@@ -153,7 +158,8 @@ inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro,
   const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, mid_bytes), 8 * micro.rows, 256);
   const int64_t fits = plan_detail::pixels_within(kScratchBytes - depthwise_scratch(plan) - (8 << 10), per_pixel);
   plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, threads);
-  plan.beyond_cache = (g.n * g.c_in * g.h_in * g.w_in + plan.pixels * g.c_out) * bytes.stored > kSharedCacheBytes;
+  plan.beyond_cache =
+      (g.n * g.c_in * g.d_in * g.h_in * g.w_in + plan.pixels * g.c_out) * bytes.stored > kSharedCacheBytes;
   plan.scratch_bytes =
       plan.tile_pixels * (mid_bytes + micro.columns * element) + depthwise_scratch(plan) + 4 * kCacheLine;
   return plan;
@@ -193,7 +199,7 @@ inline int64_t cut_panels(CpuPlan& plan, const Geometry& g, Layout x_layout, Bet
   plan.chunks = ceil_div(g.n, plan.chunk_images);
   const int64_t tiles = ceil_div(plan.chunk_pixels, kTilePixels);
   plan.panel_tile = round_up(ceil_div(plan.chunk_pixels, tiles), micro.rows);
-  const int64_t turned = x_layout == Layout::nchw ? plan.chunk_images * g.h_in * g.w_in : 0;
+  const int64_t turned = x_layout == Layout::nchw ? plan.chunk_images * g.d_in * g.h_in * g.w_in : 0;
   const int64_t rows = 2 * g.c_out + 2 * plan.panel_tile + plan.chunk_pixels + plan.taps + 1 + turned;
   const int64_t panel = rows * micro.columns * plan.element;
   const int64_t turn = 2 * (micro.rows + 1) * plan.out_ld * plan.element;
@@ -234,9 +240,12 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   if (plan.tiles > 1 && plan.pointwise_groups == 1) plan.pointwise_groups = 2;
 
   plan.du_width = g.multiplier == 1 ? micro.columns : g.c_mid;
-  const int64_t group_rows = g.n * g.h_out / plan.pointwise_groups;
-  // Else no row of grad_x lies in one.
-  plan.joined = group_rows > (g.kernel_h - 1) * g.dilation_h / g.stride_h;
+  const int64_t group_rows = g.n * g.d_out * g.h_out / plan.pointwise_groups;
+  // Rows of du that a row of grad_x reads; in 3-D whole slices (backward_groups.inl).
+  int64_t reach = (g.kernel_h - 1) * g.dilation_h / g.stride_h;
+  if (has_depth(g)) reach = ((g.kernel_d - 1) * g.dilation_d / g.stride_d + 1) * g.h_out;
+  // Else no row of grad_x lies in a group.
+  plan.joined = group_rows > reach;
   const int64_t panels_bytes =
       between != BetweenStages::caller ? plan_detail::cut_panels(plan, g, x_layout, between) : 0;
   plan.scratch_bytes = panels_bytes > 0 ? panels_bytes : fixed + plan.tile_pixels * per_pixel;

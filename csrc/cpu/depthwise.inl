@@ -34,8 +34,17 @@ DSCONV_INLINE ChannelRow<S> channel_row(const Geometry& g, const CpuPlan& plan) 
   row.step_w = g.stride_w;
   row.weight_row = plan.mid_columns * g.kernel_w;
   row.weight_column = plan.mid_columns;
+  row.weight_slice = plan.mid_columns * plan.slice_taps;
   row.channels = g.c_in;
   return row;
+}
+
+// Points the row to the slices of x that the output slice reads. Returns the first tap along the depth.
+template <typename S>
+DSCONV_INLINE int64_t read_slices(const DepthwiseInput<S>& in, int64_t slice, ChannelRow<S>& row) {
+  const Geometry& g = *in.g;
+  return place_slices(row, in.x + slice / g.d_out * in.stride.n, slice % g.d_out * g.stride_d - g.pad_front,
+                      g.dilation_d, g.d_in, g.kernel_d, in.stride.d);
 }
 
 template <typename S, typename T, typename M>
@@ -48,9 +57,9 @@ static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
     const PixelRun run = run_at(pixel + p, count - p, g.h_out, g.w_out, false);
     int64_t rows = run.length == g.w_out ? (count - p) / g.w_out : 1;
     if (rows > g.h_out - run.oh) rows = g.h_out - run.oh;
-    row.x = in.x + run.n * in.stride.n;
+    const T* weight = in.weight + read_slices(in, run.slice, row) * row.weight_slice;
     for (int64_t plane = 0; plane < g.multiplier; ++plane) {
-      row.weight = in.weight + plane * g.c_in;
+      row.weight = weight + plane * g.c_in;
       row.start = in.bias + plane * g.c_in;
       convolve_rows(row, g.stride_h, run.oh * g.stride_h - g.pad_top, run.ow * g.stride_w - g.pad_left, rows,
                     run.length, clamp, z + p * in.plan->mid_ld + plane * g.c_in, in.plan->mid_ld,
@@ -60,10 +69,11 @@ static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
   }
 }
 
-// The part of x that some rows of outputs read, turned into [row][column][lanes of channels].
+// The part of x that some rows of outputs read, turned into [tap along the depth][row][column][lanes of channels].
 struct TurnedPiece {
-  int64_t image, oh, rows, ow, width;                    // outputs: `width` columns of each of `rows` rows
+  int64_t slice, oh, rows, ow, width;                    // outputs: `width` columns of each of `rows` rows
   int64_t in_row, in_row_end, in_column, in_column_end;  // what they read, inside the image
+  int64_t tap, slices, in_slice;                         // depth taps inside the image, and the slice of the first one
 };
 
 DSCONV_INLINE Range input_range(int64_t first, int64_t count, int64_t stride, int64_t pad, int64_t reach, int64_t in) {
@@ -78,9 +88,10 @@ DSCONV_INLINE TurnedPiece turned_piece(const Geometry& g, const CpuPlan& plan, i
   const int64_t reach_h = (g.kernel_h - 1) * g.dilation_h + 1, reach_w = (g.kernel_w - 1) * g.dilation_w + 1;
   const int64_t most = turned_columns_of(g, plan);
   const PixelRun run = run_at(pixel, limit < most ? limit : most, g.h_out, g.w_out, false);
-  TurnedPiece piece = {run.n, run.oh, 1, run.ow, run.length, 0, 0, 0, 0};
+  TurnedPiece piece = {};
+  piece.slice = run.slice, piece.oh = run.oh, piece.rows = 1, piece.ow = run.ow, piece.width = run.length;
   if (run.length == g.w_out) {
-    const int64_t in_rows = plan.turned / (Vec<T>::n * g.w_in);
+    const int64_t in_rows = plan.turned / (Vec<T>::n * g.w_in * g.kernel_d);
     const int64_t fit = in_rows < reach_h ? 1 : (in_rows - reach_h) / g.stride_h + 1;
     const int64_t left = limit / g.w_out < g.h_out - run.oh ? limit / g.w_out : g.h_out - run.oh;
     piece.rows = fit < left ? fit : left;
@@ -89,27 +100,36 @@ DSCONV_INLINE TurnedPiece turned_piece(const Geometry& g, const CpuPlan& plan, i
   const Range columns = input_range(piece.ow, piece.width, g.stride_w, g.pad_left, reach_w, g.w_in);
   piece.in_row = rows.begin, piece.in_row_end = rows.end;
   piece.in_column = columns.begin, piece.in_column_end = columns.end;
+  const int64_t depth = run.slice % g.d_out * g.stride_d - g.pad_front;
+  const Range taps = valid_taps(depth, g.dilation_d, g.d_in, g.kernel_d);
+  piece.tap = taps.begin, piece.slices = taps.end - taps.begin;
+  piece.in_slice = depth + taps.begin * g.dilation_d;
   return piece;
 }
 
 template <typename S, typename T>
 static void turn_channels(const DepthwiseInput<S>& in, const TurnedPiece& piece, int64_t c, int channels, T* to) {
   constexpr int n = Vec<T>::n;
-  const S* from = in.x + piece.image * in.stride.n + c * in.stride.c + piece.in_column * in.stride.w;
-  const int64_t columns = piece.in_column_end - piece.in_column;
-  if (in.layout == Layout::nhwc) {
-    return norm_lanes(in.norm, c, channels, from + piece.in_row * in.stride.h, in.stride.h, in.stride.w,
-                      piece.in_row_end - piece.in_row, columns, to);
-  }
+  const Geometry& g = *in.g;
+  const S* from = in.x + piece.slice / g.d_out * in.stride.n + c * in.stride.c + piece.in_column * in.stride.w;
+  const int64_t columns = piece.in_column_end - piece.in_column, rows = piece.in_row_end - piece.in_row;
   T* const begin = to;
-  for (int64_t row = piece.in_row; row < piece.in_row_end; ++row) {
-    const S* x = from + row * in.stride.h;
-    for (int64_t i = 0; i < columns; i += n) {
-      transpose_block(x + i, in.stride.c, channels, lanes_left(columns - i, n), to + i * n, n);
+  for (int64_t slice = 0; slice < piece.slices; ++slice) {
+    const S* x = from + (piece.in_slice + slice * g.dilation_d) * in.stride.d + piece.in_row * in.stride.h;
+    if (in.layout == Layout::nhwc) {
+      norm_lanes(in.norm, c, channels, x, in.stride.h, in.stride.w, rows, columns, to);
+      to += rows * columns * n;
+      continue;
     }
-    to += columns * n;
+    for (int64_t row = 0; row < rows; ++row, x += in.stride.h) {
+      for (int64_t i = 0; i < columns; i += n) {
+        transpose_block(x + i, in.stride.c, channels, lanes_left(columns - i, n), to + i * n, n);
+      }
+      to += columns * n;
+    }
   }
-  if (in.norm.rows != nullptr) norm_lanes(in.norm, c, n, begin, 0, n, 1, (to - begin) / n, begin);
+  if (in.layout == Layout::nchw && in.norm.rows != nullptr)
+    norm_lanes(in.norm, c, n, begin, 0, n, 1, (to - begin) / n, begin);
 }
 
 template <typename S, typename T, typename M>
@@ -123,6 +143,8 @@ static void depthwise_turned(const DepthwiseInput<S>& in, int64_t pixel, int64_t
     const int64_t columns = piece.in_column_end - piece.in_column;
     row.column_step = n;
     row.row_step = columns * n;
+    row.slices = piece.slices;
+    row.slice_step = (piece.in_row_end - piece.in_row) * row.row_step;
     row.x = turned - piece.in_row * row.row_step - piece.in_column * n;
     for (int64_t c = 0; c < g.c_in; c += n) {
       const int channels = lanes_left(g.c_in - c, n);
@@ -130,7 +152,7 @@ static void depthwise_turned(const DepthwiseInput<S>& in, int64_t pixel, int64_t
       // Lanes past the last channel are zeros, and where nothing stands behind them in z they need no mask.
       row.channels = g.multiplier == 1 ? n : channels;
       for (int64_t k = c; k < g.c_mid; k += g.c_in) {
-        row.weight = in.weight + k;
+        row.weight = in.weight + k + piece.tap * row.weight_slice;
         row.start = in.bias + k;
         convolve_rows(row, g.stride_h, piece.oh * g.stride_h - g.pad_top, piece.ow * g.stride_w - g.pad_left,
                       piece.rows, piece.width, clamp, z + p * in.plan->mid_ld + k, in.plan->mid_ld,
@@ -141,22 +163,31 @@ static void depthwise_turned(const DepthwiseInput<S>& in, int64_t pixel, int64_t
   }
 }
 
-// The strips of one piece of an image for the channels k .. k + lanes, each plan.strip_ld long.
+// The strips of one piece of a slice for the channels k .. k + lanes, each plan.strip_ld long.
 template <typename S, typename T>
-static void depthwise_strips(const DepthwiseInput<S>& in, const PlaneShape& shape, const PlaneTaps& taps, int64_t image,
+static void depthwise_strips(const DepthwiseInput<S>& in, const PlaneShape& shape, const PlaneTaps& taps, int64_t slice,
                              int64_t begin, int64_t end, int64_t k, int channels, Clamp<T> clamp, Window<T>& w,
                              T* strips) {
   const Geometry& g = *in.g;
   const Clamp<T> open = clamp_of<T>(Activation::identity);
-  for (int64_t first = 0, last = 0; first < taps.count; first = last) {
-    last = chunk_end<Vec<T>::n>(*in.plan, shape, taps, first, end - begin < g.w_out ? end - begin : g.w_out);
-    prepare_window(shape, taps, first, last, begin, end, w);
-    for (int i = 0; i < channels; ++i) {
-      const S* plane = in.x + image * in.stride.n + (k + i) % g.c_in * in.stride.c;
-      for (int64_t t = first; t < last; ++t) w.weight[t - first] = in.weight[t * in.plan->mid_columns + k + i];
-      fill_window(shape, plane, in.stride.h, w);
-      convolve_window(w, last - first, in.bias[k + i], first > 0, last == taps.count ? clamp : open,
-                      strips + i * in.plan->strip_ld);
+  const int64_t depth = slice % g.d_out * g.stride_d - g.pad_front, mid_columns = in.plan->mid_columns;
+  const Range inside = valid_taps(depth, g.dilation_d, g.d_in, g.kernel_d);
+  // No slice inside: one plane of no taps, for the bias.
+  const int64_t planes = inside.begin < inside.end ? inside.end - inside.begin : 1;
+  for (int64_t d = 0; d < planes; ++d) {
+    const int64_t tap = inside.begin + d, count = inside.begin < inside.end ? taps.count : 0;
+    const S* x = in.x + slice / g.d_out * in.stride.n + (depth + tap * g.dilation_d) * in.stride.d;
+    const T* weight = in.weight + tap * taps.count * mid_columns + k;
+    for (int64_t first = 0, last = 0; first < taps.count; first = last) {
+      last = chunk_end<Vec<T>::n>(*in.plan, shape, taps, first, end - begin < g.w_out ? end - begin : g.w_out);
+      prepare_window(shape, taps, first, last, begin, end, w);
+      const bool finished = last == taps.count && d + 1 == planes;
+      for (int i = 0; i < channels; ++i) {
+        for (int64_t t = first; t < last && count > 0; ++t) w.weight[t - first] = weight[t * mid_columns + i];
+        if (count > 0) fill_window(shape, x + (k + i) % g.c_in * in.stride.c, in.stride.h, w);
+        convolve_window(w, count > 0 ? last - first : 0, in.bias[k + i], first > 0 || d > 0, finished ? clamp : open,
+                        strips + i * in.plan->strip_ld);
+      }
     }
   }
 }
@@ -173,12 +204,12 @@ static void depthwise_nchw(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
   plane_memory(plan, memory, taps, w);
   forward_taps(g, taps);
   for (int64_t p = 0; p < count;) {
-    const int64_t image = (pixel + p) / plan.image_pixels, begin = (pixel + p) % plan.image_pixels;
-    const int64_t left = count - p < plan.image_pixels - begin ? count - p : plan.image_pixels - begin;
+    const int64_t slice = (pixel + p) / plan.slice_pixels, begin = (pixel + p) % plan.slice_pixels;
+    const int64_t left = count - p < plan.slice_pixels - begin ? count - p : plan.slice_pixels - begin;
     const int64_t end = piece_end<n>(plan, shape, taps, begin, begin + left);
     for (int64_t k = 0; k < g.c_mid; k += n) {
       const int channels = lanes_left(g.c_mid - k, n);
-      depthwise_strips(in, shape, taps, image, begin, end, k, channels, clamp, w, strips);
+      depthwise_strips(in, shape, taps, slice, begin, end, k, channels, clamp, w, strips);
       for (int64_t i = 0; i < end - begin; i += n) {
         transpose_block(strips + i, plan.strip_ld, channels, lanes_left(end - begin - i, n),
                         z + (p + i) * plan.mid_ld + k, plan.mid_ld);

@@ -158,8 +158,31 @@ DSCONV_INLINE void add_single_row(const ChannelRow<bf16>& row, TapRow taps, cons
   if (j < taps_w) add_pair<true, P, Where>(taps, j * d, taps, j * d, row.step_w, weight, range, sums);
 }
 
-// P pixels, `groups` groups of channels one after another. x: where the first pixel's first tap would be. K: taps in
-// each direction, whose loops are then unrolled; 0: as many as there are.
+// The taps on one slice of x. K: taps in each direction, whose loops are then unrolled; 0: as many as there are.
+template <int K, int Step, int P, Columns Where>
+DSCONV_INLINE void add_slice(const ChannelRow<bf16>& row, const Range& inside, const bf16* x, const bf16x2* weight,
+                             const ColumnRange& range, PairSums<P>& sums) {
+  if constexpr (K > 0) {
+    DSCONV_UNROLL
+    for (int i = 0; i + 2 <= K; i += 2) {
+      add_rows_of_taps<K, Step, P, Where>(row, tap_row(row, x, i, inside), tap_row(row, x, i + 1, inside),
+                                          weight + i / 2 * K * kGroup, range, sums);
+    }
+    add_single_row<K, Step, P, Where>(row, tap_row(row, x, K - 1, inside), weight + K / 2 * K * kGroup, range, sums);
+  } else {
+    for (int64_t i = inside.begin / 2 * 2; i < inside.end; i += 2) {
+      const TapRow upper = tap_row(row, x, i, inside);
+      const bf16x2* w = weight + i / 2 * row.taps_w * kGroup;
+      if (i + 1 < row.taps_h) {
+        add_rows_of_taps<0, Step, P, Where>(row, upper, tap_row(row, x, i + 1, inside), w, range, sums);
+      } else {
+        add_single_row<0, Step, P, Where>(row, upper, w, range, sums);
+      }
+    }
+  }
+}
+
+// P pixels, `groups` groups of channels one after another. x: where the first pixel's first tap would be.
 template <int K, int Step, int P, Columns Where>
 static void convolve_group_pairs(const ChannelRow<bf16>& row, const Range& inside, int64_t tap_pairs, int64_t groups,
                                  const bf16* x, const bf16x2* weight, const float* bias, const ColumnRange& range,
@@ -171,23 +194,12 @@ static void convolve_group_pairs(const ChannelRow<bf16>& row, const Range& insid
     vzip_order(vload(bias), vload(bias + Vec<float>::n), low, high);
     DSCONV_UNROLL
     for (int p = 0; p < P; ++p) sums.low[p] = low, sums.high[p] = high;
-    if constexpr (K > 0) {
-      DSCONV_UNROLL
-      for (int i = 0; i + 2 <= K; i += 2) {
-        add_rows_of_taps<K, Step, P, Where>(row, tap_row(row, x, i, inside), tap_row(row, x, i + 1, inside),
-                                            weight + i / 2 * K * kGroup, range, sums);
-      }
-      add_single_row<K, Step, P, Where>(row, tap_row(row, x, K - 1, inside), weight + K / 2 * K * kGroup, range, sums);
-    } else {
-      for (int64_t i = inside.begin / 2 * 2; i < inside.end; i += 2) {
-        const TapRow upper = tap_row(row, x, i, inside);
-        const bf16x2* w = weight + i / 2 * row.taps_w * kGroup;
-        if (i + 1 < row.taps_h) {
-          add_rows_of_taps<0, Step, P, Where>(row, upper, tap_row(row, x, i + 1, inside), w, range, sums);
-        } else {
-          add_single_row<0, Step, P, Where>(row, upper, w, range, sums);
-        }
-      }
+    const bf16* x_slice = x;
+    const bf16x2* weight_slice = weight;
+    for (int64_t slice = 0; slice < row.slices; ++slice) {
+      add_slice<K, Step, P, Where>(row, inside, x_slice, weight_slice, range, sums);
+      x_slice += row.slice_step;
+      weight_slice += row.weight_slice;
     }
     bf16* to = out;
     DSCONV_UNROLL
@@ -269,6 +281,9 @@ static void convolve_run_pairs(const Geometry& g, const ChannelRow<bf16>& row, c
   }
 }
 
+// From the pairs of one plane of taps to those of the next.
+DSCONV_INLINE int64_t pairs_slice(const Geometry& g) { return tap_pairs_of(g) / g.kernel_d * kGroup; }
+
 static void depthwise_pairs(const DepthwiseInput<bf16>& in, int64_t pixel, int64_t count, Clamp<float> clamp, bf16* z) {
   const Geometry& g = *in.g;
   const CpuPlan& plan = *in.plan;
@@ -276,26 +291,32 @@ static void depthwise_pairs(const DepthwiseInput<bf16>& in, int64_t pixel, int64
   row.row_step = in.stride.h;
   row.column_step = in.stride.w;
   row.start = in.bias;
-  const bf16x2* weight = reinterpret_cast<const bf16x2*>(in.weight);
+  row.weight_slice = pairs_slice(g);
   for (int64_t p = 0; p < count;) {
     const PixelRun run = run_at(pixel + p, count - p, g.h_out, g.w_out, false);
-    row.x = in.x + run.n * in.stride.n;
+    const bf16x2* weight =
+        reinterpret_cast<const bf16x2*>(in.weight) + read_slices(in, run.slice, row) * row.weight_slice;
     convolve_run_pairs(g, row, weight, plan.tap_pairs, run.oh, run.ow, run.length, clamp, z + p * plan.mid_ld,
                        plan.mid_ld);
     p += run.length;
   }
 }
 
-// nchw: the part of x that a piece of outputs reads, turned into [row][column][group of channels]; rows that follow one
-// another in memory turn as one.
+// nchw: the part of x that a piece of outputs reads, turned into [tap along the depth][row][column][group of channels];
+// rows that follow one another in memory turn as one.
 static void turn_group(const DepthwiseInput<bf16>& in, const TurnedPiece& piece, int64_t c, int channels, bf16* to) {
   const int64_t columns = piece.in_column_end - piece.in_column, rows = piece.in_row_end - piece.in_row;
   const bool joined = columns == in.stride.h;
   const int64_t length = joined ? rows * columns : columns;
-  const bf16* x = in.x + piece.image * in.stride.n + c * in.stride.c + piece.in_row * in.stride.h + piece.in_column;
-  for (int64_t row = 0; row < (joined ? 1 : rows); ++row, x += in.stride.h, to += columns * kGroup) {
-    for (int64_t i = 0; i < length; i += kGroup) {
-      turn_block<true>(x + i, in.stride.c, channels, lanes_left(length - i, kGroup), to + i * kGroup, kGroup);
+  const Geometry& g = *in.g;
+  const bf16* first =
+      in.x + piece.slice / g.d_out * in.stride.n + c * in.stride.c + piece.in_row * in.stride.h + piece.in_column;
+  for (int64_t slice = 0; slice < piece.slices; ++slice) {
+    const bf16* x = first + (piece.in_slice + slice * g.dilation_d) * in.stride.d;
+    for (int64_t row = 0; row < (joined ? 1 : rows); ++row, x += in.stride.h, to += length * kGroup) {
+      for (int64_t i = 0; i < length; i += kGroup) {
+        turn_block<true>(x + i, in.stride.c, channels, lanes_left(length - i, kGroup), to + i * kGroup, kGroup);
+      }
     }
   }
 }
@@ -307,14 +328,18 @@ static void depthwise_turned_pairs(const DepthwiseInput<bf16>& in, int64_t pixel
   ChannelRow<bf16> row = channel_row<bf16>(g, plan);
   row.column_step = kGroup;
   row.channels = kGroup;
+  row.weight_slice = pairs_slice(g);
   for (int64_t p = 0; p < count;) {
     const TurnedPiece piece = turned_piece<float>(g, plan, pixel + p, count - p);
     row.row_step = (piece.in_column_end - piece.in_column) * kGroup;
+    row.slices = piece.slices;
+    row.slice_step = (piece.in_row_end - piece.in_row) * row.row_step;
     row.x = turned - piece.in_row * row.row_step - piece.in_column * kGroup;
     for (int64_t c = 0; c < g.c_in; c += kGroup) {
       turn_group(in, piece, c, lanes_left(g.c_in - c, kGroup), turned);
       row.start = in.bias + c;
-      const bf16x2* weight = reinterpret_cast<const bf16x2*>(in.weight) + c * plan.tap_pairs;
+      const bf16x2* weight =
+          reinterpret_cast<const bf16x2*>(in.weight) + c * plan.tap_pairs + piece.tap * row.weight_slice;
       for (int64_t i = 0; i < piece.rows; ++i) {
         convolve_run_pairs(g, row, weight, plan.tap_pairs, piece.oh + i, piece.ow, piece.width, clamp,
                            z + (p + i * piece.width) * plan.mid_ld + c, plan.mid_ld);

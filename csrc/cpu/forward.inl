@@ -51,14 +51,17 @@ static Ahead next_rows(const ForwardContext& ctx, int64_t pixel, int64_t count, 
   const ForwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   if (!ctx.plan.beyond_cache || p.x_layout != Layout::nhwc) return nothing;
-  const int64_t image_pixels = ctx.plan.image_pixels, last = pixel + count - 1;
-  int64_t image = last / image_pixels;
-  int64_t row = last % image_pixels / g.w_out * g.stride_h - g.pad_top + (g.kernel_h - 1) * g.dilation_h + 1;
-  if (last + 1 == (image + 1) * image_pixels) ++image, row = 0;
-  if (image >= g.n || row >= g.h_in) return nothing;
+  const int64_t slice_pixels = ctx.plan.slice_pixels, last = pixel + count - 1;
+  int64_t slice = last / slice_pixels;
+  int64_t row = last % slice_pixels / g.w_out * g.stride_h - g.pad_top + (g.kernel_h - 1) * g.dilation_h + 1;
+  if (last + 1 == (slice + 1) * slice_pixels) ++slice, row = 0;
+  const int64_t image = slice / g.d_out;
+  // In 3-D on the last slice that is read; those before it have been read for the slice above.
+  const int64_t depth = slice % g.d_out * g.stride_d - g.pad_front + (g.kernel_d - 1) * g.dilation_d;
+  if (image >= g.n || row >= g.h_in || depth < 0 || depth >= g.d_in) return nothing;
   int64_t rows = ceil_div(count, g.w_out) * g.stride_h;
   if (rows > g.h_in - row) rows = g.h_in - row;
-  const S* begin = static_cast<const S*>(p.x) + image * p.x_strides.n + row * p.x_strides.h;
+  const S* begin = static_cast<const S*>(p.x) + image * p.x_strides.n + depth * p.x_strides.d + row * p.x_strides.h;
   const S* end = begin + rows * p.x_strides.h;
   const int64_t bytes = (end - begin) * static_cast<int64_t>(sizeof(S));
   return {reinterpret_cast<const char*>(begin), reinterpret_cast<const char*>(end),
@@ -153,7 +156,7 @@ static void merge_output_moments(const ForwardContext& ctx, int64_t pixel, int64
       as_it_is = p.y_layout == Layout::nhwc && width % Vec<T>::n == 0;
       if (as_it_is) tile = y + pixel * g.c_out, ld = g.c_out;
     }
-    if (!as_it_is) load_tile(y, p.y_strides, p.y_layout, g.h_out, g.w_out, width, pixel, count, out, columns);
+    if (!as_it_is) load_tile(y, p.y_strides, p.y_layout, g.d_out, g.h_out, g.w_out, width, pixel, count, out, columns);
     merge_tile_moments(tile, ld, count, width, before, mean + channel, m2 + channel);
   }
 }

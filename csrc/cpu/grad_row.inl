@@ -12,7 +12,7 @@
 #error "grad_row.inl belongs inside an ISA region"
 #endif
 
-constexpr int kGradKernelRows = 8;  // the tallest kernel that goes this way
+constexpr int kGradKernelRows = 15;  // kernel_d * kernel_h of what goes this way, such as 3 x 5 x 5
 
 // Sums at a time: widths of images are multiples of 7.
 constexpr int kGradOutputs = DSCONV_ISA == DSCONV_ISA_AVX512 ? 14 : 8;
@@ -98,7 +98,8 @@ static void grad_row_taps(const GradRow<T>& row, int64_t channels, T* grad, int6
 }
 
 DSCONV_INLINE bool has_grad_row(const Geometry& g) {
-  return g.stride_w == 2 && g.dilation_w == 1 && g.kernel_h <= kGradKernelRows && (g.kernel_w == 3 || g.kernel_w == 5);
+  return g.stride_w == 2 && g.dilation_w == 1 && g.kernel_d * g.kernel_h <= kGradKernelRows &&
+         (g.kernel_w == 3 || g.kernel_w == 5);
 }
 
 // Channels from the row's pointers on.

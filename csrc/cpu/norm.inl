@@ -164,7 +164,7 @@ DSCONV_INLINE const T* tile_of(const PixelTensor& of, const ImageTensor& t, int6
     }
   }
   ld = of.copy_ld;
-  load_tile(static_cast<const S*>(t.data), t.strides, t.layout, of.h, of.w, of.channels, pixel, count, copy, ld);
+  load_tile(static_cast<const S*>(t.data), t.strides, t.layout, 1, of.h, of.w, of.channels, pixel, count, copy, ld);
   return copy;
 }
 

@@ -4,7 +4,7 @@
 //   pointwise   [out_columns / columns][ceil(c_mid / 2)][columns]: (k, k + 1) of one output channel
 //   depthwise   [group of 32 channels][plan.tap_pairs][low, high][lanes], lanes as depthwise_bf16.inl has its sums:
 //               taps of rows 0 and 1, 2 and 3, ... one below the other; of a last single row, neighbours in the row,
-//               and a last single tap with zero
+//               and a last single tap with zero; so for each plane of taps along the depth
 //
 //     0 0 0        Kernels of 3 x 3 have five pairs: of each tap of rows 0 and 1 with the one below it (three),
 //     0 0 0        of taps 0 and 1 of row 2, and of its tap 2 with zero.
@@ -76,11 +76,11 @@ static void pack_depthwise_pairs(const PackContext& ctx, int64_t panel) {
   const bf16* weight = static_cast<const bf16*>(ctx.dw_weight) + first * plan.taps;
   bf16x2* dst = static_cast<bf16x2*>(ctx.packed.dw_weight) + first * plan.tap_pairs;
   float upper[n][2 * n], lower[n][2 * n];
-  for (int64_t i = 0; i < g.kernel_h; i += 2) {
-    const bool two_rows = i + 1 < g.kernel_h;
+  for (int64_t row = 0; row < g.kernel_d * g.kernel_h;) {
+    const bool two_rows = row % g.kernel_h + 1 < g.kernel_h;
     for (int64_t j = 0; j < g.kernel_w; j += n) {
       const int count = lanes_left(g.kernel_w - j, n);
-      const bf16* from = weight + i * g.kernel_w + j;
+      const bf16* from = weight + row * g.kernel_w + j;
       turn_taps(from, plan.taps, channels, count, upper);
       if (two_rows) turn_taps(from + g.kernel_w, plan.taps, channels, count, lower);
       for (int t = 0; t < count; t += two_rows ? 1 : 2) {
@@ -88,6 +88,7 @@ static void pack_depthwise_pairs(const PackContext& ctx, int64_t panel) {
         dst = store_tap_pair(upper[t], other, dst);
       }
     }
+    row += two_rows ? 2 : 1;
   }
 }
 

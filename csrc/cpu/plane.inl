@@ -54,7 +54,7 @@ DSCONV_INLINE void plane_memory(const CpuPlan& plan, void* memory, PlaneTaps& ta
 
 // The taps of a depthwise convolution, for the plain (forward) direction.
 DSCONV_INLINE void forward_taps(const Geometry& g, PlaneTaps& taps) {
-  taps.count = g.kernel_h * g.kernel_w;
+  taps.count = g.kernel_h * g.kernel_w;  // of one slice
   for (int64_t t = 0; t < taps.count; ++t) {
     taps.row[t] = t / g.kernel_w * g.dilation_h - g.pad_top;
     taps.column[t] = t % g.kernel_w * g.dilation_w - g.pad_left;

@@ -1,20 +1,21 @@
 // Between activation tensors and tiles. A tile is pixel-major in the compute type: dst[p * ld + channel] for `count`
-// output pixels from flat index `pixel` (n, oh, ow in order). nchw data turn in registers, lanes x lanes at a time.
+// output pixels from flat index `pixel` (n, od, oh, ow in order). nchw data turn in registers, lanes x lanes at a time.
 #ifndef DSCONV_ISA
 #error "tile_io.inl belongs inside an ISA region"
 #endif
 
-// The longest stretch from `pixel` that is contiguous along w: a row, or an image where rows follow one another.
+// The longest stretch from `pixel` that is contiguous along w: a row, or a slice where rows follow one another. Slice
+// number n * depth + od; in 2-D an image is one slice.
 struct PixelRun {
-  int64_t n, oh, ow, length;
+  int64_t slice, oh, ow, length;
 };
 DSCONV_INLINE PixelRun run_at(int64_t pixel, int64_t limit, int64_t h, int64_t w, bool rows_joined) {
-  const int64_t image = h * w, in_image = pixel % image;
+  const int64_t slice = h * w, in_slice = pixel % slice;
   PixelRun r;
-  r.n = pixel / image;
-  r.oh = in_image / w;
-  r.ow = in_image % w;
-  const int64_t left = rows_joined ? image - in_image : w - r.ow;
+  r.slice = pixel / slice;
+  r.oh = in_slice / w;
+  r.ow = in_slice % w;
+  const int64_t left = rows_joined ? slice - in_slice : w - r.ow;
   r.length = left < limit ? left : limit;
   return r;
 }
@@ -90,13 +91,13 @@ DSCONV_INLINE void store_row(const T* src, S* dst, int64_t count) {
 }
 
 template <typename S, typename T>
-static void load_tile(const S* src, const Strides& stride, Layout layout, int64_t h, int64_t w, int64_t channels,
-                      int64_t pixel, int64_t count, T* dst, int64_t ld) {
+static void load_tile(const S* src, const Strides& stride, Layout layout, int64_t d, int64_t h, int64_t w,
+                      int64_t channels, int64_t pixel, int64_t count, T* dst, int64_t ld) {
   constexpr int n = Vec<T>::n;
   const bool joined = stride.h == w * stride.w;
   for (int64_t p = 0; p < count;) {
     const PixelRun run = run_at(pixel + p, count - p, h, w, joined);
-    const S* from = src + run.n * stride.n + run.oh * stride.h + run.ow * stride.w;
+    const S* from = src + run.slice / d * stride.n + run.slice % d * stride.d + run.oh * stride.h + run.ow * stride.w;
     T* to = dst + p * ld;
     if (layout == Layout::nhwc) {
       for (int64_t i = 0; i < run.length; ++i) copy_row(from + i * stride.w, to + i * ld, channels);
@@ -124,7 +125,7 @@ static void store_tile(const T* src, int64_t ld, int64_t channel, int64_t channe
   }
   for (int64_t p = 0; p < count;) {
     const PixelRun run = run_at(pixel + p, count - p, 1, image, true);
-    S* to = dst + (run.n * total_channels + channel) * image + run.ow;
+    S* to = dst + (run.slice * total_channels + channel) * image + run.ow;
     for (int64_t c = 0; c < channels; c += n) {
       const int rows = lanes_left(channels - c, n);
       for (int64_t i = 0; i < run.length; i += n) {

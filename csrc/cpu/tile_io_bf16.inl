@@ -42,7 +42,7 @@ static void store_planes(const bf16* rows, int64_t ld, int64_t channel, int64_t 
   constexpr int lanes = 2 * Vec<float>::n;
   for (int64_t p = 0; p < count;) {
     const PixelRun run = run_at(pixel + p, count - p, 1, image, true);
-    bf16* to = dst + (run.n * total_channels + channel) * image + run.ow;
+    bf16* to = dst + (run.slice * total_channels + channel) * image + run.ow;
     for (int64_t i = 0; i < run.length; i += lanes) {
       turn_block<false>(rows + (p + i) * ld, ld, lanes_left(run.length - i, lanes), static_cast<int>(channels), to + i,
                         image);

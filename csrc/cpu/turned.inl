@@ -9,18 +9,21 @@
 template <typename X>
 struct ChannelsLast {
   X* data;
-  int64_t image, row, column;  // strides
+  int64_t image, slice, row, column;  // strides
+
+  Strides strides() const { return {image, 1, row, column, slice}; }
 };
 
 template <typename S>
 DSCONV_INLINE ChannelsLast<const S> x_as_given(const BackwardContext& ctx) {
   const Strides& stride = ctx.p.x_strides;
-  return {static_cast<const S*>(ctx.p.x), stride.n, stride.h, stride.w};
+  return {static_cast<const S*>(ctx.p.x), stride.n, stride.d, stride.h, stride.w};
 }
 
 template <typename T>
 DSCONV_INLINE ChannelsLast<T> dense_lanes(const Geometry& g, T* data, int64_t column) {
-  return {data, g.h_in * g.w_in * column, g.w_in * column, column};
+  const int64_t slice = g.h_in * g.w_in * column;
+  return {data, g.d_in * slice, slice, g.w_in * column, column};
 }
 
 // `count` pixels of x from `pixel` on, the channels c .. c + channels, into dst[pixel][ld].
@@ -28,8 +31,8 @@ template <typename S, typename T>
 static void turn_x(const BackwardContext& ctx, int64_t c, int64_t channels, int64_t pixel, int64_t count, T* dst,
                    int64_t ld) {
   const Geometry& g = ctx.p.geom;
-  load_tile(static_cast<const S*>(ctx.p.x) + c * ctx.p.x_strides.c, ctx.p.x_strides, ctx.p.x_layout, g.h_in, g.w_in,
-            channels, pixel, count, dst, ld);
+  load_tile(static_cast<const S*>(ctx.p.x) + c * ctx.p.x_strides.c, ctx.p.x_strides, ctx.p.x_layout, g.d_in, g.h_in,
+            g.w_in, channels, pixel, count, dst, ld);
   if (ctx.in_norm.rows == nullptr) return;
   NormTile<T> t = {};
   t.rows = count, t.channels = channels;
@@ -44,7 +47,7 @@ template <typename S, typename T>
 static void backward_turn_x(const BackwardContext& ctx, int64_t task) {
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
-  const int64_t pixels = g.n * g.h_in * g.w_in, begin = task * plan.turned_pixels;
+  const int64_t pixels = g.n * g.d_in * g.h_in * g.w_in, begin = task * plan.turned_pixels;
   const int64_t count = pixels - begin < plan.turned_pixels ? pixels - begin : plan.turned_pixels;
   turn_x<S>(ctx, 0, g.c_in, begin, count, static_cast<T*>(ctx.x_turned) + begin * plan.x_ld, plan.x_ld);
 }
@@ -60,5 +63,5 @@ static void turn_grad_x_back(const BackwardContext& ctx, const T* src, int64_t l
                              int64_t pixel, int64_t count) {
   const Geometry& g = ctx.p.geom;
   store_tile(src, ld, c, channels, pixel, count, static_cast<S*>(ctx.p.grad_x), ctx.p.grad_x_layout, g.c_in,
-             g.h_in * g.w_in);
+             g.d_in * g.h_in * g.w_in);
 }

@@ -1,0 +1,436 @@
+"""3-D convolutions against PyTorch's own: values and gradients, memory formats, transforms, the module, errors."""
+
+import copy
+import itertools
+import pickle
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from oracle import check
+from torch import nn
+from torch.autograd import gradcheck, gradgradcheck
+from torch.library import opcheck
+
+from dsconv_cuda import (
+    DepthwiseSeparableConv3d,
+    _loader,
+    decomposition_table,
+    depthwise_separable_conv2d,
+    depthwise_separable_conv3d,
+    ops,
+    reference,
+)
+from dsconv_cuda.activations import ACTIVATIONS
+
+pytestmark = pytest.mark.usefixtures("isa", "_on_the_cpu")
+
+
+@pytest.fixture
+def _on_the_cpu(isa):
+    if isa in ("emulated", "cuda"):
+        pytest.skip("3-D convolutions have no CUDA kernels")
+
+
+@dataclass(frozen=True)
+class Volume:
+    n: int = 2
+    c: int = 5
+    multiplier: int = 1
+    c_out: int = 7
+    size: tuple = (4, 7, 11)
+    kernel: tuple = (3, 3, 3)
+    stride: tuple = (1, 1, 1)
+    padding: tuple | str = (1, 1, 1)
+    dilation: tuple = (1, 1, 1)
+    activation: str = "relu6"
+    out_activation: str = "identity"
+
+    def __str__(self):
+        default = Volume()
+        fields = {name: value for name, value in vars(self).items() if value != getattr(default, name)}
+        return ",".join(f"{name}={value}".replace(" ", "") for name, value in fields.items()) or "default"
+
+    @property
+    def kwargs(self) -> dict:
+        return {n: getattr(self, n) for n in ("stride", "padding", "dilation", "activation", "out_activation")}
+
+    def tensors(self, dtype=torch.float32, device="cpu", channels_last=False, requires_grad=False) -> list:
+        c_mid = self.c * self.multiplier
+        shapes = ((self.n, self.c, *self.size), (c_mid, 1, *self.kernel), (self.c_out, c_mid, 1, 1, 1), (c_mid,))
+        tensors = [torch.randn(shape).to(device, dtype) for shape in (*shapes, (self.c_out,))]
+        if channels_last:
+            tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last_3d)
+        return [t.requires_grad_() for t in tensors] if requires_grad else tensors
+
+
+GEOMETRIES = [
+    Volume(kernel=kernel, stride=stride, padding=padding, dilation=dilation, size=(6, 9, 10))
+    for kernel, stride, padding, dilation in (
+        ((1, 1, 1), (1, 1, 1), (0, 0, 0), (1, 1, 1)),
+        ((3, 3, 3), (1, 2, 2), (1, 1, 1), (1, 1, 1)),  # X3D
+        ((3, 3, 3), (2, 2, 2), (1, 1, 1), (1, 1, 1)),
+        ((3, 3, 3), (2, 1, 1), (0, 1, 1), (1, 1, 1)),
+        ((3, 3, 3), (3, 4, 2), (2, 2, 2), (1, 1, 1)),
+        ((3, 5, 5), (1, 1, 1), (1, 2, 2), (1, 1, 1)),
+        ((5, 1, 1), (1, 1, 1), (2, 0, 0), (1, 1, 1)),  # along the depth only
+        ((1, 3, 3), (1, 1, 1), (0, 1, 1), (1, 1, 1)),  # slice by slice
+        ((1, 3, 3), (2, 1, 1), (3, 1, 1), (1, 1, 1)),  # slices of padding alone
+        ((2, 4, 3), (1, 1, 1), "same", (2, 1, 3)),
+        ((3, 2, 2), (2, 3, 1), (2, 1, 0), (2, 2, 1)),
+        ((3, 3, 3), (1, 1, 1), (5, 1, 1), (1, 1, 1)),
+        ((6, 9, 10), (1, 1, 1), (0, 0, 0), (1, 1, 1)),  # one output
+    )
+]
+SHAPES = [
+    *GEOMETRIES,
+    # Around the edges of vectors, of groups of pixels and of tiles.
+    *(
+        Volume(n=1, c=c, c_out=c + 1, size=(3, 3, w))
+        for c, w in ((1, 7), (15, 8), (16, 1), (17, 6), (33, 15), (64, 14))
+    ),
+    Volume(size=(1, 8, 9)),
+    Volume(size=(1, 8, 9), padding=(3, 1, 1)),
+    Volume(size=(9, 1, 1)),
+    Volume(c=3, multiplier=2, stride=(2, 1, 2)),
+    Volume(c=9, multiplier=3),
+    Volume(n=1, c=24, c_out=40, size=(6, 14, 14), stride=(1, 2, 2)),
+    Volume(n=1, c=300, c_out=400, size=(3, 4, 4)),  # backward by panels of channels
+    Volume(n=3, c=260, c_out=300, size=(4, 4, 4), stride=(2, 2, 2)),
+    # Windows of x that cannot be held as a whole.
+    Volume(n=1, c=17, size=(4, 70, 230), kernel=(3, 3, 3), padding=(1, 30, 2), dilation=(1, 30, 2)),
+    Volume(n=1, c=3, multiplier=2, size=(1, 10, 430), kernel=(3, 3, 30), padding=(3, 3, 2), dilation=(1, 3, 9)),
+]
+NAMED = [replace(Volume(), activation=name, out_activation="silu") for name in ACTIVATIONS]
+
+
+def _opposite(volume: Volume) -> bool:
+    """Half of the cases in channels_last_3d, others in the other half; GEOMETRIES are run in both."""
+    return sum(map(ord, str(volume))) % 2 == 0
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("volume", SHAPES, ids=str)
+def test_forward_and_backward(volume, dtype, channels_last, device):
+    if dtype == torch.float64 and channels_last == _opposite(volume):
+        volume = replace(volume, activation="silu", out_activation="sigmoid")
+    tensors = volume.tensors(dtype, device, channels_last)
+    check(tensors, volume.kwargs, True, depthwise_separable_conv3d)
+
+
+@pytest.mark.parametrize("volume", NAMED, ids=str)
+def test_activations(volume, device):
+    check(volume.tensors(device=device), volume.kwargs, True, depthwise_separable_conv3d)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    "volume",
+    [*GEOMETRIES, Volume(c=33, c_out=40), Volume(c=64, stride=(1, 2, 2)), Volume(c=35, multiplier=2)],
+    ids=str,
+)
+def test_16_bits(volume, channels_last, dtype, device):
+    if volume.dilation != (1, 1, 1):
+        pytest.skip("PyTorch's own 16-bit gradients of dilated convolutions")
+    check(volume.tensors(dtype, device, channels_last), volume.kwargs, True, depthwise_separable_conv3d)
+
+
+VIEWS = {
+    "sliced": lambda x: torch.cat([x, x], 4)[..., 1 : x.shape[4] + 1],
+    "every second slice": lambda x: torch.cat([x, x], 2)[:, :, ::2],
+    "channels of channels_last": lambda x: torch.cat([x, x], 1).contiguous(memory_format=torch.channels_last_3d)[
+        :, 3:8
+    ],
+    "transposed": lambda x: x.transpose(2, 3),
+    "expanded": lambda x: x[:1].expand_as(x),
+    "offset": lambda x: torch.cat([x, x], 2)[:, :, 1:5, 1:, 2:],
+}
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("view", list(VIEWS))
+def test_any_strides(view, device):
+    x, *weights = Volume().tensors(device=device)
+    check([VIEWS[view](x), *weights], Volume().kwargs, True, depthwise_separable_conv3d)
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("formats", list(itertools.product((False, True), repeat=3)), ids=str)
+@pytest.mark.parametrize("volume", [Volume(), Volume(n=1, c=8), Volume(c=1), Volume(c_out=1), Volume(n=0)], ids=str)
+def test_output_format_is_pytorchs(volume, formats, device):
+    tensors = volume.tensors(device=device, requires_grad=True)
+    for i, last in enumerate(formats):
+        if last:
+            tensors[i] = tensors[i].detach().contiguous(memory_format=torch.channels_last_3d).requires_grad_()
+    y = depthwise_separable_conv3d(*tensors, **volume.kwargs)
+    expected = reference.depthwise_separable_conv3d(*tensors, **volume.kwargs)
+    for memory_format in (torch.contiguous_format, torch.channels_last_3d):
+        assert y.is_contiguous(memory_format=memory_format) == expected.is_contiguous(memory_format=memory_format)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+    (grad_x,) = torch.autograd.grad(y.sum(), tensors[0])
+    assert grad_x.is_contiguous(memory_format=torch.channels_last_3d) == tensors[0].is_contiguous(
+        memory_format=torch.channels_last_3d
+    )
+
+
+@pytest.mark.one_isa
+def test_unbatched_and_empty(device):
+    x, *weights = Volume().tensors(device=device)
+    kwargs = Volume().kwargs
+    y = depthwise_separable_conv3d(x, *weights, **kwargs)
+    torch.testing.assert_close(depthwise_separable_conv3d(x[0], *weights, **kwargs), y[0])
+    flat = [weights[0], weights[1].flatten(1), *weights[2:]]
+    assert torch.equal(depthwise_separable_conv3d(x, *flat, **kwargs), y)
+    empty = x[:0].requires_grad_()
+    weights = [w.requires_grad_() for w in weights]
+    y = depthwise_separable_conv3d(empty, *weights, **kwargs)
+    assert y.shape == (0, 7, 4, 7, 11)
+    assert all(not g.any() for g in torch.autograd.grad(y.sum(), [empty, *weights]))
+
+
+@pytest.mark.one_isa
+def test_one_slice_is_a_2d_convolution(device):
+    """Bit for bit: they are the same kernels."""
+    tensors = Volume(c=33, size=(1, 15, 17), kernel=(1, 3, 3), padding=(0, 1, 1)).tensors(device=device)
+    y = depthwise_separable_conv3d(*tensors, padding=(0, 1, 1), activation="relu")
+    flat = [t.squeeze(2) if t.dim() == 5 else t for t in tensors]
+    assert torch.equal(y.squeeze(2), depthwise_separable_conv2d(*flat, padding=1, activation="relu"))
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_any_number_of_threads_gives_the_same_bits(channels_last, device):
+    volume = Volume(c=24, c_out=40, size=(7, 20, 20), stride=(1, 2, 1))
+    tensors = volume.tensors(device=device, channels_last=channels_last, requires_grad=True)
+    threads, results = torch.get_num_threads(), []
+    dy = torch.randn(2, 40, 7, 10, 20)
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            y = depthwise_separable_conv3d(*tensors, **volume.kwargs)
+            results.append((y, *torch.autograd.grad(y, tensors, dy)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+TINY = Volume(n=1, c=2, c_out=3, size=(3, 4, 3), activation="silu")
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize(
+    "volume",
+    [
+        TINY,
+        replace(TINY, multiplier=2, stride=(2, 1, 2), out_activation="tanh"),
+        replace(TINY, kernel=(2, 2, 2), padding="same", dilation=(1, 2, 1), out_activation="gelu"),
+    ],
+    ids=str,
+)
+def test_derivatives_of_first_and_second_order(volume, device):
+    def function(*tensors):
+        return depthwise_separable_conv3d(*tensors, **volume.kwargs)
+
+    tensors = volume.tensors(torch.float64, device, requires_grad=True)
+    assert gradcheck(function, tensors, check_forward_ad=True, check_batched_grad=True, fast_mode=True)
+    assert gradgradcheck(function, tensors, fast_mode=True)
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("biases", [False, True])
+def test_opcheck(biases, channels_last, device):
+    _loader.load_library()
+    volume = Volume(stride=(1, 2, 1))
+    tensors = volume.tensors(device=device, channels_last=channels_last, requires_grad=True)
+    if not biases:
+        tensors[3:] = [None, None]
+    config = [(1, 2, 1), (1, 1, 1) * 2, (1, 1, 1), ACTIVATIONS["gelu"].number, ACTIVATIONS["silu"].number]
+    opcheck(torch.ops.dsconv_cuda.fwd.default, (*tensors, *config))
+    opcheck(torch.ops.dsconv_cuda.fwd_with_pre.default, (*tensors, *config))
+    tensors = [None if t is None else t.detach() for t in tensors]
+    y, pre = torch.ops.dsconv_cuda.fwd_with_pre(*tensors, *config)
+    for mask in (31, ops.GRAD_X, 30):
+        opcheck(torch.ops.dsconv_cuda.bwd.default, (torch.randn_like(y), *tensors[:4], pre, *config, mask))
+
+
+@pytest.mark.one_isa
+def test_bare_ops_check_what_would_read_outside_of_a_tensor(device):
+    _loader.load_library()
+    x, dw, pw, dw_bias, pw_bias = Volume().tensors(device=device)
+    three, six = (1, 1, 1), (1,) * 6
+    fwd, bwd = torch.ops.dsconv_cuda.fwd, torch.ops.dsconv_cuda.bwd
+    for wrong in (
+        (x[0], dw, pw, dw_bias, pw_bias, three, six, three),
+        (x, dw[:, :, 0], pw, dw_bias, pw_bias, three, six, three),
+        (x, dw, pw[..., 0], dw_bias, pw_bias, three, six, three),
+        (x, dw, pw, dw_bias, pw_bias, (1, 1), six, three),
+        (x, dw, pw, dw_bias, pw_bias, (1, 1), (1,) * 4, (1, 1)),
+        (x, dw, pw, dw_bias, pw_bias, three, (1,) * 4, three),
+    ):
+        with pytest.raises(RuntimeError, match="dsconv_cuda::fwd"):
+            fwd(*wrong, 0, 0)
+    y = fwd(x, dw, pw, dw_bias, pw_bias, three, six, three, 0, 0)
+    for dy in (y[:, :, :-1], y[..., :-1], y[0]):
+        with pytest.raises(RuntimeError, match="shape of the output"):
+            bwd(dy, x, dw, pw, dw_bias, None, three, six, three, 0, 0, 31)
+    # The ops of the norms are 2-D.
+    with pytest.raises(RuntimeError, match="take 2 numbers"):
+        torch.ops.dsconv_cuda.z_moments(x, dw, pw, dw_bias, three, six, three)
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_in_one_graph_for_every_size(backend, device):
+    torch._dynamo.reset()
+    block = DepthwiseSeparableConv3d(5, 7, 3, padding=1, bias=True, activation="relu6", out_activation="silu").to(
+        device
+    )
+    compiled = torch.compile(block, fullgraph=True, backend=backend, dynamic=True)
+    for n, size in ((2, (4, 7, 9)), (3, (5, 8, 6))):
+        x = torch.randn(n, 5, *size, device=device, requires_grad=True)
+        y, expected = compiled(x), block(x)
+        torch.testing.assert_close(y, expected)
+        wanted = [x, *block.parameters()]
+        dy = torch.randn_like(y)
+        torch.testing.assert_close(torch.autograd.grad(y, wanted, dy), torch.autograd.grad(expected, wanted, dy))
+    torch._dynamo.reset()
+
+
+@pytest.mark.one_isa
+def test_transforms_autocast_meta_and_export(device):
+    block = DepthwiseSeparableConv3d(4, 6, (2, 3, 3), padding="same", bias=True, activation="relu").to(device)
+    x = torch.randn(3, 4, 3, 5, 6, device=device)
+    expected = block(x)
+
+    def loss(parameters, image):
+        return torch.func.functional_call(block, parameters, (image,)).square().mean()
+
+    parameters = dict(block.named_parameters())
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, image in enumerate(x):
+        one = torch.func.grad(loss)(parameters, image)
+        torch.testing.assert_close({n: g[i] for n, g in per_sample.items()}, one)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        y = block(x)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), expected, rtol=0.05, atol=0.05)
+        assert block.double()(x.double()).dtype == torch.float64
+    block.float()
+    on_meta = copy.deepcopy(block).to("meta")(x.to("meta"))
+    assert on_meta.shape == expected.shape and on_meta.stride() == expected.stride()
+    program = torch.export.export(block, (x,)).run_decompositions(decomposition_table())
+    assert "dsconv_cuda" not in str(program.graph)
+    torch.testing.assert_close(program.module()(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"padding": 1},
+        {"padding": (2, 1, 0), "stride": (1, 2, 2), "channel_multiplier": 2},
+        {"padding": "same", "dilation": (1, 2, 1)},
+        {"padding": (1, 2, 1), "padding_mode": "replicate"},
+        {"padding": 2, "padding_mode": "circular"},
+        {"padding": "same", "padding_mode": "reflect"},
+    ],
+    ids=str,
+)
+def test_the_module(kwargs, device):
+    module = DepthwiseSeparableConv3d(4, 6, (3, 2, 3), bias=True, activation=nn.ReLU(), **kwargs).to(device)
+    x = torch.randn(2, 4, 5, 6, 7, device=device, requires_grad=True)
+
+    def stock(x):
+        return module.pointwise(module.depthwise(x).relu())
+
+    wanted = [x, *module.parameters()]
+    y, expected = module(x), stock(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    dy = torch.randn_like(y)
+    for ours, theirs in zip(torch.autograd.grad(y, wanted, dy), torch.autograd.grad(expected, wanted, dy), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(module(x[0]), expected[0], rtol=1e-4, atol=1e-5)
+    plain = nn.ModuleDict({"depthwise": module.depthwise, "pointwise": module.pointwise})
+    assert isinstance(module.depthwise, nn.Conv3d) and list(module.state_dict()) == list(plain.state_dict())
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x), y)
+    seen = []
+    module.pointwise.register_forward_hook(lambda *_: seen.append(1))
+    torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5)
+    assert seen == [1]
+
+
+@pytest.mark.one_isa
+def test_what_is_kept_for_backward(device):
+    """The input itself, and nothing as large as the intermediate."""
+    x, *weights = Volume(c=16, c_out=4).tensors(device=device)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        depthwise_separable_conv3d(x.requires_grad_(), *weights, padding=1, activation="gelu")
+    assert x.data_ptr() in [t.data_ptr() for t in kept]
+    assert not [t for t in kept if t.numel() >= x.numel() and t.data_ptr() != x.data_ptr()]
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_scratch_of_a_thread_is_a_mebibyte_at_most(backward, channels_last, isa):
+    module = _loader.load_library().module
+    if module is None:
+        pytest.skip("the kernels of this backend come without the planner's queries")
+    for c, size, c_out, kernel in ((54, (16, 56, 56), 24, 3), (432, (16, 7, 7), 192, 3), (64, (64, 64, 64), 64, 9)):
+        plan = module.cpu_plan(
+            input=[8, c, *size], dw_weight=[c, 1, kernel, kernel, kernel], c_out=c_out, stride=[1] * 3,
+            padding=[kernel // 2] * 6, dilation=[1] * 3, channels_last=channels_last, backward=backward,
+        )  # fmt: skip
+        assert 0 < plan["scratch_bytes"] <= 1 << 20
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (
+            {"input": torch.randn(4, 3, 3)},
+            ValueError,
+            r"input must have shape \[N, C, D, H, W\] or \[C, D, H, W\], got 3",
+        ),
+        ({"dw_weight": torch.randn(4, 1, 3, 3)}, ValueError, r"dw_weight must have shape \[C \* m, 1, kd, kh, kw\]"),
+        ({"dw_weight": torch.randn(4, 1, 0, 3, 3)}, ValueError, "a kernel of at least 1 x 1 x 1"),
+        ({"pw_weight": torch.randn(6, 4, 1, 1, 3)}, ValueError, "pw_weight must be 1x1x1"),
+        ({"pw_weight": torch.randn(6, 4, 1, 1)}, ValueError, r"of shape \[C_out, 4, 1, 1, 1\]"),
+        ({"pw_bias": torch.randn(5)}, ValueError, r"pw_bias must have shape \[6\]"),
+        ({"stride": (1, 2)}, ValueError, "stride must be an int or three ints, got 2 numbers"),
+        ({"stride": (1, 0, 1)}, ValueError, "stride must be at least 1"),
+        ({"dilation": 1.5}, TypeError, "dilation must be an int or three ints"),
+        ({"padding": "causal"}, ValueError, 'padding must be an int or three ints, "same" or "valid"'),
+        ({"padding": "same", "stride": (2, 1, 1)}, ValueError, "stride 1 only"),
+        ({"padding": (0, -1, 0)}, ValueError, "padding must be at least 0"),
+        ({"dilation": (5, 1, 1)}, ValueError, "larger than the padded input along the depth"),
+        ({"dilation": (1, 1, 5)}, ValueError, "larger than the padded input along the width"),
+        ({"padding": 2**60}, ValueError, "overflow"),
+        ({"pw_weight": torch.randn(6, 4).double()}, TypeError, "must have the dtype of input"),
+        ({"input": 3}, TypeError, "input must be a Tensor"),
+    ],
+)
+def test_errors(change, error, words):
+    arguments = {
+        "input": torch.randn(2, 4, 4, 5, 6),
+        "dw_weight": torch.randn(4, 1, 3, 3, 3),
+        "pw_weight": torch.randn(6, 4, 1, 1, 1),
+    }
+    with pytest.raises(error, match=f"depthwise_separable_conv3d: .*{words}"):
+        depthwise_separable_conv3d(**(arguments | change))
+
+
+@pytest.mark.one_isa
+def test_cuda_raises():
+    from dsconv_cuda import _checks
+
+    with pytest.raises(
+        RuntimeError, match="op: input must be on a CPU, got cuda:0: 3-D convolutions have no CUDA kernels"
+    ):
+        _checks.raise_for_cuda_3d("op", torch.device("cuda:0"))
