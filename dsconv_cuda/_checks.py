@@ -48,7 +48,7 @@ def per_axis(op: str, argument: str, value, least: int, dims: int = 2) -> tuple[
 
 
 def padding(op: str, value, kernel: tuple[int, ...], stride, dilation) -> tuple[int, ...]:
-    """`value`, an int, one for each axis, "same" or "valid", as (top, left, bottom, right), in 3-D with front and back."""
+    """`value`, an int, one for each axis, "same" or "valid", as (top, left, bottom, right), in 3-D with a depth."""
     dims = len(stride)
     if isinstance(value, str):
         if value == "valid":

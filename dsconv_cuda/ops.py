@@ -10,10 +10,10 @@ the ops:
 
 x and the weights are those of a 2-D convolution, or those of a 3-D one, whose dw_weight has a depth in front of height
 and width; pw_weight may do without its ones. padding is (top, left, bottom, right), in 3-D (front, top, left, back,
-bottom, right); stride and dilation have a number for each axis. act and out_act are numbers of activations.py, grad_mask sums GRAD_*. tf32 lets
-CUDA round the operands of float32 products of the pointwise part to TF32; the CPU takes no notice of it. `saved` is
-what out_act's derivative is told from: y, or y before out_act (see activations.derivative_from_output), None for
-identity.
+bottom, right); stride and dilation have a number for each axis. act and out_act are numbers of activations.py,
+grad_mask sums GRAD_*. tf32 lets CUDA round the operands of float32 products of the pointwise part to TF32; the CPU
+takes no notice of it. `saved` is what out_act's derivative is told from: y, or y before out_act (see
+activations.derivative_from_output), None for identity.
 
 Shapes, strides and checks here are those of csrc/op_args.h; opcheck holds the two against each other.
 """
