@@ -48,7 +48,9 @@ def parse_arguments(argv=None):
     )
     parser.add_argument("--sweep", type=int, metavar="N", help="N random layers instead of those of the list")
     parser.add_argument("--seed", type=int, default=0, help="of the sweep")
-    parser.add_argument("--layers", default="quick", help="quick (default), all, or names separated by commas")
+    parser.add_argument(
+        "--layers", default="quick", help="quick (default), all, rows, volumes, or names separated by commas"
+    )
     parser.add_argument("--mode", nargs="+", choices=problems.MODES, default=problems.MODES)
     parser.add_argument("--dtype", choices=problems.DTYPES, default="float32")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="of the fused op")
@@ -108,6 +110,7 @@ def main(argv=None):
         problems.Problem(layer, mode, problems.DTYPES[arguments.dtype])
         for mode in arguments.mode
         for layer in arguments.layers
+        if mode != problems.TRAINING_BN or len(layer.kernel) == 2  # there is no block with norms in 3-D
     ]
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

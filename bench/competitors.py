@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch._inductor.config as inductor_config
 
-from dsconv_cuda import DepthwiseSeparableConv2d, DepthwiseSeparableConvBN2d
+from dsconv_cuda import DepthwiseSeparableConv2d, DepthwiseSeparableConv3d, DepthwiseSeparableConvBN2d
 
-from .plain import LAYOUTS, PlainSeparableConv2d, PlainSeparableConvBN2d
+from .plain import LAYOUTS, LAYOUTS_3D, PlainSeparableConv2d, PlainSeparableConv3d, PlainSeparableConvBN2d
 from .problem import TRAINING_BN
 
 FUSED, EAGER, COMPILED = "fused", "eager", "compile"
@@ -51,15 +51,15 @@ class Arena:
         def values(*shape, scale=1.0):
             return (torch.randn(shape, generator=generator) * scale).to(self.device, problem.dtype)
 
-        height_out, width_out = layer.out_size
-        middle = layer.middle_channels
-        taps = layer.kernel[0] * layer.kernel[1]
-        self.x = values(layer.batch, layer.channels, layer.height, layer.width)
-        self.dy = values(layer.batch, layer.out_channels, height_out, width_out)
+        self.deep = len(layer.kernel) == 3
+        self.formats = LAYOUTS_3D if self.deep else LAYOUTS
+        middle, ones = layer.middle_channels, (1,) * len(layer.kernel)
+        self.x = values(layer.batch, layer.channels, *layer.size)
+        self.dy = values(layer.batch, layer.out_channels, *layer.out_size)
         self.state = {
-            "depthwise.weight": values(middle, 1, *layer.kernel, scale=(2 / taps) ** 0.5),
+            "depthwise.weight": values(middle, 1, *layer.kernel, scale=(2 / layer.taps) ** 0.5),
             "depthwise.bias": values(middle),
-            "pointwise.weight": values(layer.out_channels, middle, 1, 1, scale=(2 / middle) ** 0.5),
+            "pointwise.weight": values(layer.out_channels, middle, *ones, scale=(2 / middle) ** 0.5),
             "pointwise.bias": values(layer.out_channels),
         }
         if problem.mode == TRAINING_BN:
@@ -73,7 +73,7 @@ class Arena:
     def call(self, form):
         """A function without arguments that computes the problem once and returns its tensors."""
         module = self._module(fused=form.method == FUSED)
-        module.to(self.problem.dtype).to(memory_format=LAYOUTS[form.layout])
+        module.to(self.problem.dtype).to(memory_format=self.formats[form.layout])
         if form.method != COMPILED:
             return self._step(module, self.problem.dtype, form.layout)
         inference = not self.problem.trains
@@ -117,7 +117,12 @@ class Arena:
         if norms:
             kind, options = DepthwiseSeparableConvBN2d if fused else PlainSeparableConvBN2d, {}
         else:
-            kind, options = DepthwiseSeparableConv2d if fused else PlainSeparableConv2d, {"bias": True}
+            kinds = (
+                (DepthwiseSeparableConv3d, PlainSeparableConv3d)
+                if self.deep
+                else (DepthwiseSeparableConv2d, PlainSeparableConv2d)
+            )
+            kind, options = kinds[0 if fused else 1], {"bias": True}
         module = kind(
             layer.channels,
             layer.out_channels,
@@ -134,7 +139,7 @@ class Arena:
         return module.to(self.device)
 
     def _step(self, module, dtype, layout):
-        x = self.x.to(dtype).contiguous(memory_format=LAYOUTS[layout]).detach()
+        x = self.x.to(dtype).contiguous(memory_format=self.formats[layout]).detach()
         if not self.problem.trains:
 
             def forward():
@@ -143,7 +148,7 @@ class Arena:
 
             return forward
 
-        dy = self.dy.to(dtype).contiguous(memory_format=LAYOUTS[layout])
+        dy = self.dy.to(dtype).contiguous(memory_format=self.formats[layout])
         x.requires_grad_()
         wanted = (x, *module.parameters())
 

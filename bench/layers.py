@@ -3,9 +3,10 @@
 Each is a pair: depthwise k_h x k_w, then 1x1 from C (times a multiplier, where there is one) to C_out, biases on both.
 Padding is d * (k - 1) / 2, so that the map is kept at stride 1. ReLU6 stands between the two; after the 1x1 it stands
 where the network has an activation there. The SiLU, h-swish and GELU of the original networks are replaced by it, since
-every peer fuses ReLU6.
+every peer fuses ReLU6. 3-D layers have a depth in front: D x H x W, and k_d x k_h x k_w.
 """
 
+import math
 from dataclasses import dataclass
 
 TABLE = """
@@ -88,6 +89,16 @@ mobileclip_128_n8       8   128    32x32    7x7  1  1   256  relu6     multiplie
 mobileclip_256_n8       8   256    16x16    7x7  1  1   512  relu6     multiplier=2
 """
 
+# X3D-M (arXiv:2004.04730): the 3 x 3 x 3 of every stage, and the one that halves the maps between two.
+VOLUME_TABLE = """
+# name                  N     C      DxHxW      k      s  d C_out  out_activation
+x3d_s2                  8    54   16x56x56    3x3x3    1  1    24  identity
+x3d_s2_n1               1    54   16x56x56    3x3x3    1  1    24  identity
+x3d_s3_n1               1   108   16x28x28    3x3x3    1  1    48  identity
+x3d_s4_n1               1   216   16x14x14    3x3x3    1  1    96  identity
+x3d_s5_n1               1   432     16x7x7    3x3x3    1  1   192  identity
+"""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -103,10 +114,27 @@ class Layer:
     out_activation: str
     multiplier: int = 1  # channels between the two convolutions, over those of the input
     quick: bool = False
+    depth: int = 1  # of a 3-D layer, whose kernel has three numbers
 
     @property
     def middle_channels(self):
         return self.channels * self.multiplier
+
+    @property
+    def size(self):
+        return (self.depth, self.height, self.width)[-len(self.kernel) :]
+
+    @property
+    def pixels(self):
+        return math.prod(self.size)
+
+    @property
+    def out_pixels(self):
+        return math.prod(self.out_size)
+
+    @property
+    def taps(self):
+        return math.prod(self.kernel)
 
     @property
     def padding(self):
@@ -114,7 +142,7 @@ class Layer:
 
     @property
     def out_size(self):
-        sizes = zip((self.height, self.width), self.kernel, self.padding, strict=True)
+        sizes = zip(self.size, self.kernel, self.padding, strict=True)
         return tuple((size + 2 * p - self.dilation * (k - 1) - 1) // self.stride + 1 for size, k, p in sizes)
 
 
@@ -129,7 +157,7 @@ def parse(table):
         multiplier = [mark.removeprefix("multiplier=") for mark in marks if mark.startswith("multiplier=")]
         if len(set(marks) - {"quick"}) > len(multiplier):
             raise ValueError(f"layer {name}: unknown mark in {marks}")
-        height, width = map(int, size.split("x"))
+        *depth, height, width = map(int, size.split("x"))
         layers.append(
             Layer(
                 name,
@@ -144,6 +172,7 @@ def parse(table):
                 out_activation,
                 int(multiplier[0]) if multiplier else 1,
                 "quick" in marks,
+                *depth,
             )
         )
     return tuple(layers)
@@ -151,17 +180,23 @@ def parse(table):
 
 LAYERS = parse(TABLE)
 GPU_LAYERS = parse(GPU_TABLE)
+VOLUMES = parse(VOLUME_TABLE)
 
 
 def select(choice, gpu=False):
-    """`quick`, `all`, or layer names separated by commas; `quick` and `all` of those for GPUs where `gpu`."""
+    """`quick`, `all`, or layer names separated by commas; `quick` and `all` of those for GPUs where `gpu`. `rows` are
+    the 1-D layers, `volumes` the 3-D ones."""
     layers = GPU_LAYERS if gpu else LAYERS
+    if choice == "volumes":
+        return VOLUMES
+    if choice == "rows":
+        return tuple(layer for layer in (*LAYERS, *GPU_LAYERS) if layer.height == 1)
     if choice == "all":
         return layers
     if choice == "quick":
         return tuple(layer for layer in layers if layer.quick)
-    by_name = {layer.name: layer for layer in (*layers, *(LAYERS if gpu else ()))}
+    by_name = {layer.name: layer for layer in (*LAYERS, *GPU_LAYERS, *VOLUMES)}
     unknown = [name for name in choice.split(",") if name not in by_name]
     if unknown:
-        raise ValueError(f"no layer {', '.join(unknown)}; there are: quick, all, {', '.join(by_name)}")
+        raise ValueError(f"no layer {', '.join(unknown)}; there are: quick, all, rows, volumes, {', '.join(by_name)}")
     return tuple(by_name[name] for name in choice.split(","))

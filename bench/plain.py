@@ -6,10 +6,13 @@ from torch import nn
 from dsconv_cuda.activations import ACTIVATIONS
 
 LAYOUTS = {"channels_last": torch.channels_last, "nchw": torch.contiguous_format}
+LAYOUTS_3D = {"channels_last": torch.channels_last_3d, "nchw": torch.contiguous_format}
 
 
 class PlainSeparableConv2d(nn.Module):
     """out_activation(pointwise(activation(depthwise(x)))), parameters named as in DepthwiseSeparableConv2d."""
+
+    convolution = nn.Conv2d
 
     def __init__(
         self,
@@ -27,15 +30,19 @@ class PlainSeparableConv2d(nn.Module):
     ):
         super().__init__()
         middle_channels = in_channels * channel_multiplier
-        self.depthwise = nn.Conv2d(
+        self.depthwise = self.convolution(
             in_channels, middle_channels, kernel_size, stride, padding, dilation, groups=in_channels, bias=bias
         )
-        self.pointwise = nn.Conv2d(middle_channels, out_channels, 1, bias=bias)
+        self.pointwise = self.convolution(middle_channels, out_channels, 1, bias=bias)
         self.activation = ACTIVATIONS[activation].value
         self.out_activation = ACTIVATIONS[out_activation].value
 
     def forward(self, x):
         return self.out_activation(self.pointwise(self.activation(self.depthwise(x))))
+
+
+class PlainSeparableConv3d(PlainSeparableConv2d):
+    convolution = nn.Conv3d
 
 
 class PlainSeparableConvBN2d(nn.Module):

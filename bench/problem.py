@@ -9,6 +9,7 @@ Least bytes: every tensor that goes in or out crosses once, the intermediate nev
 and writes y. Backward reads x, the weights and dy, and writes the gradient of x and of each parameter.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -54,22 +55,21 @@ class Problem:
     @property
     def flops(self):
         layer = self.layer
-        (height_out, width_out), (kernel_h, kernel_w) = layer.out_size, layer.kernel
-        pad_h, pad_w = layer.padding
-        taps = inner_taps(layer.height, height_out, kernel_h, layer.stride, layer.dilation, pad_h) * inner_taps(
-            layer.width, width_out, kernel_w, layer.stride, layer.dilation, pad_w
+        axes = zip(layer.size, layer.out_size, layer.kernel, layer.padding, strict=True)
+        taps = math.prod(
+            inner_taps(size, size_out, kernel, layer.stride, layer.dilation, padding)
+            for size, size_out, kernel, padding in axes
         )
         depthwise = layer.middle_channels * taps
-        pointwise = layer.middle_channels * layer.out_channels * height_out * width_out
+        pointwise = layer.middle_channels * layer.out_channels * layer.out_pixels
         return (1 if self.mode == FORWARD else 3) * 2 * layer.batch * (depthwise + pointwise)
 
     @property
     def least_bytes(self):
         layer = self.layer
-        height_out, width_out = layer.out_size
-        x = layer.batch * layer.channels * layer.height * layer.width
-        y = layer.batch * layer.out_channels * height_out * width_out
-        weights = layer.middle_channels * (layer.kernel[0] * layer.kernel[1] + layer.out_channels)
+        x = layer.batch * layer.channels * layer.pixels
+        y = layer.batch * layer.out_channels * layer.out_pixels
+        weights = layer.middle_channels * (layer.taps + layer.out_channels)
         biases = layer.middle_channels + layer.out_channels
         elements = x + weights + biases + y
         if self.trains:

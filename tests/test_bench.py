@@ -32,7 +32,7 @@ def test_padding_keeps_the_map_at_stride_one():
 
 
 def test_unknown_layers_are_named():
-    with pytest.raises(ValueError, match="no layer mbv9, x; there are: quick, all, mbv1_b01"):
+    with pytest.raises(ValueError, match="no layer mbv9, x; there are: quick, all, rows, volumes, mbv1_b01"):
         layers.select("mbv1_b01,mbv9,x")
     with pytest.raises(ValueError, match="layer a: unknown mark"):
         layers.parse("a 1 8 9x7 3x3 2 1 5 identity slow")

@@ -160,7 +160,7 @@ WRONG = {
     "padding unknown": (
         {"padding": "full"},
         ValueError,
-        'padding must be an int, a pair of ints, "same" or "valid", got \'full\'',
+        'padding must be an int or a pair of ints, "same" or "valid", got \'full\'',
     ),
     '"same" with a stride': (
         {"padding": "same", "stride": 2},

@@ -57,6 +57,52 @@ def test_forward_and_backward(shape, dtype, device):
     check([x.unsqueeze(2), dw_weight.unsqueeze(2), pw_weight.unsqueeze(3), *biases], kwargs, True, _as_rows)
 
 
+# Groups of 32 channels and a rest; taps in pairs, quadruples and with one left over.
+ROWS_IN_16_BITS = [
+    (48, 31, 60, 1, 15, 1),
+    (33, 33, 83, 1, "same", 1),
+    (32, 87, 100, 1, 43, 1),
+    (35, 5, 40, 3, 2, 1),
+    (40, 4, 33, 2, 3, 1),
+    (64, 9, 50, 1, 8, 2),
+]
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", ROWS_IN_16_BITS, ids=str)
+def test_16_bits(shape, dtype, multiplier, device):
+    c, k, length, stride, padding, dilation = shape
+    if multiplier == 2:
+        c = c // 4
+    x, dw_weight, pw_weight, *biases = _tensors(c, k, length, dtype, device, multiplier)
+    if dtype == torch.bfloat16:
+        x = x.mT.contiguous().mT
+    kwargs = {
+        "stride": (1, stride),
+        "padding": padding if isinstance(padding, str) else (0, padding),
+        "dilation": (1, dilation),
+        "activation": "relu6",
+    }
+    # PyTorch's own bfloat16 gradients of dilations crash (2.14.1 on AVX512-BF16).
+    operands = [x.unsqueeze(2), dw_weight.unsqueeze(2), pw_weight.unsqueeze(3), *biases]
+    check(operands, kwargs, dilation == 1, _as_rows)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] == "causal"], ids=str)
+def test_causal_padding_in_16_bits(shape, dtype, device):
+    """The same bits as with zeros put in front by hand."""
+    c, k, length, stride, _, dilation = shape
+    x, *weights = [t.requires_grad_() for t in _tensors(c, k, length, dtype, device)]
+    y = depthwise_separable_conv1d(x, *weights, stride, "causal", dilation, "relu")
+    padded = depthwise_separable_conv1d(F.pad(x, (dilation * (k - 1), 0)), *weights, stride, 0, dilation, "relu")
+    assert torch.equal(y, padded)
+    dy = torch.randn_like(y)
+    for ours, theirs in zip(torch.autograd.grad(y, weights, dy), torch.autograd.grad(padded, weights, dy), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("shape", [s for s in SHAPES if s[4] == "causal"], ids=str)
 def test_causal_padding(shape, device):
     """As zeros put in front by hand, and no output sees what comes after it."""
