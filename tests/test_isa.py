@@ -178,6 +178,7 @@ int main() {
               g.kernel_h = g.kernel_w = kernel;
               g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
               g.pad_top = g.pad_left = kernel / 2;
+              g.d_in = g.d_out = g.kernel_d = g.stride_d = g.dilation_d = 1;
               for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
                 for (const int64_t threads : {1, 2, 7}) {
                   bad += check(g, micro, bytes, plan_forward(g, layout, micro, bytes, threads));

@@ -326,6 +326,20 @@ def test_compiled_in_one_graph_for_every_size(backend, device):
 
 
 @pytest.mark.one_isa
+def test_packed_weights_of_compiled_graphs(device):
+    """Of calls without gradients with large weights."""
+    torch._dynamo.reset()
+    block = DepthwiseSeparableConv3d(128, 128, 3, padding=1, activation="relu").to(device)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 128, 2, 3, 4, device=device)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(compiled(x), block(x))
+            block.pointwise.weight.mul_(2)
+    torch._dynamo.reset()
+
+
+@pytest.mark.one_isa
 def test_transforms_autocast_meta_and_export(device):
     block = DepthwiseSeparableConv3d(4, 6, (2, 3, 3), padding="same", bias=True, activation="relu").to(device)
     x = torch.randn(3, 4, 3, 5, 6, device=device)
