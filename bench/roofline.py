@@ -85,8 +85,11 @@ def warp_multiply_adds(loop):
 
 
 def inner_loops(kernel: CompiledKernel) -> Loops:
-    """The loop of the product, which has most multiply-adds, and of the taps, which has most of those that are left."""
+    """The loop of the product, which has most multiply-adds, or its stretch on tensor cores, and that of the taps,
+    which has most of what is left."""
     loops = sorted((loop for loop in kernel.loops if warp_multiply_adds(loop)), key=warp_multiply_adds)
+    if kernel.tensor_stretch and kernel.tensor_stretch["HMMA"]:
+        loops = [*(loop for loop in loops if not loop["HMMA"]), kernel.tensor_stretch]
     if not loops:
         raise ValueError(f"{kernel.name}: no loop with multiply-adds")
     return Loops(loops[-1], loops[-2] if len(loops) > 1 else None)

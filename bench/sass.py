@@ -79,6 +79,7 @@ class CompiledKernel:
     least_blocks: int  # of a multiprocessor, by __launch_bounds__
     instructions: dict[str, int]  # by column of INSTRUCTIONS, and "all"
     loops: list[dict[str, int]] = field(default_factory=list)  # the same of each innermost loop
+    tensor_stretch: dict[str, int] = field(default_factory=dict)  # and from the first HMMA or LDSM to the last HMMA
 
 
 def sources() -> list[str]:
@@ -187,15 +188,17 @@ def _kernels(source: str, report: str, listing: str, bounds: dict) -> list[Compi
     return kernels
 
 
-def instruction_counts(listing: str) -> dict[tuple[str, str], tuple[dict[str, int], list[dict[str, int]]]]:
-    """{(architecture, symbol): ({column: instructions}, the same of each innermost loop)} of what cuobjdump prints."""
+def instruction_counts(listing: str) -> dict[tuple[str, str], tuple[dict, list[dict], dict]]:
+    """{(architecture, symbol): ({column: instructions}, of each innermost loop, of the stretch of tensor core code)} of
+    what cuobjdump prints."""
     counts, architecture = {}, ""
     for part in re.split(r"^(?=\s*(?:Function : |code for |\.target\s))", listing, flags=re.MULTILINE):
         if found := re.match(r"\s*(?:code for|\.target)\s+(sm_\d+)", part):
             architecture = found[1]
         elif found := re.match(r"\s*Function : (\w+)", part):
             code = [(int(at, 16), text) for at, text in _LINE.findall(part)]
-            counts[architecture, found[1]] = (_count(code), [_count(loop) for loop in _innermost_loops(code)])
+            loops = [_count(loop) for loop in _innermost_loops(code)]
+            counts[architecture, found[1]] = (_count(code), loops, _count(_tensor_stretch(code)))
     return counts
 
 
@@ -214,6 +217,16 @@ def _innermost_loops(code):
     loops = sorted({(begin, end) for begin, end in jumps if begin <= end and begin != end})
     inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     return [[line for line in code if begin <= line[0] <= end] for begin, end in inner]
+
+
+def _tensor_stretch(code):
+    """A product on tensor cores is unrolled in a loop that has others beside it, so no innermost one is its own."""
+    opcodes = [_OPCODE.match(text)[1] for _, text in code]
+    products = [i for i, opcode in enumerate(opcodes) if _PATTERNS["HMMA"].match(opcode)]
+    if not products:
+        return []
+    loads = [i for i, opcode in enumerate(opcodes[: products[-1]]) if _PATTERNS["LDSM"].match(opcode)]
+    return code[min([products[0], *loads[:1]]) : products[-1] + 1]
 
 
 def demangle(symbols: list[str]) -> list[str]:

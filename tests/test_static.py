@@ -58,12 +58,13 @@ PTX = """
 
 def test_instructions_are_counted():
     counts = sass.instruction_counts(LISTING)
-    (first, _), (second, loops) = counts["sm_80", "_Z5firstv"], counts["sm_80", "_Z6secondv"]
+    (first, _, product), (second, loops, none) = counts["sm_80", "_Z5firstv"], counts["sm_80", "_Z6secondv"]
     expected = {"HMMA": 1, "LDSM": 1, "LDGSTS": 1, "LDG.128": 1, "LDG": 1, "BAR": 1, "local": 1, "HFMA2": 0, "all": 8}
     assert {column: first[column] for column in expected} == expected
     assert (second["LDG"], second["LDG.128"], second["FFMA"], second["all"]) == (2, 0, 3, 9)
     # The inner loop and the loop of one line; not the outer one, not the jump to itself at the end.
     assert [(loop["FFMA"], loop["LDG"], loop["all"]) for loop in loops] == [(1, 1, 3), (1, 0, 2)]
+    assert (product["HMMA"], product["all"], none["all"]) == (1, 1, 0)
 
 
 def test_launch_bounds_are_read():
@@ -219,6 +220,9 @@ def test_inner_loops_are_told_by_their_multiply_adds():
     kernel = dataclasses.replace(KERNEL, loops=[LOOP, PRODUCT, {**TAPS, "FFMA": 2}, TAPS])
     found = roofline.inner_loops(kernel)
     assert found == roofline.Loops(PRODUCT, TAPS)
+    # Unrolled between other loops, the product is none of them.
+    kernel = dataclasses.replace(KERNEL, loops=[LOOP, {**TAPS, "FFMA": 2}, TAPS], tensor_stretch=PRODUCT)
+    assert roofline.inner_loops(kernel) == found
     assert roofline.Loops.per_multiply_add(TAPS) * 32 == 3
     assert roofline.Loops.per_multiply_add(PRODUCT) * 16 * 2048 == 40
     with pytest.raises(ValueError, match="no loop with multiply-adds"):
