@@ -45,6 +45,7 @@ inline py::dict numbers_of(const PlannedKernel& kernel) {
   d["l2_bytes"] = cost.l2_bytes;
   d["dram_seconds"] = prediction.dram_seconds;
   d["l2_seconds"] = prediction.l2_seconds;
+  d["shared_seconds"] = prediction.shared_seconds;
   d["arithmetic_seconds"] = prediction.arithmetic_seconds;
   d["seconds"] = prediction.seconds;
   return d;

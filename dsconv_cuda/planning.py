@@ -60,13 +60,15 @@ class Kernel:
     l2_bytes: int
     dram_seconds: float
     l2_seconds: float
+    shared_seconds: float  # of shared memory, where it is counted
     arithmetic_seconds: float
-    seconds: float  # of the launch and the largest of the three
+    seconds: float  # of the launch and the largest of the four
 
     @property
     def bound(self) -> str:
-        """What bounds it: "DRAM", "L2", "arithmetic", or "launch" where that takes longer than all of them."""
-        times = {"DRAM": self.dram_seconds, "L2": self.l2_seconds, "arithmetic": self.arithmetic_seconds}
+        """What bounds it: "DRAM", "L2", "shared", "arithmetic", or "launch" where that takes longer than all."""
+        times = {"DRAM": self.dram_seconds, "L2": self.l2_seconds, "shared": self.shared_seconds}
+        times["arithmetic"] = self.arithmetic_seconds
         slowest = max(times, key=times.get)
         return slowest if times[slowest] > self.seconds - times[slowest] else "launch"
 

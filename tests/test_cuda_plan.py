@@ -48,7 +48,8 @@ static void check_mma(const ForwardPlan& plan, const ForwardParams& p, const Dev
   const PixelBox& box = mma.box;
   CHECK(box.n * box.h * box.w <= tile.pixels && box.tiles_h * box.h >= g.h_out && box.tiles_w * box.w >= g.w_out);
   CHECK(box.tiles == ceil_div(g.n, box.n) * box.tiles_h * box.tiles_w);
-  CHECK((box.strips_down ? box.h : box.w) % kStripPixels == 0);
+  CHECK((box.strips_down ? box.h : box.w) % (box.flat ? kPatchPixels : kStripPixels) == 0);
+  CHECK(p.x_layout == Layout::nchw || box.flat || box.h % 2 == 0);
   CHECK(int64_t{mma.groups} * mma.tiles_of_group * tile.channels >= g.c_out);
   CHECK(int64_t{mma.groups - 1} * mma.tiles_of_group * tile.channels < g.c_out);
   CHECK(plan.blocks == box.tiles * mma.groups && mma.shared.bytes <= device.shared_per_block);

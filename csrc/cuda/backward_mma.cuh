@@ -109,7 +109,6 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   }
 
   if (p.act != Activation::identity) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, row0 = m0 + lane / 4, column0 = lane % 4 * 2;
     unsigned char* slope = shared;
 #pragma unroll 1
     for (int k0 = 0; k0 < Traits::kMid && c0 + k0 < c_mid; k0 += kChunk) {
@@ -119,6 +118,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
       __syncthreads();  // x is there, and the last products and slopes have been read
       input.template compute<false>(Middle::derivative, c0 + k0, shared + at.scratch, shared + at.taps, slope);
       __syncthreads();
+      const int lane = thread_here() % 32, row0 = m0 + lane / 4, column0 = lane % 4 * 2;
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int column = n0 + 8 * j - k0;

@@ -1,13 +1,14 @@
 // The depthwise stage of the tensor-core kernels: for a box of output pixels (pixel_box.h) and one chunk of channels at
 // a time, x and the taps go to shared memory, and act(z) or act'(z) from there into a tile that mma.sync reads.
 //
-//   x --cp.async--> staged x, dw_weight --> strips in registers --> tile, rows of z as operands of type T
+//   x --cp.async--> staged x, dw_weight --> items in registers --> tile, rows of z as operands of type T
 //
-// Ownership, a strip being kStripPixels pixels of one column or row:
-//   x unit-strided along c: lanes along channels, 4 bytes of them each; a half warp is a strip, its neighbour another
-//   row x unit-strided along w: lanes along strips, so along columns; a warp is one channel or two
-// A strip's pixels share their taps in registers: a 3x3 strip reads 18 values for 36 multiply-adds. Sums in fp32, each
-// row of taps (column, where strips go down) apart.
+// Ownership, an item being a strip of kStripPixels pixels of one column or row, or a patch of kPatchPixels in two rows:
+//   x unit-strided along c: lanes along channels, 4 bytes of them each; a half warp is a patch, its neighbour another
+//   row of patches
+//   x unit-strided along w: lanes along strips, so along columns; a warp is one channel or two
+// An item's pixels share values and taps in registers: a 3x3 patch reads 24 values for 72 multiply-adds, a strip 18 for
+// 36. Sums in fp32: the operands that they become are rounded to 11 bits or fewer.
 //
 //   The tile:  x along c: [kSlots] rows of kChunkBytes of channels     along w: [channels] rows of kSlots pixels
 //
@@ -34,8 +35,13 @@ struct alignas(8) Span {
 };
 
 struct alignas(8) StripPlace {
-  int32_t corner;      // byte in the staged chunk of the strip's first tap; -1: no pixel of this strip exists
-  int16_t slot, step;  // its slots are slot + i * step
+  int32_t corner;      // byte in the staged chunk of the item's first tap; -1: no pixel of it exists
+  int16_t slot, step;  // its slots: slot + i * step of a strip, slot + i / 4 * step + i % 4 of a patch
+
+  template <bool kAlongC>
+  DSCONV_DEVICE int slot_of(int i) const {
+    return kAlongC ? slot + i / 4 * step + i % 4 : slot + i * step;
+  }
 };
 
 DSCONV_DEVICE int clamped(int64_t value, int most) {
@@ -98,22 +104,24 @@ DSCONV_DEVICE void fill_spans(const PixelBox& box, const BoxPlace& place, const 
 template <bool kAlongC, int kSlots>
 DSCONV_DEVICE void fill_strips(const PixelBox& box, const BoxPlace& place, const Geometry& g, int element,
                                StripPlace* strips) {
+  constexpr int kItem = kAlongC ? kPatchPixels : kStripPixels;
   const int i = static_cast<int>(threadIdx.x);
-  if (i >= kSlots / kStripPixels) return;
-  const int32_t height = box.strips_down ? box.h / kStripPixels : box.h;
-  const int32_t width = box.strips_down ? box.w : box.w / kStripPixels;
+  if (i >= kSlots / kItem) return;
+  const int32_t rows = kAlongC ? (box.flat ? 1 : 2) : box.strips_down ? kItem : 1, columns = kItem / rows;
+  const int32_t height = box.h / rows, width = box.w / columns;
   const int32_t lines = box.n * height, count = lines * width;
   if (i >= count) {
-    strips[i] = {-1, static_cast<int16_t>(i * kStripPixels), 1};
+    strips[i] = {-1, static_cast<int16_t>(i * kItem), kAlongC ? 4 : 1};
     return;
   }
   int32_t line = i / width, column = i % width;
-  if (kAlongC && lines % 2 == 0) {
+  if (kAlongC && i < lines / 2 * 2 * width) {
+    // Half warps in pairs: two lines of patches, for the banks of x, and slots apart as swizzled_in_line() wants them.
     line = i / (2 * width) * 2 + i % 2;
-    column = i / 2 % width;
+    column = i / 2 % width ^ (width % 2 == 0 ? i % 2 : 0);
   }
-  const int32_t image = line / height, row = (line - image * height) * (box.strips_down ? kStripPixels : 1);
-  column *= box.strips_down ? 1 : kStripPixels;
+  const int32_t image = line / height, row = (line - image * height) * rows;
+  column *= columns;
   const bool exists = place.n + image < g.n && place.row + row < g.h_out && place.column + column < g.w_out;
   int32_t phase = 0;
   if (!kAlongC && box.staged) {
@@ -122,8 +130,9 @@ DSCONV_DEVICE void fill_strips(const PixelBox& box, const BoxPlace& place, const
   }
   const int32_t corner = image * box.image_pitch + row * static_cast<int32_t>(g.stride_h) * box.row_pitch +
                          (column * static_cast<int32_t>(g.stride_w) + phase) * box.column_pitch;
+  const int32_t step = kAlongC ? (box.flat ? 4 : box.w) : box.strips_down ? box.w : 1;
   strips[i] = {exists ? corner : -1, static_cast<int16_t>((image * box.h + row) * box.w + column),
-               static_cast<int16_t>(box.strips_down ? box.w : 1)};
+               static_cast<int16_t>(step)};
 }
 
 // Elements from a tensor's first to each slot's pixel, first channel; -1 for a slot without a pixel.
@@ -171,19 +180,21 @@ DSCONV_DEVICE void stage_x(const PixelBox& box, const DepthwiseInput<T>& in, con
                            unsigned char* staged) {
   constexpr int kElement = static_cast<int>(sizeof(T));
   const int32_t multiplier = static_cast<int32_t>(in.geom.multiplier), c_mid = static_cast<int32_t>(in.geom.c_mid);
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_here();
   with_copy_bytes<T>(box.copy_bytes, [&](auto bytes) {
     constexpr int kBytes = decltype(bytes)::value;
     if constexpr (kAlongC) {
       constexpr int kPieces = kChunkBytes / kBytes;
+      const int piece = thread % kPieces;
+      const int32_t c = c0 + piece * (kBytes / kElement);
+      const int there = clamped(int64_t{c_mid - c} * kElement, kBytes);
+      const T* from = x + (multiplier == 1 ? c : c / multiplier);
+      unsigned char* to = staged + piece * kBytes;
 #pragma unroll 1
-      for (int i = thread; i < box.spans * kPieces; i += kBlockThreads) {
-        const Span span = spans[i / kPieces];
-        const int32_t c = c0 + i % kPieces * (kBytes / kElement);
-        const int valid = span.source < 0 ? 0 : clamped(int64_t{c_mid - c} * kElement, kBytes);
-        const int32_t source_c = multiplier == 1 ? c : c / multiplier;
-        const T* source = valid > 0 ? x + span.source + source_c : x;
-        copy_piece<kBytes>(staged + span.target / 32 + i % kPieces * kBytes, source, valid);
+      for (int i = thread / kPieces; i < box.spans; i += kBlockThreads / kPieces) {
+        const Span span = spans[i];
+        const int valid = span.source < 0 ? 0 : there;
+        copy_piece<kBytes>(to + (span.target >> 5), valid > 0 ? from + span.source : x, valid);
       }
     } else {
 #pragma unroll 1
@@ -196,7 +207,7 @@ DSCONV_DEVICE void stage_x(const PixelBox& box, const DepthwiseInput<T>& in, con
         for (int i = thread % 32; i < box.spans; i += 32) {
           const Span span = spans[i];
           const int valid = span.source < 0 || c >= c_mid ? 0 : span.target % 32;
-          copy_piece<kBytes>(target + span.target / 32, valid > 0 ? plane + span.source : x, valid);
+          copy_piece<kBytes>(target + (span.target >> 5), valid > 0 ? plane + span.source : x, valid);
         }
       }
     }
@@ -207,7 +218,7 @@ DSCONV_DEVICE void stage_x(const PixelBox& box, const DepthwiseInput<T>& in, con
 template <typename T>
 DSCONV_DEVICE void stage_run(const T* source, int64_t count, int room, T* target) {
   constexpr int kPer16 = kVecWidth<T>;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = thread_here();
   if (is_aligned(source, 16)) {
 #pragma unroll 1
     for (int i = thread * kPer16; i < room; i += kBlockThreads * kPer16) {
@@ -230,13 +241,12 @@ DSCONV_DEVICE void stage_taps(const DepthwiseInput<T>& in, int32_t c0, T* staged
   if (in.dw_bias != nullptr) {
     stage_run(in.dw_bias + c0, channels, kChunkChannels<T>, bias);
   } else {
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = thread_here();
     if (thread < kChunkChannels<T>) bias[thread] = T{};
   }
 }
 
-// ----------------------------------------------------------------------------------------------------- the depthwise
-// sums
+// ------------------------------------------------------------------------------------------------- the depthwise sums
 
 // What a strip walks along: a is its own direction, b the other one. Bytes from tap to tap.
 struct StripSteps {
@@ -262,39 +272,79 @@ DSCONV_DEVICE void load_unit(const unsigned char* at, float (&values)[kUnit]) {
   for (int u = 0; u < kUnit; ++u) values[u] = to_acc(loaded.v[u]);
 }
 
-// A square kernel and its stride, known to the compiler; dilation 1. Strips along a row, channels together: each value
-// of x is read once and goes to every output of the strip that it reaches.
-template <typename T, int kUnit, int kKernel, int kStride>
-DSCONV_DEVICE void row_strip(const unsigned char* x, int32_t row_pitch, const T* weight,
-                             float (&z)[kStripPixels * kUnit]) {
-  constexpr int kUnroll = kKernel <= 3 ? kKernel : 1;  // a row of five in flight at a time: more would spill
-#pragma unroll kUnroll
-  for (int kh = 0; kh < kKernel; ++kh) {
-    float taps[kKernel][kUnit];
+// One row of x for both rows of outputs of a patch, whose taps there are `upper` and `lower`: each value is read once
+// and goes to every output that it reaches.
+template <bool kUpper, bool kLower, typename T, int kUnit, int kKernel, int kStride>
+DSCONV_DEVICE void patch_row(const unsigned char* x, const float (&upper)[kKernel][kUnit],
+                             const float (&lower)[kKernel][kUnit], float (&z)[kPatchPixels * kUnit]) {
 #pragma unroll
-    for (int kw = 0; kw < kKernel; ++kw) {
+  for (int column = 0; column < 3 * kStride + kKernel; ++column) {
+    float value[kUnit];
+    load_unit<T, kUnit>(x + column * kChunkBytes, value);
 #pragma unroll
-      for (int u = 0; u < kUnit; ++u) taps[kw][u] = to_acc(weight[(u * kKernel + kh) * kKernel + kw]);
-    }
-    float sum[kStripPixels][kUnit] = {};
+    for (int i = 0; i < kPatchPixels; ++i) {
+      const int kw = column - i % 4 * kStride;
+      if (kw < 0 || kw >= kKernel || (i < 4 ? !kUpper : !kLower)) continue;
 #pragma unroll
-    for (int r = 0; r < (kStripPixels - 1) * kStride + kKernel; ++r) {
-      float value[kUnit];
-      load_unit<T, kUnit>(x + r * kChunkBytes, value);
-#pragma unroll
-      for (int i = 0; i < kStripPixels; ++i) {
-        const int kw = r - i * kStride;
-        if (kw < 0 || kw >= kKernel) continue;
-#pragma unroll
-        for (int u = 0; u < kUnit; ++u) sum[i][u] = fused_multiply_add(value[u], taps[kw][u], sum[i][u]);
+      for (int u = 0; u < kUnit; ++u) {
+        z[i * kUnit + u] = fused_multiply_add(value[u], i < 4 ? upper[kw][u] : lower[kw][u], z[i * kUnit + u]);
       }
     }
-    x += row_pitch;
+  }
+}
+
+// A square kernel and its stride, known to the compiler; dilation 1. Two rows of four pixels, channels together.
+template <typename T, int kUnit, int kKernel, int kStride>
+DSCONV_DEVICE void unrolled_patch(const unsigned char* x, int32_t row_pitch, const T* weight,
+                                  float (&z)[kPatchPixels * kUnit]) {
+  float upper[kKernel][kUnit], lower[kKernel][kUnit];
+  if constexpr (kKernel == 3) {
+    // The taps of the patch's channels lie together, and are loaded by words: an odd number, so that the lanes' are in
+    // different banks.
+    constexpr int kTaps = kKernel * kKernel;
+    static_assert(kUnit * sizeof(T) == sizeof(uint32_t));
+    Vec<T, kUnit> words[kTaps];
 #pragma unroll
-    for (int i = 0; i < kStripPixels; ++i) {
+    for (int i = 0; i < kTaps; ++i) words[i] = reinterpret_cast<const Vec<T, kUnit>*>(weight)[i];
+    const auto unpack_taps = [&](int kh, float (&taps)[kKernel][kUnit]) {
 #pragma unroll
-      for (int u = 0; u < kUnit; ++u) z[i * kUnit + u] += sum[i][u];
+      for (int i = 0; i < kKernel * kUnit; ++i) {
+        const int at = (i % kUnit * kKernel + kh) * kKernel + i / kUnit;
+        taps[i / kUnit][i % kUnit] = to_acc(words[at / kUnit].v[at % kUnit]);
+      }
+    };
+#pragma unroll
+    for (int row = 0; row < kStride + kKernel; ++row, x += row_pitch) {
+      if (row < kKernel) unpack_taps(row, upper);
+      if (row >= kStride) unpack_taps(row - kStride, lower);
+      if (row < kStride) patch_row<true, false, T, kUnit, kKernel, kStride>(x, upper, lower, z);
+      if (row >= kStride && row < kKernel) patch_row<true, true, T, kUnit, kKernel, kStride>(x, upper, lower, z);
+      if (row >= kKernel) patch_row<false, true, T, kUnit, kKernel, kStride>(x, upper, lower, z);
     }
+    return;
+  }
+  // A row of x in flight at a time: more would spill.
+  const auto load_taps = [&](int kh, float (&taps)[kKernel][kUnit]) {
+#pragma unroll
+    for (int i = 0; i < kKernel * kUnit; ++i) {
+      taps[i / kUnit][i % kUnit] = to_acc(weight[(i % kUnit * kKernel + kh) * kKernel + i / kUnit]);
+    }
+  };
+#pragma unroll 1
+  for (int row = 0; row < kStride; ++row, x += row_pitch) {
+    load_taps(row, upper);
+    patch_row<true, false, T, kUnit, kKernel, kStride>(x, upper, lower, z);
+  }
+#pragma unroll 1
+  for (int row = kStride; row < kKernel; ++row, x += row_pitch) {
+    load_taps(row - kStride, lower);
+    load_taps(row, upper);
+    patch_row<true, true, T, kUnit, kKernel, kStride>(x, upper, lower, z);
+  }
+#pragma unroll 1
+  for (int row = kKernel; row < kKernel + kStride; ++row, x += row_pitch) {
+    load_taps(row - kStride, lower);
+    patch_row<false, true, T, kUnit, kKernel, kStride>(x, upper, lower, z);
   }
 }
 
@@ -327,56 +377,58 @@ DSCONV_DEVICE void column_strip(const unsigned char* x, int32_t row_pitch, const
   }
 }
 
-template <typename T, bool kAlongC, int kUnit, int kKernel, int kStride>
-DSCONV_DEVICE void unrolled_strip(const unsigned char* x, int32_t row_pitch, const T* weight,
-                                  float (&z)[kStripPixels * kUnit]) {
+template <typename T, bool kAlongC, int kUnit, int kKernel, int kStride, int kValues>
+DSCONV_DEVICE void unrolled_item(const unsigned char* x, int32_t row_pitch, const T* weight, float (&z)[kValues]) {
   if constexpr (kAlongC) {
-    row_strip<T, kUnit, kKernel, kStride>(x, row_pitch, weight, z);
+    unrolled_patch<T, kUnit, kKernel, kStride>(x, row_pitch, weight, z);
   } else {
     column_strip<T, kKernel, kStride>(x, row_pitch, weight, z);
   }
 }
 
-// Any kernel; weight_unit: elements from a channel's taps to the next one's. At stride and dilation 1 along the strip
-// the window slides: one load a tap.
-template <typename T, int kUnit>
-DSCONV_DEVICE void looped_strip(const unsigned char* x, const T* weight, int32_t weight_unit, const StripSteps& s,
-                                float (&z)[kStripPixels * kUnit]) {
+// Any kernel; weight_unit: elements from a channel's taps to the next one's. kRuns runs of four pixels, run_pitch bytes
+// apart. At stride and dilation 1 along a run the window slides: one load a tap.
+template <typename T, int kUnit, int kRuns>
+DSCONV_DEVICE void looped_item(const unsigned char* x, int32_t run_pitch, const T* weight, int32_t weight_unit,
+                               const StripSteps& s, float (&z)[kRuns * 4 * kUnit]) {
   const bool slides = s.stride_a == 1 && s.dilation_a == 1;
 #pragma unroll 1
   for (int32_t b = 0; b < s.taps_b; ++b) {
     const unsigned char* row = x + b * s.pitch_b;
-    float window[kStripPixels][kUnit], sum[kStripPixels][kUnit] = {};
+    float window[kRuns][4][kUnit];
     if (slides) {
 #pragma unroll
-      for (int i = 1; i < kStripPixels; ++i) load_unit<T, kUnit>(row + (i - 1) * s.pitch_a, window[i]);
+      for (int r = 0; r < kRuns; ++r) {
+#pragma unroll
+        for (int i = 1; i < 4; ++i) load_unit<T, kUnit>(row + r * run_pitch + (i - 1) * s.pitch_a, window[r][i]);
+      }
     }
 #pragma unroll 1
     for (int32_t a = 0; a < s.taps_a; ++a) {
-      if (slides) {
 #pragma unroll
-        for (int i = 0; i < kStripPixels - 1; ++i) {
+      for (int r = 0; r < kRuns; ++r) {
+        if (slides) {
 #pragma unroll
-          for (int u = 0; u < kUnit; ++u) window[i][u] = window[i + 1][u];
-        }
-        load_unit<T, kUnit>(row + (a + kStripPixels - 1) * s.pitch_a, window[kStripPixels - 1]);
-      } else {
+          for (int i = 0; i < 3; ++i) {
 #pragma unroll
-        for (int i = 0; i < kStripPixels; ++i) {
-          load_unit<T, kUnit>(row + (i * s.stride_a + a * s.dilation_a) * s.pitch_a, window[i]);
+            for (int u = 0; u < kUnit; ++u) window[r][i][u] = window[r][i + 1][u];
+          }
+          load_unit<T, kUnit>(row + r * run_pitch + (a + 3) * s.pitch_a, window[r][3]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            load_unit<T, kUnit>(row + r * run_pitch + (i * s.stride_a + a * s.dilation_a) * s.pitch_a, window[r][i]);
+          }
         }
       }
 #pragma unroll
       for (int u = 0; u < kUnit; ++u) {
         const float tap = to_acc(weight[u * weight_unit + a * s.weight_a + b * s.weight_b]);
 #pragma unroll
-        for (int i = 0; i < kStripPixels; ++i) sum[i][u] = fused_multiply_add(window[i][u], tap, sum[i][u]);
+        for (int i = 0; i < 4 * kRuns; ++i) {
+          z[i * kUnit + u] = fused_multiply_add(window[i / 4][i % 4][u], tap, z[i * kUnit + u]);
+        }
       }
-    }
-#pragma unroll
-    for (int i = 0; i < kStripPixels; ++i) {
-#pragma unroll
-      for (int u = 0; u < kUnit; ++u) z[i * kUnit + u] += sum[i][u];
     }
   }
 }
@@ -389,7 +441,8 @@ struct BoxInput {
   static constexpr int kUnit = kAlongC ? 4 / static_cast<int>(sizeof(T)) : 1;                     // channels of an item
   static constexpr int kRowBytes = kAlongC ? kChunkBytes : kSlots * static_cast<int>(sizeof(T));  // of the tile
   static constexpr int kTileBytes = kSlots * kChunkBytes;
-  static constexpr int kStrips = kSlots / kStripPixels;
+  static constexpr int kItem = kAlongC ? kPatchPixels : kStripPixels;  // pixels
+  static constexpr int kStrips = kSlots / kItem;
   static_assert(kBlockThreads % kStrips == 0 && kStrips <= kBlockThreads, "threads share strips evenly");
 
   const PixelBox& box;
@@ -421,7 +474,7 @@ struct BoxInput {
   template <bool kZeroed>
   DSCONV_DEVICE void compute(Middle middle, int32_t c0, const unsigned char* staged, const unsigned char* taps,
                              unsigned char* tile) const {
-    const int thread = static_cast<int>(threadIdx.x);
+    const int thread = thread_here();
     constexpr int kItemsAtOnce = kAlongC ? kBlockThreads / (kChunkBytes / 4) : kBlockThreads / kStrips;
     constexpr int kItems = kAlongC ? kStrips : kChunkChannels<T>;
 #pragma unroll 1
@@ -432,11 +485,11 @@ struct BoxInput {
   }
 
  private:
-  // kUnit channels from c0 + k on, of one strip.
+  // kUnit channels from c0 + k on, of one strip or patch.
   template <bool kZeroed>
   DSCONV_DEVICE void item(Middle middle, StripPlace strip, int k, int32_t c0, const unsigned char* staged,
                           const unsigned char* taps, unsigned char* tile) const {
-    float z[kStripPixels * kUnit] = {};  // [pixel][channel]
+    float z[kItem * kUnit] = {};  // [pixel][channel]
     const int32_t tap_count = static_cast<int32_t>(in.geom.kernel_h * in.geom.kernel_w);
     if (strip.corner >= 0) {
       const unsigned char* x = staged + strip.corner + k * box.channel_pitch;
@@ -455,27 +508,27 @@ struct BoxInput {
         for (int u = 0; u < kUnit; ++u) {
           const float value = to_acc(bias[u * unit]);
 #pragma unroll
-          for (int i = 0; i < kStripPixels; ++i) z[i * kUnit + u] = value;
+          for (int i = 0; i < kItem; ++i) z[i * kUnit + u] = value;
         }
       }
       switch (box.kernel) {
         case BoxKernel::k3s1:
-          unrolled_strip<T, kAlongC, kUnit, 3, 1>(x, box.row_pitch, weight, z);
+          unrolled_item<T, kAlongC, kUnit, 3, 1>(x, box.row_pitch, weight, z);
           break;
         case BoxKernel::k3s2:
-          unrolled_strip<T, kAlongC, kUnit, 3, 2>(x, box.row_pitch, weight, z);
+          unrolled_item<T, kAlongC, kUnit, 3, 2>(x, box.row_pitch, weight, z);
           break;
         case BoxKernel::k5s1:
-          unrolled_strip<T, kAlongC, kUnit, 5, 1>(x, box.row_pitch, weight, z);
+          unrolled_item<T, kAlongC, kUnit, 5, 1>(x, box.row_pitch, weight, z);
           break;
         case BoxKernel::k5s2:
-          unrolled_strip<T, kAlongC, kUnit, 5, 2>(x, box.row_pitch, weight, z);
+          unrolled_item<T, kAlongC, kUnit, 5, 2>(x, box.row_pitch, weight, z);
           break;
         case BoxKernel::looped:
-          looped_strip<T, kUnit>(x, weight, unit * tap_count, strip_steps(box, in.geom), z);
+          looped_item<T, kUnit, kItem / 4>(x, run_pitch(), weight, unit * tap_count, strip_steps(box, in.geom), z);
           break;
         default:
-          unstaged_strip(strip, c0 + k, z);
+          unstaged_item(strip, c0 + k, z);
       }
       if (middle == Middle::value) {
         activate_all(in.act, z);
@@ -484,8 +537,8 @@ struct BoxInput {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kStripPixels; ++i) {
-      const int slot = strip.slot + i * strip.step;
+    for (int i = 0; i < kItem; ++i) {
+      const int slot = strip.template slot_of<kAlongC>(i);
       const bool zero = kZeroed && offsets()[slot] < 0;
       Vec<T, kUnit> operands;
 #pragma unroll
@@ -498,14 +551,20 @@ struct BoxInput {
     }
   }
 
+  // From the first run of a patch to the second.
+  DSCONV_DEVICE int32_t run_pitch() const {
+    return box.flat ? 4 * static_cast<int32_t>(in.geom.stride_w) * box.column_pitch
+                    : static_cast<int32_t>(in.geom.stride_h) * box.row_pitch;
+  }
+
   // One value at a time: this is the way of the few calls that nothing else fits, and it takes few registers.
-  DSCONV_DEVICE void unstaged_strip(StripPlace strip, int32_t c, float (&z)[kStripPixels * kUnit]) const {
+  DSCONV_DEVICE void unstaged_item(StripPlace strip, int32_t c, float (&z)[kItem * kUnit]) const {
     const Geometry& g = in.geom;
     const int32_t kernel_h = static_cast<int32_t>(g.kernel_h), kernel_w = static_cast<int32_t>(g.kernel_w);
 #pragma unroll 1
-    for (int value = 0; value < kStripPixels * kUnit; ++value) {
+    for (int value = 0; value < kItem * kUnit; ++value) {
       const int32_t channel = c + value % kUnit;
-      const Pixel pixel = pixel_of_slot(box, place, g, strip.slot + value / kUnit * strip.step);
+      const Pixel pixel = pixel_of_slot(box, place, g, strip.template slot_of<kAlongC>(value / kUnit));
       if (pixel.n < 0 || channel >= g.c_mid) continue;
       const Window window = window_at(pixel, g, in.strides);
       const T* x = in.x + quotient(channel, g.multiplier) * in.strides.c + window.offset;
@@ -526,7 +585,7 @@ struct BoxInput {
         sum += row_sum;
       }
 #pragma unroll
-      for (int i = 0; i < kStripPixels * kUnit; ++i) z[i] += i == value ? sum : 0.0f;
+      for (int i = 0; i < kItem * kUnit; ++i) z[i] += i == value ? sum : 0.0f;
     }
   }
 };

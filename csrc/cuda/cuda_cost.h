@@ -1,9 +1,9 @@
-// What a launch is predicted to cost: the largest of three times, each with its assumption.
+// What a launch is predicted to cost: the largest of four times, each with its assumption.
 //
 //   DRAM         each tensor crosses once: L2 holds what blocks share                       dram_bytes / bandwidth
 //   L2           what blocks load and store, taps from L1 or shared memory                  l2_bytes / l2_bandwidth
-//   arithmetic   the multiprocessor with the most blocks, tiles padded      most blocks * multiply-adds of one / its
-//   rate
+//   shared       shared memory, where counted, on the multiprocessor with the most blocks    its wavefronts / its clock
+//   arithmetic   on that multiprocessor, tiles padded                                     its multiply-adds / its rate
 //
 //   seconds = kLaunchSeconds + the largest. Latency, bank conflicts and the instructions beside the multiply-adds are
 //   left out: a prediction puts alternatives in order and is a floor of the time.
@@ -26,13 +26,14 @@ struct KernelCost {
   int64_t bounded_blocks = 0;  // blocks a multiprocessor that __launch_bounds__ leaves registers for
   double multiply_adds = 0;    // of all blocks
   double rate = 0;             // of the device, multiply-adds a second
+  double wavefronts = 0;       // of shared memory, of all blocks
   int64_t dram_bytes = 0, l2_bytes = 0;
 };
 
 struct Prediction {
   int64_t blocks_per_multiprocessor;
   double waves;  // not rounded
-  double dram_seconds, l2_seconds, arithmetic_seconds, seconds;
+  double dram_seconds, l2_seconds, shared_seconds, arithmetic_seconds, seconds;
 };
 
 constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -55,8 +56,10 @@ constexpr Prediction predict(const KernelCost& k, const DeviceLimits& device) {
   result.dram_seconds = static_cast<double>(k.dram_bytes) / device.bandwidth;
   result.l2_seconds = static_cast<double>(k.l2_bytes) / device.l2_bandwidth;
   if (k.rate > 0) result.arithmetic_seconds = most_blocks * (k.multiply_adds / blocks) / (k.rate / multiprocessors);
+  result.shared_seconds = most_blocks * (k.wavefronts / blocks) / (shared_wavefronts(device) / multiprocessors);
   double most = result.dram_seconds;
   if (result.l2_seconds > most) most = result.l2_seconds;
+  if (result.shared_seconds > most) most = result.shared_seconds;
   if (result.arithmetic_seconds > most) most = result.arithmetic_seconds;
   result.seconds = kLaunchSeconds + most;
   return result;

@@ -53,6 +53,12 @@ constexpr Gpu kGpus[] = {
 };
 // clang-format on
 
+// Wavefronts of shared memory a second, 128 bytes each: one a clock and multiprocessor. The clock is told from fma_f32;
+// sm_75 and sm_80 have 64 lanes a multiprocessor, the others 128.
+constexpr double shared_wavefronts(const DeviceLimits& device) {
+  return device.fma_f32 / (device.capability <= 80 ? 64 : 128);
+}
+
 // A GPU that is no entry of the table has the rates of the newest entry that is not newer than it, by its number of
 // multiprocessors. The caller puts what it knows better over it.
 constexpr DeviceLimits limits_of(int64_t capability, int64_t multiprocessors) {

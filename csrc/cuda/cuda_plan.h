@@ -96,20 +96,6 @@ constexpr bool same_plan(const ForwardPlan& a, const ForwardPlan& b) {
   return a.tensor_cores == b.tensor_cores && a.wide == b.wide && a.mma.kind == b.mma.kind;
 }
 
-// Every plan that a call can have. A further kernel adds its plans here and what they cost to forward_cost().
-constexpr int kForwardPlans = 2 + kMmaTileKinds;
-inline ForwardPlan forward_candidate(const ForwardParams& p, int i, const DeviceLimits& device) {
-  if (i < 2) return forward_plan_of(p, i == 0);
-  ForwardPlan plan{};
-  plan.tensor_cores = true;
-  plan.mma = mma_forward_candidate(p, static_cast<MmaTileKind>(i - 2), device);
-  plan.kernel = unrolled_kernel(p.geom);
-  plan.pixel_tiles = plan.mma.box.tiles;
-  plan.channel_tiles = plan.mma.groups;
-  plan.blocks = plan.mma.blocks;
-  return plan;
-}
-
 // Tensor cores are used wherever they can be: fp16 has them everywhere, bf16 and TF32 from sm_80 on.
 constexpr bool can_run(const ForwardParams& p, const ForwardPlan& plan, const DeviceLimits& device) {
   const bool wanted = has_tensor_cores(p.dtype, p.tf32, device.capability);
@@ -148,6 +134,7 @@ inline KernelCost forward_cost(const ForwardParams& p, const ForwardPlan& plan, 
                          (static_cast<double>(2 * taps + 8) +
                           static_cast<double>(columns) * (mma_rate > 0 ? device.fma_f32 / mma_rate : 0));
     cost.l2_bytes = (plan.blocks * (g.c_in * box_elements(plan.mma.box, g) + g.c_mid * (columns + taps)) + y) * bytes;
+    cost.wavefronts = static_cast<double>(plan.blocks) * mma_forward_wavefronts(p, plan.mma);
     return cost;
   }
   cost.name = plan.wide ? "forward, wide tile" : "forward, narrow tile";
@@ -164,6 +151,44 @@ inline KernelCost forward_cost(const ForwardParams& p, const ForwardPlan& plan, 
   return cost;
 }
 
+constexpr bool is_better(const Prediction& a, const Prediction& b) {
+  return a.seconds < b.seconds || (a.seconds == b.seconds && a.arithmetic_seconds < b.arithmetic_seconds);
+}
+
+inline ForwardPlan mma_plan_of(const ForwardParams& p, MmaTileKind kind, int64_t tiles_of_group,
+                               const DeviceLimits& device) {
+  ForwardPlan plan{};
+  plan.tensor_cores = true;
+  plan.mma = mma_forward_candidate(p, kind, tiles_of_group, device);
+  plan.kernel = unrolled_kernel(p.geom);
+  plan.pixel_tiles = plan.mma.box.tiles;
+  plan.channel_tiles = plan.mma.groups;
+  plan.blocks = plan.mma.blocks;
+  return plan;
+}
+
+// Every plan that a call can have. A further kernel adds its plans here and what they cost to forward_cost(). On tensor
+// cores one for each kind of tile, with all output channels in a block, or spread over 2, 4, .. blocks: z is computed
+// again in each of them, but where there are few boxes they fill the device.
+constexpr int kForwardPlans = 2 + kMmaTileKinds;
+inline ForwardPlan forward_candidate(const ForwardParams& p, int i, const DeviceLimits& device) {
+  if (i < 2) return forward_plan_of(p, i == 0);
+  const auto kind = static_cast<MmaTileKind>(i - 2);
+  int64_t tiles = ceil_div(p.geom.c_out, mma_tile(kind).channels);
+  ForwardPlan best = mma_plan_of(p, kind, tiles, device);
+  Prediction least = predict(forward_cost(p, best, device), device);
+  while (tiles > 1) {
+    tiles = ceil_div(tiles, 2);
+    const ForwardPlan plan = mma_plan_of(p, kind, tiles, device);
+    const Prediction found = predict(forward_cost(p, plan, device), device);
+    if (is_better(found, least)) {
+      best = plan;
+      least = found;
+    }
+  }
+  return best;
+}
+
 // The candidate that is predicted to take the least time, and of those the one with the least arithmetic: where memory
 // bounds them all, the prediction does not see the difference. All sum in the same order: the choice changes no bit.
 inline ForwardPlan plan_forward(const ForwardParams& p, const DeviceLimits& device) {
@@ -173,8 +198,7 @@ inline ForwardPlan plan_forward(const ForwardParams& p, const DeviceLimits& devi
     const ForwardPlan plan = forward_candidate(p, i, device);
     if (!can_run(p, plan, device)) continue;
     const Prediction found = predict(forward_cost(p, plan, device), device);
-    if (best.blocks == 0 || found.seconds < least.seconds ||
-        (found.seconds == least.seconds && found.arithmetic_seconds < least.arithmetic_seconds)) {
+    if (best.blocks == 0 || is_better(found, least)) {
       best = plan;
       least = found;
     }

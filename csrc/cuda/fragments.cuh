@@ -16,9 +16,17 @@ namespace dsconv {
 template <int kRowBytes>
 DSCONV_DEVICE int swizzled(int row, int chunk) {
   if constexpr (kRowBytes >= 128) return chunk ^ (row & 7);
-  if constexpr (kRowBytes == 64) return chunk ^ (row >> 1 & 3);
   if constexpr (kRowBytes == 32) return chunk ^ (row >> 2 & 1);
   return chunk;
+}
+
+// Rows of 64 bytes, two to a line of 128: the 8 chunks of a line are exchanged. Apart in their banks are the 8 rows
+// that ldmatrix reads; the 8 bytes a lane that a warp's accumulators are stored in and the 16 bytes they are loaded in
+// (mma_tile_io.cuh); and the two rows that the half warps of the depthwise stage write (fill_strips), which are in runs
+// of four with an odd distance or twice an odd one.
+DSCONV_DEVICE int swizzled_in_line(int row, int chunk) {
+  const int line = row >> 1, run = row >> 2;
+  return ((row & 1) << 2 | chunk) ^ ((line * 3 & 3) | ((run ^ run >> 1) & 1) << 2);
 }
 
 // The first byte of element `column` of row `row`. kAcross: of a tile across k, of floats: a lane quad reads 4 rows of
@@ -26,6 +34,9 @@ DSCONV_DEVICE int swizzled(int row, int chunk) {
 template <typename T, int kRowBytes, bool kAcross = false>
 DSCONV_DEVICE int at_row(int row, int column) {
   const int byte = column * static_cast<int>(sizeof(T)), chunk = byte / 16;
+  if constexpr (kRowBytes == 64 && !(kAcross && sizeof(T) == 4)) {
+    return (row >> 1) * 128 + swizzled_in_line(row, chunk) * 16 + byte % 16;
+  }
   const int place = kAcross && sizeof(T) == 4 ? chunk ^ (row & 3) << 1 : swizzled<kRowBytes>(row, chunk);
   return row * kRowBytes + place * 16 + byte % 16;
 }
@@ -88,7 +99,7 @@ struct ColumnFragments {
     }
     return result;
   }
-  // A step goes a multiple of 8 rows on, so the swizzle stays; m, a multiple of 16, flips bits of the chunk.
+  // A step goes 16 rows on (8 of floats), so the swizzle stays; m, a multiple of 16, flips bits of the chunk.
   DSCONV_DEVICE void load(const unsigned char* tile, int m, int step, uint32_t (&out)[4]) const {
     const int flip = m * static_cast<int>(sizeof(T));
     if constexpr (sizeof(T) == 2) {
@@ -96,10 +107,11 @@ struct ColumnFragments {
     } else {
       const int far_m = 8 * static_cast<int>(sizeof(T));
       const unsigned char* near_k = tile + step * kStep * kRowBytes;
+      const int half = kRowBytes == 64 && !kAcross ? (step & 1) * 64 : 0;  // rows of 64 bytes: the swizzle of 8 rows on
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int far_k = is_a ? i / 2 : i % 2, row = is_a ? i % 2 : i / 2;
-        out[i] = *reinterpret_cast<const uint32_t*>(near_k + (at[far_k] ^ flip ^ row * far_m));
+        out[i] = *reinterpret_cast<const uint32_t*>(near_k + (at[far_k] ^ flip ^ half ^ row * far_m));
       }
     }
   }

@@ -32,7 +32,7 @@ constexpr MmaTile mma_tile(MmaTileKind kind) {
     case MmaTileKind::narrow:
       return {256, 32, 32, 32};
     default:
-      return {64, 32, 16, 16};
+      return {64, 64, 32, 16};
   }
 }
 
@@ -83,7 +83,9 @@ BoxSource box_source(const Params& p) {
   return {p.x, p.x_strides, p.x_layout, mma_element_bytes(p.dtype)};
 }
 
-inline MmaForwardPlan mma_forward_candidate(const ForwardParams& p, MmaTileKind kind, const DeviceLimits& device) {
+// A block takes `tiles_of_group` tiles of output channels, fewer where z of all chunks does not fit.
+inline MmaForwardPlan mma_forward_candidate(const ForwardParams& p, MmaTileKind kind, int64_t tiles_of_group,
+                                            const DeviceLimits& device) {
   const Geometry& g = p.geom;
   const int64_t element = mma_element_bytes(p.dtype);
   const MmaTile tile = mma_tile(kind);
@@ -95,12 +97,7 @@ inline MmaForwardPlan mma_forward_candidate(const ForwardParams& p, MmaTileKind 
   plan.z_tiles = 1;
   const int64_t o_tiles = box_ceil_div(g.c_out, tile.channels), chunks = box_ceil_div(g.c_mid, kChunkBytes / element);
   const int64_t half = device.shared_per_multiprocessor / 2 - 1024;
-
-  // Output channels are spread over blocks where there are few boxes; else a block takes them all, and z is computed
-  // once.
-  int64_t groups = box_ceil_div(2 * device.multiprocessors, plan.box.tiles > 0 ? plan.box.tiles : 1);
-  groups = groups < o_tiles ? groups : o_tiles;
-  plan.tiles_of_group = static_cast<int32_t>(box_ceil_div(o_tiles, groups > 0 ? groups : 1));
+  plan.tiles_of_group = static_cast<int32_t>(tiles_of_group);
   if (plan.tiles_of_group > 1) {
     plan.z_tiles = static_cast<int32_t>(chunks < INT16_MAX ? chunks : INT16_MAX);
     if (mma_forward_shared(plan).bytes > device.shared_per_block) {
@@ -116,6 +113,42 @@ inline MmaForwardPlan mma_forward_candidate(const ForwardParams& p, MmaTileKind 
   }
   plan.shared = mma_forward_shared(plan);
   return plan;
+}
+
+// Wavefronts of shared memory of a block's depthwise stage, a chunk: what is staged, and the items' loads and stores.
+inline double box_wavefronts(const PixelBox& box, const Geometry& g, Layout layout, int64_t slots, int64_t element) {
+  if (!box.staged) return 0;
+  const int64_t taps = g.kernel_h * g.kernel_w, used = int64_t{box.n} * box.h * box.w;
+  const bool along_c = layout == Layout::nhwc, looped = box.kernel == BoxKernel::looped;
+  const bool slides = (box.strips_down ? g.stride_h * g.dilation_h : g.stride_w * g.dilation_w) == 1;
+  const int64_t pixels = along_c ? kPatchPixels : kStripPixels, unit = along_c ? 4 / element : 1;
+  int64_t loads = 0;  // of x and of the taps, an item
+  if (looped) {
+    loads = taps * ((slides ? pixels / 4 : pixels) + unit);
+  } else if (along_c) {
+    loads = (3 * g.stride_w + g.kernel_w) * (g.stride_h + g.kernel_h) +
+            (g.kernel_h == 3 ? taps : (2 * g.kernel_h) * g.kernel_w * unit);
+  } else {
+    loads = (3 * g.stride_h + g.kernel_h) * g.kernel_w + taps;
+  }
+  // A warp is two patches, or 32 items of a channel each.
+  const int64_t items =
+      along_c ? box_ceil_div(used, pixels) * (kChunkBytes / 4) : slots / pixels * (kChunkBytes / element);
+  return static_cast<double>(box.stage_bytes) / 128 +
+         static_cast<double>(items) / 32 * static_cast<double>(loads + pixels + 4);
+}
+
+// Of all that a block does.
+inline double mma_forward_wavefronts(const ForwardParams& p, const MmaForwardPlan& plan) {
+  const int64_t element = mma_element_bytes(p.dtype);
+  const MmaTile tile = mma_tile(plan.kind);
+  const double chunks = static_cast<double>(box_ceil_div(p.geom.c_mid, kChunkBytes / element));
+  // ldmatrix of every warp, 64 bytes of k a chunk; the weights on their way in; sums to the epilogue and back.
+  const double product = kWarpsOfBlock * (tile.warp_pixels + tile.warp_channels) * kChunkBytes / 128.0;
+  const double weights = tile.channels * kChunkBytes / 128.0;
+  const double outputs = tile.pixels * tile.channels * (2 * 4.0 + 1) / 128;
+  return chunks * box_wavefronts(plan.box, p.geom, p.x_layout, tile.pixels, element) +
+         static_cast<double>(plan.tiles_of_group) * (chunks * (product + weights) + outputs);
 }
 
 // ---------------------------------------------------------------------------------------------------------- backward

@@ -15,11 +15,14 @@ DSCONV_DEVICE void stage_matrix(const T* matrix, int32_t rows, int32_t columns, 
   constexpr int kElement = static_cast<int>(sizeof(T));
   with_copy_bytes<T>(copy_bytes, [&](auto bytes) {
     constexpr int kBytes = decltype(bytes)::value, kPieces = kRowBytes / kBytes;
+    static_assert(kBlockThreads % kPieces == 0, "a thread keeps to one piece of the rows");
+    const int thread = thread_here(), column = thread % kPieces * (kBytes / kElement);
+    const int there = clamped(int64_t{columns - c0 - column} * kElement, kBytes);
+    const T* from = matrix + int64_t{r0} * columns + c0 + column;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kRows * kPieces; i += kBlockThreads) {
-      const int row = i / kPieces, column = i % kPieces * (kBytes / kElement);
-      const int valid = r0 + row < rows ? clamped(int64_t{columns - c0 - column} * kElement, kBytes) : 0;
-      const T* source = valid > 0 ? matrix + int64_t{r0 + row} * columns + c0 + column : matrix;
+    for (int row = thread / kPieces; row < kRows; row += kBlockThreads / kPieces) {
+      const int valid = r0 + row < rows ? there : 0;
+      const T* source = valid > 0 ? from + int64_t{row} * columns : matrix;
       copy_piece<kBytes>(tile + at_row<T, kRowBytes, kAcross>(row, column), source, valid);
     }
   });
@@ -55,7 +58,7 @@ DSCONV_DEVICE void store_warp_tile(const Outputs<T>& out, const Warp& warp, cons
   constexpr int kVec = kVecWidth<T>;
   constexpr int kRows = kYAlongC ? Warp::kM : kSliceChannels;
   constexpr int kColumns = kYAlongC ? kSliceChannels : Warp::kM, kRowBytes = 4 * kColumns;
-  const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+  const int lane = thread_here() % 32, g = lane / 4, t = lane % 4;
   const int32_t c_out = out.channels;
   const T* bias = out.bias;
 #pragma unroll 1
@@ -170,7 +173,7 @@ DSCONV_DEVICE void stage_gradient(const BackwardParams& p, int32_t o0, const int
   const TensorRun<kAlongC, T> dy{static_cast<const T*>(p.dy), p.dy_strides.c, c_out};
   const TensorRun<kAlongC, T> saved{static_cast<const T*>(p.saved), p.saved_strides.c, c_out};
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x); i < kLines * (kRow / kVec); i += kBlockThreads) {
+  for (int i = thread_here(); i < kLines * (kRow / kVec); i += kBlockThreads) {
     const int line = i / (kRow / kVec), first = i % (kRow / kVec) * kVec;
     const int slot = kAlongC ? line : first;
     const int32_t o = o0 + (kAlongC ? first : line);

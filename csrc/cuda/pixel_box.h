@@ -24,7 +24,8 @@ namespace dsconv {
 
 constexpr int kBlockThreads = 256;
 constexpr int kChunkBytes = 64;
-constexpr int kStripPixels = 4;  // output pixels of one item of the depthwise stage, down a column or along a row
+constexpr int kStripPixels = 4;  // x unit-strided along w: of one item of the depthwise stage, down a column or a row
+constexpr int kPatchPixels = 8;  // x unit-strided along c: of one item, 2 rows x 4 columns or (flat) 1 x 8
 constexpr int kMostStagedTaps = 128;
 
 // How the taps of a strip are read and summed: unrolled for square kernels at dilation 1 (extent, stride), in loops, or
@@ -33,8 +34,9 @@ enum class BoxKernel : int32_t { unstaged, looped, k3s1, k3s2, k5s1, k5s2 };
 
 struct PixelBox {
   BoxKernel kernel;
-  int32_t n, h, w;                  // n * h * w slots; pixels beyond the image are slots that nobody stores
-  bool strips_down;                 // a strip is kStripPixels rows of a column (h a multiple), else columns of a row
+  int32_t n, h, w;   // n * h * w slots; pixels beyond the image are slots that nobody stores
+  bool strips_down;  // nchw: a strip is kStripPixels rows of a column (h a multiple), else columns
+  bool flat;         // nhwc: patches of one row (w a multiple of 8), else h is even and w a multiple of 4
   int64_t tiles_h, tiles_w, tiles;  // boxes, columns of boxes fastest
 
   bool staged;                                                  // else taps are read from global memory
@@ -79,7 +81,8 @@ inline int32_t box_copy_bytes(const Geometry& g, const BoxSource& s) {
   return static_cast<int32_t>(s.element);
 }
 
-// Fills in what follows from n, h, w and strips_down; `staged` stays false where 32 bits do not hold a box's offsets.
+// Fills in what follows from n, h, w, strips_down and flat; `staged` stays false where 32 bits do not hold a box's
+// offsets.
 inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int32_t copy_bytes, int64_t most_bytes) {
   box.tiles_h = box_ceil_div(g.h_out, box.h);
   box.tiles_w = box_ceil_div(g.w_out, box.w);
@@ -89,8 +92,8 @@ inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int
   int64_t column = kChunkBytes, row = 0, channel = s.element, spans = 0, bytes = 0;
   if (s.layout == Layout::nhwc) {
     row = in_w * kChunkBytes;
-    // Neighbouring half warps read neighbouring rows: from the other half of the banks.
-    while (row < 4 * most_bytes && g.stride_h % 4 != 0 && g.stride_h * row % 128 != 64) row += 16;
+    // Neighbouring half warps read two output rows further on: from the other half of the banks.
+    while (row < 4 * most_bytes && g.stride_h % 4 != 0 && 2 * g.stride_h * row % 128 != 64) row += 16;
     spans = box.n * in_h * in_w;
     bytes = box.n * in_h * row;
   } else {
@@ -110,7 +113,7 @@ inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int
   box.tap_bytes = box.staged && taps <= kMostStagedTaps ? static_cast<int32_t>(kChunkBytes * (taps + 1)) : 0;
   box.kernel = box.staged ? BoxKernel::looped : BoxKernel::unstaged;
   if (!box.staged) return;
-  const bool known_direction = s.layout == Layout::nhwc || box.strips_down;
+  const bool known_direction = s.layout == Layout::nhwc ? !box.flat : box.strips_down;
   if (known_direction && g.kernel_h == g.kernel_w && g.stride_h == g.stride_w && g.dilation_h == 1 &&
       g.dilation_w == 1) {
     if (g.kernel_h == 3 && g.stride_h == 1) box.kernel = BoxKernel::k3s1;
@@ -146,11 +149,12 @@ inline PixelBox plan_box(const Geometry& g, const BoxSource& s, int64_t slots, i
   const auto smaller = [](int64_t a, int64_t b) { return a < b ? a : b; };
   PixelBox best{};
   double best_cost = 0;
-  const auto consider = [&](int64_t h, int64_t w, bool down) {
+  const auto consider = [&](int64_t h, int64_t w, bool down, bool flat) {
     PixelBox box{};
     box.h = static_cast<int32_t>(h);
     box.w = static_cast<int32_t>(w);
     box.strips_down = down;
+    box.flat = flat;
     const bool whole = h >= g.h_out && w >= g.w_out;
     const int64_t most = smaller(g.n > 0 ? g.n : 1, slots / (h * w));
     for (int64_t n = whole ? most : 1; n > 0; n = n / 2) {
@@ -173,7 +177,9 @@ inline PixelBox plan_box(const Geometry& g, const BoxSource& s, int64_t slots, i
   };
   // Whole rows first, then halves, thirds ..; as many rows as there is room for, spread evenly.
   const bool down = s.layout == Layout::nchw && g.h_out >= kStripPixels;
-  const int64_t columns_step = down ? 1 : kStripPixels, rows_step = down ? kStripPixels : 1;
+  const bool flat = s.layout == Layout::nhwc && g.h_out == 1;
+  const int64_t columns_step = down ? 1 : flat ? kPatchPixels : 4;
+  const int64_t rows_step = down ? kStripPixels : s.layout == Layout::nhwc && !flat ? 2 : 1;
   int64_t last_w = 0;
   for (int64_t parts = 1; parts <= g.w_out; ++parts) {
     const int64_t w = box_round_up(box_ceil_div(g.w_out, parts), columns_step);
@@ -182,7 +188,7 @@ inline PixelBox plan_box(const Geometry& g, const BoxSource& s, int64_t slots, i
     for (int64_t room = slots / w / rows_step * rows_step; room >= rows_step; room = room / 2 / rows_step * rows_step) {
       const int64_t most = smaller(room, box_round_up(g.h_out, rows_step));
       const int64_t h = box_round_up(box_ceil_div(g.h_out, box_ceil_div(g.h_out, most)), rows_step);
-      consider(h, w, down);
+      consider(h, w, down, flat);
       if (best.staged) break;
     }
     if (parts >= 16 && best.n != 0 && (best.staged || w <= columns_step)) break;

@@ -19,6 +19,18 @@
 
 namespace dsconv {
 
+// threadIdx.x of a one-dimensional block, read anew: what is computed from it inside a loop is computed there, and
+// takes no registers outside.
+DSCONV_DEVICE int thread_here() {
+#if defined(__CUDA_ARCH__)
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(thread));
+  return thread;
+#else
+  return static_cast<int>(threadIdx.x);
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------ asynchronous copies
 
 // Copies the first `valid` of kBytes bytes from global to shared memory, asynchronously from sm_80 on, and puts zeros
