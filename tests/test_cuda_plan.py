@@ -104,7 +104,14 @@ static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, i
   } else {
     check_split(plan.pw_split, pixels);
   }
-  check_split(plan.dw_split, pixels);
+  const DepthwiseTilesPlan& tiles = plan.tiles;
+  CHECK(!tiles.grad_x || plan.grad_x_blocks == tiles.cell_box.tiles * tiles.chunks);
+  if (tiles.sums) {
+    CHECK(tiles.splits * tiles.boxes_of_split >= tiles.sum_box.tiles);
+    CHECK((tiles.splits - 1) * tiles.boxes_of_split < tiles.sum_box.tiles);
+  } else {
+    check_split(plan.dw_split, pixels);
+  }
 
   // The parts of the workspace follow each other, and each has room for what is asked for.
   const int64_t begins[] = {(int64_t)plan.du_at, (int64_t)plan.pw_weight_at, (int64_t)plan.pw_bias_at,

@@ -18,11 +18,14 @@
 // and all taps of a 3x3 or 5x5 kernel at once, in registers, else kTapGroup of them. The lanes of a warp are then added
 // by shuffles (along w), the warps through shared memory: always the same tree. One partial sum a split, see
 // reduce.cuh. Shared memory: 8 x 32 accumulators, 1024 or 2048 bytes.
+// Both are for du and x with columns adjacent in memory, for double, and for what does not fit a tile:
+// backward_depthwise_tiles.cuh is the way otherwise.
 //
 // Global traffic: grad_x reads du and writes grad_x once; depthwise_sum reads du and x once a tap group.
 // Preconditions: grad_x is dense, x as in forward.cuh.
 #pragma once
 
+#include "backward_depthwise_tiles.cuh"
 #include "depthwise.cuh"
 #include "reduce.cuh"
 
@@ -180,15 +183,25 @@ LaunchStatus launch_depthwise_kernels(const BackwardParams& p, const BackwardPla
   const Geometry& g = p.geom;
   const T* du = at_byte<const T>(workspace, plan.du_at);
   LaunchStatus status;
-  if (p.grad_x != nullptr) {
+  if constexpr (sizeof(T) < 8) {
+    if (plan.tiles.grad_x) status = launch_grad_x_tiles<T>(p, plan.tiles, du, plan.du_strides, stream);
+  }
+  if (p.grad_x != nullptr && !plan.tiles.grad_x) {
     status = launch_blocks("grad_x", grad_x_kernel<T, kKernel>, plan.grad_x_blocks, 0, stream, p, du, plan.du_strides);
   }
   if (plan.dw_sums && status.error == 0) {
     Acc* weight = p.grad_dw_weight != nullptr ? at_byte<Acc>(workspace, plan.dw_weight_at) : nullptr;
     Acc* bias = p.grad_dw_bias != nullptr ? at_byte<Acc>(workspace, plan.dw_bias_at) : nullptr;
-    status = launch_blocks("depthwise_sum", depthwise_sum_kernel<T, kKernel>, plan.dw_blocks, 0, stream, p, du,
-                           plan.du_strides, weight, bias, plan.dw_split.pixels,
-                           static_cast<unsigned>(plan.dw_channel_tiles), static_cast<unsigned>(plan.dw_tap_groups));
+    if (!plan.tiles.sums) {
+      status = launch_blocks("depthwise_sum", depthwise_sum_kernel<T, kKernel>, plan.dw_blocks, 0, stream, p, du,
+                             plan.du_strides, weight, bias, plan.dw_split.pixels,
+                             static_cast<unsigned>(plan.dw_channel_tiles), static_cast<unsigned>(plan.dw_tap_groups));
+    }
+    if constexpr (sizeof(T) < 8) {
+      if (plan.tiles.sums && status.error == 0) {
+        status = launch_depthwise_sum_tiles<T>(p, plan.tiles, du, plan.du_strides, weight, bias, stream);
+      }
+    }
     if (status.error == 0) {
       status =
           sum_partials<T>(weight, plan.dw_split.count, g.c_mid * g.kernel_h * g.kernel_w, p.grad_dw_weight, stream);

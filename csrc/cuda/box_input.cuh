@@ -294,14 +294,19 @@ DSCONV_DEVICE void patch_row(const unsigned char* x, const float (&upper)[kKerne
 }
 
 // A square kernel and its stride, known to the compiler; dilation 1. Two rows of four pixels, channels together.
-template <typename T, int kUnit, int kKernel, int kStride>
+// kReversed: the taps from the last to the first.
+template <typename T, int kUnit, int kKernel, int kStride, bool kReversed = false>
 DSCONV_DEVICE void unrolled_patch(const unsigned char* x, int32_t row_pitch, const T* weight,
                                   float (&z)[kPatchPixels * kUnit]) {
+  constexpr int kTaps = kKernel * kKernel;
+  const auto place_of = [](int u, int kh, int kw) {
+    const int tap = kh * kKernel + kw;
+    return u * kTaps + (kReversed ? kTaps - 1 - tap : tap);
+  };
   float upper[kKernel][kUnit], lower[kKernel][kUnit];
   if constexpr (kKernel == 3) {
     // The taps of the patch's channels lie together, and are loaded by words: an odd number, so that the lanes' are in
     // different banks.
-    constexpr int kTaps = kKernel * kKernel;
     static_assert(kUnit * sizeof(T) == sizeof(uint32_t));
     Vec<T, kUnit> words[kTaps];
 #pragma unroll
@@ -309,7 +314,7 @@ DSCONV_DEVICE void unrolled_patch(const unsigned char* x, int32_t row_pitch, con
     const auto unpack_taps = [&](int kh, float (&taps)[kKernel][kUnit]) {
 #pragma unroll
       for (int i = 0; i < kKernel * kUnit; ++i) {
-        const int at = (i % kUnit * kKernel + kh) * kKernel + i / kUnit;
+        const int at = place_of(i % kUnit, kh, i / kUnit);
         taps[i / kUnit][i % kUnit] = to_acc(words[at / kUnit].v[at % kUnit]);
       }
     };
@@ -327,7 +332,7 @@ DSCONV_DEVICE void unrolled_patch(const unsigned char* x, int32_t row_pitch, con
   const auto load_taps = [&](int kh, float (&taps)[kKernel][kUnit]) {
 #pragma unroll
     for (int i = 0; i < kKernel * kUnit; ++i) {
-      taps[i / kUnit][i % kUnit] = to_acc(weight[(i % kUnit * kKernel + kh) * kKernel + i / kUnit]);
+      taps[i / kUnit][i % kUnit] = to_acc(weight[place_of(i % kUnit, kh, i / kUnit)]);
     }
   };
 #pragma unroll 1

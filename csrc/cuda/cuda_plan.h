@@ -7,6 +7,7 @@
 
 #include "../params.h"
 #include "cuda_cost.h"
+#include "depthwise_tiles_plan.h"
 #include "mma_plan.h"
 
 namespace dsconv {
@@ -269,6 +270,8 @@ struct BackwardPlan {
   PixelSplit dw_split;
   int64_t dw_channel_tiles, dw_tap_groups, dw_blocks;
 
+  DepthwiseTilesPlan tiles;  // in place of the kernels that grad_x_blocks and dw_blocks are for, where it says so
+
   bool tensor_cores;  // stage P is backward_mma.cuh, by `mma`; du_pixel_tiles and pw_split count boxes and their slots
   MmaBackwardPlan mma;
 
@@ -320,6 +323,14 @@ inline BackwardPlan plan_backward(const BackwardParams& p, const DeviceLimits& d
   plan.dw_tap_groups = plan.kernel != 0 || p.grad_dw_weight == nullptr ? 1 : ceil_div(taps, kTapGroup);
   plan.dw_split = split_pixels(pixel_count, plan.dw_channel_tiles * plan.dw_tap_groups, 8, device);
   plan.dw_blocks = plan.dw_split.count * plan.dw_channel_tiles * plan.dw_tap_groups;
+  plan.tiles = plan_depthwise_tiles(p, plan.du_strides, plan.dw_sums, device);
+  if (plan.tiles.grad_x) plan.grad_x_blocks = plan.tiles.cell_box.tiles * plan.tiles.chunks;
+  if (plan.tiles.sums) {
+    plan.dw_split = {plan.tiles.splits, plan.tiles.boxes_of_split * kTilePixels};
+    plan.dw_channel_tiles = plan.tiles.chunks;
+    plan.dw_tap_groups = 1;
+    plan.dw_blocks = plan.tiles.splits * plan.tiles.chunks;
+  }
 
   size_t at = 0;
   const auto reserve = [&](bool wanted, int64_t elements, size_t bytes) {

@@ -135,6 +135,14 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
     grad_x.rate = rate;
     grad_x.multiply_adds = static_cast<double>(pixels * g.c_mid) * static_cast<double>(2 * taps);
     grad_x.dram_bytes = grad_x.l2_bytes = bytes.z + bytes.x + bytes.dw_weight;
+    if (plan.tiles.grad_x) {
+      grad_x.name = "grad_x_tile";
+      grad_x.stages = 1;
+      grad_x.shared_bytes = plan.tiles.cell_shared.bytes;
+      grad_x.l2_bytes = bytes.x + plan.tiles.cell_box.tiles *
+                                      (g.c_mid * box_elements(plan.tiles.cell_box, plan.tiles.cells) * bytes.element +
+                                       bytes.dw_weight);
+    }
     schedule.add(grad_x);
   }
   if (plan.dw_sums) {
@@ -145,6 +153,13 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
     const int64_t partial = plan.dw_split.count * g.c_mid * taps * bytes.accumulator;
     sum.dram_bytes = bytes.z + bytes.x + partial;
     sum.l2_bytes = plan.dw_tap_groups * (bytes.z + bytes.x) + partial;
+    if (plan.tiles.sums) {
+      sum.name = "depthwise_sum_tile";
+      sum.stages = 1;
+      sum.shared_bytes = plan.tiles.sum_shared.bytes;
+      sum.l2_bytes =
+          bytes.z + plan.tiles.sum_box.tiles * g.c_mid * box_elements(plan.tiles.sum_box, g) * bytes.element + partial;
+    }
     schedule.add(sum);
     if (p.grad_dw_weight != nullptr) {
       schedule.add(sum_of("sum_partials, dw_weight", plan.dw_split.count, g.c_mid * taps, bytes));

@@ -80,11 +80,6 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) forward_mma_kernel(ForwardPar
     input.stage(chunk * kChunkChannels<T>, staged + stage * box.stage_bytes, taps + stage * box.tap_bytes);
   };
 
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int m0 = warp / Traits::kWarpColumns * Traits::kWarpPixels;
-  const int n0 = warp % Traits::kWarpColumns * Traits::kWarpChannels;
-  const auto z_at = Traits::ZFragments::of_a(m0);
-  const auto weight_at = RowFragments<T, kChunkBytes>::of_b(n0);
   typename Traits::Warp own;
   start_weights(first_o, 0, 0);
   start_x(0);
@@ -113,6 +108,12 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) forward_mma_kernel(ForwardPar
       }
     }
 
+    // Made anew each step: the depthwise stage needs the registers.
+    const int warp = thread_here() / 32;
+    const int m0 = warp / Traits::kWarpColumns * Traits::kWarpPixels;
+    const int n0 = warp % Traits::kWarpColumns * Traits::kWarpChannels;
+    const auto z_at = Traits::ZFragments::of_a(m0);
+    const auto weight_at = RowFragments<T, kChunkBytes>::of_b(n0);
     if (chunk == 0) own.clear();
     const unsigned char* weight = weights + stage * Traits::kChannels * kChunkBytes;
 #pragma unroll

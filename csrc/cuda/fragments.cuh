@@ -53,11 +53,11 @@ struct RowFragments {
   int at;  // byte of this lane's row, k step 0
 
   DSCONV_DEVICE static RowFragments of_a(int first) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = thread_here() % 32;
     return at_place(first + lane % 16, lane / 16);
   }
   DSCONV_DEVICE static RowFragments of_b(int first) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = thread_here() % 32;
     return at_place(first + lane % 8 + lane / 16 * 8, lane / 8 % 2);
   }
   // 16 rows further on the swizzle is the same, and a k step of two chunks flips bits of its own.
@@ -81,7 +81,7 @@ struct ColumnFragments {
   bool is_a;
 
   DSCONV_DEVICE static ColumnFragments of_a(int first) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
+    const int lane = thread_here() % 32;
     if constexpr (sizeof(T) == 2) {
       return {{at_row<T, kRowBytes, kAcross>(lane % 8 + lane / 16 * 8, first + lane / 8 % 2 * 8)}, true};
     } else {
@@ -94,7 +94,7 @@ struct ColumnFragments {
     ColumnFragments result = of_a(first);
     result.is_a = false;
     if constexpr (sizeof(T) == 2) {
-      const int lane = static_cast<int>(threadIdx.x) % 32;
+      const int lane = thread_here() % 32;
       result.at[0] = at_row<T, kRowBytes, kAcross>(lane % 16, first + lane / 16 * 8);
     }
     return result;

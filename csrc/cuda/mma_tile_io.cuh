@@ -49,6 +49,21 @@ struct Outputs {
   int64_t channel_stride;  // elements
 };
 
+// kVecWidth<T> elements of a vector of `count` from `first` on, zeros behind it.
+template <typename T>
+DSCONV_DEVICE Vec<T, kVecWidth<T>> load_run(const T* from, int32_t first, int32_t count) {
+  constexpr int kVec = kVecWidth<T>;
+  if (first + kVec <= count && is_aligned(from + first, 16)) {
+    return *reinterpret_cast<const Vec<T, kVec>*>(from + first);
+  }
+  Vec<T, kVec> result = {};
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) {
+    if (first + e < count) result.v[e] = from[first + e];
+  }
+  return result;
+}
+
 // The one place where accumulators become outputs: channels o0 .. of the warp's tile, `slots` being the offsets of its
 // pixels. A slice of kSliceChannels channels at a time goes through `slice`, the warp's own, so that a lane has 16
 // bytes of outputs along the unit-strided dimension of y.
@@ -86,6 +101,10 @@ DSCONV_DEVICE void store_warp_tile(const Outputs<T>& out, const Warp& warp, cons
       }
     }
     __syncwarp();
+    // Along channels a lane has the same ones in every run.
+    static_assert(!kYAlongC || 32 % (kColumns / kVec) == 0);
+    [[maybe_unused]] Vec<T, kVec> added = {};
+    if (kYAlongC && bias != nullptr) added = load_run(bias, slice_o + lane % (kColumns / kVec) * kVec, c_out);
 #pragma unroll 1
     for (int i = lane; i < kRows * (kColumns / kVec); i += 32) {
       const int row = i / (kColumns / kVec), first = i % (kColumns / kVec) * kVec;
@@ -97,11 +116,9 @@ DSCONV_DEVICE void store_warp_tile(const Outputs<T>& out, const Warp& warp, cons
         for (int f = 0; f < 4; ++f) values[e + f] = four.v[f];
       }
       const int32_t o = slice_o + (kYAlongC ? first : row);
+      if (!kYAlongC && bias != nullptr && o < c_out) added.v[0] = bias[o];
 #pragma unroll
-      for (int e = 0; e < kVec; ++e) {
-        const int32_t of = o + (kYAlongC ? e : 0);
-        if (bias != nullptr && of < c_out) values[e] += to_acc(bias[of]);
-      }
+      for (int e = 0; e < kVec; ++e) values[e] += to_acc(added.v[kYAlongC ? e : 0]);
       // The run's place in y, and which of its elements exist, all of them in a row or not.
       const int64_t* run = slots + (kYAlongC ? row : first);
       const int64_t at = run[0] + o * out.channel_stride;

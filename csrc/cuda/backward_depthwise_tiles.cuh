@@ -1,0 +1,319 @@
+// Backward, stage D, where channels are adjacent in memory: the formulas of backward_depthwise.cuh from tiles in shared
+// memory, for Half, BFloat16 and float. Sums in fp32.
+//
+//   du or x --cp.async--> a box and its halo, one chunk of channels --> patches of 8 pixels in registers
+//
+// A half warp is the 64 bytes of channels of one patch (box_input.cuh); each value is read from shared memory once for
+// all pixels of the patch and all taps that it meets.
+//
+// grad_x_tile kernel: a block is a box of cells (depthwise_tiles_plan.h) and a chunk. For each of the s x s pixels of a
+//   cell the patch sums its taps, reversed, over du, and writes 64 bytes of grad_x a pixel.
+//
+// depthwise_sum_tile kernel: a block is a chunk and the boxes of one split. du of a patch is in registers, straight
+// from
+//   global memory: every value has one reader. Square kernels of 3 and 5 keep their taps' sums in registers to the end,
+//   others add them up over the warp, one tap at a time, in shared memory. At the end the warps are added: always the
+//   same tree. One partial sum a split, see reduce.cuh.
+//
+// Global traffic: grad_x reads du once with the halo of the boxes and writes grad_x once; the sums read du once, x once
+// with its halo. Shared memory as planned.
+#pragma once
+
+#include "box_input.cuh"
+#include "cuda_plan.h"
+#include "launch_blocks.cuh"
+#include "reduce.cuh"
+
+namespace dsconv {
+
+// The chunk's rows of dw_weight alone, and zeros behind the last.
+template <typename T>
+DSCONV_DEVICE void stage_weights(const BackwardParams& p, int32_t c0, T* staged) {
+  const int64_t taps = p.geom.kernel_h * p.geom.kernel_w, left = p.geom.c_mid - c0;
+  const int64_t channels = left < kChunkChannels<T> ? left : kChunkChannels<T>;
+  stage_run(static_cast<const T*>(p.dw_weight) + c0 * taps, channels * taps, kChunkChannels<T> * static_cast<int>(taps),
+            staged);
+}
+
+// kUnit channels to global memory, as one access where that can be.
+template <typename T, int kUnit>
+DSCONV_DEVICE void store_channels(T* to, const float* values, int32_t channels) {
+  if (channels >= kUnit && is_aligned(to, sizeof(Vec<T, kUnit>))) {
+    Vec<T, kUnit> packed;
+#pragma unroll
+    for (int u = 0; u < kUnit; ++u) packed.v[u] = from_acc<T>(values[u]);
+    *reinterpret_cast<Vec<T, kUnit>*>(to) = packed;
+  } else {
+#pragma unroll
+    for (int u = 0; u < kUnit; ++u) {
+      if (u < channels) to[u] = from_acc<T>(values[u]);
+    }
+  }
+}
+
+// kKernel: 3 or 5 at stride and dilation 1; 0: any.
+template <typename T, int kKernel>
+DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
+    grad_x_tile_kernel(BackwardParams p, DepthwiseTilesPlan plan, const T* du, Strides du_strides) {
+  constexpr int kUnit = 4 / static_cast<int>(sizeof(T));
+  DSCONV_DYNAMIC_SHARED(unsigned char, shared);
+  const Geometry& cells = plan.cells;
+  const PixelBox& box = plan.cell_box;
+  Span* spans = reinterpret_cast<Span*>(shared + plan.cell_shared.tables.spans);
+  StripPlace* strips = reinterpret_cast<StripPlace*>(shared + plan.cell_shared.tables.strips);
+  T* taps = reinterpret_cast<T*>(shared + plan.cell_shared.taps);
+  const BoxPlace place = box_place(box, blockIdx.x / static_cast<unsigned>(plan.chunks));
+  const int32_t c0 = static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(plan.chunks)) * kChunkChannels<T>;
+  const DepthwiseInput<T> in{du, nullptr, nullptr, cells, du_strides, Layout::nhwc, Activation::identity};
+  fill_spans<true>(box, place, cells, du_strides, static_cast<int>(sizeof(T)), spans);
+  fill_strips<true, kTilePixels>(box, place, cells, static_cast<int>(sizeof(T)), strips);
+  stage_weights(p, c0, taps);
+  __syncthreads();
+  stage_x<T, true>(box, in, du + place.n * du_strides.n, c0, spans, shared);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+
+  const int thread = static_cast<int>(threadIdx.x), k = thread % 16 * kUnit;
+  const StripPlace strip = strips[thread / 16];
+  if (strip.corner < 0) return;
+  const Geometry& g = p.geom;
+  const int32_t kernel_h = static_cast<int32_t>(g.kernel_h), kernel_w = static_cast<int32_t>(g.kernel_w);
+  const int32_t stride_h = static_cast<int32_t>(g.stride_h), stride_w = static_cast<int32_t>(g.stride_w);
+  const int32_t phase_h = static_cast<int32_t>(g.pad_top) % stride_h;
+  const int32_t phase_w = static_cast<int32_t>(g.pad_left) % stride_w;
+  const int32_t far_h = static_cast<int32_t>(cells.kernel_h) - 1, far_w = static_cast<int32_t>(cells.kernel_w) - 1;
+  const int32_t dilation_h = static_cast<int32_t>(g.dilation_h), dilation_w = static_cast<int32_t>(g.dilation_w);
+  const T* weight = taps + k * kernel_h * kernel_w;
+  const unsigned char* x = shared + strip.corner + k * static_cast<int>(sizeof(T));
+  const int32_t run_pitch = box.flat ? 4 * kChunkBytes : box.row_pitch;
+  const int32_t channels = static_cast<int32_t>(g.c_mid) - c0 - k;
+#pragma unroll 1
+  for (int32_t ph = 0; ph < stride_h; ++ph) {
+#pragma unroll 1
+    for (int32_t pw = 0; pw < stride_w; ++pw) {
+      float z[kPatchPixels * kUnit] = {};
+      if constexpr (kKernel > 0) {
+        unrolled_patch<T, kUnit, kKernel, 1, true>(x, box.row_pitch, weight, z);
+      } else if (ph < kernel_h && pw < kernel_w) {
+        // Tap (a, b) of the cell's kernel is ph + stride_h * (far_h - a) of dw_weight, where that is one.
+        const int32_t taps_h = (kernel_h - 1 - ph) / stride_h + 1, taps_w = (kernel_w - 1 - pw) / stride_w + 1;
+        const int32_t first_h = far_h + 1 - taps_h, first_w = far_w + 1 - taps_w;
+        const StripSteps steps = {
+            taps_w, taps_h, 1, dilation_w, kChunkBytes, dilation_h * box.row_pitch, -stride_w, -stride_h * kernel_w, 0};
+        looped_item<T, kUnit, 2>(x + first_h * dilation_h * box.row_pitch + first_w * dilation_w * kChunkBytes,
+                                 run_pitch,
+                                 weight + (ph + stride_h * (taps_h - 1)) * kernel_w + pw + stride_w * (taps_w - 1),
+                                 kernel_h * kernel_w, steps, z);
+      }
+#pragma unroll
+      for (int i = 0; i < kPatchPixels; ++i) {
+        const Pixel cell = pixel_of_slot(box, place, cells, strip.template slot_of<true>(i));
+        const int32_t row = cell.row * stride_h - phase_h + ph, column = cell.col * stride_w - phase_w + pw;
+        if (cell.n < 0 || !inside(row, static_cast<int32_t>(g.h_in)) || !inside(column, static_cast<int32_t>(g.w_in))) {
+          continue;
+        }
+        T* to = static_cast<T*>(p.grad_x) + pixel_offset({cell.n, row, column}, p.grad_x_strides) + c0 + k;
+        store_channels<T, kUnit>(to, z + i * kUnit, channels);
+      }
+    }
+  }
+}
+
+// kKernel, kStride: 3 or 5, 1 or 2, dilation 1; kKernel 0: any. weight_partial [splits][c_mid][taps], bias_partial
+// [splits][c_mid]; either may be null.
+template <typename T, int kKernel, int kStride>
+DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
+    depthwise_sum_tile_kernel(BackwardParams p, DepthwiseTilesPlan plan, const T* du, Strides du_strides,
+                              float* weight_partial, float* bias_partial) {
+  constexpr int kUnit = 4 / static_cast<int>(sizeof(T)), kTaps = kKernel * kKernel, kWarpCount = kBlockThreads / 32;
+  constexpr int kChunk = kChunkChannels<T>;
+  DSCONV_DYNAMIC_SHARED(unsigned char, shared);
+  const Geometry& g = p.geom;
+  const PixelBox& box = plan.sum_box;
+  Span* spans = reinterpret_cast<Span*>(shared + plan.sum_shared.tables.spans);
+  StripPlace* strips = reinterpret_cast<StripPlace*>(shared + plan.sum_shared.tables.strips);
+  int64_t* offsets = reinterpret_cast<int64_t*>(shared + plan.sum_shared.tables.offsets);
+  float* scratch = reinterpret_cast<float*>(shared + plan.sum_shared.sums);  // [warp][sum][channel]
+  const int64_t split = blockIdx.x / static_cast<unsigned>(plan.chunks);
+  const int32_t c0 = static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(plan.chunks)) * kChunk;
+  const int32_t taps = static_cast<int32_t>(g.kernel_h * g.kernel_w);
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, k = lane % 16 * kUnit;
+  const int32_t channels = static_cast<int32_t>(g.c_mid) - c0 - k;
+  const DepthwiseInput<T> in{static_cast<const T*>(p.x), nullptr, nullptr, g, p.x_strides, Layout::nhwc,
+                             Activation::identity};
+  const int64_t first_box = split * plan.boxes_of_split, left = box.tiles - first_box;
+  const int32_t boxes = static_cast<int32_t>(left < plan.boxes_of_split ? left : plan.boxes_of_split);
+  const int32_t run_pitch =
+      box.flat ? 4 * static_cast<int32_t>(g.stride_w) * kChunkBytes : static_cast<int32_t>(g.stride_h) * box.row_pitch;
+  const StripSteps steps = strip_steps(box, g);
+
+  float sums[kKernel > 0 ? kTaps * kUnit : kUnit] = {}, bias[kUnit] = {};
+  if constexpr (kKernel == 0) {
+#pragma unroll 1
+    for (int i = thread; i < kWarpCount * (taps + 1) * kChunk; i += kBlockThreads) scratch[i] = 0;
+  }
+#pragma unroll 1
+  for (int32_t b = 0; b < boxes; ++b) {
+    const BoxPlace place = box_place(box, first_box + b);
+    __syncthreads();  // the box before has been read
+    fill_spans<true>(box, place, g, p.x_strides, static_cast<int>(sizeof(T)), spans);
+    fill_strips<true, kTilePixels>(box, place, g, static_cast<int>(sizeof(T)), strips);
+    fill_offsets<kTilePixels>(box, place, g, du_strides, offsets);
+    __syncthreads();
+    stage_x<T, true>(box, in, in.x + place.n * p.x_strides.n, c0, spans, shared);
+    cp_async_commit();
+
+    const StripPlace strip = strips[thread / 16];
+    float grad[kPatchPixels][kUnit] = {};
+    if (strip.corner >= 0) {
+#pragma unroll
+      for (int i = 0; i < kPatchPixels; ++i) {
+        const int64_t at = offsets[strip.template slot_of<true>(i)];
+        const T* from = du + at + c0 + k;
+        if (at >= 0 && channels >= kUnit && is_aligned(from, sizeof(Vec<T, kUnit>))) {
+          const Vec<T, kUnit> loaded = *reinterpret_cast<const Vec<T, kUnit>*>(from);
+#pragma unroll
+          for (int u = 0; u < kUnit; ++u) grad[i][u] = to_acc(loaded.v[u]);
+        } else if (at >= 0) {
+#pragma unroll
+          for (int u = 0; u < kUnit; ++u) {
+            if (u < channels) grad[i][u] = to_acc(from[u]);
+          }
+        }
+#pragma unroll
+        for (int u = 0; u < kUnit; ++u) bias[u] += grad[i][u];
+      }
+    }
+    cp_async_wait<0>();
+    __syncthreads();
+    if (weight_partial == nullptr) continue;
+    const unsigned char* x = shared + (strip.corner >= 0 ? strip.corner : 0) + k * static_cast<int>(sizeof(T));
+    if constexpr (kKernel > 0) {
+      if (strip.corner < 0) continue;
+#pragma unroll
+      for (int row = 0; row < kStride + kKernel; ++row, x += box.row_pitch) {
+#pragma unroll
+        for (int column = 0; column < 3 * kStride + kKernel; ++column) {
+          float value[kUnit];
+          load_unit<T, kUnit>(x + column * kChunkBytes, value);
+#pragma unroll
+          for (int i = 0; i < kPatchPixels; ++i) {
+            const int kh = row - i / 4 * kStride, kw = column - i % 4 * kStride;
+            if (kh < 0 || kh >= kKernel || kw < 0 || kw >= kKernel) continue;
+#pragma unroll
+            for (int u = 0; u < kUnit; ++u) {
+              float& sum = sums[(kh * kKernel + kw) * kUnit + u];
+              sum = fused_multiply_add(value[u], grad[i][u], sum);
+            }
+          }
+        }
+      }
+    } else {
+      float* own = scratch + warp * (taps + 1) * kChunk + k;
+#pragma unroll 1
+      for (int32_t tap = 0; tap < taps; ++tap) {
+        const int32_t kh = tap / steps.taps_a, kw = tap - kh * steps.taps_a;
+        const unsigned char* at = x + kh * steps.pitch_b + kw * steps.dilation_a * steps.pitch_a;
+        float sum[kUnit] = {};
+#pragma unroll
+        for (int i = 0; i < kPatchPixels; ++i) {
+          float value[kUnit];
+          load_unit<T, kUnit>(at + i / 4 * run_pitch + i % 4 * steps.stride_a * steps.pitch_a, value);
+#pragma unroll
+          for (int u = 0; u < kUnit; ++u) sum[u] = fused_multiply_add(value[u], grad[i][u], sum[u]);
+        }
+#pragma unroll
+        for (int u = 0; u < kUnit; ++u) {
+          sum[u] += __shfl_xor_sync(0xffffffffu, sum[u], 16);
+          if (lane < 16) own[tap * kChunk + u] += sum[u];
+        }
+      }
+    }
+  }
+
+  // The two patches of a warp, then the warps.
+  const auto sum_of_block = [&](float (&values)[kUnit]) {
+#pragma unroll
+    for (int u = 0; u < kUnit; ++u) values[u] += __shfl_xor_sync(0xffffffffu, values[u], 16);
+    __syncthreads();
+#pragma unroll
+    for (int u = 0; u < kUnit; ++u) {
+      if (lane < 16) scratch[warp * kChunk + k + u] = values[u];
+    }
+    __syncthreads();
+    float sum = 0;
+    if (thread < kChunk) {
+#pragma unroll
+      for (int w = 0; w < kWarpCount; ++w) sum += scratch[w * kChunk + thread];
+    }
+    return sum;
+  };
+  const int32_t c = c0 + thread;  // of the first kChunk threads
+  const bool writes = thread < kChunk && c < g.c_mid;
+  if constexpr (kKernel > 0) {
+    if (weight_partial != nullptr) {
+#pragma unroll
+      for (int tap = 0; tap < kTaps; ++tap) {
+        float values[kUnit];
+#pragma unroll
+        for (int u = 0; u < kUnit; ++u) values[u] = sums[tap * kUnit + u];
+        const float sum = sum_of_block(values);
+        if (writes) weight_partial[(split * g.c_mid + c) * kTaps + tap] = sum;
+      }
+    }
+  } else if (weight_partial != nullptr) {
+    __syncthreads();
+#pragma unroll 1
+    for (int i = thread; i < taps * kChunk; i += kBlockThreads) {
+      const int32_t tap = i / kChunk, channel = i % kChunk;
+      float sum = 0;
+#pragma unroll
+      for (int w = 0; w < kWarpCount; ++w) sum += scratch[(w * (taps + 1) + tap) * kChunk + channel];
+      if (c0 + channel < g.c_mid) weight_partial[(split * g.c_mid + c0 + channel) * taps + tap] = sum;
+    }
+  }
+  if (bias_partial != nullptr) {
+    const float sum = sum_of_block(bias);
+    if (writes) bias_partial[split * g.c_mid + c] = sum;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------ launcher
+
+template <typename T>
+LaunchStatus launch_grad_x_tiles(const BackwardParams& p, const DepthwiseTilesPlan& plan, const T* du,
+                                 const Strides& du_strides, cudaStream_t stream) {
+  const Geometry& g = p.geom;
+  const auto run = [&](auto kernel) {
+    return launch_blocks("grad_x_tile", grad_x_tile_kernel<T, decltype(kernel)::value>,
+                         plan.cell_box.tiles * plan.chunks, static_cast<size_t>(plan.cell_shared.bytes), stream, p,
+                         plan, du, du_strides);
+  };
+  const int known = g.stride_h == 1 && !plan.cell_box.flat ? unrolled_sums(g) : 0;
+  if (known == 3) return run(std::integral_constant<int, 3>{});
+  if (known == 5) return run(std::integral_constant<int, 5>{});
+  return run(std::integral_constant<int, 0>{});
+}
+
+template <typename T>
+LaunchStatus launch_depthwise_sum_tiles(const BackwardParams& p, const DepthwiseTilesPlan& plan, const T* du,
+                                        const Strides& du_strides, float* weight, float* bias, cudaStream_t stream) {
+  const auto run = [&](auto kernel, auto stride) {
+    return launch_blocks("depthwise_sum_tile",
+                         depthwise_sum_tile_kernel<T, decltype(kernel)::value, decltype(stride)::value>,
+                         plan.splits * plan.chunks, static_cast<size_t>(plan.sum_shared.bytes), stream, p, plan, du,
+                         du_strides, weight, bias);
+  };
+  using One = std::integral_constant<int, 1>;
+  using Two = std::integral_constant<int, 2>;
+  const int known = plan.sum_box.flat ? 0 : unrolled_sums(p.geom);
+  const bool one = p.geom.stride_h == 1;
+  if (known == 3)
+    return one ? run(std::integral_constant<int, 3>{}, One{}) : run(std::integral_constant<int, 3>{}, Two{});
+  if (known == 5)
+    return one ? run(std::integral_constant<int, 5>{}, One{}) : run(std::integral_constant<int, 5>{}, Two{});
+  return run(std::integral_constant<int, 0>{}, One{});
+}
+
+}  // namespace dsconv
