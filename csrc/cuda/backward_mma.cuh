@@ -68,6 +68,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   __syncthreads();
 
   const bool dy_along_c = p.dy_layout == Layout::nhwc;
+  const bool dy_runs = !dy_along_c && slots_are_runs<T>(box, g, p.dy_strides, p.dy);
   const T* pw_weight = static_cast<const T*>(p.pw_weight);
   const int weight_bytes = matrix_copy_bytes(pw_weight, g.c_mid);
   const auto start = [&](int32_t o0, int stage) {
@@ -75,9 +76,9 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
                                                            shared + at.weights + stage * Traits::kWeightBytes);
     unsigned char* grad = shared + stage * Traits::kGradBytes;
     if (dy_along_c) {
-      stage_gradient<T, true, false, Traits::kPixels, kChunk>(p, o0, dy_at, saved_at, grad);
+      stage_gradient<T, true, false, Traits::kPixels, kChunk>(p, dy_runs, o0, dy_at, saved_at, grad);
     } else {
-      stage_gradient<T, false, true, Traits::kPixels, kChunk>(p, o0, dy_at, saved_at, grad);
+      stage_gradient<T, false, true, Traits::kPixels, kChunk>(p, dy_runs, o0, dy_at, saved_at, grad);
     }
     cp_async_commit();
   };
@@ -137,7 +138,13 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
     }
   }
   __syncthreads();  // what follows takes the place of x
-  const Outputs<T> outputs{nullptr, nullptr, Activation::identity, static_cast<T*>(du), c_mid, du_strides.c};
+  const Outputs<T> outputs{nullptr,
+                           nullptr,
+                           Activation::identity,
+                           static_cast<T*>(du),
+                           c_mid,
+                           du_strides.c,
+                           slots_are_runs<T>(box, g, du_strides, du)};
   store_warp_tile<Traits::kAlongC>(outputs, own, input.offsets() + m0, c0 + n0,
                                    shared + at.scratch + warp * 4 * 32 * kSliceChannels);
 }
@@ -182,6 +189,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   const bool sums_bias = bias_partial != nullptr && c0 == 0 && thread < Traits::kOut;
   const bool dy_along_c = p.dy_layout == Layout::nhwc;
+  const bool dy_runs = !dy_along_c && slots_are_runs<T>(box, g, p.dy_strides, p.dy);
   const DepthwiseInput<T> in = depthwise_input<T>(p);
   int64_t* saved_at = reinterpret_cast<int64_t*>(shared + at.saved_offsets);
   unsigned char* z = shared + at.z;
@@ -199,9 +207,9 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
     if (p.saved != nullptr) fill_offsets<Traits::kPixels>(box, input.place, g, p.saved_strides, saved_at);
     __syncthreads();  // and the products of the box before are done
     if (dy_along_c) {
-      stage_gradient<T, true, true, Traits::kPixels, Traits::kOut>(p, o0, dy_at, saved_at, shared);
+      stage_gradient<T, true, true, Traits::kPixels, Traits::kOut>(p, dy_runs, o0, dy_at, saved_at, shared);
     } else {
-      stage_gradient<T, false, true, Traits::kPixels, Traits::kOut>(p, o0, dy_at, saved_at, shared);
+      stage_gradient<T, false, true, Traits::kPixels, Traits::kOut>(p, dy_runs, o0, dy_at, saved_at, shared);
     }
     cp_async_commit();
     if (weight_partial != nullptr) {

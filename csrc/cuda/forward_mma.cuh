@@ -128,7 +128,8 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) forward_mma_kernel(ForwardPar
                                p.out_act,
                                static_cast<T*>(p.y),
                                c_out,
-                               p.y_strides.c};
+                               p.y_strides.c,
+                               slots_are_runs<T>(box, g, p.y_strides, p.y)};
       if (p.y_layout == Layout::nhwc) {
         store_warp_tile<true>(outputs, own, input.offsets() + m0, o0, slice);
       } else {

@@ -37,6 +37,18 @@ DSCONV_DEVICE int matrix_copy_bytes(const T* matrix, int64_t columns) {
   return is_aligned(matrix, 4) && bytes % 4 == 0 ? 4 : static_cast<int>(sizeof(T));
 }
 
+// Whether the slots of a box, columns adjacent in the tensor, are runs of kVec that lie together and aligned, but for
+// some at its edges. Where they are not, a lane moves one element at a time, and neighbours move neighbours.
+template <typename T>
+DSCONV_DEVICE bool slots_are_runs(const PixelBox& box, const Geometry& g, const Strides& strides, const void* tensor) {
+  constexpr int kVec = kVecWidth<T>;
+  const bool whole_rows = box.w % kVec == 0 && strides.h % kVec == 0;
+  const bool even_boxes = box.h * box.w % kVec == 0 || (box.n == 1 && box.tiles_h == 1);
+  const bool adjacent_rows = box.w == g.w_out && strides.h == g.w_out && even_boxes;
+  return is_aligned(tensor, 16) && strides.c % kVec == 0 && (g.n == 1 || strides.n % kVec == 0) &&
+         (whole_rows || adjacent_rows);
+}
+
 // A warp's results: + bias, `before` the activation where it is asked for, and `after` it. Either null bias or before
 // is none.
 template <typename T>
@@ -47,6 +59,7 @@ struct Outputs {
   T* after;
   int32_t channels;
   int64_t channel_stride;  // elements
+  bool runs;               // slots_are_runs
 };
 
 // kVecWidth<T> elements of a vector of `count` from `first` on, zeros behind it.
@@ -101,6 +114,23 @@ DSCONV_DEVICE void store_warp_tile(const Outputs<T>& out, const Warp& warp, cons
       }
     }
     __syncwarp();
+    if (!kYAlongC && !out.runs) {
+#pragma unroll 1
+      for (int i = lane; i < kRows * kColumns; i += 32) {
+        const int32_t o = slice_o + i / kColumns;
+        const int64_t slot = slots[i % kColumns];
+        if (slot < 0 || o >= c_out) continue;
+        float value[1] = {
+            *reinterpret_cast<const float*>(slice + at_row<float, kRowBytes>(i / kColumns, i % kColumns))};
+        if (bias != nullptr) value[0] += to_acc(bias[o]);
+        const int64_t at = slot + o * out.channel_stride;
+        if (out.before != nullptr) out.before[at] = from_acc<T>(value[0]);
+        activate_all(out.act, value);
+        out.after[at] = from_acc<T>(value[0]);
+      }
+      __syncwarp();
+      continue;
+    }
     // Along channels a lane has the same ones in every run.
     static_assert(!kYAlongC || 32 % (kColumns / kVec) == 0);
     [[maybe_unused]] Vec<T, kVec> added = {};
@@ -179,16 +209,34 @@ struct TensorRun {
 };
 
 // g = dy * out_act'(.) of kSlots pixels x kChannels output channels from o0 on, as type T: rows of channels (kAlongC)
-// or of slots. Without an out_act it is dy, copied asynchronously where it can be: the caller commits, waits and puts
-// the barriers.
+// or of slots, in runs (slots_are_runs) or not. Without an out_act it is dy, copied asynchronously where it can be: the
+// caller commits, waits and puts the barriers.
 template <typename T, bool kAlongC, bool kAcross, int kSlots, int kChannels>
-DSCONV_DEVICE void stage_gradient(const BackwardParams& p, int32_t o0, const int64_t* dy_at, const int64_t* saved_at,
-                                  unsigned char* tile) {
+DSCONV_DEVICE void stage_gradient(const BackwardParams& p, bool runs, int32_t o0, const int64_t* dy_at,
+                                  const int64_t* saved_at, unsigned char* tile) {
   constexpr int kVec = kVecWidth<T>, kRow = kAlongC ? kChannels : kSlots, kLines = kAlongC ? kSlots : kChannels;
   constexpr int kRowBytes = kRow * static_cast<int>(sizeof(T));
   const int32_t c_out = static_cast<int32_t>(p.geom.c_out);
   const TensorRun<kAlongC, T> dy{static_cast<const T*>(p.dy), p.dy_strides.c, c_out};
   const TensorRun<kAlongC, T> saved{static_cast<const T*>(p.saved), p.saved_strides.c, c_out};
+  if (!kAlongC && !runs) {
+#pragma unroll 1
+    for (int i = thread_here(); i < kLines * kRow; i += kBlockThreads) {
+      const int line = i / kRow, slot = i % kRow;
+      const int32_t o = o0 + line;
+      T g = {};
+      if (dy_at[slot] >= 0 && o < c_out) {
+        g = dy.tensor[dy_at[slot] + o * dy.channel_stride];
+        if (p.saved != nullptr) {
+          float slope[1] = {to_acc(saved.tensor[saved_at[slot] + o * saved.channel_stride])};
+          derive_all_from_saved(p.out_act, slope);
+          g = from_acc<T>(to_acc(g) * slope[0]);
+        }
+      }
+      *reinterpret_cast<T*>(tile + at_row<T, kRowBytes, kAcross>(line, slot)) = g;
+    }
+    return;
+  }
 #pragma unroll 1
   for (int i = thread_here(); i < kLines * (kRow / kVec); i += kBlockThreads) {
     const int line = i / (kRow / kVec), first = i % (kRow / kVec) * kVec;
