@@ -12,7 +12,7 @@ evenly, are counted and scaled to the grid. A figure is what instructions ask fo
     least      x once, the weights once a wave of blocks, y once; training: what bench/problem.py counts for it
     x and y    of the activations alone: sectors of x and y over their bytes
     weights    sectors of the weights over one read of them by every block
-    in L2      over least with the weights once a wave in both: what is left where L2 holds them for the blocks of a wave
+    in L2      over least with the weights once a wave in both: what is left where L2 holds them for a wave's blocks
     unfused    least bytes of the unfused sequence: x, the intermediate twice, the weights, y
     wavefronts of shared memory, over as many without bank conflicts
 """
