@@ -321,7 +321,8 @@ def register_python_parts() -> None:
     torch.library.register_autograd("dsconv_cuda::bwd", _no_double_backward)
     if hasattr(torch.ops.dsconv_cuda, "fwd_kept"):
         _fragment = torch.library.Library("dsconv_cuda", "FRAGMENT")
-        compiled_weights.register(_fragment, _fwd_fake, forward_vmap(torch.ops.dsconv_cuda.fwd))
+        if torch._C._dispatch_has_kernel_for_dispatch_key("dsconv_cuda::fwd_kept", "CPU"):
+            compiled_weights.register(_fragment, _fwd_fake, forward_vmap(torch.ops.dsconv_cuda.fwd))
         # Called below autograd and only there.
         for name in ("keep", "fwd_kept", "fwd_with_pre_kept", "bwd_kept"):
             _fragment.impl(name, torch.library.fallthrough_kernel, "Autograd")
