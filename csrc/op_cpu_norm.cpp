@@ -260,8 +260,7 @@ Tensor z_moments(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Int
   for_each_task(ctx.groups * ctx.panels,
                 [&](int64_t task) { kernels.depthwise_moments(ctx, task, thread_scratch(plan.scratch_bytes)); });
   merge_moments(
-      ctx.partial, ctx.groups, g.c_mid, pixels_of_groups(plan, ctx.groups),
-      [&](int64_t k) { return k % g.c_in * g.multiplier + k / g.c_in; },
+      ctx.partial, ctx.groups, g.c_mid, pixels_of_groups(plan, ctx.groups), [&](int64_t k) { return channel_of(g, k); },
       static_cast<double*>(result.mutable_data_ptr()));
   return result;
 }

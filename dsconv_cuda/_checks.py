@@ -190,11 +190,12 @@ def check_shapes(op: str, tensors: tuple, dims: int = 2) -> tuple[torch.Size, to
     return x, dw, pw
 
 
-def check_extents(op: str, x: torch.Size, dw: torch.Size, pw: torch.Size, stride, padding, dilation) -> None:
-    """That the kernel fits into the padded input and that no size overflows."""
+def check_extents(op: str, x: torch.Size, dw: torch.Size, pw: torch.Size, stride, padding, dilation) -> list:
+    """That the kernel fits into the padded input and that no size overflows. Returns the extents of the output."""
     dims = len(stride)
     # 16 bytes an element, as csrc/geometry.h counts
     largest = 16 * max(dw[0], pw[0]) * (x[0] if len(x) == dims + 2 else 1)
+    extents = []
     for axis in range(dims):
         span = dilation[axis] * (dw[2 + axis] - 1) + 1
         padded = x[axis - dims] + padding[axis] + padding[dims + axis]
@@ -209,9 +210,11 @@ def check_extents(op: str, x: torch.Size, dw: torch.Size, pw: torch.Size, stride
                 f"{op}: the sizes along the {_AXES[axis - dims]} overflow 64 bits: padded input {padded}, stride "
                 f"{stride[axis]}"
             )
-        largest *= (padded - span) // stride[axis] + 1
+        extents.append((padded - span) // stride[axis] + 1)
+        largest *= extents[-1]
     if not torch.compiler.is_compiling() and largest > 2**63 - 1:
         raise ValueError(
             f"{op}: the sizes overflow 64 bits: input {list(x)} with padding {padding[:dims]} and stride {stride} "
             f"makes an output or an intermediate of {largest} bytes"
         )
+    return extents

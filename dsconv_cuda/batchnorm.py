@@ -162,13 +162,10 @@ def block_of_chain(
     stride = _checks.per_axis(_OP, "stride", stride, 1)
     dilation = _checks.per_axis(_OP, "dilation", dilation, 1)
     padding = _checks.padding(_OP, padding, dw_shape[2:], stride, dilation)
-    _checks.check_extents(_OP, x_shape, dw_shape, pw_shape, stride, padding, dilation)
+    extents = _checks.check_extents(_OP, x_shape, dw_shape, pw_shape, stride, padding, dilation)
     act = activation_number(activation, "activation", _OP)
     out_act = activation_number(out_activation, "out_activation", _OP)
-    pixels = [x_shape[0]]
-    for axis in (0, 1):
-        padded = x_shape[2 + axis] + padding[axis] + padding[2 + axis]
-        pixels.append((padded - dilation[axis] * (dw_shape[2 + axis] - 1) - 1) // stride[axis] + 1)
+    pixels = [x_shape[0], *extents]
 
     x, dw_weight, pw_weight, dw_bias, pw_bias = tensors
     _check_norm("bn1", bn1, x, dw_shape[0], pixels)

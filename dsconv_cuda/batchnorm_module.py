@@ -143,7 +143,6 @@ def arguments_of(norm: nn.Module, synchronised: bool) -> BatchNormArguments:
     momentum = 0.0 if norm.momentum is None else norm.momentum
     if norm.momentum is None and counts_batches(norm):
         momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0)  # the mean over all batches
-    by_batch = norm.training or (norm.running_mean is None and norm.running_var is None)
     tracks = not norm.training or norm.track_running_stats
     return BatchNormArguments(
         # In eval mode without running statistics the batch's are taken and none are tracked.
@@ -151,11 +150,15 @@ def arguments_of(norm: nn.Module, synchronised: bool) -> BatchNormArguments:
         norm.running_var if tracks else None,
         norm.weight,
         norm.bias,
-        by_batch,
+        takes_batch_statistics(norm),
         momentum,
         norm.eps,
         _process_group(norm) if synchronised and norm.training else None,
     )
+
+
+def takes_batch_statistics(norm: nn.Module) -> bool:
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
 
 
 def counts_batches(norm: nn.Module) -> bool:

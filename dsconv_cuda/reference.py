@@ -19,10 +19,8 @@ def depthwise_separable_conv2d(
     out_activation="identity",
 ) -> Tensor:
     """The two convolutions that :func:`dsconv_cuda.depthwise_separable_conv2d` fuses, one after the other."""
-    act = ACTIVATIONS[activation_name(activation)].value
-    out_act = ACTIVATIONS[activation_name(out_activation)].value
-    z = F.conv2d(input, dw_weight, dw_bias, stride, padding, dilation, groups=input.size(-3))
-    return out_act(F.conv2d(act(z), pw_weight.view(*pw_weight.shape[:2], 1, 1), pw_bias))
+    weights = (dw_weight, pw_weight, dw_bias, pw_bias)
+    return _two_convolutions(F.conv2d, 2, input, weights, (stride, padding, dilation), activation, out_activation)
 
 
 def depthwise_separable_conv3d(
@@ -38,7 +36,13 @@ def depthwise_separable_conv3d(
     out_activation="identity",
 ) -> Tensor:
     """The two convolutions that :func:`dsconv_cuda.depthwise_separable_conv3d` fuses, one after the other."""
+    weights = (dw_weight, pw_weight, dw_bias, pw_bias)
+    return _two_convolutions(F.conv3d, 3, input, weights, (stride, padding, dilation), activation, out_activation)
+
+
+def _two_convolutions(convolution, dims, input, weights, geometry, activation, out_activation):
+    dw_weight, pw_weight, dw_bias, pw_bias = weights
     act = ACTIVATIONS[activation_name(activation)].value
     out_act = ACTIVATIONS[activation_name(out_activation)].value
-    z = F.conv3d(input, dw_weight, dw_bias, stride, padding, dilation, groups=input.size(-4))
-    return out_act(F.conv3d(act(z), pw_weight.view(*pw_weight.shape[:2], 1, 1, 1), pw_bias))
+    z = convolution(input, dw_weight, dw_bias, *geometry, groups=input.size(-1 - dims))
+    return out_act(convolution(act(z), pw_weight.view(*pw_weight.shape[:2], *(1,) * dims), pw_bias))

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_cuda import _checks
-from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN2d
+from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN2d, takes_batch_statistics
+from dsconv_cuda.kept_weights import has_hooks
 
 
 class DepthwiseSeparableSequence(nn.Sequential):
@@ -56,11 +57,12 @@ class DepthwiseSeparableSequence(nn.Sequential):
         Raises:
             TypeError: a module that is no DepthwiseSeparableConvBN2d, about which nothing is known.
         """
+        op = "DepthwiseSeparableSequence.kept_bytes"
         blocks = list(self)
         for name, block in self.named_children():
             if not isinstance(block, DepthwiseSeparableConvBN2d):
                 raise TypeError(
-                    f"DepthwiseSeparableSequence.kept_bytes: module {name} must be a DepthwiseSeparableConvBN2d, got "
+                    f"{op}: module {name} must be a DepthwiseSeparableConvBN2d, got "
                     f"{type(block).__name__}; count a sequence of the blocks alone"
                 )
         n, _, *extents = input_size
@@ -70,15 +72,10 @@ class DepthwiseSeparableSequence(nn.Sequential):
             depthwise, c_out = block.depthwise, block.pointwise.out_channels
             x = n * depthwise.in_channels * extents[0] * extents[1]
             padding = _checks.padding(
-                type(self).__name__, depthwise.padding, depthwise.kernel_size, depthwise.stride, depthwise.dilation
+                op, depthwise.padding, depthwise.kernel_size, depthwise.stride, depthwise.dilation
             )
-            extents = [
-                (size + before + after - dilation * (taps - 1) - 1) // stride + 1
-                for size, before, after, dilation, taps, stride in zip(
-                    extents, padding[:2], padding[2:], depthwise.dilation, depthwise.kernel_size, depthwise.stride,
-                    strict=True,
-                )
-            ]  # fmt: skip
+            sizes = (n, depthwise.in_channels, *extents), depthwise.weight.shape, block.pointwise.weight.shape
+            extents = _checks.check_extents(op, *sizes, depthwise.stride, padding, depthwise.dilation)
             pixels = n * extents[0] * extents[1]
             z, y = pixels * depthwise.out_channels, pixels * c_out
             # conv: x. norm: z. pointwise: a. norm: y. And what the activations need besides their output.
@@ -112,14 +109,6 @@ def _keeps_its_input(activation: str) -> bool:
     return activation not in ("identity", "relu", "sigmoid", "tanh")
 
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
-
 def _can_be_joined(module: nn.Module) -> bool:
     kind = type(module)
     ours = DepthwiseSeparableConvBN2d
@@ -129,7 +118,7 @@ def _can_be_joined(module: nn.Module) -> bool:
         and kind.forward_in_chain is ours.forward_in_chain
         and kind.__call__ is nn.Module.__call__
         and "forward" not in vars(module)
-        and not any(getattr(module, hooks) for hooks in _HOOKS)
+        and not has_hooks(module)
     )
 
 
@@ -145,6 +134,4 @@ def _takes_unnormalised(block: nn.Module, following: nn.Module | None) -> bool:
 
 def _by_batch(norm: nn.Module) -> bool:
     """Whether a norm takes statistics of the batch; whatever is no norm is left to the block to refuse."""
-    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
-        return False
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
+    return isinstance(norm, nn.modules.batchnorm._BatchNorm) and takes_batch_statistics(norm)
