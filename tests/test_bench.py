@@ -9,7 +9,7 @@ from bench import __main__ as command_line
 from bench import layers, overhead, peers, report, suite, sweep
 from bench.ceilings import Ceilings, cache_sizes, measure_ceilings
 from bench.competitors import COMPILED, EAGER, FUSED, Arena, Form, WrongResult
-from bench.problem import FORWARD, MODES, TRAINING, Problem, inner_taps
+from bench.problem import FORWARD, MODES, TRAINING, TRAINING_BN, Problem, inner_taps
 from bench.timing import CpuClock, WallClock, measure
 
 TINY = layers.parse("tiny 2 8 9x7 3x3 2 1 5 identity")[0]
@@ -142,6 +142,13 @@ def test_a_wrong_competitor_is_not_timed(mode):
 
     with pytest.raises(WrongResult, match=r"tiny, .* of fused nchw is off by"):
         arena.check({Form(FUSED, "nchw"): wrong})
+
+
+def test_at_a_corner_of_relu6_both_derivatives_are_right():
+    """Of this layer's 400,000 values before ReLU6 one is within rounding of the corner."""
+    layer = layers.parse("corner 1 32 112x112 3x3 1 1 16 identity")[0]
+    arena = Arena(Problem(layer, TRAINING_BN, torch.float32))
+    arena.check({form: arena.call(form) for form in (Form(FUSED, "nchw"), Form(EAGER, "nchw"))})
 
 
 @pytest.mark.parametrize(
