@@ -55,7 +55,7 @@ struct SameType<A, A> {
 // Unit stride, one plane: a plain convolution of du with the kernel turned around.
 template <typename T>
 static void backward_x_plain(const BackwardContext& ctx, int64_t first_row, int64_t rows, int64_t c, int64_t channels,
-                             const T* du, T* grad, int64_t step, int64_t out_row) {
+                             const T* du, T* grad, int64_t step, int64_t out_row, Stores stores) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
@@ -81,6 +81,7 @@ static void backward_x_plain(const BackwardContext& ctx, int64_t first_row, int6
   row.start = zeros;
   row.start_step = 0;
   row.channels = channels;
+  row.stores = stores;
   convolve_rows(row, 1, ih + g.pad_top - (g.kernel_h - 1) * g.dilation_h, g.pad_left - (g.kernel_w - 1) * g.dilation_w,
                 rows, g.w_in, clamp_of<T>(Activation::identity), grad, step, out_row);
 }
@@ -88,10 +89,11 @@ static void backward_x_plain(const BackwardContext& ctx, int64_t first_row, int6
 // One row where has_grad_row() says yes, for any number of channels.
 template <typename T>
 static void backward_x_strided(const BackwardContext& ctx, int64_t in_row, int64_t c, int64_t channels, const T* du,
-                               T* grad, int64_t step) {
+                               T* grad, int64_t step, Stores stores) {
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
   GradRow<T> row;
+  row.stores = stores;
   row.rows = 0;
   for (int64_t i = 0; i < g.kernel_d * g.kernel_h; ++i) {
     const int64_t before = in_row / g.h_in + g.pad_front - i / g.kernel_h * g.dilation_d;
@@ -168,18 +170,28 @@ static void backward_x_general(const BackwardContext& ctx, int64_t in_row, int64
 
 template <typename T>
 static void backward_x_panel(const BackwardContext& ctx, int64_t row, int64_t rows, int64_t c, int64_t channels,
-                             const T* du, T* grad, int64_t step, int64_t out_row) {
+                             const T* du, T* grad, int64_t step, int64_t out_row, Stores stores = Stores::plain) {
   const Geometry& g = ctx.p.geom;
   if (g.stride_d == 1 && g.stride_h == 1 && g.stride_w == 1 && g.multiplier == 1) {
-    return backward_x_plain(ctx, row, rows, c, channels, du, grad, step, out_row);
+    return backward_x_plain(ctx, row, rows, c, channels, du, grad, step, out_row, stores);
   }
   for (int64_t i = 0; i < rows; ++i, grad += out_row) {
     if (has_grad_row(g)) {
-      backward_x_strided(ctx, row + i, c, channels, du, grad, step);
+      backward_x_strided(ctx, row + i, c, channels, du, grad, step, stores);
     } else {
       backward_x_general(ctx, row + i, 0, g.w_in, c, channels, du, grad, step);
     }
   }
+}
+
+// grad_x where it is walked in place. Past the caches only what does not fit into them, and by whole lines.
+template <typename T>
+DSCONV_INLINE Stores stores_of_grad_x(const BackwardContext& ctx) {
+  const Strides& s = ctx.p.grad_x_strides;
+  const uint64_t misaligned =
+      reinterpret_cast<uint64_t>(ctx.p.grad_x) | static_cast<uint64_t>(s.w | s.h | s.d | s.n) * sizeof(T);
+  const bool lines = Vec<T>::n * sizeof(T) == kCacheLine && misaligned % kCacheLine == 0;
+  return lines && ctx.plan.beyond_cache ? Stores::stream : Stores::ahead;
 }
 
 // Rows [row, row_end) of grad_x, n * d_in * h_in of them, of one slice, for all channels: in place where grad_x allows
@@ -191,6 +203,7 @@ static void backward_x_rows(const BackwardContext& ctx, int64_t row, int64_t row
   const CpuPlan& plan = ctx.plan;
   const Strides& stride = ctx.p.grad_x_strides;
   const int64_t rows_of_image = g.d_in * g.h_in, image = row / rows_of_image, first = row % rows_of_image;
+  const Stores stores = stores_of_grad_x<T>(ctx);
   const int64_t last = first + row_end - row,
                 to_first = image * stride.n + first / g.h_in * stride.d + first % g.h_in * stride.h;
   if constexpr (SameType<S, T>::value) {
@@ -198,8 +211,9 @@ static void backward_x_rows(const BackwardContext& ctx, int64_t row, int64_t row
       T* grad = static_cast<T*>(ctx.p.grad_x) + to_first;
       const T* du = du_at<T>(ctx, image * plan.image_pixels, 0);
       for (int64_t i = first; i < last; ++i, grad += stride.h) {
-        backward_x_strided(ctx, i, 0, g.c_in, du, grad, stride.w);
+        backward_x_strided(ctx, i, 0, g.c_in, du, grad, stride.w, stores);
       }
+      if (stores == Stores::stream) vstream_fence();
       return;
     }
   }
@@ -210,7 +224,8 @@ static void backward_x_rows(const BackwardContext& ctx, int64_t row, int64_t row
     if constexpr (SameType<S, T>::value) {
       if (ctx.p.grad_x_layout == Layout::nhwc) {
         backward_x_panel(ctx, first, last - first, c, width, du, static_cast<T*>(ctx.p.grad_x) + to_first + c, stride.w,
-                         stride.h);
+                         stride.h, stores);
+        if (stores == Stores::stream) vstream_fence();
         continue;
       }
     }

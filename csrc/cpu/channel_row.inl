@@ -18,6 +18,10 @@
 #error "channel_row.inl belongs inside an ISA region"
 #endif
 
+// How outputs are written. ahead: the lines of the next pixels are asked for before these are computed, since no
+// prefetcher follows stores that go from pixel to pixel. stream: past the caches, whole lines of a vector.
+enum class Stores { plain, ahead, stream };
+
 template <typename S>
 struct ChannelRow {
   typedef typename ComputeOf<S>::type T;
@@ -32,6 +36,7 @@ struct ChannelRow {
   const T* start;                     // bias, with start_step 0, or what to add to
   int64_t start_step;                 // per pixel
   int64_t channels;
+  Stores stores = Stores::plain;  // of pairs of rows
 };
 
 template <bool Tail, typename S>
@@ -74,6 +79,25 @@ template <typename P>
 DSCONV_INLINE void advance(P*& p, int64_t step) {
   p += step;
   __asm__("" : "+r"(p));
+}
+
+template <typename M, typename V>
+DSCONV_INLINE void vstore_as(Stores stores, M* p, V v) {
+  if (stores == Stores::stream) {
+    vstream(p, v);
+  } else {
+    vstore(p, v);
+  }
+}
+
+// Asks for the lines of `count` pixels that will be written.
+template <typename M>
+DSCONV_INLINE void ask_for_lines(M* p, int64_t step, int count) {
+  DSCONV_UNROLL
+  for (int i = 0; i < count; ++i) {
+    __builtin_prefetch(p, 1, 3);
+    advance(p, step);
+  }
 }
 
 // J taps next to one another meet P pixels Step columns apart.
@@ -249,6 +273,10 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
       V upper[P], lower[P];
       DSCONV_UNROLL
       for (int p = 0; p < P; ++p) upper[p] = lower[p] = vload(start);
+      if (row.stores == Stores::ahead) {
+        ask_for_lines(out + P * ld, ld, P);
+        ask_for_lines(out + P * ld + out_row, ld, P);
+      }
       const S* x_slice = x;
       const T* weight_slice = weight;
       for (int64_t slice = 0; slice < row.slices; ++slice) {
@@ -270,8 +298,8 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
       T* to = out;
       DSCONV_UNROLL
       for (int p = 0; p < P; ++p) {
-        vstore(to, vmin(hi, vmax(lo, upper[p])));
-        vstore(to + out_row, vmin(hi, vmax(lo, lower[p])));
+        vstore_as(row.stores, to, vmin(hi, vmax(lo, upper[p])));
+        vstore_as(row.stores, to + out_row, vmin(hi, vmax(lo, lower[p])));
         advance(to, ld);
       }
       x += Vec<T>::n;

@@ -60,7 +60,7 @@ struct CpuPlan {
   int64_t window;                              // elements of the windows of plane.inl, nchw
   int64_t scratch_bytes;                       // per thread
   int64_t turned;                              // elements of the windows of depthwise.inl that nchw is turned into
-  bool beyond_cache;                           // x and y come from and go to DRAM
+  bool beyond_cache;                           // x and y, in backward x and grad_x, come from and go to DRAM
 };
 
 constexpr int64_t tile_begin(const CpuPlan& plan, int64_t tile) {
@@ -239,6 +239,7 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   plan.pointwise_groups = clamp64(plan.tiles / 2, 1, affordable);
   if (plan.tiles > 1 && plan.pointwise_groups == 1) plan.pointwise_groups = 2;
 
+  plan.beyond_cache = 2 * g.n * g.c_in * g.d_in * g.h_in * g.w_in * element > kSharedCacheBytes;
   plan.du_width = g.multiplier == 1 ? micro.columns : g.c_mid;
   const int64_t group_rows = g.n * g.d_out * g.h_out / plan.pointwise_groups;
   // Rows of du that a row of grad_x reads; in 3-D whole slices (backward_groups.inl).

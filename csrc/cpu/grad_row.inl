@@ -27,6 +27,7 @@ struct GradRow {
   int64_t du_panel;       // from one panel of du_column channels to the next
   int64_t planes, plane;  // z channels for each channel of x
   int64_t w_in, w_out, pad;
+  Stores stores;
 };
 
 template <int Taps, Columns Where, typename T>
@@ -35,6 +36,8 @@ DSCONV_INLINE void grad_group(const GradRow<T>& row, int64_t c, int64_t du_offse
   typedef typename Vec<T>::type V;
   constexpr int kColumns = kGradOutputs / 2, kBefore = (Taps - 1) / 2;
   const ColumnRange range = {base, row.w_out, left};
+  T* to = grad + (base * 2 - row.pad) * step + c;
+  if (row.stores == Stores::ahead) ask_for_lines(to + kGradOutputs * step, step, kGradOutputs);
   V acc[kGradOutputs];
   DSCONV_UNROLL
   for (int q = 0; q < kGradOutputs; ++q) acc[q] = vset(T(0));
@@ -62,14 +65,13 @@ DSCONV_INLINE void grad_group(const GradRow<T>& row, int64_t c, int64_t du_offse
     }
   }
   const int64_t first = base * 2 - row.pad;
-  T* to = grad + first * step + c;
   DSCONV_UNROLL
   for (int q = 0; q < kGradOutputs; ++q) {
     if (Where == Columns::inside || (first + q >= 0 && first + q < row.w_in)) {
       if constexpr (Where == Columns::rest) {
         vstore(to, acc[q], left);
       } else {
-        vstore(to, acc[q]);
+        vstore_as(row.stores, to, acc[q]);
       }
     }
     advance(to, step);
