@@ -114,6 +114,7 @@ NormCall prepare_norm(const char* op, const Tensor& v, int64_t act) {
   ctx.act = activation_of(op, "activation", act);
   ctx.n = v.size(0), ctx.channels = v.size(1), ctx.h = v.size(2), ctx.w = v.size(3);
   ctx.pixels = ctx.n * ctx.h * ctx.w;
+  ctx.beyond_cache = 2 * ctx.pixels * ctx.channels * call.element > kSharedCacheBytes;
   call.v = walkable_or_copy(v, ctx.v.layout);
   ctx.v.data = call.v->const_data_ptr();
   ctx.v.strides = walk_strides(*call.v, ctx.v.layout);

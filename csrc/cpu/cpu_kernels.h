@@ -98,6 +98,7 @@ struct NormContext {
   ImageTensor v, grad;
   void* out;  // dense
   Layout out_layout;
+  bool beyond_cache;    // v and out come from and go to DRAM
   const void* vectors;  // compute type, [7][ld]: mean, invstd, gamma, beta, scale, along, across
   double* partial;      // [groups][2][channels]
 };

@@ -33,6 +33,7 @@ struct NormTile {
   int64_t grad_ld;
   T* out;
   int64_t out_ld;
+  Stores stores;
   NormVectors<T> of;
   double *sums, *paired;  // [channels] each
 };
@@ -52,7 +53,7 @@ struct NormForward {
       DSCONV_UNROLL
       for (int i = 0; i < R; ++i) {
         const V hat = (vload(v + i * t.v_ld + c) - mean) * invstd;
-        vstore(out + i * t.out_ld + c, act_value<A, T>(vfma(gamma, hat, beta)));
+        vstore_as(t.stores, out + i * t.out_ld + c, act_value<A, T>(vfma(gamma, hat, beta)));
       }
     }
   }
@@ -79,7 +80,7 @@ struct NormBackward {
       for (int i = 0; i < R; ++i) {
         const V hat = (vload(v + i * t.v_ld + c) - mean) * invstd;
         const V g = vload(grad + i * t.grad_ld + c) * act_derivative<A, T>(vfma(gamma, hat, beta));
-        vstore(out + i * t.out_ld + c, vfma(scale, g, vfma(along, hat, across)));
+        vstore_as(t.stores, out + i * t.out_ld + c, vfma(scale, g, vfma(along, hat, across)));
       }
     }
   }
@@ -188,10 +189,14 @@ static void norm_pass(const NormContext& ctx, int64_t group, void* scratch, cons
     if constexpr (sizeof(S) == sizeof(T)) {
       if (ctx.out != nullptr && ctx.out_layout == Layout::nhwc && ctx.channels % Vec<T>::n == 0) {
         t.out = static_cast<T*>(ctx.out) + pixel * ctx.channels, t.out_ld = ctx.channels;
+        const uint64_t misaligned =
+            reinterpret_cast<uint64_t>(ctx.out) | static_cast<uint64_t>(ctx.channels) * sizeof(T);
+        if (ctx.beyond_cache && misaligned % kCacheLine == 0) t.stores = Stores::stream;
         direct = true;
       }
     }
     pass.run(ctx, t, group, pixel - begin);
+    if (t.stores == Stores::stream) vstream_fence();
     if (ctx.out != nullptr && !direct) {
       store_tile(out_copy, ctx.ld, 0, ctx.channels, pixel, t.rows, static_cast<S*>(ctx.out), ctx.out_layout,
                  ctx.channels, ctx.h * ctx.w);
