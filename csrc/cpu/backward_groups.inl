@@ -73,6 +73,7 @@ static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<c
   const GradTile<T> grad = {memory.g, kMicroRows, plan.out_ld, memory.g, kMicroRows * plan.out_ld, plan.out_ld, true};
   T* du = static_cast<T*>(ctx.du);
   const bool panels = du != nullptr && plan.du_width == columns;
+  Ahead ahead = next_tile<S>(ctx, x, pixel + count, count);
   ChannelPanel<T> z = t;
   for (int64_t block = 0; block < g.c_mid; block += plan.z_channels) {
     z.k = block;
@@ -87,7 +88,7 @@ static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<c
       t.sums = pw_partial != nullptr ? pw_partial + t.k : nullptr;
       t.sums_ld = plan.mid_columns;
       t.bias_sums = dw_bias_partial + t.k;
-      backward_pointwise(ctx, count, grad, t, panels ? du + t.k * plan.pixels + pixel * columns : memory.da);
+      backward_pointwise(ctx, count, grad, t, panels ? du + t.k * plan.pixels + pixel * columns : memory.da, ahead);
       if (du != nullptr && !panels) {
         store_tile(memory.da, columns, t.k, t.width, pixel, count, du, Layout::nhwc, g.c_mid, plan.image_pixels);
       }

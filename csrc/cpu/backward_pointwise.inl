@@ -145,10 +145,24 @@ static void recompute_panel(const BackwardContext& ctx, const ChannelsLast<const
   if (!linear) activation_pass<ActivateAndDerive, T>(p.act, count * t.ld, t.derivative, t.a);
 }
 
+// What the tile behind `end` will read of dy, of what was saved, and of x, in parts for the calls of this one's panels.
+template <typename S, typename X>
+DSCONV_INLINE Ahead next_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t end, int64_t count) {
+  const BackwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  const int64_t blocks = ceil_div(g.c_out, kMicroRows) + chains_of(g.c_out) * ceil_div(count, kMicroRows);
+  const int64_t calls = blocks * ceil_div(g.c_mid, kMicroVecs * Vec<typename ComputeOf<S>::type>::n);
+  Ahead ahead = {};
+  add_pixels(ahead, static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g, end, count, calls);
+  add_pixels(ahead, static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g, end, count, calls);
+  if (needs_z(ctx)) add_rows(ahead, x.data, x.strides(), g, end, count, calls);
+  return ahead;
+}
+
 // `count` pixels of the panel from `pixel` of x on; du[pixel][columns].
 template <typename T>
 static void backward_pointwise(const BackwardContext& ctx, int64_t count, const GradTile<T>& grad,
-                               const ChannelPanel<T>& t, T* du) {
+                               const ChannelPanel<T>& t, T* du, Ahead& ahead) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n;
   const BackwardParams& p = ctx.p;
@@ -158,6 +172,7 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t count, const 
     add_gemm_block<T>(lanes_left(g.c_out - c, kMicroRows), t.width, count,
                       {grad.rows + c / kMicroRows * grad.rows_block, grad.rows_ld}, {t.a, t.ld}, t.sums + c * t.sums_ld,
                       t.sums_ld);
+    prefetch_some(ahead);
   }
   if (t.weight == nullptr) return;
   const int64_t chains = chains_of(g.c_out);
@@ -171,6 +186,7 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t count, const 
       } else {
         gemm_chain<T, false>(chain, chains, rows, t.width, g.c_out, a, b, target);
       }
+      prefetch_some(ahead);
     }
   }
   if (ctx.norm != nullptr) {

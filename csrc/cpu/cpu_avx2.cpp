@@ -20,6 +20,7 @@ namespace avx2 {
 #include "vec_avx2.h"
 #include "math.inl"
 #include "activation.inl"
+#include "ahead.inl"
 #include "gemm.inl"
 #include "tile_io.inl"
 #include "pack.inl"

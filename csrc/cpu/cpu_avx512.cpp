@@ -29,6 +29,7 @@ namespace avx512 {
 #include "vec_avx512.h"
 #include "math.inl"
 #include "activation.inl"
+#include "ahead.inl"
 #include "gemm.inl"
 #include "tile_io.inl"
 #include "pack.inl"

@@ -32,6 +32,7 @@ namespace avx512_bf16 {
 #include "vec_avx512_bf16.h"
 #include "math.inl"
 #include "activation.inl"
+#include "ahead.inl"
 #include "gemm.inl"
 #include "tile_io.inl"
 #include "tile_io_bf16.inl"

@@ -16,6 +16,7 @@ namespace generic {
 #include "vec_generic.h"
 #include "math.inl"
 #include "activation.inl"
+#include "ahead.inl"
 #include "gemm.inl"
 #include "tile_io.inl"
 #include "pack.inl"

@@ -43,31 +43,6 @@ static void outputs_by_tile(const ForwardContext& ctx, int64_t pixel, int64_t co
   store_tile(out, columns, channel, width, pixel, count, static_cast<S*>(p.y), p.y_layout, g.c_out, plan.image_pixels);
 }
 
-// Where x comes from DRAM: its rows that the next tile reads and this one does not, in as many parts as this one has
-// micro-kernel calls.
-template <typename S>
-static Ahead next_rows(const ForwardContext& ctx, int64_t pixel, int64_t count, int64_t calls) {
-  const Ahead nothing = {nullptr, nullptr, 0};
-  const ForwardParams& p = ctx.p;
-  const Geometry& g = p.geom;
-  if (!ctx.plan.beyond_cache || p.x_layout != Layout::nhwc) return nothing;
-  const int64_t slice_pixels = ctx.plan.slice_pixels, last = pixel + count - 1;
-  int64_t slice = last / slice_pixels;
-  int64_t row = last % slice_pixels / g.w_out * g.stride_h - g.pad_top + (g.kernel_h - 1) * g.dilation_h + 1;
-  if (last + 1 == (slice + 1) * slice_pixels) ++slice, row = 0;
-  const int64_t image = slice / g.d_out;
-  // In 3-D on the last slice that is read; those before it have been read for the slice above.
-  const int64_t depth = slice % g.d_out * g.stride_d - g.pad_front + (g.kernel_d - 1) * g.dilation_d;
-  if (image >= g.n || row >= g.h_in || depth < 0 || depth >= g.d_in) return nothing;
-  int64_t rows = ceil_div(count, g.w_out) * g.stride_h;
-  if (rows > g.h_in - row) rows = g.h_in - row;
-  const S* begin = static_cast<const S*>(p.x) + image * p.x_strides.n + depth * p.x_strides.d + row * p.x_strides.h;
-  const S* end = begin + rows * p.x_strides.h;
-  const int64_t bytes = (end - begin) * static_cast<int64_t>(sizeof(S));
-  return {reinterpret_cast<const char*>(begin), reinterpret_cast<const char*>(end),
-          round_up(ceil_div(bytes, calls), kCacheLine)};
-}
-
 // Behind z: [tile_pixels][columns].
 template <typename T, typename M>
 DSCONV_INLINE T* output_tile(const CpuPlan& plan, void* scratch) {
@@ -108,8 +83,11 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
   const bool by_planes = sizeof(M) < sizeof(T) && p.y_layout == Layout::nchw && p.pre == nullptr && is_clamp(p.out_act);
   const uint64_t misaligned = reinterpret_cast<uint64_t>(p.y) | static_cast<uint64_t>(g.c_out) * sizeof(S);
   const bool stream = direct && plan.beyond_cache && ctx.partial == nullptr && misaligned % kCacheLine == 0;
-  Ahead ahead =
-      next_rows<S>(ctx, pixel, count, ceil_div(count, kMicroRows) * ceil_div(g.c_out, columns) * chains_of(k));
+  Ahead ahead = {};
+  if (plan.beyond_cache && p.x_layout == Layout::nhwc) {
+    const int64_t calls = ceil_div(count, kMicroRows) * ceil_div(g.c_out, columns) * chains_of(k);
+    add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, g, pixel + count, count, calls);
+  }
   for (int64_t channel = 0; channel < g.c_out; channel += columns) {
     const int64_t width = g.c_out - channel < columns ? g.c_out - channel : columns;
     const Operand<F> tile_z = {reinterpret_cast<const F*>(z), plan.mid_ld / per_factor};

@@ -104,17 +104,6 @@ struct OutputTarget {
   }
 };
 
-// Memory that is wanted soon: a stretch of it is prefetched into L2 after each micro-kernel, while the multiply-adds
-// leave the memory idle.
-struct Ahead {
-  const char *next, *end;
-  int64_t bytes;  // at a time
-};
-DSCONV_INLINE void prefetch_some(Ahead& ahead) {
-  const char* const end = ahead.end - ahead.next < ahead.bytes ? ahead.end : ahead.next + ahead.bytes;
-  for (; ahead.next < end; ahead.next += kCacheLine) __builtin_prefetch(ahead.next, 0, 2);
-}
-
 // NV vectors, and Half: half a vector more.
 template <typename T, int R, int NV, bool Half, bool AlongK, typename Target>
 static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& target) {
@@ -240,7 +229,7 @@ template <typename T>
 DSCONV_INLINE void gemm_panel(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b,
                               typename ComputeOf<T>::type* c, int64_t ldc) {
   const int64_t chains = chains_of(k);
-  Ahead nothing = {nullptr, nullptr, 0};
+  Ahead nothing = {};
   for (int64_t chain = 0; chain < chains; ++chain) {
     const SumTarget<typename ComputeOf<T>::type> target = {c, ldc, chain > 0};
     gemm_chain_rows(chain, chains, rows, columns, k, a, b, target, nothing);
