@@ -55,6 +55,7 @@ static void du_to_dz(const BackwardContext& ctx, int64_t rows, int64_t channels,
   NormTile<T> t = norm_tile<T>(ctx, rows, channels, k);
   t.v = zhat, t.v_ld = zhat_ld;
   t.grad = du, t.grad_ld = du_ld;
+  t.grad_ahead = rows * du_ld;
   t.out = du, t.out_ld = du_ld;
   NormBackward::run<Activation::identity>(t);
 }

@@ -17,6 +17,13 @@ template <typename T>
 struct NormVectors {
   const T *mean, *invstd, *gamma, *beta, *scale, *along, *across;
 };
+// A vector of a tile, and a wish for the same of the next tile.
+template <typename T>
+DSCONV_INLINE typename Vec<T>::type load_and_ask(const T* p, int64_t ahead) {
+  __builtin_prefetch(p + ahead, 0, 2);
+  return vload(p);
+}
+
 template <typename T>
 DSCONV_INLINE NormVectors<T> norm_vectors(const void* vectors, int64_t ld) {
   const T* rows = static_cast<const T*>(vectors);
@@ -34,6 +41,9 @@ struct NormTile {
   T* out;
   int64_t out_ld;
   Stores stores;
+  // Elements from a value to that of the next tile, asked for as this one is read; 0: the next tile is no further
+  // memory.
+  int64_t v_ahead, grad_ahead;
   NormVectors<T> of;
   double *sums, *paired;  // [channels] each
 };
@@ -52,7 +62,7 @@ struct NormForward {
       const V gamma = vload(t.of.gamma + c), beta = vload(t.of.beta + c);
       DSCONV_UNROLL
       for (int i = 0; i < R; ++i) {
-        const V hat = (vload(v + i * t.v_ld + c) - mean) * invstd;
+        const V hat = (load_and_ask(v + i * t.v_ld + c, t.v_ahead) - mean) * invstd;
         vstore_as(t.stores, out + i * t.out_ld + c, act_value<A, T>(vfma(gamma, hat, beta)));
       }
     }
@@ -78,8 +88,8 @@ struct NormBackward {
       const V scale = vload(t.of.scale + c), along = vload(t.of.along + c), across = vload(t.of.across + c);
       DSCONV_UNROLL
       for (int i = 0; i < R; ++i) {
-        const V hat = (vload(v + i * t.v_ld + c) - mean) * invstd;
-        const V g = vload(grad + i * t.grad_ld + c) * act_derivative<A, T>(vfma(gamma, hat, beta));
+        const V hat = (load_and_ask(v + i * t.v_ld + c, t.v_ahead) - mean) * invstd;
+        const V g = load_and_ask(grad + i * t.grad_ld + c, t.grad_ahead) * act_derivative<A, T>(vfma(gamma, hat, beta));
         vstore_as(t.stores, out + i * t.out_ld + c, vfma(scale, g, vfma(along, hat, across)));
       }
     }
@@ -115,8 +125,9 @@ struct NormSums {
         DSCONV_UNROLL
         for (int u = 0; u < U; ++u) {
           const int64_t k = c + u * n;
-          const V hat = (vload(t.v + i * t.v_ld + k) - mean[u]) * invstd[u];
-          const V g = vload(t.grad + i * t.grad_ld + k) * act_derivative<A, T>(vfma(gamma[u], hat, beta[u]));
+          const V hat = (load_and_ask(t.v + i * t.v_ld + k, t.v_ahead) - mean[u]) * invstd[u];
+          const V g = load_and_ask(t.grad + i * t.grad_ld + k, t.grad_ahead) *
+                      act_derivative<A, T>(vfma(gamma[u], hat, beta[u]));
           if constexpr (Keep) vstore(t.out + i * t.out_ld + k, g);
           block[u] = block[u] + g;
           block_paired[u] = vfma(g, hat, block_paired[u]);
@@ -183,6 +194,8 @@ static void norm_pass(const NormContext& ctx, int64_t group, void* scratch, cons
     t.channels = ctx.channels;
     t.v = tile_of<S>(of, ctx.v, pixel, t.rows, v_copy, t.v_ld);
     if (ctx.grad.data != nullptr) t.grad = tile_of<S>(of, ctx.grad, pixel, t.rows, grad_copy, t.grad_ld);
+    t.v_ahead = t.v != v_copy ? t.rows * t.v_ld : 0;
+    t.grad_ahead = t.grad != grad_copy ? t.rows * t.grad_ld : 0;
     t.of = norm_vectors<T>(ctx.vectors, ctx.ld);
     bool direct = false;
     t.out = out_copy, t.out_ld = ctx.ld;
