@@ -4,6 +4,9 @@
 #error "ahead.inl belongs inside an ISA region"
 #endif
 
+// What comes from a cache is better read as it is needed where products are few: more than this a call delays them.
+constexpr int64_t kMostAtOnce = 4 << 10;
+
 // Some stretches of memory, each in about equal parts.
 struct Ahead {
   static constexpr int kMost = 4;

@@ -82,8 +82,9 @@ static void backward_x_plain(const BackwardContext& ctx, int64_t first_row, int6
   row.start_step = 0;
   row.channels = channels;
   row.stores = stores;
-  convolve_rows(row, 1, ih + g.pad_top - (g.kernel_h - 1) * g.dilation_h, g.pad_left - (g.kernel_w - 1) * g.dilation_w,
-                rows, g.w_in, clamp_of<T>(Activation::identity), grad, step, out_row);
+  convolve_rows<true>(row, 1, ih + g.pad_top - (g.kernel_h - 1) * g.dilation_h,
+                      g.pad_left - (g.kernel_w - 1) * g.dilation_w, rows, g.w_in, clamp_of<T>(Activation::identity),
+                      grad, step, out_row);
 }
 
 // One row where has_grad_row() says yes, for any number of channels.

@@ -36,7 +36,7 @@ struct ChannelRow {
   const T* start;                     // bias, with start_step 0, or what to add to
   int64_t start_step;                 // per pixel
   int64_t channels;
-  Stores stores = Stores::plain;  // of pairs of rows
+  Stores stores;  // of pairs of rows, where these are compiled to ask (Far)
 };
 
 template <bool Tail, typename S>
@@ -257,7 +257,7 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
 
 // P pixels of each of two rows of outputs, `apart` rows of x from one another: x is read once for both. Taps that are
 // neighbours, dilation_h 1.
-template <int Step, int P, Columns Where, typename S, typename T>
+template <int Step, int P, Columns Where, bool Far, typename S, typename T>
 static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const Range& rows, int64_t groups,
                                 int64_t vectors, const S* x_first, const ColumnRange& range, Clamp<T> clamp,
                                 T* out_first, int64_t ld, int64_t out_row) {
@@ -273,7 +273,8 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
       V upper[P], lower[P];
       DSCONV_UNROLL
       for (int p = 0; p < P; ++p) upper[p] = lower[p] = vload(start);
-      if (row.stores == Stores::ahead) {
+      const Stores stores = Far ? row.stores : Stores::plain;
+      if (stores == Stores::ahead) {
         ask_for_lines(out + P * ld, ld, P);
         ask_for_lines(out + P * ld + out_row, ld, P);
       }
@@ -298,8 +299,8 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
       T* to = out;
       DSCONV_UNROLL
       for (int p = 0; p < P; ++p) {
-        vstore_as(row.stores, to, vmin(hi, vmax(lo, upper[p])));
-        vstore_as(row.stores, to + out_row, vmin(hi, vmax(lo, lower[p])));
+        vstore_as(stores, to, vmin(hi, vmax(lo, upper[p])));
+        vstore_as(stores, to + out_row, vmin(hi, vmax(lo, lower[p])));
         advance(to, ld);
       }
       x += Vec<T>::n;
@@ -367,7 +368,7 @@ static void convolve_row_steps(const ChannelRow<S>& row, int64_t top, int64_t le
 
 // Two rows of `count` pixels, a multiple of kPairPixels; channels beyond whole vectors are left out.
 constexpr int kPairPixels = 7;
-template <int Step, typename S, typename T>
+template <int Step, bool Far, typename S, typename T>
 static void convolve_row_pair(const ChannelRow<S>& row, int64_t apart, int64_t top, int64_t left, int64_t count,
                               Clamp<T> clamp, T* out, int64_t ld, int64_t out_row) {
   constexpr int P = kPairPixels;
@@ -381,12 +382,12 @@ static void convolve_row_pair(const ChannelRow<S>& row, int64_t apart, int64_t t
     const S* from = x + p * row.step_w * row.column_step;
     const int64_t groups = p >= inside_begin && p < inside_end ? (inside_end - p) / P : 0;
     if (groups > 0) {
-      convolve_group_pair<Step, P, Columns::inside>(row, apart, rows, groups, vectors, from, range, clamp, out + p * ld,
-                                                    ld, out_row);
+      convolve_group_pair<Step, P, Columns::inside, Far>(row, apart, rows, groups, vectors, from, range, clamp,
+                                                         out + p * ld, ld, out_row);
       p += groups * P;
     } else {
-      convolve_group_pair<Step, P, Columns::edge>(row, apart, rows, 1, vectors, from, range, clamp, out + p * ld, ld,
-                                                  out_row);
+      convolve_group_pair<Step, P, Columns::edge, Far>(row, apart, rows, 1, vectors, from, range, clamp, out + p * ld,
+                                                       ld, out_row);
       p += P;
     }
   }
@@ -432,7 +433,8 @@ DSCONV_INLINE ChannelRow<S> channels_from(const ChannelRow<S>& row, int64_t begi
 }
 
 // `rows` rows of `count` pixels, `apart` rows of x from one another, out_row elements apart in `out`; start_step is 0.
-template <typename S, typename T, typename M>
+// Far: `out` is no tile that stays in cache, and written as row.stores says.
+template <bool Far = false, typename S, typename T, typename M>
 static void convolve_rows(const ChannelRow<S>& row, int64_t apart, int64_t top, int64_t left, int64_t rows,
                           int64_t count, Clamp<T> clamp, M* out, int64_t ld, int64_t out_row) {
   int64_t done = 0;
@@ -447,9 +449,9 @@ static void convolve_rows(const ChannelRow<S>& row, int64_t apart, int64_t top, 
       const int64_t in = top + done * apart;
       T* const to = out + done * out_row;
       if (row.step_w == 1) {
-        convolve_row_pair<1>(row, apart, in, left, paired, clamp, to, ld, out_row);
+        convolve_row_pair<1, Far>(row, apart, in, left, paired, clamp, to, ld, out_row);
       } else {
-        convolve_row_pair<2>(row, apart, in, left, paired, clamp, to, ld, out_row);
+        convolve_row_pair<2, Far>(row, apart, in, left, paired, clamp, to, ld, out_row);
       }
       for (int64_t i = 0; i < 2; ++i) {
         if (paired < count) {

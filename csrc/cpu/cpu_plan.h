@@ -175,6 +175,7 @@ inline CpuPlan plan_moments(const Geometry& g, Layout x_layout, MicroTile micro,
   const int64_t fits =
       plan_detail::pixels_within(kScratchBytes - depthwise_scratch(plan), (plan.mid_ld + micro.lanes) * element);
   plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, 4);
+  plan.beyond_cache = g.n * g.c_in * g.d_in * g.h_in * g.w_in * element > kSharedCacheBytes;
   plan.scratch_bytes = plan.tile_pixels * plan.mid_ld * element + depthwise_scratch(plan) + 4 * kCacheLine;
   return plan;
 }

@@ -84,9 +84,10 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
   const uint64_t misaligned = reinterpret_cast<uint64_t>(p.y) | static_cast<uint64_t>(g.c_out) * sizeof(S);
   const bool stream = direct && plan.beyond_cache && ctx.partial == nullptr && misaligned % kCacheLine == 0;
   Ahead ahead = {};
-  if (plan.beyond_cache && p.x_layout == Layout::nhwc) {
+  if (p.x_layout == Layout::nhwc) {
     const int64_t calls = ceil_div(count, kMicroRows) * ceil_div(g.c_out, columns) * chains_of(k);
     add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, g, pixel + count, count, calls);
+    if (!plan.beyond_cache && ahead.count > 0 && ahead.of[0].bytes > kMostAtOnce) ahead.count = 0;
   }
   for (int64_t channel = 0; channel < g.c_out; channel += columns) {
     const int64_t width = g.c_out - channel < columns ? g.c_out - channel : columns;
@@ -135,7 +136,8 @@ static void merge_output_moments(const ForwardContext& ctx, int64_t pixel, int64
       if (as_it_is) tile = y + pixel * g.c_out, ld = g.c_out;
     }
     if (!as_it_is) load_tile(y, p.y_strides, p.y_layout, g.d_out, g.h_out, g.w_out, width, pixel, count, out, columns);
-    merge_tile_moments(tile, ld, count, width, before, mean + channel, m2 + channel);
+    Ahead nothing = {};
+    merge_tile_moments(tile, ld, count, width, before, mean + channel, m2 + channel, nothing);
   }
 }
 

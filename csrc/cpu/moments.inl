@@ -33,7 +33,7 @@ struct TileMoments {
 };
 
 template <int U, typename T>
-DSCONV_INLINE void tile_moments(const T* tile, int64_t ld, int64_t rows, TileMoments<T>& m) {
+DSCONV_INLINE void tile_moments(const T* tile, int64_t ld, int64_t rows, TileMoments<T>& m, Ahead& ahead) {
   typedef typename Vec<T>::type V;
   constexpr int n = Vec<T>::n;
   V shift[U], sum[U], lost[U], mean[U];
@@ -53,6 +53,7 @@ DSCONV_INLINE void tile_moments(const T* tile, int64_t ld, int64_t rows, TileMom
     }
     DSCONV_UNROLL
     for (int u = 0; u < U; ++u) add_compensated(sum[u], lost[u], block[u]);
+    prefetch_some(ahead);
   }
   const V share = vset(T(1) / static_cast<T>(rows));
   DSCONV_UNROLL
@@ -77,6 +78,7 @@ DSCONV_INLINE void tile_moments(const T* tile, int64_t ld, int64_t rows, TileMom
     }
     DSCONV_UNROLL
     for (int u = 0; u < U; ++u) add_compensated(sum[u], lost[u], block[u]);
+    prefetch_some(ahead);
   }
   DSCONV_UNROLL
   for (int u = 0; u < U; ++u) {
@@ -85,10 +87,16 @@ DSCONV_INLINE void tile_moments(const T* tile, int64_t ld, int64_t rows, TileMom
   }
 }
 
+// How often merge_tile_moments asks for a part of what is wanted next.
+template <typename T>
+DSCONV_INLINE int64_t moments_calls(int64_t rows, int64_t channels) {
+  return 2 * ceil_div(rows, kSumBlock) * ceil_div(channels, kSumVectors * Vec<T>::n);
+}
+
 // `before` pixels have been merged into mean and m2 already. Reads whole vectors of the tile.
 template <typename T>
 static void merge_tile_moments(const T* tile, int64_t ld, int64_t rows, int64_t channels, int64_t before, double* mean,
-                               double* m2) {
+                               double* m2, Ahead& ahead) {
   constexpr int n = Vec<T>::n;
   const double count = static_cast<double>(rows), total = static_cast<double>(before + rows);
   const double share = count / total, spread = static_cast<double>(before) * share;
@@ -97,10 +105,10 @@ static void merge_tile_moments(const T* tile, int64_t ld, int64_t rows, int64_t 
     const int64_t left = channels - c;
     int64_t width = kSumVectors * n;
     if (left > (kSumVectors - 1) * n) {
-      tile_moments<kSumVectors>(tile + c, ld, rows, m);
+      tile_moments<kSumVectors>(tile + c, ld, rows, m, ahead);
     } else {
       width = n;
-      tile_moments<1>(tile + c, ld, rows, m);
+      tile_moments<1>(tile + c, ld, rows, m, ahead);
     }
     if (width > left) width = left;
     for (int64_t i = 0; i < width; ++i) {
@@ -138,6 +146,11 @@ static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scr
   for (int64_t tile = first_tile; tile < plan.tiles * (group + 1) / ctx.groups; ++tile) {
     const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
     depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), z, memory);
-    merge_tile_moments(z, plan.mid_ld, count, g.c_mid, pixel - first, mean, m2);
+    Ahead ahead = {};
+    // Of a panel the rows hold the other channels too, whose turn is another time.
+    if (plan.beyond_cache && ctx.panels == 1 && in.layout == Layout::nhwc) {
+      add_rows(ahead, in.x, in.stride, g, pixel + count, count, moments_calls<T>(count, g.c_mid));
+    }
+    merge_tile_moments(z, plan.mid_ld, count, g.c_mid, pixel - first, mean, m2, ahead);
   }
 }
