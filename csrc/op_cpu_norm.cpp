@@ -3,6 +3,7 @@
 //
 //   z_moments      mean and variance of z, which is made tile by tile and forgotten
 //   norm_vectors   from these and the affine pair: mean, invstd, gamma, beta of every channel
+//   norm_track     running statistics
 //   fwd_norm       y, the scale and the shift of the first norm folded into the packed depthwise weights; and mean and
 //                  variance of y, tile by tile while it is in cache, where they are asked for
 //   moments        mean and variance of a tensor
@@ -91,6 +92,35 @@ Tensor norm_vectors(Tensor moments, Bias gamma, Bias beta, double eps) {
   read_parameter(op, "weight", gamma, channels, 1, to + kGamma * channels);
   read_parameter(op, "bias", beta, channels, 0, to + kBeta * channels);
   return result;
+}
+
+// running += momentum * (scale * value - running), rounded once.
+template <typename T>
+void move_towards(const Tensor& running, const double* values, double scale, double momentum) {
+  T* to = static_cast<T*>(running.mutable_data_ptr());
+  const int64_t count = running.size(0), step = running.stride(0);
+  for (int64_t i = 0; i < count; ++i) {
+    const double old = static_cast<double>(to[i * step]);
+    to[i * step] = static_cast<T>(old + momentum * (scale * values[i] - old));
+  }
+}
+
+void norm_track(Tensor moments, double count, double momentum, Bias running_mean, Bias running_var) {
+  constexpr const char* op = "dsconv_cuda::norm_track";
+  STD_TORCH_CHECK(moments.dim() == 2, op, ": moments must have shape [2, C]");
+  const int64_t channels = moments.size(1);
+  const double* from = doubles_of(op, "moments", moments, 2, channels);
+  const auto track = [&](const char* arg, const Bias& t, const double* values, double scale) {
+    if (!t.has_value()) return;
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", arg, " must have shape [", channels, "]");
+    STD_TORCH_CHECK(t->device() == moments.device(), op, ": ", arg, " must be on the device of moments");
+    if (t->scalar_type() == ScalarType::Float) return move_towards<float>(*t, values, scale, momentum);
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Double, op, ": ", arg, " must be float32 or float64");
+    move_towards<double>(*t, values, scale, momentum);
+  };
+  track("running_mean", running_mean, from, 1);
+  // Without bias, as PyTorch's.
+  track("running_var", running_var, from + channels, count / (count - 1));
 }
 
 // ---- passes over tensors of the shape of y ----
@@ -326,6 +356,7 @@ std::tuple<Tensor, Tensor> fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight
 STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
   m.impl("z_moments", TORCH_BOX(&dsconv::z_moments));
   m.impl("norm_vectors", TORCH_BOX(&dsconv::norm_vectors));
+  m.impl("norm_track", TORCH_BOX(&dsconv::norm_track));
   m.impl("fwd_norm", TORCH_BOX(&dsconv::fwd_norm));
   m.impl("moments", TORCH_BOX(&dsconv::moments));
   m.impl("norm_act", TORCH_BOX(&dsconv::norm_act));

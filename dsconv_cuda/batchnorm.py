@@ -297,7 +297,13 @@ def _track(bn: BatchNormArguments, moments: Tensor, count: float) -> None:
     """Moves the running statistics towards those of the batch; the variance without bias, as PyTorch does."""
     if count == 0:  # an empty batch
         return
-    for running, row, scale in ((bn.running_mean, 0, 1.0), (bn.running_var, 1, count / (count - 1))):
-        if running is not None:
+    running = [t for t in (bn.running_mean, bn.running_var) if t is not None]
+    wide = all(t.dtype in (torch.float32, torch.float64) for t in running)
+    if moments.device.type == "cpu" and wide and not torch.compiler.is_compiling():
+        torch.ops.dsconv_cuda.norm_track(moments, count, bn.momentum, bn.running_mean, bn.running_var)
+        torch.autograd.graph.increment_version(running)
+        return
+    for statistic, row, scale in ((bn.running_mean, 0, 1.0), (bn.running_var, 1, count / (count - 1))):
+        if statistic is not None:
             value = moments[row] if scale == 1.0 else moments[row] * scale
-            running.lerp_(value.to(running.dtype), bn.momentum)
+            statistic.lerp_(value.to(statistic.dtype), bn.momentum)

@@ -154,13 +154,22 @@ class _FirstDerivative(torch.autograd.Function):
         )
 
 
+def _affine_gradients(sums: Tensor | None, gamma_dtype, beta_dtype) -> tuple:
+    """Of (gamma, beta), from the sums of the gradient and of it times vhat; a dtype is None where there is none."""
+    dtype = gamma_dtype or beta_dtype
+    if sums is None or dtype is None:
+        return None, None
+    beta, gamma = sums.to(dtype).unbind(0)  # there is one dtype for both
+    return (None if gamma_dtype is None else gamma), (None if beta_dtype is None else beta)
+
+
 def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, in_vectors, vectors1, vectors2, y) -> tuple:
     """Of (x, dw_weight, pw_weight, dw_bias, pw_bias, gamma1, beta1, gamma2, beta2)."""
     ops, block, config = torch.ops.dsconv_cuda, ctx.block, ctx.block.config
     wanted = ctx.needs_input_grad
     weights = (x, dw_weight, pw_weight, dw_bias)
     geometry, precision, in_norm = config.arguments()[:3], config.precision(), (in_vectors, block.in_act)
-    gamma1 = beta1 = gamma2 = beta2 = sums2 = None
+    sums1 = sums2 = joined2 = None
     # What a bias adds, the norm after it takes off again.
     mask = grad_mask(*wanted[:3], wanted[3] and vectors1 is None, wanted[4] and block.batch2 is None)
     with torch._C._AutoDispatchBelowAutograd():
@@ -169,9 +178,8 @@ def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, in_vect
                 y, _ = _make_y((*weights, pw_bias), vectors1, block, in_norm, False)
             if block.batch2 is not None:
                 sums2 = ops.norm_act_sums(grad_out, y, vectors2, block.out_act)
-                beta2, gamma2 = sums2.unbind(0)
-                sums2 = block.batch2.join_sums(sums2)
-        through_norm2 = (vectors2, sums2, ctx.count2)
+                joined2 = block.batch2.join_sums(sums2)
+        through_norm2 = (vectors2, joined2, ctx.count2)
         if block.batch1 is None:
             dy = ops.norm_act_grad(grad_out, y, *through_norm2, block.out_act)
             arguments = (dy, *weights, None, *config.arguments(), mask, *precision)
@@ -188,14 +196,10 @@ def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, in_vect
                 )
             else:
                 grad_x, grad_dw, grad_pw, grad_b2, sums1 = ops.bwd_norm(*arguments)
-            beta1, gamma1 = sums1.unbind(0)
     if wanted[3] and vectors1 is not None:
         grad_b1 = torch.zeros_like(dw_bias)
     if wanted[4] and block.batch2 is not None:
         grad_b2 = torch.zeros_like(pw_bias)
-    affine = (
-        None if grad is None or dtype is None else grad.to(dtype)
-        for grad, dtype in zip((gamma1, beta1, gamma2, beta2), ctx.affine_dtypes, strict=True)
-    )
+    affine = (*_affine_gradients(sums1, *ctx.affine_dtypes[:2]), *_affine_gradients(sums2, *ctx.affine_dtypes[2:]))
     grads = (grad_x, grad_dw, grad_pw, grad_b1, grad_b2, *affine)
     return tuple(g if w else None for g, w in zip(grads, wanted, strict=False))

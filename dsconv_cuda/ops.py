@@ -182,6 +182,7 @@ def _bwd_norm_depthwise_fake(
 _NORM_FAKES = {
     "z_moments": _z_moments_fake,
     "norm_vectors": lambda moments, weight, bias, eps: _doubles(moments, 4, moments.shape[1]),
+    "norm_track": lambda moments, count, momentum, running_mean, running_var: None,
     "fwd_norm": _fwd_norm_fake,
     "moments": lambda v: _doubles(v, 2, v.shape[1]),
     "norm_act": lambda v, vectors, act: _empty_like_v(v),

@@ -118,9 +118,37 @@ def test_what_would_read_outside_of_a_tensor_is_refused(device):
         lambda: ops.norm_act_grad(y, y, of_y, of_y, 1.0, 0),
         lambda: ops.norm_vectors(of_y[:2], torch.ones(4, device=device), None, 1e-5),
         lambda: ops.norm_vectors(of_y[:2], torch.ones(5, device=device, dtype=torch.float16), None, 1e-5),
+        lambda: ops.norm_track(of_y, 3.0, 0.1, None, None),
+        lambda: ops.norm_track(of_y[:2], 3.0, 0.1, torch.ones(4, device=device), None),
+        lambda: ops.norm_track(of_y[:2], 3.0, 0.1, None, torch.ones(5, device=device, dtype=torch.float16)),
         lambda: ops.bwd_norm(y, y[..., 1:], *operands, vectors, of_y, None, 1.0, *GEOMETRY, SILU, 0, 31),
         lambda: ops.bwd_norm(y, y, *operands, vectors, None, None, 1.0, *GEOMETRY, SILU, 0, 31),
         lambda: ops.bwd_norm_depthwise(y.flatten(), *operands, vectors, vectors[:2], 1.0, *GEOMETRY, 3),
     ):
         with pytest.raises(RuntimeError, match="dsconv_cuda"):
             call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_norm_track(dtype, device):
+    """Running statistics as F.batch_norm moves them, in place and through strides, either of them alone too."""
+    if device.type != "cpu":
+        pytest.skip("an op of the CPU")
+    v = torch.randn(3, 5, 4, 4, dtype=torch.float64) * 3 + 7
+    start = torch.rand(2, 5, dtype=torch.float64) + 0.5
+    expected = [row.clone() for row in start]
+    torch.nn.functional.batch_norm(v, *expected, training=True, momentum=0.3)
+    moments = torch.ops.dsconv_cuda.moments(v)
+    for given in ((0, 1), (0,), (1,)):
+        room = torch.zeros(2, 10, dtype=dtype)
+        statistics = [room[row, ::2].copy_(start[row]) if row in given else None for row in (0, 1)]
+        arguments = (moments, 48.0, 0.3, *statistics)
+        opcheck(torch.ops.dsconv_cuda.norm_track.default, arguments, test_utils=TESTS)
+        for row in given:
+            statistics[row].copy_(start[row])
+        torch.ops.dsconv_cuda.norm_track(*arguments)
+        for row in given:
+            torch.testing.assert_close(
+                statistics[row], expected[row].to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0
+            )
+        assert room[:, 1::2].eq(0).all()
