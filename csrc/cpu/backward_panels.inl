@@ -18,6 +18,14 @@
 #error "backward_panels.inl belongs inside an ISA region"
 #endif
 
+// A panel's part of the rows of the pointwise weights lies a row apart, which no prefetcher follows.
+constexpr int64_t kReadAhead = 32, kWriteAhead = 6;
+template <int Write, typename S>
+DSCONV_INLINE void ask_for_row(const S* p, int64_t width) {
+  constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(S));
+  for (int64_t i = 0; i < width; i += line) __builtin_prefetch(p + i, Write, Write ? 3 : 2);
+}
+
 template <typename T>
 DSCONV_INLINE int64_t row_pitch() {
   return round_up(kMicroRows, Vec<T>::n);
@@ -146,7 +154,10 @@ static void store_panel_gradients(const BackwardContext& ctx, const ChannelPanel
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   if (S* grad = static_cast<S*>(p.grad_pw_weight)) {
-    for (int64_t c = 0; c < g.c_out; ++c) store_row(t.sums + c * t.sums_ld, grad + c * g.c_mid + t.k, t.width);
+    for (int64_t c = 0; c < g.c_out; ++c) {
+      ask_for_row<1>(grad + (c + kWriteAhead) * g.c_mid + t.k, t.width);
+      store_row(t.sums + c * t.sums_ld, grad + c * g.c_mid + t.k, t.width);
+    }
   }
   if (S* grad = static_cast<S*>(p.grad_dw_bias)) store_row(t.bias_sums, grad + t.k, t.width);
   for (int64_t c = 0; p.grad_dw_weight != nullptr && c < t.width; c += n) {
@@ -180,7 +191,10 @@ static void backward_panel(const BackwardContext& ctx, int64_t task, void* scrat
 
   if (t.weight != nullptr) {
     const S* from = static_cast<const S*>(p.pw_weight) + t.k;
-    for (int64_t c = 0; c < g.c_out; ++c) copy_row(from + c * g.c_mid, weight + c * columns, t.width);
+    for (int64_t c = 0; c < g.c_out; ++c) {
+      ask_for_row<0>(from + (c + kReadAhead) * g.c_mid, t.width);
+      copy_row(from + c * g.c_mid, weight + c * columns, t.width);
+    }
   }
   if (t.sums != nullptr) zero_fill(sums, g.c_out * columns);
   zero_fill(t.bias_sums, columns + plan.taps * columns);
