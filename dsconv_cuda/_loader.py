@@ -83,6 +83,11 @@ def batch_norm_kernels_loaded(device_type: str) -> bool:
     return operators_registered() and torch._C._dispatch_has_kernel_for_dispatch_key("dsconv_cuda::z_moments", key)
 
 
+def tracks_in_one_call(device_type: str) -> bool:
+    """Whether the loaded library moves running statistics of such devices itself; the CUDA kernels do not."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key("dsconv_cuda::norm_track", device_type.upper())
+
+
 def jit_allowed() -> bool:
     return os.environ.get("DSCONV_JIT", "1") != "0"
 

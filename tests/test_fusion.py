@@ -6,6 +6,7 @@ import importlib
 import io
 import pickle
 import threading
+import time
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsconv_cuda
 from dsconv_cuda import _loader, explain_fusion, fuse, unfuse
-from dsconv_cuda.fusion import measure
+from dsconv_cuda.fusion import chain, measure
 
 pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
 
@@ -517,7 +518,14 @@ def test_meta_and_to_empty():
     torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_several_threads(device):
+def test_several_threads(device, monkeypatch):
+    fold = chain.fold
+
+    def slow_fold(*arguments):
+        time.sleep(0.02)  # the others arrive while the first one folds
+        return fold(*arguments)
+
+    monkeypatch.setattr(chain, "fold", slow_fold)
     fused = fuse(build("mobilenet_v1", device).eval())
     images = [image(device) for _ in range(4)]
     with torch.no_grad():

@@ -17,18 +17,18 @@ template <typename T>
 struct NormVectors {
   const T *mean, *invstd, *gamma, *beta, *scale, *along, *across;
 };
-// A vector of a tile, and a wish for the same of the next tile.
-template <typename T>
-DSCONV_INLINE typename Vec<T>::type load_and_ask(const T* p, int64_t ahead) {
-  __builtin_prefetch(p + ahead, 0, 2);
-  return vload(p);
-}
-
 template <typename T>
 DSCONV_INLINE NormVectors<T> norm_vectors(const void* vectors, int64_t ld) {
   const T* rows = static_cast<const T*>(vectors);
   const NormVectors<T> v = {rows, rows + ld, rows + 2 * ld, rows + 3 * ld, rows + 4 * ld, rows + 5 * ld, rows + 6 * ld};
   return v;
+}
+
+// A vector of a tile, and a wish for the same of the next tile.
+template <typename T>
+DSCONV_INLINE typename Vec<T>::type load_and_ask(const T* p, int64_t ahead) {
+  __builtin_prefetch(p + ahead, 0, 2);
+  return vload(p);
 }
 
 template <typename T>

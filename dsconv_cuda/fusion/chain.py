@@ -30,6 +30,7 @@ few elements of the weights: of these the first and the last of each row are com
 
 import functools
 import operator
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -178,6 +179,7 @@ class _Folded:
         self.tensors: list[Tensor] = []
         self.versions: list[int] = []
         self.values: Tensor | None = None
+        self.lock = threading.Lock()
         self.module = module = DepthwiseSeparableConv2d.__new__(DepthwiseSeparableConv2d)
         nn.Module.__init__(module)
         module.activation = chain.activation
@@ -197,8 +199,9 @@ class _Folded:
         ]
         if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
             return self.chain._call(x, self.extent, *self.chain._operands(self.extent))
-        if self._changed(tensors):
-            self._fold_again()
+        with self.lock:  # else another thread would take for folded what this one is folding
+            if self._changed(tensors):
+                self._fold_again()
         return self.module.forward(x)
 
     def _changed(self, tensors: list[Tensor]) -> bool:
