@@ -84,8 +84,8 @@ def batch_norm_kernels_loaded(device_type: str) -> bool:
 
 
 def tracks_in_one_call(device_type: str) -> bool:
-    """Whether the loaded library moves running statistics of such devices itself; the CUDA kernels do not."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key("dsconv_cuda::norm_track", device_type.upper())
+    """Whether the loaded library moves running statistics of such devices itself: its CPU kernels do."""
+    return device_type == "cpu" and torch._C._dispatch_has_kernel_for_dispatch_key("dsconv_cuda::norm_track", "CPU")
 
 
 def jit_allowed() -> bool:
