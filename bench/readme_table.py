@@ -12,6 +12,7 @@ from pathlib import Path
 from tabulate import tabulate
 
 from .competitors import PYTORCH
+from .report import QUIET_SPREAD
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MARKERS = re.compile(r"(<!-- performance: .*? -->\n).*?(\n<!-- end of performance -->)", re.DOTALL)
@@ -34,11 +35,13 @@ def table(path):
     titles = ["", "layer", "ours, channels_last", "ours, NCHW", "best PyTorch", "gain channels_last", "gain NCHW"]
     text = tabulate(rows, titles, "github", disable_numparse=True, colalign=["left", "left"] + ["right"] * 5)
     spread = statistics.median(form["p90"] / form["p10"] for m in found["measurements"] for form in m["forms"])
+    disturbed = ": the machine was busy with something else too, so compare the forms with one another, not with 1.00"
+    disturbed = disturbed if spread > QUIET_SPREAD else ""
     return (
         f"{environment['date']}: {environment['cpu']}, {environment['logical_cpus']} logical CPUs, "
         f"load average {environment['load_average_at_start']} at the start, {environment['kernels']}, torch "
         f"{environment['torch']}, float32; spread of a figure over its rounds (90th over 10th percentile) "
-        f"{spread:.2f} in the median.\n\n{text}"
+        f"{spread:.2f} in the median{disturbed}.\n\n{text}"
     )
 
 
