@@ -72,20 +72,26 @@ def operators_registered() -> bool:
     return hasattr(torch.ops.dsconv_cuda, "fwd")
 
 
+def has_kernel(op: str, key: str) -> bool:
+    """Whether the loaded library has this operator with a kernel for a dispatch key."""
+    return hasattr(torch.ops.dsconv_cuda, op) and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"dsconv_cuda::{op}", key
+    )
+
+
 def cuda_kernels_loaded() -> bool:
     """True where the loaded library has the CUDA kernels, with or without a GPU in the machine."""
-    return operators_registered() and torch._C._dispatch_has_kernel_for_dispatch_key("dsconv_cuda::fwd", "CUDA")
+    return has_kernel("fwd", "CUDA")
 
 
 def batch_norm_kernels_loaded(device_type: str) -> bool:
     """Whether the loaded library has the kernels of training through BatchNorm on such devices."""
-    key = device_type.upper()
-    return operators_registered() and torch._C._dispatch_has_kernel_for_dispatch_key("dsconv_cuda::z_moments", key)
+    return has_kernel("z_moments", device_type.upper())
 
 
 def tracks_in_one_call(device_type: str) -> bool:
     """Whether the loaded library moves running statistics of such devices itself: its CPU kernels do."""
-    return device_type == "cpu" and torch._C._dispatch_has_kernel_for_dispatch_key("dsconv_cuda::norm_track", "CPU")
+    return device_type == "cpu" and has_kernel("norm_track", "CPU")
 
 
 def jit_allowed() -> bool:

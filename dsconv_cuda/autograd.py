@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from dsconv_cuda import compiled_weights, decompositions, second_order
+from dsconv_cuda import _loader, compiled_weights, decompositions, second_order
 from dsconv_cuda.activations import derivative_from_output
 from dsconv_cuda.ops import GRAD_BITS, IDENTITY, backward_vmap, forward_vmap, grad_mask
 from dsconv_cuda.second_order import Config
@@ -115,9 +115,7 @@ def nobody_watches() -> bool:
 
 def kept_kernels() -> bool:
     """Whether the loaded library has the ops *_kept; the CUDA kernels on the host, which tests run, have not."""
-    return hasattr(torch.ops.dsconv_cuda, "fwd_kept") and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "dsconv_cuda::fwd_kept", "CPU"
-    )
+    return _loader.has_kernel("fwd_kept", "CPU")
 
 
 _ALL_GRADS = sum(GRAD_BITS)

@@ -21,7 +21,7 @@ Shapes, strides and checks here are those of csrc/op_args.h; opcheck holds the t
 import torch
 from torch import Tensor
 
-from dsconv_cuda import compiled_weights
+from dsconv_cuda import _loader, compiled_weights
 from dsconv_cuda.activations import ACTIVATIONS, derivative_from_output
 
 # params.h GradBit, in the order of bwd's outputs
@@ -322,7 +322,7 @@ def register_python_parts() -> None:
     torch.library.register_autograd("dsconv_cuda::bwd", _no_double_backward)
     if hasattr(torch.ops.dsconv_cuda, "fwd_kept"):
         _fragment = torch.library.Library("dsconv_cuda", "FRAGMENT")
-        if torch._C._dispatch_has_kernel_for_dispatch_key("dsconv_cuda::fwd_kept", "CPU"):
+        if _loader.has_kernel("fwd_kept", "CPU"):
             compiled_weights.register(_fragment, _fwd_fake, forward_vmap(torch.ops.dsconv_cuda.fwd))
         # Called below autograd and only there.
         for name in ("keep", "fwd_kept", "fwd_with_pre_kept", "bwd_kept"):

@@ -28,6 +28,17 @@ def test_layers(case, channels_last, device):
     check_case(case, torch.float32, device, channels_last, backward=True)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("c", [40, 48])
+def test_tensors_that_no_cache_holds(c, stride, isa, device):
+    """More than kSharedCacheBytes: AVX-512 writes grad_x past the caches where its rows are aligned (48), by panels of
+    32 channels and of what is left of them, in pairs of rows and behind the last whole group of columns."""
+    if isa == "emulated":
+        pytest.skip("what is large for the CPU's sake")
+    case = Case(n=2, c=c, c_out=8, h=187, w=186, stride=(stride, stride))
+    check_case(case, torch.float32, device, channels_last=True, backward=True)
+
+
 @numerical
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=identify)
 def test_activations_at_their_kinks(dtype, device):

@@ -159,6 +159,19 @@ def test_training(shape, channels_last, isa, device):
     check(shape.block(), shape.input(channels_last), device)
 
 
+@pytest.mark.parametrize("first_norm", [True, False])
+def test_tensors_that_no_cache_holds(first_norm, isa, device):
+    """More than kSharedCacheBytes: the next tile is asked for, and the norm after y and its gradient, without a first
+    norm a pass of its own, write past the caches. Smooth, since among millions of values some lie at any kink."""
+    if isa == "emulated":
+        pytest.skip("what is large for the CPU's sake")
+    shape = Shape(n=2, c=48, c_out=32, h=187, w=186, bias=False, activation="silu", out_activation="tanh")
+    block = shape.block()
+    if not first_norm:
+        block.bn1 = nn.Identity()
+    check(block, shape.input(channels_last=True), device)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=identify)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_dtypes(dtype, channels_last, device):

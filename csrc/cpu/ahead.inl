@@ -35,7 +35,7 @@ DSCONV_INLINE void add_stretch(Ahead& ahead, const S* begin, const S* end, int64
                              round_up(ceil_div(bytes, calls), kCacheLine)};
 }
 
-// The `count` pixels behind `pixel` of images of `image_pixels` pixels, where all pixels lie in one line.
+// The `count` pixels of an output from `pixel` on, where all its pixels lie in one line.
 template <typename S>
 DSCONV_INLINE void add_pixels(Ahead& ahead, const S* data, const Strides& s, Layout layout, const Geometry& g,
                               int64_t pixel, int64_t count, int64_t calls) {
@@ -45,7 +45,7 @@ DSCONV_INLINE void add_pixels(Ahead& ahead, const S* data, const Strides& s, Lay
   add_stretch(ahead, data + pixel * s.w, data + (pixel + count) * s.w, calls);
 }
 
-// The rows of x that the `count` pixels behind `pixel` read and those before it do not.
+// The rows of x that the `count` pixels from `pixel` on read and those before it do not.
 template <typename S>
 DSCONV_INLINE void add_rows(Ahead& ahead, const S* x, const Strides& s, const Geometry& g, int64_t pixel, int64_t count,
                             int64_t calls) {
