@@ -30,6 +30,9 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   m.def(
       "bwd_kept(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? saved, Tensor kept, "
       "int grad_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // Whether these are what they were when `seen` was written, which is brought up to date where its size fits: all of
+  // the vectors, the ends of the rows of the matrices. On the CPU, below autograd.
+  m.def("seen_again(Tensor[] vectors, Tensor[] matrices, Tensor(a!) seen) -> bool");
   // (y, pre): pre is y before out_act, kept for backward where its derivative cannot be told from y
   m.def(
       "fwd_with_pre(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[2] stride, "

@@ -33,6 +33,7 @@ class Library:
 _lock = threading.RLock()
 _library: Library | None = None
 _failure: str | None = None
+_kernels: set[tuple[str, str]] = set()  # that were asked for and found: asking takes some microseconds
 
 
 def load_library() -> Library:
@@ -74,9 +75,14 @@ def operators_registered() -> bool:
 
 def has_kernel(op: str, key: str) -> bool:
     """Whether the loaded library has this operator with a kernel for a dispatch key."""
-    return hasattr(torch.ops.dsconv_cuda, op) and torch._C._dispatch_has_kernel_for_dispatch_key(
+    if (op, key) in _kernels:
+        return True
+    found = hasattr(torch.ops.dsconv_cuda, op) and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"dsconv_cuda::{op}", key
     )
+    if found:
+        _kernels.add((op, key))
+    return found
 
 
 def cuda_kernels_loaded() -> bool:

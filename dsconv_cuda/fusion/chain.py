@@ -7,8 +7,9 @@ everything else that walks over a model sees what it saw before. What changes is
     the others ->  AbsorbedBatchNorm2d,  ... their forward hands on what it is given
                    AbsorbedReLU6,
 
-Each new class is a subclass of the old one. All of them ask the chain how much of it is one operation now, which
-depends on the state of the modules alone, so that all get the same answer:
+Each new class is a subclass of the old one. The first asks the chain how much of it is one operation now, and the
+others get its answer for what it has made; whoever is called with anything else asks anew. That depends on the state of
+the modules alone, so that all get the same answer:
 
     ALL     everything
     PAIR    up to the pointwise convolution; the BatchNorm after that and what follows run their old forward
@@ -31,6 +32,7 @@ few elements of the weights: of these the first and the last of each row are com
 import functools
 import operator
 import threading
+import weakref
 from dataclasses import dataclass, field
 
 import torch
@@ -61,18 +63,39 @@ class Chain:
     needs_rewriting: bool = False  # an activation is no module of its own: see rewrite.py
     rewritten: nn.Module | None = None  # the module of which the forward is rewritten then
     _folded: "dict[int, _Folded]" = field(default_factory=dict, repr=False)
+    _made: "tuple[weakref.ref, int] | None" = field(default=None, repr=False)  # the last result, and its extent
+
+    def start(self, x: Tensor) -> Tensor | None:
+        """What the chain makes of the depthwise convolution's input; None where nothing of it is one operation."""
+        extent = self.extent(x)
+        if extent == NONE:
+            return None
+        y = self.compute(x, extent)
+        if not torch.compiler.is_dynamo_compiling():
+            self._made = weakref.ref(y), extent
+        return y
+
+    def extent_at(self, x: Tensor) -> int:
+        """extent() for a module after the depthwise one, which is given `x`."""
+        if not torch.compiler.is_dynamo_compiling():
+            made = self._made
+            if made is not None and made[0]() is x:
+                return made[1]
+        return self.extent(x)
 
     def extent(self, x: Tensor | None = None) -> int:
-        """How much of the chain one call of the op computes now. Every module asks, so it has to be quick."""
+        """How much of the chain one call of the op computes now."""
         if isinstance(x, fx.Proxy):  # a tracer sees the modules
             return NONE
         bn1, bn2 = self.bn1, self.bn2
         for module in (self.depthwise, bn1, self.pointwise, bn2):
-            # A parametrization takes them out of there, pruning too.
-            if module is not None and not ("weight" in module._parameters and "bias" in module._parameters):
-                return NONE
-        trains1 = bn1 is not None and (bn1.training or bn1.running_mean is None)
-        trains2 = bn2 is not None and (bn2.training or bn2.running_mean is None)
+            if module is not None:
+                parameters = module._parameters
+                # A parametrization takes them out of there, pruning too.
+                if not ("weight" in parameters and "bias" in parameters):
+                    return NONE
+        trains1 = bn1 is not None and (bn1.training or bn1._buffers.get("running_mean") is None)
+        trains2 = bn2 is not None and (bn2.training or bn2._buffers.get("running_mean") is None)
         extent = ALL
         if (trains1 or trains2) and not self._trains_as_one():
             if trains1:
@@ -148,7 +171,7 @@ class Chain:
         )
 
     def __getstate__(self):
-        return {**self.__dict__, "_folded": {}}
+        return {**self.__dict__, "_folded": {}, "_made": None}
 
 
 def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
@@ -178,7 +201,7 @@ class _Folded:
         self.sources = [m for m in (chain.depthwise, self.bn1, chain.pointwise, self.bn2) if m is not None]
         self.tensors: list[Tensor] = []
         self.versions: list[int] = []
-        self.values: Tensor | None = None
+        self.seen: _Seen | None = None
         self.lock = threading.Lock()
         self.module = module = DepthwiseSeparableConv2d.__new__(DepthwiseSeparableConv2d)
         nn.Module.__init__(module)
@@ -197,32 +220,27 @@ class _Folded:
             for t in group.values()
             if t is not None
         ]
-        if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
-            return self.chain._call(x, self.extent, *self.chain._operands(self.extent))
         with self.lock:  # else another thread would take for folded what this one is folding
-            if self._changed(tensors):
+            if len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors)):
+                if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
+                    return self.chain._call(x, self.extent, *self.chain._operands(self.extent))
+                self.tensors, self.seen = tensors, None
+            if self._changed():
                 self._fold_again()
         return self.module.forward(x)
 
-    def _changed(self, tensors: list[Tensor]) -> bool:
+    def _changed(self) -> bool:
         """Whether to fold again; remembers what it saw."""
+        seen = self.seen
         if self.bn1 is None and self.bn2 is None:  # nothing folds; modules.py looks after the weights themselves
-            changed = len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors))
-            self.tensors = tensors
-            return changed
-        versions = [t._version for t in tensors]
-        with torch.no_grad():
-            weights = [t.flatten(1) for t in (self.chain.depthwise.weight, self.chain.pointwise.weight)]
-            small = [t for t in tensors if t.dim() == 1]
-            values = torch.cat([*small, *(w[:, i] for w in weights for i in (0, -1))])
-        same = (
-            len(tensors) == len(self.tensors)
-            and all(map(operator.is_, tensors, self.tensors))
-            and versions == self.versions
-            and (values.dtype, values.device) == (self.values.dtype, self.values.device)
-            and torch.equal(values, self.values)
-        )
-        self.tensors, self.versions, self.values = tensors, versions, values
+            self.seen = _Seen([], [])
+            return seen is None
+        versions = [t._version for t in self.tensors]
+        if seen is None:
+            vectors = [t for t in self.tensors if t.dim() == 1]
+            seen = self.seen = _Seen(vectors, [self.chain.depthwise.weight, self.chain.pointwise.weight])
+        same = seen.again() and versions == self.versions
+        self.versions = versions
         return not same
 
     def _fold_again(self) -> None:
@@ -237,6 +255,41 @@ class _Folded:
                 with torch.no_grad():
                     weight, bias = fold(conv, bn)
                 mine.weight, mine.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
+
+
+class _Seen:
+    """The values of vectors, and of the ends of the rows of matrices, as they were the last time."""
+
+    def __init__(self, vectors: list[Tensor], matrices: list[Tensor]):
+        self.vectors, self.matrices = vectors, matrices
+        self.values: Tensor | None = None
+
+    def again(self) -> bool:
+        """Whether they are the same still; no at first."""
+        return self._again_on_cpu() if _compares_itself(self.matrices[0].device.type) else self._again_by_pytorch()
+
+    def _again_on_cpu(self) -> bool:
+        compare = torch.ops.dsconv_cuda.seen_again.default
+        if self.values is not None and compare(self.vectors, self.matrices, self.values):
+            return True
+        count = sum(1 + t.numel() * t.element_size() for t in self.vectors)
+        count += sum(1 + 2 * t.shape[0] * t.element_size() for t in self.matrices)
+        self.values = torch.zeros(count, dtype=torch.uint8)
+        compare(self.vectors, self.matrices, self.values)
+        return False
+
+    def _again_by_pytorch(self) -> bool:
+        with torch.no_grad():
+            rows = [t.flatten(1) for t in self.matrices]
+            values = torch.cat([*self.vectors, *(w[:, i] for w in rows for i in (0, -1))])
+        old, self.values = self.values, values
+        return old is not None and (old.dtype, old.device) == (values.dtype, values.device) and torch.equal(values, old)
+
+
+def _compares_itself(device_type: str) -> bool:
+    """Whether the loaded library has the op that compares tensors of such devices."""
+    _loader.load_library()
+    return device_type == "cpu" and _loader.has_kernel("seen_again", "CPU")
 
 
 def _shell(conv: nn.Conv2d) -> nn.Conv2d:
@@ -265,8 +318,8 @@ class _Fused:
     """The depthwise convolution of a chain."""
 
     def forward(self, x):
-        extent = self._fused_chain.extent(x)
-        return super().forward(x) if extent == NONE else self._fused_chain.compute(x, extent)
+        y = self._fused_chain.start(x)
+        return super().forward(x) if y is None else y
 
     def extra_repr(self) -> str:
         chain = self._fused_chain
@@ -287,7 +340,7 @@ class _Absorbed:
     """What comes after it, up to the pointwise convolution."""
 
     def forward(self, x):
-        return super().forward(x) if self._fused_chain.extent(x) == NONE else x
+        return super().forward(x) if self._fused_chain.extent_at(x) == NONE else x
 
     def __reduce_ex__(self, protocol):
         return reduce(self, super().__reduce_ex__(protocol))
@@ -297,7 +350,7 @@ class _AbsorbedAfter:
     """What comes after the pointwise convolution."""
 
     def forward(self, x):
-        return x if self._fused_chain.extent(x) == ALL else super().forward(x)
+        return x if self._fused_chain.extent_at(x) == ALL else super().forward(x)
 
     def __reduce_ex__(self, protocol):
         return reduce(self, super().__reduce_ex__(protocol))
