@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "cpu_tasks.h"
-#include "kept_weights.h"
+#include "kept_args.h"
 #include "op_args.h"
 
 namespace dsconv {
@@ -133,10 +133,6 @@ void run_backward(const char* op, const BackwardParams& p) {
   }
 }
 
-void* first_line(void* memory) {
-  return reinterpret_cast<void*>(round_up(reinterpret_cast<intptr_t>(memory), kCacheLine));
-}
-
 using Bias = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
@@ -182,16 +178,6 @@ Tensor keep(Tensor dw_weight, Tensor pw_weight, Ints stride, Ints padding, Ints 
   std::copy(sizes, sizes + 5, header->weight_sizes);
   header->capacity = capacity;
   return memory;
-}
-
-KeptHeader* kept_of(const char* op, const Tensor& memory) {
-  auto* header = static_cast<KeptHeader*>(first_line(memory.mutable_data_ptr()));
-  STD_TORCH_CHECK(memory.scalar_type() == ScalarType::Byte && memory.is_contiguous() &&
-                      memory.numel() >= static_cast<int64_t>(sizeof(KeptHeader)) + kCacheLine &&
-                      header->magic == kKeptMagic &&
-                      memory.numel() == static_cast<int64_t>(sizeof(KeptHeader)) + header->capacity + kCacheLine,
-                  op, ": kept is not what dsconv_cuda::keep returned");
-  return header;
 }
 
 void check_kept_sizes(const char* op, const KeptHeader& header, const Geometry& g) {

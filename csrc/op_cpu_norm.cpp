@@ -29,7 +29,6 @@ namespace {
 constexpr int64_t kMaxGroups = 32;         // partial sums of a pass
 constexpr int64_t kZTileBytes = 48 << 10;  // z of the statistics pass: read twice after it is made
 constexpr int64_t kNormTileBytes = 16 << 10;
-using Bias = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
 // Chan's formula over the groups, in their order. to: [2][channels], mean and variance.
@@ -78,6 +77,8 @@ void read_parameter(const char* op, const char* arg, const Bias& t, int64_t chan
   read_values<double>(*t, channels, to);
 }
 
+}  // namespace
+
 Tensor norm_vectors(Tensor moments, Bias gamma, Bias beta, double eps) {
   constexpr const char* op = "dsconv_cuda::norm_vectors";
   STD_TORCH_CHECK(moments.dim() == 2, op, ": moments must have shape [2, C]");
@@ -94,6 +95,8 @@ Tensor norm_vectors(Tensor moments, Bias gamma, Bias beta, double eps) {
   return result;
 }
 
+namespace {
+
 // running += momentum * (scale * value - running), rounded once.
 template <typename T>
 void move_towards(const Tensor& running, const double* values, double scale, double momentum) {
@@ -104,6 +107,8 @@ void move_towards(const Tensor& running, const double* values, double scale, dou
     to[i * step] = static_cast<T>(old + momentum * (scale * values[i] - old));
   }
 }
+
+}  // namespace
 
 void norm_track(Tensor moments, double count, double momentum, Bias running_mean, Bias running_var) {
   constexpr const char* op = "dsconv_cuda::norm_track";
@@ -122,6 +127,8 @@ void norm_track(Tensor moments, double count, double momentum, Bias running_mean
   // Without bias, as PyTorch's.
   track("running_var", running_var, from + channels, count / (count - 1));
 }
+
+namespace {
 
 // ---- passes over tensors of the shape of y ----
 
@@ -212,6 +219,8 @@ Tensor moments(Tensor v) {
   return result;
 }
 
+}  // namespace
+
 Tensor norm_act(Tensor v, Tensor vectors, int64_t act) {
   constexpr const char* op = "dsconv_cuda::norm_act";
   NormCall call = prepare_norm(op, v, act);
@@ -231,6 +240,8 @@ Tensor norm_act_sums(Tensor grad, Tensor v, Tensor vectors, int64_t act) {
   run_norm(call, of, nullptr, 0, true, call.kernels->norm_sums, static_cast<double*>(result.mutable_data_ptr()));
   return result;
 }
+
+namespace {
 
 Tensor norm_act_grad(Tensor grad, Tensor v, Tensor vectors, Bias sums, double count, int64_t act) {
   constexpr const char* op = "dsconv_cuda::norm_act_grad";
@@ -255,11 +266,12 @@ bool norms_as_it_reads(const Geometry& g, const KernelTable& table, DType dtype)
   return turns_channels(g, micro_of(table, dtype), element_bytes(dtype));
 }
 
-Tensor z_moments(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Ints stride, Ints padding, Ints dilation,
-                 Bias in_vectors, int64_t in_act) {
-  constexpr const char* op = "dsconv_cuda::z_moments";
+}  // namespace
+
+Tensor z_moments(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight, const Bias& dw_bias,
+                 const CallArguments& arguments, const Bias& in_vectors, int64_t in_act) {
   MomentsCall call{};
-  prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, arguments_of(op, stride, padding, dilation, 0, 0));
+  prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, arguments);
   const ForwardParams& p = call.params;
   const Geometry& g = p.geom;
   InputNormCall in_norm = input_norm_of(op, in_vectors, in_act, g.c_in);
@@ -268,7 +280,7 @@ Tensor z_moments(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Int
 
   const KernelTable& table = active_table(op);
   if (in_vectors.has_value() && !norms_as_it_reads(g, table, p.dtype)) {
-    return z_moments(norm_act(x, *in_vectors, in_act), dw_weight, pw_weight, dw_bias, stride, padding, dilation, {}, 0);
+    return z_moments(op, norm_act(x, *in_vectors, in_act), dw_weight, pw_weight, dw_bias, arguments, {}, 0);
   }
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
   const int64_t element = element_bytes(p.dtype);
@@ -296,16 +308,15 @@ Tensor z_moments(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Int
   return result;
 }
 
-std::tuple<Tensor, Tensor> fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
-                                    Tensor vectors, Ints stride, Ints padding, Ints dilation, int64_t act,
-                                    bool want_moments, Bias in_vectors, int64_t in_act, bool /*tf32*/) {
-  constexpr const char* op = "dsconv_cuda::fwd_norm";
-  const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, 0);
+std::tuple<Tensor, Tensor> fwd_norm(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                                    const Bias& dw_bias, const Bias& pw_bias, const Tensor& vectors,
+                                    const CallArguments& arguments, bool want_moments, const Bias& in_vectors,
+                                    int64_t in_act) {
   const KernelTable& table = active_table(op);
   if (in_vectors.has_value() &&
       !norms_as_it_reads(geometry_of(op, x, dw_weight, pw_weight, arguments), table, dtype_of(op, x))) {
-    return fwd_norm(norm_act(x, *in_vectors, in_act), dw_weight, pw_weight, dw_bias, pw_bias, vectors, stride, padding,
-                    dilation, act, want_moments, {}, 0, false);
+    return fwd_norm(op, norm_act(x, *in_vectors, in_act), dw_weight, pw_weight, dw_bias, pw_bias, vectors, arguments,
+                    want_moments, {}, 0);
   }
   ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments, false);
   const ForwardParams& p = call.params;
@@ -350,14 +361,31 @@ std::tuple<Tensor, Tensor> fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight
   return {*call.y, moments};
 }
 
+namespace {
+
+Tensor z_moments_op(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Ints stride, Ints padding,
+                    Ints dilation, Bias in_vectors, int64_t in_act) {
+  constexpr const char* op = "dsconv_cuda::z_moments";
+  return z_moments(op, x, dw_weight, pw_weight, dw_bias, arguments_of(op, stride, padding, dilation, 0, 0), in_vectors,
+                   in_act);
+}
+
+std::tuple<Tensor, Tensor> fwd_norm_op(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
+                                       Tensor vectors, Ints stride, Ints padding, Ints dilation, int64_t act,
+                                       bool want_moments, Bias in_vectors, int64_t in_act, bool /*tf32*/) {
+  constexpr const char* op = "dsconv_cuda::fwd_norm";
+  return fwd_norm(op, x, dw_weight, pw_weight, dw_bias, pw_bias, vectors,
+                  arguments_of(op, stride, padding, dilation, act, 0), want_moments, in_vectors, in_act);
+}
+
 }  // namespace
 }  // namespace dsconv
 
 STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
-  m.impl("z_moments", TORCH_BOX(&dsconv::z_moments));
+  m.impl("z_moments", TORCH_BOX(&dsconv::z_moments_op));
   m.impl("norm_vectors", TORCH_BOX(&dsconv::norm_vectors));
   m.impl("norm_track", TORCH_BOX(&dsconv::norm_track));
-  m.impl("fwd_norm", TORCH_BOX(&dsconv::fwd_norm));
+  m.impl("fwd_norm", TORCH_BOX(&dsconv::fwd_norm_op));
   m.impl("moments", TORCH_BOX(&dsconv::moments));
   m.impl("norm_act", TORCH_BOX(&dsconv::norm_act));
   m.impl("norm_act_sums", TORCH_BOX(&dsconv::norm_act_sums));

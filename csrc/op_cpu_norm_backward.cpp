@@ -14,7 +14,6 @@
 namespace dsconv {
 namespace {
 
-using Bias = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
 // The norm after the pointwise part; y is null where there is none.
@@ -216,16 +215,15 @@ void prepare(Run& run, const Tensor& grad, const OutputNorm& norm, const Tensor&
   p.out_act = activation_of(run.op, "out_activation", arguments.out_act);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_norm(Tensor grad, Bias y, Tensor x, Tensor dw_weight,
-                                                            Tensor pw_weight, Bias dw_bias, Tensor vectors,
-                                                            Bias out_vectors, Bias out_sums, double out_count,
-                                                            Ints stride, Ints padding, Ints dilation, int64_t act,
-                                                            int64_t out_act, int64_t grad_mask, Bias in_vectors,
-                                                            int64_t in_act, bool /*tf32*/) {
-  Run run("dsconv_cuda::bwd_norm");
+}  // namespace
+
+NormGradients bwd_norm(const char* op, const Tensor& grad, const Bias& y, const Tensor& x, const Tensor& dw_weight,
+                       const Tensor& pw_weight, const Bias& dw_bias, const Tensor& vectors, const Bias& out_vectors,
+                       const Bias& out_sums, double out_count, const CallArguments& arguments, int64_t grad_mask,
+                       const Bias& in_vectors, int64_t in_act) {
+  Run run(op);
   const OutputNorm norm = {y, out_vectors, out_sums, out_count};
-  prepare(run, grad, norm, x, dw_weight, pw_weight, dw_bias,
-          arguments_of(run.op, stride, padding, dilation, act, out_act), grad_mask & ~kGradDwBias);
+  prepare(run, grad, norm, x, dw_weight, pw_weight, dw_bias, arguments, grad_mask & ~kGradDwBias);
   run.plan(BetweenStages::sums, vectors, in_vectors, in_act);
   const Geometry& g = run.geom();
   Tensor sums = empty_doubles(x, 2, g.c_mid);
@@ -251,6 +249,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_norm(Tensor grad, Bias y,
     }
   }
   return {run.call.grad_x, run.call.grad_dw_weight, run.call.grad_pw_weight, run.call.grad_pw_bias, sums};
+}
+
+namespace {
+
+NormGradients bwd_norm_op(Tensor grad, Bias y, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias,
+                          Tensor vectors, Bias out_vectors, Bias out_sums, double out_count, Ints stride, Ints padding,
+                          Ints dilation, int64_t act, int64_t out_act, int64_t grad_mask, Bias in_vectors,
+                          int64_t in_act, bool /*tf32*/) {
+  constexpr const char* op = "dsconv_cuda::bwd_norm";
+  return bwd_norm(op, grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums, out_count,
+                  arguments_of(op, stride, padding, dilation, act, out_act), grad_mask, in_vectors, in_act);
 }
 
 Tensor empty_du(const Run& run, const Tensor& x, int64_t elements) {
@@ -324,7 +333,7 @@ std::tuple<Tensor, Tensor> bwd_norm_depthwise(Tensor du, Tensor x, Tensor dw_wei
 }  // namespace dsconv
 
 STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
-  m.impl("bwd_norm", TORCH_BOX(&dsconv::bwd_norm));
+  m.impl("bwd_norm", TORCH_BOX(&dsconv::bwd_norm_op));
   m.impl("bwd_norm_pointwise", TORCH_BOX(&dsconv::bwd_norm_pointwise));
   m.impl("bwd_norm_depthwise", TORCH_BOX(&dsconv::bwd_norm_depthwise));
 }

@@ -84,6 +84,22 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
       "bwd_norm_depthwise(Tensor(a!) du, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor "
       "vectors, Tensor sums, float count, int[2] stride, int[4] padding, int[2] dilation, int grad_mask, Tensor? "
       "in_vectors=None, int in_act=0) -> (Tensor, Tensor)");
+  // A step of training in two calls, for a block of the CPU with both norms, of which no statistics are shared: what
+  // the ops above do one by one, running statistics and the count of batches included. `kept` is what keep() made of
+  // the arguments, out_act that of the second norm; tensors have the dtype of x, float32 or float64. Below autograd,
+  // and for plain tensors only: no fake kernel, no vmap. (out, y before the second norm, and the vectors of both); with
+  // `defer` out is y.
+  m.def(
+      "train_fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor? weight1, "
+      "Tensor? bias1, Tensor? weight2, Tensor? bias2, Tensor(a!)? mean1, Tensor(b!)? var1, Tensor(c!)? batches1, "
+      "Tensor(d!)? mean2, Tensor(e!)? var2, Tensor(f!)? batches2, float eps1, float momentum1, float eps2, float "
+      "momentum2, Tensor kept, Tensor? in_vectors, int in_act, bool defer) -> (Tensor, Tensor, Tensor, Tensor)");
+  // Gradients of (x, dw_weight, pw_weight, dw_bias, pw_bias, weight1, bias1, weight2, bias2), of which grad_mask has a
+  // bit each, in this order; none for those that it does not ask for.
+  m.def(
+      "train_bwd(Tensor grad, Tensor? y, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? "
+      "pw_bias, Tensor vectors1, Tensor vectors2, Tensor kept, int grad_mask, Tensor? in_vectors, int in_act) -> "
+      "(Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

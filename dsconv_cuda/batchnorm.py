@@ -9,7 +9,8 @@ With statistics of the batch, z is made three times, tile by tile, and written n
 (with the scale and the shift folded into the depthwise weights), and in backward. A norm with given statistics folds
 into the weights beside it; where both are such, the block is a plain depthwise_separable_conv2d.
 
-batchnorm_autograd.py joins the ops, sequence.py joins blocks.
+batchnorm_autograd.py joins the ops, sequence.py joins blocks; modules take the shorter way of batchnorm_training.py
+where a call is plain.
 """
 
 import dataclasses

@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor, nn
 
+from dsconv_cuda import batchnorm_training
 from dsconv_cuda.activations import activation_name
 from dsconv_cuda.batchnorm import BatchNormArguments, Unnormalised, block_of_chain
 from dsconv_cuda.modules import separable_convolutions
+
+_STOCK = (nn.Conv2d, nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d)
 
 
 class DepthwiseSeparableConvBN2d(nn.Module):
@@ -97,6 +100,14 @@ class DepthwiseSeparableConvBN2d(nn.Module):
 
     def forward_in_chain(self, input: Tensor | Unnormalised, defer: bool = False) -> Tensor | Unnormalised:
         """See :func:`dsconv_cuda.batchnorm.block_of_chain`."""
+        if not torch.compiler.is_compiling():
+            children = self._modules
+            modules = children.get("depthwise"), children.get("bn1"), children.get("pointwise"), children.get("bn2")
+            if tuple(map(type, modules)) == _STOCK:
+                arguments = {"recompute_output": self.recompute_output, "defer": defer}
+                out = batchnorm_training.step(input, *modules, self.activation, self.out_activation, **arguments)
+                if out is not None:
+                    return out
         depthwise, pointwise = self.depthwise, self.pointwise
         out = block_of_chain(
             input,

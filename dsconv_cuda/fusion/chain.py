@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from dsconv_cuda import _checks, _loader
+from dsconv_cuda import _checks, _loader, batchnorm_training
 from dsconv_cuda.batchnorm import depthwise_separable_conv_bn2d, fold_norm
 from dsconv_cuda.batchnorm_module import arguments_of, counts_batches
 from dsconv_cuda.functional import depthwise_separable_conv2d
@@ -132,6 +132,12 @@ class Chain:
         """With statistics of the batch in one or both norms."""
         norms = (self.bn1, self.bn2)
         conv = self.depthwise
+        if None not in norms and not any(isinstance(bn, nn.SyncBatchNorm) for bn in norms):
+            y = batchnorm_training.step(
+                x, conv, self.bn1, self.pointwise, self.bn2, self.activation, self.out_activation
+            )
+            if y is not None:
+                return y
         arguments = [bn and arguments_of(bn, isinstance(bn, nn.SyncBatchNorm)) for bn in norms]
         y = depthwise_separable_conv_bn2d(
             x,
