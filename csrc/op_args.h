@@ -158,6 +158,8 @@ inline void check_bias(const char* op, const char* arg, const std::optional<Tens
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size, op, ": ", arg, " must have shape [", size, "]");
 }
 
+constexpr int64_t kMostDims = 3;  // of fwd, fwd_with_pre and bwd; the norms take 2
+
 inline CallArguments arguments_of(const char* op, const std::vector<int64_t>& stride,
                                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
                                   int64_t act, int64_t out_act, int64_t most_dims = 2) {

@@ -14,8 +14,6 @@
 namespace dsconv {
 namespace {
 
-constexpr int64_t kMostDims = 3;
-
 KeptKey key_of(const ForwardParams& p, const CpuPlan& plan, const DTypeKernels& kernels, int64_t version) {
   const Geometry& g = p.geom;
   return {&kernels,       g.c_in,      g.c_mid,          g.c_out,          plan.taps,

@@ -135,13 +135,6 @@ def check_operands(op: str, tensors: tuple) -> None:
         raise RuntimeError(f"{op}: input must be on a CPU or a CUDA device, got {device}; move it with .to()")
 
 
-def raise_for_cuda_3d(op: str, device: torch.device) -> None:
-    raise RuntimeError(
-        f"{op}: input must be on a CPU, got {device}: 3-D convolutions have no CUDA kernels; move the tensors with "
-        f".cpu(), or call torch.nn.functional.conv3d twice"
-    )
-
-
 def raise_for_no_cuda(op: str, device: torch.device) -> None:
     raise RuntimeError(
         f"{op}: input is on {device}, but the loaded library was built without CUDA kernels; build it again "

@@ -114,8 +114,6 @@ def _conv(
 
     _load()
     if device == "cuda":
-        if dims == 3:
-            _checks.raise_for_cuda_3d(op, tensors[0].device)
         if not _loader.cuda_kernels_loaded():
             _checks.raise_for_no_cuda(op, tensors[0].device)
     if len(x_shape) == dims + 2:

@@ -22,13 +22,7 @@ from dsconv_cuda import (
 )
 from dsconv_cuda.activations import ACTIVATIONS
 
-pytestmark = pytest.mark.usefixtures("isa", "_on_the_cpu")
-
-
-@pytest.fixture
-def _on_the_cpu(isa):
-    if isa in ("emulated", "cuda"):
-        pytest.skip("3-D convolutions have no CUDA kernels")
+pytestmark = pytest.mark.usefixtures("isa")
 
 
 @dataclass(frozen=True)
@@ -466,13 +460,3 @@ def test_errors(change, error, words):
     }
     with pytest.raises(error, match=f"depthwise_separable_conv3d: .*{words}"):
         depthwise_separable_conv3d(**(arguments | change))
-
-
-@pytest.mark.one_isa
-def test_cuda_raises():
-    from dsconv_cuda import _checks
-
-    with pytest.raises(
-        RuntimeError, match="op: input must be on a CPU, got cuda:0: 3-D convolutions have no CUDA kernels"
-    ):
-        _checks.raise_for_cuda_3d("op", torch.device("cuda:0"))

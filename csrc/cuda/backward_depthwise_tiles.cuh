@@ -26,15 +26,6 @@
 
 namespace dsconv {
 
-// The chunk's rows of dw_weight alone, and zeros behind the last.
-template <typename T>
-DSCONV_DEVICE void stage_weights(const BackwardParams& p, int32_t c0, T* staged) {
-  const int64_t taps = p.geom.kernel_h * p.geom.kernel_w, left = p.geom.c_mid - c0;
-  const int64_t channels = left < kChunkChannels<T> ? left : kChunkChannels<T>;
-  stage_run(static_cast<const T*>(p.dw_weight) + c0 * taps, channels * taps, kChunkChannels<T> * static_cast<int>(taps),
-            staged);
-}
-
 // kUnit channels to global memory, as one access where that can be.
 template <typename T, int kUnit>
 DSCONV_DEVICE void store_channels(T* to, const float* values, int32_t channels) {
@@ -62,14 +53,14 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   Span* spans = reinterpret_cast<Span*>(shared + plan.cell_shared.tables.spans);
   StripPlace* strips = reinterpret_cast<StripPlace*>(shared + plan.cell_shared.tables.strips);
   T* taps = reinterpret_cast<T*>(shared + plan.cell_shared.taps);
-  const BoxPlace place = box_place(box, blockIdx.x / static_cast<unsigned>(plan.chunks));
+  const BoxPlace place = box_place(box, cells, blockIdx.x / static_cast<unsigned>(plan.chunks));
   const int32_t c0 = static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(plan.chunks)) * kChunkChannels<T>;
   const DepthwiseInput<T> in{du, nullptr, nullptr, cells, du_strides, Layout::nhwc, Activation::identity};
   fill_spans<true>(box, place, cells, du_strides, static_cast<int>(sizeof(T)), spans);
   fill_strips<true, kTilePixels>(box, place, cells, static_cast<int>(sizeof(T)), strips);
-  stage_weights(p, c0, taps);
+  stage_weights(static_cast<const T*>(p.dw_weight), p.geom, c0, taps);
   __syncthreads();
-  stage_x<T, true>(box, in, du + place.n * du_strides.n, c0, spans, shared);
+  stage_x<T, true>(box, in, du + place.image * du_strides.n, c0, spans, shared);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
@@ -78,8 +69,11 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   const StripPlace strip = strips[thread / 16];
   if (strip.corner < 0) return;
   const Geometry& g = p.geom;
+  const int32_t kernel_d = static_cast<int32_t>(g.kernel_d);
   const int32_t kernel_h = static_cast<int32_t>(g.kernel_h), kernel_w = static_cast<int32_t>(g.kernel_w);
+  const int32_t stride_d = static_cast<int32_t>(g.stride_d);
   const int32_t stride_h = static_cast<int32_t>(g.stride_h), stride_w = static_cast<int32_t>(g.stride_w);
+  const int32_t phase_d = static_cast<int32_t>(g.pad_front) % stride_d;
   const int32_t phase_h = static_cast<int32_t>(g.pad_top) % stride_h;
   const int32_t phase_w = static_cast<int32_t>(g.pad_left) % stride_w;
   const int32_t far_h = static_cast<int32_t>(cells.kernel_h) - 1, far_w = static_cast<int32_t>(cells.kernel_w) - 1;
@@ -88,33 +82,43 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   const unsigned char* x = shared + strip.corner + k * static_cast<int>(sizeof(T));
   const int32_t run_pitch = box.flat ? 4 * kChunkBytes : box.row_pitch;
   const int32_t channels = static_cast<int32_t>(g.c_mid) - c0 - k;
+  // The pixels of a cell: (pd, ph, pw), numbered.
 #pragma unroll 1
-  for (int32_t ph = 0; ph < stride_h; ++ph) {
+  for (int32_t phase = 0; phase < stride_d * stride_h * stride_w; ++phase) {
+    const int32_t line = phase / stride_w, pw = phase - line * stride_w;
+    const int32_t pd = line / stride_h, ph = line - pd * stride_h;
+    float z[kPatchPixels * kUnit] = {};
+    // Tap a of the cell's kernel is ph + stride_h * (far_h - a) of dw_weight, where that is one; the same in the other
+    // directions. Outermost the taps of the depth, each on a plane of du.
+    const int32_t taps_d = pd < kernel_d ? (kernel_d - 1 - pd) / stride_d + 1 : 0;
+    const int32_t first_d = static_cast<int32_t>(cells.kernel_d) - taps_d;
 #pragma unroll 1
-    for (int32_t pw = 0; pw < stride_w; ++pw) {
-      float z[kPatchPixels * kUnit] = {};
+    for (int32_t a = 0; a < taps_d; ++a) {
+      const unsigned char* plane = x + (first_d + a) * box.plane_pitch;
+      const int32_t kd = pd + stride_d * (taps_d - 1 - a);
+      const T* plane_weight = weight + kd * kChunkChannels<T> * kernel_h * kernel_w;
       if constexpr (kKernel > 0) {
-        unrolled_patch<T, kUnit, kKernel, 1, true>(x, box.row_pitch, weight, z);
+        unrolled_patch<T, kUnit, kKernel, 1, true>(plane, box.row_pitch, plane_weight, z);
       } else if (ph < kernel_h && pw < kernel_w) {
-        // Tap (a, b) of the cell's kernel is ph + stride_h * (far_h - a) of dw_weight, where that is one.
         const int32_t taps_h = (kernel_h - 1 - ph) / stride_h + 1, taps_w = (kernel_w - 1 - pw) / stride_w + 1;
         const int32_t first_h = far_h + 1 - taps_h, first_w = far_w + 1 - taps_w;
         const StripSteps steps = {
             taps_w, taps_h, 1, dilation_w, kChunkBytes, dilation_h * box.row_pitch, -stride_w, -stride_h * kernel_w, 0};
-        looped_item<T, kUnit, 2>(x + first_h * dilation_h * box.row_pitch + first_w * dilation_w * kChunkBytes,
-                                 run_pitch,
-                                 weight + (ph + stride_h * (taps_h - 1)) * kernel_w + pw + stride_w * (taps_w - 1),
-                                 kernel_h * kernel_w, steps, z);
+        looped_item<T, kUnit, 2>(
+            plane + first_h * dilation_h * box.row_pitch + first_w * dilation_w * kChunkBytes, run_pitch,
+            plane_weight + (ph + stride_h * (taps_h - 1)) * kernel_w + pw + stride_w * (taps_w - 1),
+            kernel_h * kernel_w, steps, z);
       }
+    }
 #pragma unroll
-      for (int i = 0; i < kPatchPixels; ++i) {
-        const Pixel cell = pixel_of_slot(box, place, cells, strip.template slot_of<true>(i));
-        const int32_t row = cell.row * stride_h - phase_h + ph, column = cell.col * stride_w - phase_w + pw;
-        if (cell.n < 0 || !inside(row, static_cast<int32_t>(g.h_in)) || !inside(column, static_cast<int32_t>(g.w_in))) {
-          continue;
-        }
-        T* to = static_cast<T*>(p.grad_x) + pixel_offset({cell.n, row, column}, p.grad_x_strides) + c0 + k;
-        store_channels<T, kUnit>(to, z + i * kUnit, channels);
+    for (int i = 0; i < kPatchPixels; ++i) {
+      const Pixel cell = pixel_of_slot(box, place, cells, strip.template slot_of<true>(i));
+      const Pixel to = {cell.n, cell.depth * stride_d - phase_d + pd, cell.row * stride_h - phase_h + ph,
+                        cell.col * stride_w - phase_w + pw};
+      if (cell.n >= 0 && inside(to.depth, static_cast<int32_t>(g.d_in)) &&
+          inside(to.row, static_cast<int32_t>(g.h_in)) && inside(to.col, static_cast<int32_t>(g.w_in))) {
+        store_channels<T, kUnit>(static_cast<T*>(p.grad_x) + pixel_offset(to, p.grad_x_strides) + c0 + k,
+                                 z + i * kUnit, channels);
       }
     }
   }
@@ -137,7 +141,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   float* scratch = reinterpret_cast<float*>(shared + plan.sum_shared.sums);  // [warp][sum][channel]
   const int64_t split = blockIdx.x / static_cast<unsigned>(plan.chunks);
   const int32_t c0 = static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(plan.chunks)) * kChunk;
-  const int32_t taps = static_cast<int32_t>(g.kernel_h * g.kernel_w);
+  const int32_t taps = static_cast<int32_t>(tap_count(g)), kernel_h = static_cast<int32_t>(g.kernel_h);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, warp = thread / 32, k = lane % 16 * kUnit;
   const int32_t channels = static_cast<int32_t>(g.c_mid) - c0 - k;
   const DepthwiseInput<T> in{static_cast<const T*>(p.x), nullptr, nullptr, g, p.x_strides, Layout::nhwc,
@@ -155,13 +159,13 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   }
 #pragma unroll 1
   for (int32_t b = 0; b < boxes; ++b) {
-    const BoxPlace place = box_place(box, first_box + b);
+    const BoxPlace place = box_place(box, g, first_box + b);
     __syncthreads();  // the box before has been read
     fill_spans<true>(box, place, g, p.x_strides, static_cast<int>(sizeof(T)), spans);
     fill_strips<true, kTilePixels>(box, place, g, static_cast<int>(sizeof(T)), strips);
     fill_offsets<kTilePixels>(box, place, g, du_strides, offsets);
     __syncthreads();
-    stage_x<T, true>(box, in, in.x + place.n * p.x_strides.n, c0, spans, shared);
+    stage_x<T, true>(box, in, in.x + place.image * p.x_strides.n, c0, spans, shared);
     cp_async_commit();
 
     const StripPlace strip = strips[thread / 16];
@@ -213,8 +217,10 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
       float* own = scratch + warp * (taps + 1) * kChunk + k;
 #pragma unroll 1
       for (int32_t tap = 0; tap < taps; ++tap) {
-        const int32_t kh = tap / steps.taps_a, kw = tap - kh * steps.taps_a;
-        const unsigned char* at = x + kh * steps.pitch_b + kw * steps.dilation_a * steps.pitch_a;
+        const int32_t line = tap / steps.taps_a, kw = tap - line * steps.taps_a;
+        const int32_t kd = line / kernel_h, kh = line - kd * kernel_h;
+        const unsigned char* at =
+            x + kd * box.plane_pitch + kh * steps.pitch_b + kw * steps.dilation_a * steps.pitch_a;
         float sum[kUnit] = {};
 #pragma unroll
         for (int i = 0; i < kPatchPixels; ++i) {
@@ -290,7 +296,8 @@ LaunchStatus launch_grad_x_tiles(const BackwardParams& p, const DepthwiseTilesPl
                          plan.cell_box.tiles * plan.chunks, static_cast<size_t>(plan.cell_shared.bytes), stream, p,
                          plan, du, du_strides);
   };
-  const int known = g.stride_h == 1 && !plan.cell_box.flat ? unrolled_sums(g) : 0;
+  const bool single = g.stride_d == 1 && g.stride_h == 1 && !plan.cell_box.flat;
+  const int known = single ? unrolled_plane(g) : 0;
   if (known == 3) return run(std::integral_constant<int, 3>{});
   if (known == 5) return run(std::integral_constant<int, 5>{});
   return run(std::integral_constant<int, 0>{});

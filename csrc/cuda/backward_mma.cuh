@@ -55,7 +55,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   const MmaDuShared& at = plan.du_shared;
   const Geometry& g = p.geom;
   const PixelBox& box = plan.box;
-  const BoxPlace place = box_place(box, blockIdx.x / static_cast<unsigned>(plan.mid_tiles));
+  const BoxPlace place = box_place(box, g, blockIdx.x / static_cast<unsigned>(plan.mid_tiles));
   const int32_t c0 = static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(plan.mid_tiles)) * Traits::kMid;
   const int32_t c_out = static_cast<int32_t>(g.c_out), c_mid = static_cast<int32_t>(g.c_mid);
   const DepthwiseInput<T> in = depthwise_input<T>(p);
@@ -201,7 +201,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   CompensatedSum<float> bias_sum;
 #pragma unroll 1
   for (int32_t b = 0; b < boxes; ++b) {
-    const Input input{box, in, box_place(box, first_box + b), shared, at.tables};
+    const Input input{box, in, box_place(box, g, first_box + b), shared, at.tables};
     const int64_t* dy_at = input.offsets();
     input.fill_tables(p.dy_strides);
     if (p.saved != nullptr) fill_offsets<Traits::kPixels>(box, input.place, g, p.saved_strides, saved_at);

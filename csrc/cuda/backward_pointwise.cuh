@@ -27,10 +27,10 @@
 //   du             pw_weight [kDepth][kChannels]                   16384    8192     8192
 //                  g [kPixels][kDepth + 4]                         9216     9216     10240
 //                  or act'(z) [kPixels][kChannels + 4]             33792    33792    34816
-//                  windows, offsets [kPixels]                      2048     2048     2048
+//                  windows, offsets [kPixels]                      2560     2560     2560
 //   pointwise_sum  g [kDepth][kOut + 4]                            8704     8704     8704
 //                  act(z) [kMid][kDepth + 4]                       9216     9216     10240
-//                  windows, offsets [kDepth]                       1024     1024     512
+//                  windows, offsets [kDepth]                       1280     1280     640
 //
 // Global traffic: du reads dy (and saved) once a channel tile, x once, and writes du once; pointwise_sum reads dy once
 // a kMid tile and x once a kOut tile. Preconditions: those of forward.cuh, for x, dy and saved.
@@ -84,7 +84,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(Traits::kThreads, 2)
       reinterpret_cast<OutputOffsets*>(shared + Traits::kTileBytes + Traits::kPixels * sizeof(Window));
 
   const Geometry& g = p.geom;
-  const int64_t pixel_count = g.n * g.h_out * g.w_out;
+  const int64_t pixel_count = output_pixels(g);
   const int64_t q0 = static_cast<int64_t>(blockIdx.x / channel_tiles) * Traits::kPixels;
   const int32_t c0 = static_cast<int32_t>(blockIdx.x % channel_tiles) * Traits::kChannels;
   const int32_t c_out = static_cast<int32_t>(g.c_out), c_mid = static_cast<int32_t>(g.c_mid);
@@ -132,7 +132,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(Traits::kThreads, 2)
 #pragma unroll
       for (int i = 0; i < 4; ++i) value[i] *= bend.v[i];
     }
-    T* to = du + pixel_offset(pixel_at(q0 + pixel, g.h_out, g.w_out), du_strides) + c * du_strides.c;
+    T* to = du + pixel_offset(output_pixel_at(q0 + pixel, g), du_strides) + c * du_strides.c;
     if (vector && c < c_mid) {
       store_four(to, value);
       continue;
@@ -182,7 +182,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(Traits::kThreads, 2)
   OutputOffsets* offsets = reinterpret_cast<OutputOffsets*>(windows + Traits::kDepth);
 
   const Geometry& g = p.geom;
-  const int64_t pixel_count = g.n * g.h_out * g.w_out;
+  const int64_t pixel_count = output_pixels(g);
   const unsigned tile = blockIdx.x % (out_tiles * mid_tiles);
   const int64_t split = blockIdx.x / (out_tiles * mid_tiles);
   const int32_t o0 = static_cast<int32_t>(tile / mid_tiles) * Traits::kOut;

@@ -48,27 +48,27 @@ DSCONV_DEVICE int clamped(int64_t value, int most) {
   return value < 0 ? 0 : value < most ? static_cast<int>(value) : most;
 }
 
-// The first pixel of a box.
+// The first pixel of a box: its slice (pixel.cuh) and that slice's image.
 struct BoxPlace {
-  int64_t n;
+  int64_t slice, image;
   int32_t row, column;
 };
 
-DSCONV_DEVICE BoxPlace box_place(const PixelBox& box, int64_t tile) {
+DSCONV_DEVICE BoxPlace box_place(const PixelBox& box, const Geometry& g, int64_t tile) {
   const int64_t line = quotient(tile, box.tiles_w), n = quotient(line, box.tiles_h);
-  return {n * box.n, static_cast<int32_t>(line - n * box.tiles_h) * box.h,
+  return {n * box.n, slice_at(n * box.n, g.d_out).n, static_cast<int32_t>(line - n * box.tiles_h) * box.h,
           static_cast<int32_t>(tile - line * box.tiles_w) * box.w};
 }
 
 // The pixel of a slot; .n is -1 where there is none.
 DSCONV_DEVICE Pixel pixel_of_slot(const PixelBox& box, const BoxPlace& place, const Geometry& g, int slot) {
   const unsigned line = static_cast<unsigned>(slot) / static_cast<unsigned>(box.w);
-  const unsigned image = line / static_cast<unsigned>(box.h);
+  const unsigned in_box = line / static_cast<unsigned>(box.h);
   const int32_t column = place.column + slot - static_cast<int32_t>(line) * box.w;
-  const int32_t row = place.row + static_cast<int32_t>(line - image * static_cast<unsigned>(box.h));
-  const int64_t n = place.n + image;
-  const bool exists = static_cast<int32_t>(image) < box.n && n < g.n && row < g.h_out && column < g.w_out;
-  return {exists ? n : -1, row, column};
+  const int32_t row = place.row + static_cast<int32_t>(line - in_box * static_cast<unsigned>(box.h));
+  const Slice slice = slice_at(place.slice + in_box, g.d_out);
+  const bool exists = static_cast<int32_t>(in_box) < box.n && slice.n < g.n && row < g.h_out && column < g.w_out;
+  return {exists ? slice.n : -1, slice.depth, row, column};
 }
 
 // The first staged column: at or before the first tap's, and a multiple of the copied piece (nchw).
@@ -81,22 +81,27 @@ template <bool kAlongC>
 DSCONV_DEVICE void fill_spans(const PixelBox& box, const BoxPlace& place, const Geometry& g, const Strides& strides,
                               int element, Span* spans) {
   const int32_t piece = kAlongC ? 1 : box.copy_bytes / element;  // columns
-  const unsigned pieces = static_cast<unsigned>(box.in_w / piece);
+  const unsigned pieces = static_cast<unsigned>(box.in_w / piece), kernel_d = static_cast<unsigned>(g.kernel_d);
   const int32_t row0 = place.row * static_cast<int32_t>(g.stride_h) - static_cast<int32_t>(g.pad_top);
   const int32_t column0 = kAlongC ? place.column * static_cast<int32_t>(g.stride_w) - static_cast<int32_t>(g.pad_left)
                                   : first_column(box, place, g, element);
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < box.spans; i += kBlockThreads) {
-    const unsigned line = static_cast<unsigned>(i) / pieces, image = line / static_cast<unsigned>(box.in_h);
-    const int32_t r = static_cast<int32_t>(line - image * static_cast<unsigned>(box.in_h));
+    const unsigned line = static_cast<unsigned>(i) / pieces, plane = line / static_cast<unsigned>(box.in_h);
+    const int32_t r = static_cast<int32_t>(line - plane * static_cast<unsigned>(box.in_h));
     const int32_t column_in_box = static_cast<int32_t>(static_cast<unsigned>(i) - line * pieces) * piece;
     const int32_t row = row0 + r, column = column0 + column_in_box;
-    const bool exists = place.n + image < g.n && inside(row, static_cast<int32_t>(g.h_in)) &&
-                        inside(column, static_cast<int32_t>(g.w_in));
+    const unsigned in_box = kernel_d == 1 ? plane : plane / kernel_d, kd = plane - in_box * kernel_d;
+    const Slice slice = slice_at(place.slice + in_box, g.d_out);
+    const int32_t depth = slice.depth * static_cast<int32_t>(g.stride_d) - static_cast<int32_t>(g.pad_front) +
+                          static_cast<int32_t>(kd) * static_cast<int32_t>(g.dilation_d);
+    const bool exists = slice.n < g.n && inside(depth, static_cast<int32_t>(g.d_in)) &&
+                        inside(row, static_cast<int32_t>(g.h_in)) && inside(column, static_cast<int32_t>(g.w_in));
     const int bytes = exists ? clamped(int64_t{g.w_in - column} * element, box.copy_bytes) : 0;
     const int32_t target =
-        static_cast<int32_t>(image) * box.image_pitch + r * box.row_pitch + column_in_box * box.column_pitch;
-    const int64_t source = image * strides.n + row * strides.h + column * strides.w;
+        static_cast<int32_t>(plane) * box.plane_pitch + r * box.row_pitch + column_in_box * box.column_pitch;
+    const int64_t source =
+        (slice.n - place.image) * strides.n + depth * strides.d + row * strides.h + column * strides.w;
     spans[i] = {exists ? static_cast<int32_t>(source) : -1, target * 32 + bytes};
   }
 }
@@ -120,18 +125,19 @@ DSCONV_DEVICE void fill_strips(const PixelBox& box, const BoxPlace& place, const
     line = i / (2 * width) * 2 + i % 2;
     column = i / 2 % width ^ (width % 2 == 0 ? i % 2 : 0);
   }
-  const int32_t image = line / height, row = (line - image * height) * rows;
+  const int32_t slice = line / height, row = (line - slice * height) * rows;
   column *= columns;
-  const bool exists = place.n + image < g.n && place.row + row < g.h_out && place.column + column < g.w_out;
+  const bool exists = place.slice + slice < output_slices(g) && place.row + row < g.h_out && place.column + column < g.w_out;
   int32_t phase = 0;
   if (!kAlongC && box.staged) {
     phase = place.column * static_cast<int32_t>(g.stride_w) - static_cast<int32_t>(g.pad_left) -
             first_column(box, place, g, element);
   }
-  const int32_t corner = image * box.image_pitch + row * static_cast<int32_t>(g.stride_h) * box.row_pitch +
+  const int32_t plane = slice * static_cast<int32_t>(g.kernel_d);
+  const int32_t corner = plane * box.plane_pitch + row * static_cast<int32_t>(g.stride_h) * box.row_pitch +
                          (column * static_cast<int32_t>(g.stride_w) + phase) * box.column_pitch;
   const int32_t step = kAlongC ? (box.flat ? 4 : box.w) : box.strips_down ? box.w : 1;
-  strips[i] = {exists ? corner : -1, static_cast<int16_t>((image * box.h + row) * box.w + column),
+  strips[i] = {exists ? corner : -1, static_cast<int16_t>((slice * box.h + row) * box.w + column),
                static_cast<int16_t>(step)};
 }
 
@@ -231,13 +237,27 @@ DSCONV_DEVICE void stage_run(const T* source, int64_t count, int room, T* target
   }
 }
 
+// One chunk of dw_weight, [kernel_d][channel][kernel_h * kernel_w]: each kd a kernel of its own. Zeros behind c_mid.
+template <typename T>
+DSCONV_DEVICE void stage_weights(const T* dw_weight, const Geometry& g, int32_t c0, T* staged) {
+  const int32_t kernel_d = static_cast<int32_t>(g.kernel_d), plane_taps = static_cast<int32_t>(g.kernel_h * g.kernel_w);
+  const int32_t plane = kChunkChannels<T> * plane_taps, channel_taps = kernel_d * plane_taps;
+  const int64_t left = g.c_mid - c0, channels = left < kChunkChannels<T> ? left : kChunkChannels<T>;
+  const T* source = dw_weight + int64_t{c0} * channel_taps;
+  if (kernel_d == 1) return stage_run(source, channels * plane_taps, plane, staged);
+#pragma unroll 1
+  for (int i = thread_here(); i < kernel_d * plane; i += kBlockThreads) {
+    const int32_t kd = i / plane, channel = (i - kd * plane) / plane_taps, tap = i - kd * plane - channel * plane_taps;
+    staged[i] = channel < channels ? source[channel * channel_taps + kd * plane_taps + tap] : T{};
+  }
+}
+
 // One chunk of dw_weight and, behind it, of dw_bias.
 template <typename T>
 DSCONV_DEVICE void stage_taps(const DepthwiseInput<T>& in, int32_t c0, T* staged) {
-  const int32_t taps = static_cast<int32_t>(in.geom.kernel_h * in.geom.kernel_w);
   const int64_t left = in.geom.c_mid - c0, channels = left < kChunkChannels<T> ? left : kChunkChannels<T>;
-  stage_run(in.dw_weight + int64_t{c0} * taps, channels * taps, kChunkChannels<T> * taps, staged);
-  T* bias = staged + kChunkChannels<T> * taps;
+  stage_weights(in.dw_weight, in.geom, c0, staged);
+  T* bias = staged + kChunkChannels<T> * static_cast<int32_t>(tap_count(in.geom));
   if (in.dw_bias != nullptr) {
     stage_run(in.dw_bias + c0, channels, kChunkChannels<T>, bias);
   } else {
@@ -471,7 +491,7 @@ struct BoxInput {
 
   DSCONV_DEVICE void stage(int32_t c0, unsigned char* staged, unsigned char* taps) const {
     if (!box.staged) return;
-    stage_x<T, kAlongC>(box, in, in.x + place.n * in.strides.n, c0, spans(), staged);
+    stage_x<T, kAlongC>(box, in, in.x + place.image * in.strides.n, c0, spans(), staged);
     if (box.tap_bytes > 0) stage_taps(in, c0, reinterpret_cast<T*>(taps));
   }
 
@@ -495,18 +515,21 @@ struct BoxInput {
   DSCONV_DEVICE void item(Middle middle, StripPlace strip, int k, int32_t c0, const unsigned char* staged,
                           const unsigned char* taps, unsigned char* tile) const {
     float z[kItem * kUnit] = {};  // [pixel][channel]
-    const int32_t tap_count = static_cast<int32_t>(in.geom.kernel_h * in.geom.kernel_w);
+    const int32_t plane_taps = static_cast<int32_t>(in.geom.kernel_h * in.geom.kernel_w);
     if (strip.corner >= 0) {
+      const int32_t channel_taps = plane_taps * static_cast<int32_t>(in.geom.kernel_d);
       const unsigned char* x = staged + strip.corner + k * box.channel_pitch;
-      const T* weight = reinterpret_cast<const T*>(taps) + k * tap_count;
-      const T* bias = reinterpret_cast<const T*>(taps) + kChunkChannels<T> * tap_count + k;
-      int32_t unit = 1;
+      const T* weight = reinterpret_cast<const T*>(taps) + k * plane_taps;
+      const T* bias = reinterpret_cast<const T*>(taps) + kChunkChannels<T> * channel_taps + k;
+      int32_t unit = 1, weight_unit = plane_taps, weight_plane = kChunkChannels<T> * plane_taps;
       if (box.tap_bytes == 0) {
         // In place of a channel beyond the last one the last: x is zero there, and so is its part of the product.
         const int64_t last = in.geom.c_mid - 1, c = c0 + k < last ? c0 + k : last;
-        weight = in.dw_weight + c * tap_count;
+        weight = in.dw_weight + c * channel_taps;
         bias = in.dw_bias != nullptr ? in.dw_bias + c : nullptr;
         unit = c < last ? 1 : 0;
+        weight_unit = unit * channel_taps;
+        weight_plane = plane_taps;
       }
       if (bias != nullptr) {
 #pragma unroll
@@ -516,24 +539,28 @@ struct BoxInput {
           for (int i = 0; i < kItem; ++i) z[i * kUnit + u] = value;
         }
       }
-      switch (box.kernel) {
-        case BoxKernel::k3s1:
-          unrolled_item<T, kAlongC, kUnit, 3, 1>(x, box.row_pitch, weight, z);
-          break;
-        case BoxKernel::k3s2:
-          unrolled_item<T, kAlongC, kUnit, 3, 2>(x, box.row_pitch, weight, z);
-          break;
-        case BoxKernel::k5s1:
-          unrolled_item<T, kAlongC, kUnit, 5, 1>(x, box.row_pitch, weight, z);
-          break;
-        case BoxKernel::k5s2:
-          unrolled_item<T, kAlongC, kUnit, 5, 2>(x, box.row_pitch, weight, z);
-          break;
-        case BoxKernel::looped:
-          looped_item<T, kUnit, kItem / 4>(x, run_pitch(), weight, unit * tap_count, strip_steps(box, in.geom), z);
-          break;
-        default:
-          unstaged_item(strip, c0 + k, z);
+      const int32_t planes = box.staged ? static_cast<int32_t>(in.geom.kernel_d) : 1;
+#pragma unroll 1
+      for (int32_t kd = 0; kd < planes; ++kd, x += box.plane_pitch, weight += weight_plane) {
+        switch (box.kernel) {
+          case BoxKernel::k3s1:
+            unrolled_item<T, kAlongC, kUnit, 3, 1>(x, box.row_pitch, weight, z);
+            break;
+          case BoxKernel::k3s2:
+            unrolled_item<T, kAlongC, kUnit, 3, 2>(x, box.row_pitch, weight, z);
+            break;
+          case BoxKernel::k5s1:
+            unrolled_item<T, kAlongC, kUnit, 5, 1>(x, box.row_pitch, weight, z);
+            break;
+          case BoxKernel::k5s2:
+            unrolled_item<T, kAlongC, kUnit, 5, 2>(x, box.row_pitch, weight, z);
+            break;
+          case BoxKernel::looped:
+            looped_item<T, kUnit, kItem / 4>(x, run_pitch(), weight, weight_unit, strip_steps(box, in.geom), z);
+            break;
+          default:
+            unstaged_item(strip, c0 + k, z);
+        }
       }
       if (middle == Middle::value) {
         activate_all(in.act, z);
@@ -573,19 +600,22 @@ struct BoxInput {
       if (pixel.n < 0 || channel >= g.c_mid) continue;
       const Window window = window_at(pixel, g, in.strides);
       const T* x = in.x + quotient(channel, g.multiplier) * in.strides.c + window.offset;
-      const T* weight = in.dw_weight + int64_t{channel} * kernel_h * kernel_w;
+      const T* weight = in.dw_weight + channel * tap_count(g);
       float sum = 0;
+      // All rows of taps of all kd, one after the other.
 #pragma unroll 1
-      for (int32_t kh = 0; kh < kernel_h; ++kh) {
-        if (!inside(window.row + kh * static_cast<int32_t>(g.dilation_h), static_cast<int32_t>(g.h_in))) continue;
+      for (int32_t line = 0; line < static_cast<int32_t>(g.kernel_d) * kernel_h; ++line, weight += kernel_w) {
+        const int32_t kd = line / kernel_h, kh = line - kd * kernel_h;
+        const int32_t depth = kd * static_cast<int32_t>(g.dilation_d), row = kh * static_cast<int32_t>(g.dilation_h);
+        if (!inside(window.depth + depth, static_cast<int32_t>(g.d_in))) continue;
+        if (!inside(window.row + row, static_cast<int32_t>(g.h_in))) continue;
+        const T* from = x + depth * in.strides.d + row * in.strides.h;
         float row_sum = 0;
 #pragma unroll 1
         for (int32_t kw = 0; kw < kernel_w; ++kw) {
           const int32_t column = kw * static_cast<int32_t>(g.dilation_w);
           if (!inside(window.col + column, static_cast<int32_t>(g.w_in))) continue;
-          const T tap = weight[kh * kernel_w + kw];
-          row_sum = fused_multiply_add(to_acc(x[kh * g.dilation_h * in.strides.h + column * in.strides.w]), to_acc(tap),
-                                       row_sum);
+          row_sum = fused_multiply_add(to_acc(from[column * in.strides.w]), to_acc(weight[kw]), row_sum);
         }
         sum += row_sum;
       }

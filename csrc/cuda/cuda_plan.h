@@ -30,27 +30,30 @@ constexpr const char* unsupported_extent(const Geometry& g) {
            (kernel - 1) * dilation < kLimit && (out - 1) * stride < kLimit;
   };
   if (g.c_mid >= kLimit || g.c_out >= kLimit) return "the channels";
+  if (!fits(g.d_in, g.d_out, g.kernel_d, g.stride_d, g.dilation_d, g.pad_front)) return "the depth";
   if (!fits(g.h_in, g.h_out, g.kernel_h, g.stride_h, g.dilation_h, g.pad_top)) return "the height";
   if (!fits(g.w_in, g.w_out, g.kernel_w, g.stride_w, g.dilation_w, g.pad_left)) return "the width";
-  if (g.kernel_h * g.kernel_w >= kLimit) return "the taps";
+  if (g.kernel_h * g.kernel_w >= kLimit || tap_count(g) >= kLimit) return "the taps";
   return nullptr;
 }
 
-constexpr int64_t x_elements(const Geometry& g) { return g.n * g.c_in * g.h_in * g.w_in; }
+constexpr int64_t x_elements(const Geometry& g) { return input_pixels(g) * g.c_in; }
 
-// Elements of one channel of x that `pixels` output pixels in a row reach: their rows and the halo around them.
+// Elements of one channel of x that `pixels` output pixels in a row reach: their rows and the halo around them, in as
+// many slices as a kernel has.
 constexpr int64_t window_elements(const Geometry& g, int64_t pixels) {
   const auto reach = [](int64_t outputs, int64_t kernel, int64_t stride, int64_t dilation, int64_t in) {
     return smaller((outputs - 1) * stride + (kernel - 1) * dilation + 1, in);
   };
-  const int64_t image = g.h_out * g.w_out;
-  if (pixels >= image) return ceil_div(pixels, image) * g.h_in * g.w_in;
-  const int64_t rows = reach(ceil_div(pixels, g.w_out), g.kernel_h, g.stride_h, g.dilation_h, g.h_in);
+  const int64_t image = g.h_out * g.w_out, slices = smaller(g.kernel_d, g.d_in);
+  if (pixels >= image) return ceil_div(pixels, image) * slices * g.h_in * g.w_in;
+  const int64_t rows = slices * reach(ceil_div(pixels, g.w_out), g.kernel_h, g.stride_h, g.dilation_h, g.h_in);
   return rows * reach(smaller(pixels, g.w_out), g.kernel_w, g.stride_w, g.dilation_w, g.w_in);
 }
 
-constexpr Strides dense_strides(Layout layout, int64_t c, int64_t h, int64_t w) {
-  return layout == Layout::nhwc ? Strides{c * h * w, 1, c * w, c} : Strides{c * h * w, h * w, w, 1};
+constexpr Strides dense_strides(Layout layout, int64_t c, int64_t d, int64_t h, int64_t w) {
+  return layout == Layout::nhwc ? Strides{c * d * h * w, 1, c * w, c, c * h * w}
+                                : Strides{c * d * h * w, d * h * w, w, 1, h * w};
 }
 
 // ---------------------------------------------------------------------------------------------------------- forward
@@ -66,14 +69,16 @@ constexpr ForwardTile forward_tile(size_t accumulator, bool wide) {
 }
 
 constexpr int64_t kForwardBlocks = 2;  // that share a multiprocessor, by their registers
+constexpr size_t kPixelWindowBytes = 24;       // of a pixel, pixel.cuh
 constexpr int forward_depth(size_t accumulator) { return 128 / static_cast<int>(accumulator); }
 
-// act(z), pw_weight with 16 bytes behind each row, windows of 16 bytes: forward.cuh.
+// act(z), pw_weight with 16 bytes behind each row, windows: forward.cuh.
 constexpr size_t forward_shared_bytes(size_t element, size_t accumulator, bool wide) {
   const ForwardTile tile = forward_tile(accumulator, wide);
   const size_t depth = static_cast<size_t>(forward_depth(accumulator));
   return accumulator * depth * static_cast<size_t>(tile.pixels + 4) +
-         static_cast<size_t>(tile.channels) * (element * depth + 16) + 16 * static_cast<size_t>(tile.pixels);
+         static_cast<size_t>(tile.channels) * (element * depth + 16) +
+         kPixelWindowBytes * static_cast<size_t>(tile.pixels);
 }
 
 struct ForwardPlan {
@@ -88,7 +93,7 @@ struct ForwardPlan {
 constexpr ForwardPlan forward_plan_of(const ForwardParams& p, bool wide) {
   const Geometry& g = p.geom;
   const ForwardTile tile = forward_tile(accumulator_bytes(p.dtype), wide);
-  const int64_t pixel_tiles = ceil_div(g.n * g.h_out * g.w_out, tile.pixels);
+  const int64_t pixel_tiles = ceil_div(output_pixels(g), tile.pixels);
   const int64_t channel_tiles = ceil_div(g.c_out, tile.channels);
   return {unrolled_kernel(g), wide, pixel_tiles, channel_tiles, pixel_tiles * channel_tiles, false, {}};
 }
@@ -108,8 +113,8 @@ inline KernelCost forward_cost(const ForwardParams& p, const ForwardPlan& plan, 
   const size_t element = element_bytes(p.dtype), accumulator = accumulator_bytes(p.dtype);
   const int64_t bytes = static_cast<int64_t>(element), depth = forward_depth(accumulator);
   const ForwardTile tile = forward_tile(accumulator, plan.wide);
-  const int64_t mid = ceil_div(g.c_mid, depth) * depth, taps = g.kernel_h * g.kernel_w;
-  const int64_t weights = g.c_mid * (g.c_out + taps), y = g.n * g.c_out * g.h_out * g.w_out;
+  const int64_t mid = ceil_div(g.c_mid, depth) * depth, taps = tap_count(g);
+  const int64_t weights = g.c_mid * (g.c_out + taps), y = output_pixels(g) * g.c_out;
   KernelCost cost;
   cost.blocks = plan.blocks;
   cost.threads = kBlockThreads;
@@ -226,17 +231,17 @@ constexpr size_t du_shared_bytes(size_t element, size_t accumulator) {
   const size_t pixels = static_cast<size_t>(t.du_pixels);
   const size_t chunks = element * depth * channels + accumulator * pixels * (depth + 4);
   const size_t middle = accumulator * pixels * (channels + 4);
-  return (chunks > middle ? chunks : middle) + 32 * pixels;
+  return (chunks > middle ? chunks : middle) + (kPixelWindowBytes + 16) * pixels;
 }
 constexpr size_t pointwise_sum_shared_bytes(size_t accumulator) {
   const PointwiseTiles t = pointwise_tiles(accumulator);
   const size_t depth = static_cast<size_t>(t.depth);
   return accumulator *
              (depth * static_cast<size_t>(t.weight_out + 4) + static_cast<size_t>(t.weight_mid) * (depth + 4)) +
-         32 * depth;
+         (kPixelWindowBytes + 16) * depth;
 }
 
-constexpr int kTapGroup = 8;            // taps a block of grad_dw_weight sums where they are not unrolled
+constexpr int kTapGroup = 8;            // taps a block of grad_dw_weight sums where those of a kd are not unrolled
 constexpr int kDepthwiseChannels = 32;  // channels of such a block where x is unit-strided along c, else 1
 constexpr int64_t kMinSplitPixels = 128;
 
@@ -283,7 +288,7 @@ inline BackwardPlan plan_backward(const BackwardParams& p, const DeviceLimits& d
   const Geometry& g = p.geom;
   const size_t element = element_bytes(p.dtype), accumulator = accumulator_bytes(p.dtype);
   const PointwiseTiles tiles = pointwise_tiles(accumulator);
-  const int64_t pixel_count = g.n * g.h_out * g.w_out, taps = g.kernel_h * g.kernel_w;
+  const int64_t pixel_count = output_pixels(g), taps = tap_count(g);
 
   BackwardPlan plan{};
   plan.kernel = unrolled_kernel(g);
@@ -292,7 +297,7 @@ inline BackwardPlan plan_backward(const BackwardParams& p, const DeviceLimits& d
   plan.du = plan.dw_sums || p.grad_x != nullptr;
 
   plan.du_layout = p.x_layout;
-  plan.du_strides = dense_strides(plan.du_layout, g.c_mid, g.h_out, g.w_out);
+  plan.du_strides = dense_strides(plan.du_layout, g.c_mid, g.d_out, g.h_out, g.w_out);
   plan.du_pixel_tiles = ceil_div(pixel_count, tiles.du_pixels);
   plan.du_channel_tiles = ceil_div(g.c_mid, tiles.du_channels);
   plan.du_blocks = plan.du_pixel_tiles * plan.du_channel_tiles;
@@ -317,10 +322,11 @@ inline BackwardPlan plan_backward(const BackwardParams& p, const DeviceLimits& d
     plan.pw_blocks = plan.pw_split.count * plan.pw_out_tiles * plan.pw_mid_tiles;
   }
 
-  plan.grad_x_blocks = ceil_div(g.n * g.c_in * g.h_in * g.w_in, kBlockThreads);
+  plan.grad_x_blocks = ceil_div(x_elements(g), kBlockThreads);
 
   plan.dw_channel_tiles = ceil_div(g.c_mid, p.x_layout == Layout::nhwc ? kDepthwiseChannels : 1);
-  plan.dw_tap_groups = plan.kernel != 0 || p.grad_dw_weight == nullptr ? 1 : ceil_div(taps, kTapGroup);
+  const int64_t taps_of_group = plan.kernel != 0 ? g.kernel_h * g.kernel_w : kTapGroup;
+  plan.dw_tap_groups = p.grad_dw_weight == nullptr ? 1 : ceil_div(taps, taps_of_group);
   plan.dw_split = split_pixels(pixel_count, plan.dw_channel_tiles * plan.dw_tap_groups, 8, device);
   plan.dw_blocks = plan.dw_split.count * plan.dw_channel_tiles * plan.dw_tap_groups;
   plan.tiles = plan_depthwise_tiles(p, plan.du_strides, plan.dw_sums, device);

@@ -13,7 +13,7 @@ ForwardParams forward_params(const PlanQuery& query) {
   p.geom = geometry_of(query);
   p.dtype = dtype_of(query);
   p.x_layout = p.y_layout = layout_of(query);
-  p.x_strides = dense_strides(p.x_layout, p.geom.c_in, p.geom.h_in, p.geom.w_in);
+  p.x_strides = dense_strides(p.x_layout, p.geom.c_in, p.geom.d_in, p.geom.h_in, p.geom.w_in);
   p.act = middle_of(query);
   return p;
 }

@@ -25,13 +25,13 @@ struct Bytes {
 };
 
 constexpr Bytes bytes_of(const Geometry& g, DType dtype) {
-  const int64_t element = static_cast<int64_t>(element_bytes(dtype)), pixels = g.n * g.h_out * g.w_out;
+  const int64_t element = static_cast<int64_t>(element_bytes(dtype)), pixels = output_pixels(g);
   return {element,
           static_cast<int64_t>(accumulator_bytes(dtype)),
           x_elements(g) * element,
           pixels * g.c_mid * element,
           pixels * g.c_out * element,
-          g.c_mid * g.kernel_h * g.kernel_w * element,
+          g.c_mid * tap_count(g) * element,
           g.c_mid * g.c_out * element};
 }
 
@@ -63,7 +63,7 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
   const Geometry& g = p.geom;
   const Bytes bytes = bytes_of(g, p.dtype);
   const PointwiseTiles tiles = pointwise_tiles(static_cast<size_t>(bytes.accumulator));
-  const int64_t taps = g.kernel_h * g.kernel_w, pixels = g.n * g.h_out * g.w_out;
+  const int64_t taps = tap_count(g), pixels = output_pixels(g);
   const double rate = p.dtype == DType::f64 ? device.fma_f64 : device.fma_f32;
   const bool bent = p.act != Activation::identity;
   const auto depth_padded = [&](int64_t extent) { return ceil_div(extent, tiles.depth) * tiles.depth; };
@@ -176,11 +176,11 @@ constexpr Schedule unfused_forward(const ForwardParams& p, const DeviceLimits& d
   const schedule_detail::Bytes bytes = schedule_detail::bytes_of(g, p.dtype);
   const double fma = p.dtype == DType::f64 ? device.fma_f64 : device.fma_f32;
   const bool half = p.dtype == DType::f16 || p.dtype == DType::bf16;
-  const double pixels = static_cast<double>(g.n * g.h_out * g.w_out);
+  const double pixels = static_cast<double>(output_pixels(g));
   // As many blocks as there are multiprocessors: perfectly spread.
   KernelCost depthwise = schedule_detail::plain_kernel("depthwise", device.multiprocessors);
   depthwise.rate = fma;
-  depthwise.multiply_adds = pixels * static_cast<double>(g.c_mid * g.kernel_h * g.kernel_w);
+  depthwise.multiply_adds = pixels * static_cast<double>(g.c_mid * tap_count(g));
   depthwise.dram_bytes = depthwise.l2_bytes = bytes.x + bytes.dw_weight + bytes.z;
   KernelCost pointwise = schedule_detail::plain_kernel("pointwise", device.multiprocessors);
   pointwise.rate = half && device.mma_f16 > fma ? device.mma_f16 : fma;

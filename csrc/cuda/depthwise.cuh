@@ -1,7 +1,9 @@
 // The depthwise stage as a part of a block: z of a tile of channels x pixels, computed from x, put into shared memory.
 //
-//   z[c][q] = dw_bias[c] + sum over taps (kh, kw) of dw_weight[c][kh][kw] * x[n, c / multiplier, row, col]
-//       row = oh * stride_h - pad_top + kh * dilation_h,   col likewise; a tap outside x adds nothing
+//   z[c][q] = dw_bias[c] + sum over taps (kd, kh, kw) of dw_weight[c][kd][kh][kw] * x[n, c / multiplier, d, row, col]
+//       row = oh * stride_h - pad_top + kh * dilation_h,   d and col likewise; a tap outside x adds nothing
+//
+// In 2-D there is one slice, and one kd. In 3-D the taps of each kd are a kernel of their own, on another slice of x.
 //
 // Thread ownership: an item is one channel x 4 pixels, so that a tap's weight is loaded once for 4 multiply-adds.
 //
@@ -21,8 +23,8 @@ namespace dsconv {
 
 template <typename T>
 struct DepthwiseInput {
-  const T* x;          // [n, c_in, h_in, w_in], x_strides
-  const T* dw_weight;  // [c_mid, kernel_h, kernel_w]
+  const T* x;          // [n, c_in, d_in, h_in, w_in], x_strides
+  const T* dw_weight;  // [c_mid, kernel_d, kernel_h, kernel_w]
   const T* dw_bias;    // [c_mid] or null
   const Geometry& geom;
   const Strides& strides;
@@ -44,7 +46,7 @@ DSCONV_DEVICE DepthwiseInput<T> depthwise_input(const Params& p) {
 
 constexpr int kStrip = 4;  // pixels of one item
 
-// Adds one channel's taps at kStrip windows to z, each row of taps summed apart: rounding errors grow with the length
+// Adds one channel's taps of one kd at kStrip windows to z, each row of taps summed apart: rounding errors grow with the length
 // of a chain of additions, and a kernel may have hundreds of taps. kKernel is the extent of a square kernel, 0 for any
 // other.
 template <int kKernel, typename T>
@@ -89,7 +91,8 @@ DSCONV_DEVICE void depthwise_tile(const DepthwiseInput<T>& in, Middle middle, in
   static_assert(kPixels % kStrip == 0 && kItems % kThreads == 0, "every thread has the same number of items");
   const bool along_w = in.layout == Layout::nchw;
   const int32_t c_mid = static_cast<int32_t>(in.geom.c_mid), multiplier = static_cast<int32_t>(in.geom.multiplier);
-  const int64_t taps = in.geom.kernel_h * in.geom.kernel_w;
+  const int64_t plane_taps = in.geom.kernel_h * in.geom.kernel_w, taps = tap_count(in.geom);
+  const int32_t kernel_d = static_cast<int32_t>(in.geom.kernel_d), d_in = static_cast<int32_t>(in.geom.d_in);
 #pragma unroll 1
   for (int item = static_cast<int>(threadIdx.x); item < kItems; item += kThreads) {
     const int channel = along_w ? item / kStrips : item % kChannels;
@@ -98,15 +101,22 @@ DSCONV_DEVICE void depthwise_tile(const DepthwiseInput<T>& in, Middle middle, in
     const int32_t c = c0 + channel;
     acc_t<T> z[kStrip] = {};
     if (c < c_mid) {
-      Window strip[kStrip];
       const acc_t<T> bias = in.dw_bias != nullptr ? to_acc(in.dw_bias[c]) : acc_t<T>(0);
 #pragma unroll
-      for (int i = 0; i < kStrip; ++i) {
-        strip[i] = windows[first + i * step];
-        z[i] = bias;
-      }
+      for (int i = 0; i < kStrip; ++i) z[i] = bias;
       const T* x = in.x + (multiplier == 1 ? c : c / multiplier) * in.strides.c;
-      accumulate_taps<kKernel>(x, in.dw_weight + c * taps, strip, in.geom, in.strides, z);
+      const T* weight = in.dw_weight + c * taps;
+#pragma unroll 1
+      for (int32_t kd = 0; kd < kernel_d; ++kd, weight += plane_taps) {
+        const int32_t step_d = kd * static_cast<int32_t>(in.geom.dilation_d);
+        Window strip[kStrip];
+#pragma unroll
+        for (int i = 0; i < kStrip; ++i) {
+          strip[i] = windows[first + i * step];
+          if (!inside(strip[i].depth + step_d, d_in)) strip[i].row = static_cast<int32_t>(in.geom.h_in);
+        }
+        accumulate_taps<kKernel>(x + step_d * in.strides.d, weight, strip, in.geom, in.strides, z);
+      }
 #pragma unroll
       for (int i = 0; i < kStrip; ++i) {
         z[i] = middle == Middle::value ? activate(in.act, z[i]) : activation_derivative(in.act, z[i]);

@@ -3,7 +3,7 @@
 //
 // grad_x is a depthwise convolution of du. At stride s the s x s pixels of x from (s i - phase, s j - phase) on, phase
 // being the padding modulo s, form a cell (i, j): all that they take of du is what a kernel of ceil((k - 1) / s) + 1
-// taps at stride 1 reaches around (i, j). A box is one of cells.
+// taps at stride 1 reaches around (i, j). In 3-D a cell has a depth likewise. A box is one of cells.
 #pragma once
 
 #include "../params.h"
@@ -44,6 +44,8 @@ inline Geometry cells_of(const Geometry& g) {
     cells_stride = 1;
     cells_pad = (cells_kernel - 1) * dilation - pad / stride;
   };
+  axis(g.d_in, g.d_out, g.kernel_d, g.stride_d, g.pad_front, g.dilation_d, cells.d_in, cells.d_out, cells.kernel_d,
+       cells.stride_d, cells.pad_front);
   axis(g.h_in, g.h_out, g.kernel_h, g.stride_h, g.pad_top, g.dilation_h, cells.h_in, cells.h_out, cells.kernel_h,
        cells.stride_h, cells.pad_top);
   axis(g.w_in, g.w_out, g.kernel_w, g.stride_w, g.pad_left, g.dilation_w, cells.w_in, cells.w_out, cells.kernel_w,
@@ -52,13 +54,15 @@ inline Geometry cells_of(const Geometry& g) {
   return cells;
 }
 
-// Square kernels of 3 and 5 keep a partial sum a tap in registers at stride 1 and 2; others one a warp in shared
-// memory.
-constexpr int unrolled_sums(const Geometry& g) {
+// 3 or 5 for square kernels of that extent at stride 1 or 2, with or without a depth: their taps of a kd are unrolled.
+constexpr int unrolled_plane(const Geometry& g) {
   const bool unrolled = g.kernel_h == g.kernel_w && g.stride_h == g.stride_w && g.stride_h <= 2 && g.dilation_h == 1 &&
                         g.dilation_w == 1 && (g.kernel_h == 3 || g.kernel_h == 5);
   return unrolled ? static_cast<int>(g.kernel_h) : 0;
 }
+
+// Those without a depth keep a partial sum a tap in registers; others one a warp in shared memory.
+constexpr int unrolled_sums(const Geometry& g) { return g.kernel_d == 1 ? unrolled_plane(g) : 0; }
 
 inline DepthwiseTilesPlan plan_depthwise_tiles(const BackwardParams& p, const Strides& du_strides, bool sums,
                                                const DeviceLimits& device) {
@@ -66,7 +70,7 @@ inline DepthwiseTilesPlan plan_depthwise_tiles(const BackwardParams& p, const St
   DepthwiseTilesPlan plan{};
   if (p.dtype == DType::f64 || p.x_layout != Layout::nhwc) return plan;
   const int64_t element = p.dtype == DType::f32 ? 4 : 2, channels = kChunkBytes / element;
-  const int64_t taps = g.kernel_h * g.kernel_w;
+  const int64_t taps = tap_count(g);
   if (taps > kMostStagedTaps) return plan;
   plan.chunks = static_cast<int32_t>(box_ceil_div(g.c_mid, channels));
   // Two blocks share a multiprocessor.
@@ -88,7 +92,8 @@ inline DepthwiseTilesPlan plan_depthwise_tiles(const BackwardParams& p, const St
     return s;
   };
   if (p.grad_x != nullptr && p.grad_x_layout == Layout::nhwc && g.multiplier == 1 &&
-      (g.stride_h == 1 || g.dilation_h == 1) && (g.stride_w == 1 || g.dilation_w == 1)) {
+      (g.stride_d == 1 || g.dilation_d == 1) && (g.stride_h == 1 || g.dilation_h == 1) &&
+      (g.stride_w == 1 || g.dilation_w == 1)) {
     plan.cells = cells_of(g);
     plan.cell_box = plan_box(plan.cells, {nullptr, du_strides, Layout::nhwc, element}, kTilePixels, most / 2);
     plan.cell_shared = shared_of(plan.cell_box, 0);

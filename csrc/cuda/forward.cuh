@@ -22,7 +22,7 @@
 //                                         wide     narrow    wide     narrow    wide     narrow
 //   act(z) [kDepth][kPixels + 4]          8704     16896     8704     16896     8704     16896
 //   pw_weight [kChannels][kDepth + 16 B]  18432    4608      10240    2560      9216     4608
-//   windows [kPixels]                     1024     2048      1024     2048      1024     2048
+//   windows [kPixels]                     1536     3072      1536     3072      1536     3072
 //
 // Global traffic: x once a channel tile (taps hit L1), pw_weight once a pixel tile, y once.
 // Preconditions: x has unit stride along w or c, y too; extents and kernel reach below 2^29 (cuda_plan.h checks);
@@ -65,7 +65,7 @@ DSCONV_DEVICE void forward_epilogue(const ForwardParams& p, const typename Trait
   using T = typename Traits::T;
   using Acc = typename Traits::Acc;
   const Geometry& g = p.geom;
-  const int64_t pixel_count = g.n * g.h_out * g.w_out;
+  const int64_t pixel_count = output_pixels(g);
   const int64_t q = q0 + own.m;
   if (q >= pixel_count) return;
   const int count = pixel_count - q < 4 ? static_cast<int>(pixel_count - q) : 4;
@@ -75,7 +75,7 @@ DSCONV_DEVICE void forward_epilogue(const ForwardParams& p, const typename Trait
 
   // y is dense: the pixels of one image follow each other at stride w, and four that start on a multiple of four stay
   // in one image where its size is one.
-  const int64_t image = g.h_out * g.w_out;
+  const int64_t image = g.d_out * g.h_out * g.w_out;
   const bool together = image % 4 == 0;
   const bool vector = together && p.y_layout == Layout::nchw && is_aligned(y, sizeof(Vec<T, 4>)) &&
                       (pre == nullptr || is_aligned(pre, sizeof(Vec<T, 4>)));
@@ -83,7 +83,7 @@ DSCONV_DEVICE void forward_epilogue(const ForwardParams& p, const typename Trait
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (i == 0 || !together) {
-      offset[i] = i < count ? pixel_offset(pixel_at(q + i, g.h_out, g.w_out), p.y_strides) : 0;
+      offset[i] = i < count ? pixel_offset(output_pixel_at(q + i, g), p.y_strides) : 0;
     } else {
       offset[i] = offset[0] + i * p.y_strides.w;
     }
@@ -134,7 +134,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(Traits::kThreads, kForwardBlocks)
   const int32_t o0 = static_cast<int32_t>(blockIdx.x % channel_tiles) * Traits::kChannels;
   const int32_t c_mid = static_cast<int32_t>(g.c_mid);
   const int thread = static_cast<int>(threadIdx.x);
-  if (thread < Traits::kPixels) windows[thread] = window_at(q0 + thread, g.n * g.h_out * g.w_out, g, p.x_strides);
+  if (thread < Traits::kPixels) windows[thread] = window_at(q0 + thread, output_pixels(g), g, p.x_strides);
   __syncthreads();
 
   const DepthwiseInput<T> in = depthwise_input<T>(p);

@@ -56,7 +56,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) forward_mma_kernel(ForwardPar
   unsigned char* taps = shared + plan.shared.taps;
   const Geometry& g = p.geom;
   const PixelBox& box = plan.box;
-  const BoxPlace place = box_place(box, blockIdx.x / static_cast<unsigned>(plan.groups));
+  const BoxPlace place = box_place(box, g, blockIdx.x / static_cast<unsigned>(plan.groups));
   const int32_t group = static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(plan.groups));
   const DepthwiseInput<T> in = depthwise_input<T>(p);
   const Input input{box, in, place, shared, plan.shared.tables};

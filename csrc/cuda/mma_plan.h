@@ -135,7 +135,7 @@ inline double box_wavefronts(const PixelBox& box, const Geometry& g, Layout layo
   const int64_t items =
       along_c ? box_ceil_div(used, pixels) * (kChunkBytes / 4) : slots / pixels * (kChunkBytes / element);
   return static_cast<double>(box.stage_bytes) / 128 +
-         static_cast<double>(items) / 32 * static_cast<double>(loads + pixels + 4);
+         static_cast<double>(items) / 32 * static_cast<double>(g.kernel_d * loads + pixels + 4);
 }
 
 // Of all that a block does.

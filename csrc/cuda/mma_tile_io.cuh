@@ -46,7 +46,7 @@ DSCONV_DEVICE bool slots_are_runs(const PixelBox& box, const Geometry& g, const 
   const bool even_boxes = box.h * box.w % kVec == 0 || (box.n == 1 && box.tiles_h == 1);
   const bool adjacent_rows = box.w == g.w_out && strides.h == g.w_out && even_boxes;
   return is_aligned(tensor, 16) && strides.c % kVec == 0 && (g.n == 1 || strides.n % kVec == 0) &&
-         (whole_rows || adjacent_rows);
+         (g.d_out == 1 || strides.d % kVec == 0) && (whole_rows || adjacent_rows);
 }
 
 // A warp's results: + bias, `before` the activation where it is asked for, and `after` it. Either null bias or before

@@ -102,15 +102,15 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) norm_moments_kernel(NormPass 
   const SplitRange range = split_of_block(pass);
   const int64_t c = range.channel, first = range.begin + threadIdx.x;
   const double count = static_cast<double>(range.end - range.begin);
-  const Acc shift = source_at<T>(source, c, pixel_at(range.begin, source.h, source.w));
+  const Acc shift = source_at<T>(source, c, pixel_at(range.begin, 1, source.h, source.w));
   Acc sum = 0;
   for (int64_t q = first; q < range.end; q += kBlockThreads) {
-    sum += source_at<T>(source, c, pixel_at(q, source.h, source.w)) - shift;
+    sum += source_at<T>(source, c, pixel_at(q, 1, source.h, source.w)) - shift;
   }
   const double mean = sum_of_block(static_cast<double>(sum), scratch) / count;
   Acc squares = 0;
   for (int64_t q = first; q < range.end; q += kBlockThreads) {
-    const Acc d = (source_at<T>(source, c, pixel_at(q, source.h, source.w)) - shift) - static_cast<Acc>(mean);
+    const Acc d = (source_at<T>(source, c, pixel_at(q, 1, source.h, source.w)) - shift) - static_cast<Acc>(mean);
     squares += d * d;
   }
   const double m2 = sum_of_block(static_cast<double>(squares), scratch);
@@ -130,7 +130,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) norm_sums_kernel(NormPass pas
   const ChannelNorm<Acc> norm = channel_norm<Acc>(pass, c);
   Acc sum = 0, paired = 0;
   for (int64_t q = range.begin + threadIdx.x; q < range.end; q += kBlockThreads) {
-    const Pixel p = pixel_at(q, source.h, source.w);
+    const Pixel p = pixel_at(q, 1, source.h, source.w);
     const Acc hat = norm.standardised(source_at<T>(source, c, p));
     const Acc g = gradient_at<T>(pass, c, p, norm, hat);
     sum += g;
@@ -178,10 +178,10 @@ DSCONV_DEVICE Place place_of(const NormPass& pass, int64_t i) {
   const NormSource& source = pass.source;
   if (pass.out_strides.c == 1) {
     const int64_t q = quotient(i, source.channels);
-    return {i - q * source.channels, pixel_at(q, source.h, source.w)};
+    return {i - q * source.channels, pixel_at(q, 1, source.h, source.w)};
   }
   const int64_t image = source.h * source.w, plane = quotient(i, image), n = quotient(plane, source.channels);
-  Pixel p = pixel_at(i - plane * image, source.h, source.w);
+  Pixel p = pixel_at(i - plane * image, 1, source.h, source.w);
   p.n = n;
   return {plane - n * source.channels, p};
 }

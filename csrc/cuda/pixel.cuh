@@ -1,18 +1,19 @@
-// Where an output pixel lies: the kernels number the pixels of all images in one row, q = (n * h_out + oh) * w_out +
-// ow, and cut that row into tiles, so that small maps fill a tile as well as large ones. A tile decodes its pixels once
-// into shared memory.
+// Where an output pixel lies: the kernels number the pixels of all images in one row,
+// q = ((n * d_out + od) * h_out + oh) * w_out + ow, and cut that row into tiles, so that small maps fill a tile as well
+// as large ones. A tile decodes its pixels once into shared memory. In 2-D an image is one slice, od = 0.
 #pragma once
 
 #include <cstdint>
 
 #include "../params.h"
+#include "cuda_plan.h"
 #include "portability.cuh"
 
 namespace dsconv {
 
 struct Pixel {
   int64_t n;
-  int32_t row, col;
+  int32_t depth, row, col;
 };
 
 // Quotient of two values >= 0: 32-bit division where both fit, several times cheaper on a GPU.
@@ -21,31 +22,50 @@ DSCONV_HOST_DEVICE int64_t quotient(int64_t a, int64_t b) {
   return a / b;
 }
 
-DSCONV_HOST_DEVICE Pixel pixel_at(int64_t q, int64_t height, int64_t width) {
-  const int64_t line = quotient(q, width);
-  const int64_t n = quotient(line, height);
-  return {n, static_cast<int32_t>(line - n * height), static_cast<int32_t>(q - line * width)};
+// A slice of all images: which image, and which of its slices.
+struct Slice {
+  int64_t n;
+  int32_t depth;
+};
+
+DSCONV_HOST_DEVICE Slice slice_at(int64_t slice, int64_t depth) {
+  if (depth == 1) return {slice, 0};
+  const int64_t n = quotient(slice, depth);
+  return {n, static_cast<int32_t>(slice - n * depth)};
 }
 
-// The receptive field of one output pixel: its top left corner in x, which may lie in the padding.
-struct alignas(16) Window {
-  int64_t offset;    // elements from x's first channel to the corner; outside x where the corner is
-  int32_t row, col;  // of the corner; row = h_in for a pixel that is not there, so that no tap is inside
+DSCONV_HOST_DEVICE Pixel pixel_at(int64_t q, int64_t depth, int64_t height, int64_t width) {
+  const int64_t line = quotient(q, width);
+  const int64_t slice = quotient(line, height);
+  const Slice at = slice_at(slice, depth);
+  return {at.n, at.depth, static_cast<int32_t>(line - slice * height), static_cast<int32_t>(q - line * width)};
+}
+
+DSCONV_HOST_DEVICE Pixel output_pixel_at(int64_t q, const Geometry& g) {
+  return pixel_at(q, g.d_out, g.h_out, g.w_out);
+}
+
+// The receptive field of one output pixel: its front top left corner in x, which may lie in the padding.
+struct Window {
+  int64_t offset;           // elements from x's first channel to the corner; outside x where the corner is
+  int32_t row, col, depth;  // of the corner; row = h_in for a pixel that is not there, so that no tap is inside
 };
+static_assert(sizeof(Window) == kPixelWindowBytes, "what the planner counts with");
 
 DSCONV_DEVICE Window window_at(const Pixel& p, const Geometry& g, const Strides& x_strides) {
   const int64_t row = p.row * g.stride_h - g.pad_top, col = p.col * g.stride_w - g.pad_left;
-  return {p.n * x_strides.n + row * x_strides.h + col * x_strides.w, static_cast<int32_t>(row),
-          static_cast<int32_t>(col)};
+  const int64_t depth = p.depth * g.stride_d - g.pad_front;
+  return {p.n * x_strides.n + depth * x_strides.d + row * x_strides.h + col * x_strides.w, static_cast<int32_t>(row),
+          static_cast<int32_t>(col), static_cast<int32_t>(depth)};
 }
 
 DSCONV_DEVICE Window window_at(int64_t q, int64_t pixel_count, const Geometry& g, const Strides& x_strides) {
-  if (q >= pixel_count) return {0, static_cast<int32_t>(g.h_in), 0};
-  return window_at(pixel_at(q, g.h_out, g.w_out), g, x_strides);
+  if (q >= pixel_count) return {0, static_cast<int32_t>(g.h_in), 0, 0};
+  return window_at(output_pixel_at(q, g), g, x_strides);
 }
 
 DSCONV_HOST_DEVICE int64_t pixel_offset(const Pixel& p, const Strides& s) {
-  return p.n * s.n + p.row * s.h + p.col * s.w;
+  return p.n * s.n + p.depth * s.d + p.row * s.h + p.col * s.w;
 }
 
 DSCONV_HOST_DEVICE bool inside(int32_t at, int32_t extent) {

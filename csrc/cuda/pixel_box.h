@@ -1,13 +1,15 @@
 // Boxes of output pixels, and the part of x that a box reads, staged in shared memory a chunk of channels at a time:
 // the planning of it, plain host C++. box_input.cuh does it.
 //
-//   a box: n images x h rows x w columns                 what it reads of x, the halo once:
+//   a box: n slices x h rows x w columns                 what it reads of x, the halo once:
 //
 //          w                                                in_w = (w - 1) * stride_w + (kernel_w - 1) * dilation_w + 1
 //      +-------+                                          +---------------+
-//    h | slots |   numbered image, row, column            |               |  in_h likewise; zeros where it leaves the
+//    h | slots |   numbered slice, row, column            |               |  in_h likewise; zeros where it leaves the
 //      +-------+   w fastest                              |               |  image
 //                                                         +---------------+
+//
+// In 2-D a slice is an image. In 3-D each slice of outputs has kernel_d planes of x staged, one behind the other.
 //
 // A chunk is kChunkBytes of channels. In shared memory x lies as in global memory, with pitches of its own: channels of
 // a pixel together (nhwc), or columns of a row together (nchw); there the staged columns start at a multiple of the
@@ -34,15 +36,15 @@ enum class BoxKernel : int32_t { unstaged, looped, k3s1, k3s2, k5s1, k5s2 };
 
 struct PixelBox {
   BoxKernel kernel;
-  int32_t n, h, w;   // n * h * w slots; pixels beyond the image are slots that nobody stores
+  int32_t n, h, w;   // n * h * w slots; pixels beyond the slice are slots that nobody stores
   bool strips_down;  // nchw: a strip is kStripPixels rows of a column (h a multiple), else columns
   bool flat;         // nhwc: patches of one row (w a multiple of 8), else h is even and w a multiple of 4
   int64_t tiles_h, tiles_w, tiles;  // boxes, columns of boxes fastest
 
   bool staged;                                                  // else taps are read from global memory
-  int32_t in_h, in_w;                                           // rows, columns staged, an image
+  int32_t in_h, in_w;                                           // rows, columns staged, a plane
   int32_t copy_bytes;                                           // of one copy; the size of an element: one by one
-  int32_t column_pitch, row_pitch, image_pitch, channel_pitch;  // bytes
+  int32_t column_pitch, row_pitch, plane_pitch, channel_pitch;  // bytes
   int32_t spans;                                                // pixels (nhwc) or pieces of rows (nchw) staged
   int32_t stage_bytes;                                          // of one chunk of x
   int32_t tap_bytes;                                            // of one chunk of dw_weight and dw_bias; 0: not staged
@@ -72,6 +74,7 @@ inline int32_t box_copy_bytes(const Geometry& g, const BoxSource& s) {
       return extent == 1 || stride * s.element % bytes == 0;
     };
     return reinterpret_cast<uintptr_t>(s.x) % static_cast<uintptr_t>(bytes) == 0 && multiple(g.n, s.strides.n) &&
+           multiple(g.d_in, s.strides.d) &&
            multiple(g.h_in, s.strides.h) &&
            (s.layout == Layout::nhwc ? multiple(g.w_in, s.strides.w) : multiple(g.c_in, s.strides.c));
   };
@@ -86,30 +89,32 @@ inline int32_t box_copy_bytes(const Geometry& g, const BoxSource& s) {
 inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int32_t copy_bytes, int64_t most_bytes) {
   box.tiles_h = box_ceil_div(g.h_out, box.h);
   box.tiles_w = box_ceil_div(g.w_out, box.w);
-  box.tiles = box_ceil_div(g.n, box.n) * box.tiles_h * box.tiles_w;
+  box.tiles = box_ceil_div(output_slices(g), box.n) * box.tiles_h * box.tiles_w;
   const int64_t in_h = (box.h - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
   int64_t in_w = (box.w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
+  const int64_t planes = box.n * g.kernel_d;
   int64_t column = kChunkBytes, row = 0, channel = s.element, spans = 0, bytes = 0;
   if (s.layout == Layout::nhwc) {
     row = in_w * kChunkBytes;
     // Neighbouring half warps read two output rows further on: from the other half of the banks.
     while (row < 4 * most_bytes && g.stride_h % 4 != 0 && 2 * g.stride_h * row % 128 != 64) row += 16;
-    spans = box.n * in_h * in_w;
-    bytes = box.n * in_h * row;
+    spans = planes * in_h * in_w;
+    bytes = planes * in_h * row;
   } else {
     column = s.element;
     const int64_t piece = copy_bytes / s.element;
     in_w = box_round_up(in_w + piece - 1, piece);
     row = in_w * s.element;
-    channel = box_round_up(box.n * in_h * row, 16);
-    spans = box.n * in_h * (in_w / piece);
+    channel = box_round_up(planes * in_h * row, 16);
+    spans = planes * in_h * (in_w / piece);
     bytes = channel * (kChunkBytes / s.element);
   }
   constexpr int64_t kLimit = int64_t{1} << 31;
   const auto reach = [](int64_t extent, int64_t stride) { return (extent - 1) * stride; };
-  const bool offsets_fit = reach(box.n, s.strides.n) + reach(g.h_in, s.strides.h) + reach(g.w_in, s.strides.w) < kLimit;
+  const int64_t images = box_ceil_div(box.n - 1, g.d_out) + 1;  // that the box has slices of, at most
+  const bool offsets_fit = reach(images, s.strides.n) + reach(g.d_in, s.strides.d) + reach(g.h_in, s.strides.h) + reach(g.w_in, s.strides.w) < kLimit;
   box.staged = offsets_fit && bytes <= most_bytes && spans * 8 <= most_bytes;
-  const int64_t taps = g.kernel_h * g.kernel_w;
+  const int64_t taps = tap_count(g);
   box.tap_bytes = box.staged && taps <= kMostStagedTaps ? static_cast<int32_t>(kChunkBytes * (taps + 1)) : 0;
   box.kernel = box.staged ? BoxKernel::looped : BoxKernel::unstaged;
   if (!box.staged) return;
@@ -126,19 +131,20 @@ inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int
   box.in_w = static_cast<int32_t>(in_w);
   box.column_pitch = static_cast<int32_t>(column);
   box.row_pitch = static_cast<int32_t>(row);
-  box.image_pitch = static_cast<int32_t>(in_h * row);
+  box.plane_pitch = static_cast<int32_t>(in_h * row);
   box.channel_pitch = static_cast<int32_t>(channel);
   box.spans = static_cast<int32_t>(spans);
   box.stage_bytes = static_cast<int32_t>(box_round_up(bytes, 16));
 }
 
-// Elements of one channel of x that a box reads: its rows and the halo around them, inside the image.
+// Elements of one channel of x that a box reads: its rows and the halo around them, inside the image; each plane as
+// often as it is staged.
 constexpr int64_t box_elements(const PixelBox& box, const Geometry& g) {
   const auto reach = [](int64_t outputs, int64_t kernel, int64_t stride, int64_t dilation, int64_t in) {
     const int64_t wanted = (outputs - 1) * stride + (kernel - 1) * dilation + 1;
     return wanted < in ? wanted : in;
   };
-  return box.n * reach(box.h, g.kernel_h, g.stride_h, g.dilation_h, g.h_in) *
+  return box.n * (g.kernel_d < g.d_in ? g.kernel_d : g.d_in) * reach(box.h, g.kernel_h, g.stride_h, g.dilation_h, g.h_in) *
          reach(box.w, g.kernel_w, g.stride_w, g.dilation_w, g.w_in);
 }
 
@@ -156,7 +162,7 @@ inline PixelBox plan_box(const Geometry& g, const BoxSource& s, int64_t slots, i
     box.strips_down = down;
     box.flat = flat;
     const bool whole = h >= g.h_out && w >= g.w_out;
-    const int64_t most = smaller(g.n > 0 ? g.n : 1, slots / (h * w));
+    const int64_t most = smaller(output_slices(g) > 0 ? output_slices(g) : 1, slots / (h * w));
     for (int64_t n = whole ? most : 1; n > 0; n = n / 2) {
       box.n = static_cast<int32_t>(n);
       finish_box(box, g, s, copy_bytes, most_bytes);

@@ -41,14 +41,14 @@ struct alignas(16) OutputOffsets {
 
 DSCONV_DEVICE OutputOffsets output_offsets_at(int64_t q, int64_t pixel_count, const BackwardParams& p) {
   if (q >= pixel_count) return {-1, 0};
-  const Pixel pixel = pixel_at(q, p.geom.h_out, p.geom.w_out);
+  const Pixel pixel = output_pixel_at(q, p.geom);
   return {pixel_offset(pixel, p.dy_strides), pixel_offset(pixel, p.saved_strides)};
 }
 
 // Whether four channels, starting on a multiple of four, can be loaded as one vector at every pixel of a tensor.
 template <typename T>
 DSCONV_DEVICE bool channels_are_vectors(const T* tensor, const Strides& s, int64_t channels) {
-  return s.c == 1 && (s.n | s.h | s.w | channels) % 4 == 0 && is_aligned(tensor, sizeof(Vec<T, 4>));
+  return s.c == 1 && (s.n | s.d | s.h | s.w | channels) % 4 == 0 && is_aligned(tensor, sizeof(Vec<T, 4>));
 }
 
 // The `count` first of four channels at `from`, the rest zero.

@@ -95,6 +95,7 @@ inline Geometry geometry_of(const Shape& s) {
   g.multiplier = s.multiplier;
   g.c_mid = s.c_in * s.multiplier;
   g.c_out = s.c_out;
+  g.d_in = g.d_out = g.kernel_d = g.stride_d = g.dilation_d = 1;
   g.h_in = s.h;
   g.w_in = s.w;
   g.kernel_h = s.kernel_h;

@@ -74,6 +74,7 @@ bool read(std::istream& in, Request& r) {
     return false;
   }
   g.c_mid = g.c_in * g.multiplier;
+  g.d_in = g.d_out = g.kernel_d = g.stride_d = g.dilation_d = 1;
   g.stride_h = g.stride_w = stride;
   g.dilation_h = g.dilation_w = dilation;
   g.pad_top = dilation * (g.kernel_h - 1) / 2;
@@ -137,13 +138,13 @@ ForwardParams forward_params(const Request& r, Make make) {
   p.out_act = static_cast<Activation>(r.out_act);
   p.x_layout = p.y_layout = r.layout == "nhwc" ? Layout::nhwc : Layout::nchw;
   p.x = make("x", bytes * x_elements(g));
-  p.x_strides = dense_strides(p.x_layout, g.c_in, g.h_in, g.w_in);
+  p.x_strides = dense_strides(p.x_layout, g.c_in, 1, g.h_in, g.w_in);
   p.dw_weight = make("dw_weight", bytes * g.c_mid * g.kernel_h * g.kernel_w);
   p.dw_bias = make("dw_bias", bytes * g.c_mid);
   p.pw_weight = make("pw_weight", bytes * g.c_mid * g.c_out);
   p.pw_bias = make("pw_bias", bytes * g.c_out);
   p.y = make("y", bytes * g.n * g.c_out * g.h_out * g.w_out);
-  p.y_strides = dense_strides(p.y_layout, g.c_out, g.h_out, g.w_out);
+  p.y_strides = dense_strides(p.y_layout, g.c_out, 1, g.h_out, g.w_out);
   const bool needs_pre = r.mode == "training" && !derivative_from_output(p.out_act);
   if (needs_pre) p.pre = make("pre", bytes * g.n * g.c_out * g.h_out * g.w_out);
   return p;
