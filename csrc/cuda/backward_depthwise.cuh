@@ -1,6 +1,7 @@
 // Backward, stage D: everything that contracts with the depthwise kernel, from du = gradient of z (stage P).
 //
-//   grad_x[n, ci, id, ih, iw]     = sum over the multiplier's c and taps of du[c][n, od, oh, ow] * dw_weight[c][kd][kh][kw]
+//   grad_x[n, ci, id, ih, iw]     = sum over the multiplier's c and taps of du[c][n, od, oh, ow] *
+//   dw_weight[c][kd][kh][kw]
 //       where oh * stride_h = ih + pad_top - kh * dilation_h, od and ow likewise: the transposed depthwise, gathered
 //   grad_dw_weight[c][kd][kh][kw] = sum over q of du[c][q] * x[n, c / multiplier, d, row, col]
 //       d, row and col as in depthwise.cuh
@@ -15,8 +16,8 @@
 //   x unit-strided along w: one channel;                   lane l of warp w sums the pixels 32 * w + l + 256 * i
 //   x unit-strided along c: kDepthwiseChannels channels;   lane l is a channel, warp w sums the pixels w + 8 * i
 //
-// and all taps of a kd of a 3x3 or 5x5 kernel at once, in registers, else kTapGroup of them. The lanes of a warp are then added
-// by shuffles (along w), the warps through shared memory: always the same tree. One partial sum a split, see
+// and all taps of a kd of a 3x3 or 5x5 kernel at once, in registers, else kTapGroup of them. The lanes of a warp are
+// then added by shuffles (along w), the warps through shared memory: always the same tree. One partial sum a split, see
 // reduce.cuh. Shared memory: 8 x 32 accumulators, 1024 or 2048 bytes.
 // Both are for du and x with columns adjacent in memory, for double, and for what does not fit a tile:
 // backward_depthwise_tiles.cuh is the way otherwise.
@@ -165,8 +166,8 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
       for (int t = 0; t < kTaps; ++t) {
         if (inside(window.depth + tap_depth[t], d_in) && inside(window.row + tap_row[t], h_in) &&
             inside(window.col + tap_col[t], w_in)) {
-          const int64_t offset = window.offset + tap_depth[t] * p.x_strides.d + tap_row[t] * p.x_strides.h +
-                                 tap_col[t] * p.x_strides.w;
+          const int64_t offset =
+              window.offset + tap_depth[t] * p.x_strides.d + tap_row[t] * p.x_strides.h + tap_col[t] * p.x_strides.w;
           sums[t] = fused_multiply_add(to_acc(x[offset]), grad, sums[t]);
         }
       }
@@ -216,8 +217,7 @@ LaunchStatus launch_depthwise_kernels(const BackwardParams& p, const BackwardPla
       }
     }
     if (status.error == 0) {
-      status =
-          sum_partials<T>(weight, plan.dw_split.count, g.c_mid * tap_count(g), p.grad_dw_weight, stream);
+      status = sum_partials<T>(weight, plan.dw_split.count, g.c_mid * tap_count(g), p.grad_dw_weight, stream);
     }
     if (status.error == 0) status = sum_partials<T>(bias, plan.dw_split.count, g.c_mid, p.grad_dw_bias, stream);
   }

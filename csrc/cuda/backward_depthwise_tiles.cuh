@@ -117,8 +117,8 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
                         cell.col * stride_w - phase_w + pw};
       if (cell.n >= 0 && inside(to.depth, static_cast<int32_t>(g.d_in)) &&
           inside(to.row, static_cast<int32_t>(g.h_in)) && inside(to.col, static_cast<int32_t>(g.w_in))) {
-        store_channels<T, kUnit>(static_cast<T*>(p.grad_x) + pixel_offset(to, p.grad_x_strides) + c0 + k,
-                                 z + i * kUnit, channels);
+        store_channels<T, kUnit>(static_cast<T*>(p.grad_x) + pixel_offset(to, p.grad_x_strides) + c0 + k, z + i * kUnit,
+                                 channels);
       }
     }
   }
@@ -219,8 +219,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
       for (int32_t tap = 0; tap < taps; ++tap) {
         const int32_t line = tap / steps.taps_a, kw = tap - line * steps.taps_a;
         const int32_t kd = line / kernel_h, kh = line - kd * kernel_h;
-        const unsigned char* at =
-            x + kd * box.plane_pitch + kh * steps.pitch_b + kw * steps.dilation_a * steps.pitch_a;
+        const unsigned char* at = x + kd * box.plane_pitch + kh * steps.pitch_b + kw * steps.dilation_a * steps.pitch_a;
         float sum[kUnit] = {};
 #pragma unroll
         for (int i = 0; i < kPatchPixels; ++i) {

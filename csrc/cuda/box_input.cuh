@@ -127,7 +127,8 @@ DSCONV_DEVICE void fill_strips(const PixelBox& box, const BoxPlace& place, const
   }
   const int32_t slice = line / height, row = (line - slice * height) * rows;
   column *= columns;
-  const bool exists = place.slice + slice < output_slices(g) && place.row + row < g.h_out && place.column + column < g.w_out;
+  const bool exists =
+      place.slice + slice < output_slices(g) && place.row + row < g.h_out && place.column + column < g.w_out;
   int32_t phase = 0;
   if (!kAlongC && box.staged) {
     phase = place.column * static_cast<int32_t>(g.stride_w) - static_cast<int32_t>(g.pad_left) -

@@ -68,8 +68,8 @@ constexpr ForwardTile forward_tile(size_t accumulator, bool wide) {
   return accumulator == 8 ? ForwardTile{64, 64} : ForwardTile{64, 128};
 }
 
-constexpr int64_t kForwardBlocks = 2;  // that share a multiprocessor, by their registers
-constexpr size_t kPixelWindowBytes = 24;       // of a pixel, pixel.cuh
+constexpr int64_t kForwardBlocks = 2;     // that share a multiprocessor, by their registers
+constexpr size_t kPixelWindowBytes = 24;  // of a pixel, pixel.cuh
 constexpr int forward_depth(size_t accumulator) { return 128 / static_cast<int>(accumulator); }
 
 // act(z), pw_weight with 16 bytes behind each row, windows: forward.cuh.

@@ -46,9 +46,9 @@ DSCONV_DEVICE DepthwiseInput<T> depthwise_input(const Params& p) {
 
 constexpr int kStrip = 4;  // pixels of one item
 
-// Adds one channel's taps of one kd at kStrip windows to z, each row of taps summed apart: rounding errors grow with the length
-// of a chain of additions, and a kernel may have hundreds of taps. kKernel is the extent of a square kernel, 0 for any
-// other.
+// Adds one channel's taps of one kd at kStrip windows to z, each row of taps summed apart: rounding errors grow with
+// the length of a chain of additions, and a kernel may have hundreds of taps. kKernel is the extent of a square kernel,
+// 0 for any other.
 template <int kKernel, typename T>
 DSCONV_DEVICE void accumulate_taps(const T* x, const T* weight, const Window (&windows)[kStrip], const Geometry& g,
                                    const Strides& strides, acc_t<T> (&z)[kStrip]) {

@@ -74,8 +74,7 @@ inline int32_t box_copy_bytes(const Geometry& g, const BoxSource& s) {
       return extent == 1 || stride * s.element % bytes == 0;
     };
     return reinterpret_cast<uintptr_t>(s.x) % static_cast<uintptr_t>(bytes) == 0 && multiple(g.n, s.strides.n) &&
-           multiple(g.d_in, s.strides.d) &&
-           multiple(g.h_in, s.strides.h) &&
+           multiple(g.d_in, s.strides.d) && multiple(g.h_in, s.strides.h) &&
            (s.layout == Layout::nhwc ? multiple(g.w_in, s.strides.w) : multiple(g.c_in, s.strides.c));
   };
   for (const int64_t bytes : {16, 8, 4}) {
@@ -112,7 +111,9 @@ inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int
   constexpr int64_t kLimit = int64_t{1} << 31;
   const auto reach = [](int64_t extent, int64_t stride) { return (extent - 1) * stride; };
   const int64_t images = box_ceil_div(box.n - 1, g.d_out) + 1;  // that the box has slices of, at most
-  const bool offsets_fit = reach(images, s.strides.n) + reach(g.d_in, s.strides.d) + reach(g.h_in, s.strides.h) + reach(g.w_in, s.strides.w) < kLimit;
+  const bool offsets_fit = reach(images, s.strides.n) + reach(g.d_in, s.strides.d) + reach(g.h_in, s.strides.h) +
+                               reach(g.w_in, s.strides.w) <
+                           kLimit;
   box.staged = offsets_fit && bytes <= most_bytes && spans * 8 <= most_bytes;
   const int64_t taps = tap_count(g);
   box.tap_bytes = box.staged && taps <= kMostStagedTaps ? static_cast<int32_t>(kChunkBytes * (taps + 1)) : 0;
@@ -144,7 +145,8 @@ constexpr int64_t box_elements(const PixelBox& box, const Geometry& g) {
     const int64_t wanted = (outputs - 1) * stride + (kernel - 1) * dilation + 1;
     return wanted < in ? wanted : in;
   };
-  return box.n * (g.kernel_d < g.d_in ? g.kernel_d : g.d_in) * reach(box.h, g.kernel_h, g.stride_h, g.dilation_h, g.h_in) *
+  return box.n * (g.kernel_d < g.d_in ? g.kernel_d : g.d_in) *
+         reach(box.h, g.kernel_h, g.stride_h, g.dilation_h, g.h_in) *
          reach(box.w, g.kernel_w, g.stride_w, g.dilation_w, g.w_in);
 }
 

@@ -105,10 +105,10 @@ class CallRun {
     Random random(call.number);
     in_ = draw(random);
     // One evaluation of a few numbers can be right by luck, so the peer computes more of them where there are few.
-    others_.resize(g_.n * g_.c_in * g_.h_in * g_.w_in < 64 ? 3 : 0);
+    others_.resize(input_pixels(g_) * g_.c_in < 64 ? 3 : 0);
     for (Inputs<long double>& other : others_) other = draw(random);
 
-    x_ = Tensor4(call.type, g_.n, g_.c_in, g_.h_in, g_.w_in, call.x_layout, call.padded_x ? 3 : 0);
+    x_ = Tensor5(call.type, g_.n, g_.c_in, g_.d_in, g_.h_in, g_.w_in, call.x_layout, call.padded_x ? 3 : 0);
     x_.set(in_.x);
     dw_weight_ = buffer_of(call.type, in_.dw_weight);
     pw_weight_ = buffer_of(call.type, in_.pw_weight);
@@ -118,8 +118,8 @@ class CallRun {
 
   void forward() {
     ++tally_.forward;
-    Tensor4 y(call_.type, g_.n, g_.c_out, g_.h_out, g_.w_out, call_.y_layout, 0);
-    Tensor4 pre(call_.type, g_.n, g_.c_out, g_.h_out, g_.w_out, call_.y_layout, 0);
+    Tensor5 y(call_.type, g_.n, g_.c_out, g_.d_out, g_.h_out, g_.w_out, call_.y_layout, 0);
+    Tensor5 pre(call_.type, g_.n, g_.c_out, g_.d_out, g_.h_out, g_.w_out, call_.y_layout, 0);
     ForwardParams p{};
     p.geom = g_;
     p.dtype = call_.type;
@@ -160,13 +160,13 @@ class CallRun {
   void backward() {
     ++tally_.backward;
     const DType type = call_.type;
-    Tensor4 dy(type, g_.n, g_.c_out, g_.h_out, g_.w_out, call_.dy_layout, call_.number % 4 == 2 ? 1 : 0);
+    Tensor5 dy(type, g_.n, g_.c_out, g_.d_out, g_.h_out, g_.w_out, call_.dy_layout, call_.number % 4 == 2 ? 1 : 0);
     dy.set(in_.dy);
-    Tensor4 saved(type, g_.n, g_.c_out, g_.h_out, g_.w_out, call_.y_layout, 0);
+    Tensor5 saved(type, g_.n, g_.c_out, g_.d_out, g_.h_out, g_.w_out, call_.y_layout, 0);
     saved.set(in_.saved);
 
     const auto asked = [&](GradBit bit) { return (call_.grad_mask & bit) != 0; };
-    Tensor4 grad_x(type, g_.n, g_.c_in, g_.h_in, g_.w_in, call_.grad_x_layout, 0);
+    Tensor5 grad_x(type, g_.n, g_.c_in, g_.d_in, g_.h_in, g_.w_in, call_.grad_x_layout, 0);
     const int64_t taps = g_.kernel_h * g_.kernel_w;
     Buffer grad_dw_weight(type, g_.c_mid * taps), grad_pw_weight(type, g_.c_out * g_.c_mid);
     Buffer grad_dw_bias(type, g_.c_mid), grad_pw_bias(type, g_.c_out);
@@ -243,12 +243,12 @@ class CallRun {
   Inputs<long double> draw(Random& random) const {
     const DType type = call_.type;
     Inputs<long double> in;
-    in.x = random.draw(type, g_.n * g_.c_in * g_.h_in * g_.w_in);
-    in.dw_weight = random.draw(type, g_.c_mid * g_.kernel_h * g_.kernel_w);
+    in.x = random.draw(type, input_pixels(g_) * g_.c_in);
+    in.dw_weight = random.draw(type, g_.c_mid * tap_count(g_));
     in.pw_weight = random.draw(type, g_.c_out * g_.c_mid);
     if (call_.dw_bias) in.dw_bias = random.draw(type, g_.c_mid);
     if (call_.pw_bias) in.pw_bias = random.draw(type, g_.c_out);
-    in.dy = random.draw(type, g_.n * g_.c_out * g_.h_out * g_.w_out);
+    in.dy = random.draw(type, output_pixels(g_) * g_.c_out);
     const auto forward = exact(in).forward();
     in.saved = derivative_from_output(call_.out_act) ? forward.y : forward.pre;
     for (long double& value : in.saved) value = storage::round_to(storage::format_of(type), value);
@@ -296,7 +296,7 @@ class CallRun {
   Tally& tally_;
   Inputs<long double> in_;
   std::vector<Inputs<long double>> others_;
-  Tensor4 x_;
+  Tensor5 x_;
   Buffer dw_weight_, pw_weight_, dw_bias_, pw_bias_;
 };
 

@@ -20,6 +20,8 @@ struct Shape {
   int64_t kernel_h, kernel_w, stride_h, stride_w;
   int64_t pad_top, pad_left, pad_bottom, pad_right;
   int64_t dilation_h, dilation_w;
+  // Along the depth; of 2-D shapes what is here.
+  int64_t d = 1, kernel_d = 1, stride_d = 1, pad_front = 0, pad_back = 0, dilation_d = 1;
 };
 
 // clang-format off
@@ -50,6 +52,12 @@ constexpr Shape kShapes[] = {
     {"multiplier 3",    2, 4,  3, 10, 5,  6,  5, 5, 1, 1, 2, 2, 2, 2, 1, 1},
     {"1x1 image",       4, 17, 1, 19, 1,  1,  3, 3, 1, 1, 1, 1, 1, 1, 1, 1},
     {"whole tiles",     1, 64, 1, 128, 8, 16, 3, 3, 1, 1, 1, 1, 1, 1, 1, 1},
+    //                                                                        d  k  s  padding d
+    {"3x3x3",           2, 6,  1, 9,  7,  9,  3, 3, 1, 1, 1, 1, 1, 1, 1, 1,   4, 3, 1, 1, 1, 1},
+    {"3x3x3 stride 2",  1, 33, 1, 5,  6,  5,  3, 3, 2, 2, 1, 1, 1, 1, 1, 1,   5, 3, 2, 1, 1, 1},
+    {"odd depth",       2, 5,  2, 6,  5,  8,  2, 4, 1, 3, 1, 2, 0, 1, 1, 1,   7, 2, 3, 3, 0, 2},
+    {"along the depth", 2, 8,  1, 7,  3,  3,  1, 1, 1, 1, 0, 0, 0, 0, 1, 1,   6, 5, 1, 4, 4, 1},
+    {"5x5x6",           1, 4,  1, 3,  6,  9,  5, 6, 1, 1, 2, 2, 2, 3, 1, 1,   3, 5, 1, 2, 2, 1},
 };
 // clang-format on
 
@@ -95,7 +103,12 @@ inline Geometry geometry_of(const Shape& s) {
   g.multiplier = s.multiplier;
   g.c_mid = s.c_in * s.multiplier;
   g.c_out = s.c_out;
-  g.d_in = g.d_out = g.kernel_d = g.stride_d = g.dilation_d = 1;
+  g.d_in = s.d;
+  g.kernel_d = s.kernel_d;
+  g.stride_d = s.stride_d;
+  g.pad_front = s.pad_front;
+  g.dilation_d = s.dilation_d;
+  g.d_out = out(s.d, s.kernel_d, s.pad_front + s.pad_back, s.stride_d, s.dilation_d);
   g.h_in = s.h;
   g.w_in = s.w;
   g.kernel_h = s.kernel_h;

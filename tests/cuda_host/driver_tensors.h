@@ -46,34 +46,36 @@ inline Values values_of(const Buffer& buffer, int64_t count) {
   return values;
 }
 
-// [n, c, h, w] in memory; `gap` makes it a slice of something larger, whose rows and images lie further apart.
-struct Tensor4 {
-  Tensor4() = default;
-  Tensor4(DType type, int64_t n_, int64_t c_, int64_t h_, int64_t w_, Layout layout_, int64_t gap)
-      : n(n_), c(c_), h(h_), w(w_), layout(layout_) {
+// [n, c, d, h, w] in memory; `gap` makes it a part of something larger, whose rows and images lie further apart.
+struct Tensor5 {
+  Tensor5() = default;
+  Tensor5(DType type, int64_t n_, int64_t c_, int64_t d_, int64_t h_, int64_t w_, Layout layout_, int64_t gap)
+      : n(n_), c(c_), d(d_), h(h_), w(w_), layout(layout_) {
     if (layout == Layout::nhwc) {
       strides.c = 1;
       strides.w = c + gap;
       strides.h = w * strides.w + gap;
-      strides.n = h * strides.h + gap;
+      strides.d = h * strides.h + gap;
+      strides.n = d * strides.d + gap;
     } else {
       strides.w = 1;
       strides.h = w + gap;
-      strides.c = h * strides.h + gap;
+      strides.d = h * strides.h + gap;
+      strides.c = d * strides.d + gap;
       strides.n = c * strides.c + gap;
     }
-    buffer = Buffer(type, offset(n - 1, c - 1, h - 1, w - 1) + 1);
+    buffer = Buffer(type, offset(n - 1, c - 1, d - 1, h - 1, w - 1) + 1);
   }
-  int64_t offset(int64_t in, int64_t ic, int64_t ih, int64_t iw) const {
-    return in * strides.n + ic * strides.c + ih * strides.h + iw * strides.w;
+  int64_t offset(int64_t in, int64_t ic, int64_t id, int64_t ih, int64_t iw) const {
+    return in * strides.n + ic * strides.c + id * strides.d + ih * strides.h + iw * strides.w;
   }
   template <typename Visit>
   void each(Visit visit) const {
     std::size_t i = 0;
     for (int64_t in = 0; in < n; ++in) {
       for (int64_t ic = 0; ic < c; ++ic) {
-        for (int64_t ih = 0; ih < h; ++ih) {
-          for (int64_t iw = 0; iw < w; ++iw) visit(i++, offset(in, ic, ih, iw));
+        for (int64_t line = 0; line < d * h; ++line) {
+          for (int64_t iw = 0; iw < w; ++iw) visit(i++, offset(in, ic, line / h, line % h, iw));
         }
       }
     }
@@ -82,12 +84,12 @@ struct Tensor4 {
     each([&](std::size_t i, int64_t at) { buffer.set(at, values[i]); });
   }
   Values values() const {
-    Values result(static_cast<std::size_t>(n * c * h * w));
+    Values result(static_cast<std::size_t>(n * c * d * h * w));
     each([&](std::size_t i, int64_t at) { result[i] = buffer.get(at); });
     return result;
   }
 
-  int64_t n = 0, c = 0, h = 0, w = 0;
+  int64_t n = 0, c = 0, d = 0, h = 0, w = 0;
   Layout layout = Layout::nchw;
   Strides strides{};
   Buffer buffer;

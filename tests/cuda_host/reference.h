@@ -17,6 +17,8 @@ namespace reference {
 
 using dsconv::Activation;
 using dsconv::Geometry;
+using dsconv::output_pixels;
+using dsconv::tap_count;
 
 template <typename R>
 R activate(Activation kind, R v) {
@@ -103,7 +105,7 @@ R derivative_from_result(Activation kind, R y) {
 template <typename R>
 struct Inputs {
   std::vector<R> x, dw_weight, dw_bias, pw_weight, pw_bias;  // an empty bias is none
-  std::vector<R> dy, saved;                                  // dense [n, c_out, h_out, w_out]
+  std::vector<R> dy, saved;                                  // dense [n, c_out, d_out, h_out, w_out]
 };
 
 template <typename R>
@@ -131,16 +133,16 @@ class Reference {
     Forward<R> out;
     out.y.resize(count(g_.c_out * outputs()));
     out.pre.resize(out.y.size());
-    each_output([&](int64_t n, int64_t h, int64_t w) {
+    each_output([&](int64_t n, int64_t d, int64_t h, int64_t w) {
       for (int64_t o = 0; o < g_.c_out; ++o) {
         R sum = in_.pw_bias.empty() ? R(0) : in_.pw_bias[at(o)];
         for (int64_t i = 0; i < g_.c_mid; ++i) {
           const int64_t c = turned(i, g_.c_mid);
-          const R a = round_(activate(act_, z[at(z_index(n, c, h, w))]));
+          const R a = round_(activate(act_, z[at(z_index(n, c, d, h, w))]));
           sum += operand_(in_.pw_weight[at(o * g_.c_mid + c)]) * operand_(a);
         }
-        out.pre[at(y_index(n, o, h, w))] = round_(sum);
-        out.y[at(y_index(n, o, h, w))] = round_(activate(out_act_, round_(sum)));
+        out.pre[at(y_index(n, o, d, h, w))] = round_(sum);
+        out.y[at(y_index(n, o, d, h, w))] = round_(activate(out_act_, round_(sum)));
       }
     });
     return out;
@@ -155,9 +157,9 @@ class Reference {
     grad.dw_bias.resize(count(g_.c_mid));
     grad.pw_bias.resize(count(g_.c_out));
     std::vector<R> grad_out(count(g_.c_out));
-    each_output([&](int64_t n, int64_t h, int64_t w) {
+    each_output([&](int64_t n, int64_t d, int64_t h, int64_t w) {
       for (int64_t o = 0; o < g_.c_out; ++o) {
-        const std::size_t i = at(y_index(n, o, h, w));
+        const std::size_t i = at(y_index(n, o, d, h, w));
         R slope = 1;
         if (out_act_ != Activation::identity) {
           slope = dsconv::derivative_from_output(out_act_) ? derivative_from_result(out_act_, in_.saved[i])
@@ -167,7 +169,7 @@ class Reference {
         grad.pw_bias[at(o)] += grad_out[at(o)];
       }
       for (int64_t c = 0; c < g_.c_mid; ++c) {
-        const R z_here = z[at(z_index(n, c, h, w))], a = round_(activate(act_, z_here));
+        const R z_here = z[at(z_index(n, c, d, h, w))], a = round_(activate(act_, z_here));
         R da = 0;
         for (int64_t i = 0; i < g_.c_out; ++i) {
           const int64_t o = turned(i, g_.c_out);
@@ -176,7 +178,7 @@ class Reference {
         }
         const R du = round_(round_(da) * derivative(act_, z_here));
         grad.dw_bias[at(c)] += du;
-        each_tap(n, c, h, w, [&](std::size_t x, std::size_t tap) {
+        each_tap(n, c, d, h, w, [&](std::size_t x, std::size_t tap) {
           grad.x[x] += du * in_.dw_weight[tap];
           grad.dw_weight[tap] += du * in_.x[x];
         });
@@ -191,43 +193,47 @@ class Reference {
  private:
   static std::size_t at(int64_t i) { return static_cast<std::size_t>(i); }
   static std::size_t count(int64_t i) { return static_cast<std::size_t>(i); }
-  int64_t outputs() const { return g_.n * g_.h_out * g_.w_out; }
+  int64_t outputs() const { return output_pixels(g_); }
   int64_t turned(int64_t i, int64_t of) const { return backwards_ ? of - 1 - i : i; }
-  int64_t z_index(int64_t n, int64_t c, int64_t h, int64_t w) const {
-    return ((n * g_.c_mid + c) * g_.h_out + h) * g_.w_out + w;
+  int64_t z_index(int64_t n, int64_t c, int64_t d, int64_t h, int64_t w) const {
+    return (((n * g_.c_mid + c) * g_.d_out + d) * g_.h_out + h) * g_.w_out + w;
   }
-  int64_t y_index(int64_t n, int64_t o, int64_t h, int64_t w) const {
-    return ((n * g_.c_out + o) * g_.h_out + h) * g_.w_out + w;
+  int64_t y_index(int64_t n, int64_t o, int64_t d, int64_t h, int64_t w) const {
+    return (((n * g_.c_out + o) * g_.d_out + d) * g_.h_out + h) * g_.w_out + w;
   }
 
   template <typename Visit>
   void each_output(Visit visit) const {
     for (int64_t i = 0; i < outputs(); ++i) {
       const int64_t q = turned(i, outputs());
-      visit(q / (g_.h_out * g_.w_out), q / g_.w_out % g_.h_out, q % g_.w_out);
+      const int64_t line = q / g_.w_out, slice = line / g_.h_out;
+      visit(slice / g_.d_out, slice % g_.d_out, line % g_.h_out, q % g_.w_out);
     }
   }
 
   // The elements of x under the taps of one output of the depthwise stage, and the taps' weights.
   template <typename Visit>
-  void each_tap(int64_t n, int64_t c, int64_t h, int64_t w, Visit visit) const {
-    const int64_t taps = g_.kernel_h * g_.kernel_w;
+  void each_tap(int64_t n, int64_t c, int64_t d, int64_t h, int64_t w, Visit visit) const {
+    const int64_t taps = tap_count(g_);
     for (int64_t i = 0; i < taps; ++i) {
-      const int64_t tap = turned(i, taps), kh = tap / g_.kernel_w, kw = tap % g_.kernel_w;
+      const int64_t tap = turned(i, taps), kw = tap % g_.kernel_w, line = tap / g_.kernel_w;
+      const int64_t kh = line % g_.kernel_h, kd = line / g_.kernel_h;
+      const int64_t depth = d * g_.stride_d - g_.pad_front + kd * g_.dilation_d;
       const int64_t row = h * g_.stride_h - g_.pad_top + kh * g_.dilation_h;
       const int64_t col = w * g_.stride_w - g_.pad_left + kw * g_.dilation_w;
-      if (row < 0 || row >= g_.h_in || col < 0 || col >= g_.w_in) continue;
-      visit(at(((n * g_.c_in + c / g_.multiplier) * g_.h_in + row) * g_.w_in + col), at(c * taps + tap));
+      if (depth < 0 || depth >= g_.d_in || row < 0 || row >= g_.h_in || col < 0 || col >= g_.w_in) continue;
+      const int64_t channel = n * g_.c_in + c / g_.multiplier;
+      visit(at(((channel * g_.d_in + depth) * g_.h_in + row) * g_.w_in + col), at(c * taps + tap));
     }
   }
 
   std::vector<R> depthwise() const {
     std::vector<R> z(count(g_.c_mid * outputs()));
-    each_output([&](int64_t n, int64_t h, int64_t w) {
+    each_output([&](int64_t n, int64_t d, int64_t h, int64_t w) {
       for (int64_t c = 0; c < g_.c_mid; ++c) {
         R sum = in_.dw_bias.empty() ? R(0) : in_.dw_bias[at(c)];
-        each_tap(n, c, h, w, [&](std::size_t x, std::size_t tap) { sum += in_.x[x] * in_.dw_weight[tap]; });
-        z[at(z_index(n, c, h, w))] = round_(sum);
+        each_tap(n, c, d, h, w, [&](std::size_t x, std::size_t tap) { sum += in_.x[x] * in_.dw_weight[tap]; });
+        z[at(z_index(n, c, d, h, w))] = round_(sum);
       }
     });
     return z;
