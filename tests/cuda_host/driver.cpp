@@ -167,7 +167,7 @@ class CallRun {
 
     const auto asked = [&](GradBit bit) { return (call_.grad_mask & bit) != 0; };
     Tensor5 grad_x(type, g_.n, g_.c_in, g_.d_in, g_.h_in, g_.w_in, call_.grad_x_layout, 0);
-    const int64_t taps = g_.kernel_h * g_.kernel_w;
+    const int64_t taps = tap_count(g_);
     Buffer grad_dw_weight(type, g_.c_mid * taps), grad_pw_weight(type, g_.c_out * g_.c_mid);
     Buffer grad_dw_bias(type, g_.c_mid), grad_pw_bias(type, g_.c_out);
     BackwardParams p{};
