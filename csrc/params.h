@@ -72,12 +72,19 @@ struct Geometry {
 // Whether an image has slices, before or after the convolution.
 constexpr bool has_depth(const Geometry& g) { return g.d_in > 1 || g.d_out > 1; }
 
-// Slices of all images, before and after; pixels of all slices; taps of a channel's depthwise kernel.
-constexpr int64_t input_slices(const Geometry& g) { return g.n * g.d_in; }
-constexpr int64_t input_pixels(const Geometry& g) { return input_slices(g) * g.h_in * g.w_in; }
-constexpr int64_t output_slices(const Geometry& g) { return g.n * g.d_out; }
-constexpr int64_t output_pixels(const Geometry& g) { return output_slices(g) * g.h_out * g.w_out; }
-constexpr int64_t tap_count(const Geometry& g) { return g.kernel_d * g.kernel_h * g.kernel_w; }
+// Slices of all images, before and after; pixels of all slices; taps of a channel's depthwise kernel. The kernels of a
+// GPU count with them too.
+#if defined(__CUDACC__)
+#define DSCONV_COUNT __host__ __device__ constexpr int64_t
+#else
+#define DSCONV_COUNT constexpr int64_t
+#endif
+DSCONV_COUNT input_slices(const Geometry& g) { return g.n * g.d_in; }
+DSCONV_COUNT input_pixels(const Geometry& g) { return input_slices(g) * g.h_in * g.w_in; }
+DSCONV_COUNT output_slices(const Geometry& g) { return g.n * g.d_out; }
+DSCONV_COUNT output_pixels(const Geometry& g) { return output_slices(g) * g.h_out * g.w_out; }
+DSCONV_COUNT tap_count(const Geometry& g) { return g.kernel_d * g.kernel_h * g.kernel_w; }
+#undef DSCONV_COUNT
 
 struct ForwardParams {
   Geometry geom;

@@ -60,7 +60,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   fill_strips<true, kTilePixels>(box, place, cells, static_cast<int>(sizeof(T)), strips);
   stage_weights(static_cast<const T*>(p.dw_weight), p.geom, c0, taps);
   __syncthreads();
-  stage_x<T, true>(box, in, du + place.image * du_strides.n, c0, spans, shared);
+  stage_x<T, true>(box, in, du + place.n * du_strides.n, c0, spans, shared);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
@@ -165,7 +165,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
     fill_strips<true, kTilePixels>(box, place, g, static_cast<int>(sizeof(T)), strips);
     fill_offsets<kTilePixels>(box, place, g, du_strides, offsets);
     __syncthreads();
-    stage_x<T, true>(box, in, in.x + place.image * p.x_strides.n, c0, spans, shared);
+    stage_x<T, true>(box, in, in.x + place.n * p.x_strides.n, c0, spans, shared);
     cp_async_commit();
 
     const StripPlace strip = strips[thread / 16];

@@ -48,15 +48,23 @@ DSCONV_DEVICE int clamped(int64_t value, int most) {
   return value < 0 ? 0 : value < most ? static_cast<int>(value) : most;
 }
 
-// The first pixel of a box: its slice (pixel.cuh) and that slice's image.
+// The first pixel of a box.
 struct BoxPlace {
-  int64_t slice, image;
-  int32_t row, column;
+  int64_t n;
+  int32_t depth, row, column;
+
+  // The slice behind that pixel's by `slices`.
+  DSCONV_DEVICE Slice slice_at(int slices, const Geometry& g) const {
+    if (g.d_out == 1) return {n + slices, 0};
+    const unsigned at = static_cast<unsigned>(depth + slices), images = at / static_cast<unsigned>(g.d_out);
+    return {n + images, static_cast<int32_t>(at - images * static_cast<unsigned>(g.d_out))};
+  }
 };
 
 DSCONV_DEVICE BoxPlace box_place(const PixelBox& box, const Geometry& g, int64_t tile) {
   const int64_t line = quotient(tile, box.tiles_w), n = quotient(line, box.tiles_h);
-  return {n * box.n, slice_at(n * box.n, g.d_out).n, static_cast<int32_t>(line - n * box.tiles_h) * box.h,
+  const Slice slice = slice_at(n * box.n, g.d_out);
+  return {slice.n, slice.depth, static_cast<int32_t>(line - n * box.tiles_h) * box.h,
           static_cast<int32_t>(tile - line * box.tiles_w) * box.w};
 }
 
@@ -66,7 +74,7 @@ DSCONV_DEVICE Pixel pixel_of_slot(const PixelBox& box, const BoxPlace& place, co
   const unsigned in_box = line / static_cast<unsigned>(box.h);
   const int32_t column = place.column + slot - static_cast<int32_t>(line) * box.w;
   const int32_t row = place.row + static_cast<int32_t>(line - in_box * static_cast<unsigned>(box.h));
-  const Slice slice = slice_at(place.slice + in_box, g.d_out);
+  const Slice slice = place.slice_at(static_cast<int>(in_box), g);
   const bool exists = static_cast<int32_t>(in_box) < box.n && slice.n < g.n && row < g.h_out && column < g.w_out;
   return {exists ? slice.n : -1, slice.depth, row, column};
 }
@@ -92,7 +100,7 @@ DSCONV_DEVICE void fill_spans(const PixelBox& box, const BoxPlace& place, const 
     const int32_t column_in_box = static_cast<int32_t>(static_cast<unsigned>(i) - line * pieces) * piece;
     const int32_t row = row0 + r, column = column0 + column_in_box;
     const unsigned in_box = kernel_d == 1 ? plane : plane / kernel_d, kd = plane - in_box * kernel_d;
-    const Slice slice = slice_at(place.slice + in_box, g.d_out);
+    const Slice slice = place.slice_at(static_cast<int>(in_box), g);
     const int32_t depth = slice.depth * static_cast<int32_t>(g.stride_d) - static_cast<int32_t>(g.pad_front) +
                           static_cast<int32_t>(kd) * static_cast<int32_t>(g.dilation_d);
     const bool exists = slice.n < g.n && inside(depth, static_cast<int32_t>(g.d_in)) &&
@@ -100,8 +108,7 @@ DSCONV_DEVICE void fill_spans(const PixelBox& box, const BoxPlace& place, const 
     const int bytes = exists ? clamped(int64_t{g.w_in - column} * element, box.copy_bytes) : 0;
     const int32_t target =
         static_cast<int32_t>(plane) * box.plane_pitch + r * box.row_pitch + column_in_box * box.column_pitch;
-    const int64_t source =
-        (slice.n - place.image) * strides.n + depth * strides.d + row * strides.h + column * strides.w;
+    const int64_t source = (slice.n - place.n) * strides.n + depth * strides.d + row * strides.h + column * strides.w;
     spans[i] = {exists ? static_cast<int32_t>(source) : -1, target * 32 + bytes};
   }
 }
@@ -127,8 +134,7 @@ DSCONV_DEVICE void fill_strips(const PixelBox& box, const BoxPlace& place, const
   }
   const int32_t slice = line / height, row = (line - slice * height) * rows;
   column *= columns;
-  const bool exists =
-      place.slice + slice < output_slices(g) && place.row + row < g.h_out && place.column + column < g.w_out;
+  const bool exists = place.slice_at(slice, g).n < g.n && place.row + row < g.h_out && place.column + column < g.w_out;
   int32_t phase = 0;
   if (!kAlongC && box.staged) {
     phase = place.column * static_cast<int32_t>(g.stride_w) - static_cast<int32_t>(g.pad_left) -
@@ -492,7 +498,7 @@ struct BoxInput {
 
   DSCONV_DEVICE void stage(int32_t c0, unsigned char* staged, unsigned char* taps) const {
     if (!box.staged) return;
-    stage_x<T, kAlongC>(box, in, in.x + place.image * in.strides.n, c0, spans(), staged);
+    stage_x<T, kAlongC>(box, in, in.x + place.n * in.strides.n, c0, spans(), staged);
     if (box.tap_bytes > 0) stage_taps(in, c0, reinterpret_cast<T*>(taps));
   }
 
@@ -522,7 +528,7 @@ struct BoxInput {
       const unsigned char* x = staged + strip.corner + k * box.channel_pitch;
       const T* weight = reinterpret_cast<const T*>(taps) + k * plane_taps;
       const T* bias = reinterpret_cast<const T*>(taps) + kChunkChannels<T> * channel_taps + k;
-      int32_t unit = 1, weight_unit = plane_taps, weight_plane = kChunkChannels<T> * plane_taps;
+      int32_t unit = 1, weight_unit = plane_taps;
       if (box.tap_bytes == 0) {
         // In place of a channel beyond the last one the last: x is zero there, and so is its part of the product.
         const int64_t last = in.geom.c_mid - 1, c = c0 + k < last ? c0 + k : last;
@@ -530,7 +536,6 @@ struct BoxInput {
         bias = in.dw_bias != nullptr ? in.dw_bias + c : nullptr;
         unit = c < last ? 1 : 0;
         weight_unit = unit * channel_taps;
-        weight_plane = plane_taps;
       }
       if (bias != nullptr) {
 #pragma unroll
@@ -542,7 +547,7 @@ struct BoxInput {
       }
       const int32_t planes = box.staged ? static_cast<int32_t>(in.geom.kernel_d) : 1;
 #pragma unroll 1
-      for (int32_t kd = 0; kd < planes; ++kd, x += box.plane_pitch, weight += weight_plane) {
+      for (int32_t kd = 0; kd < planes; ++kd) {
         switch (box.kernel) {
           case BoxKernel::k3s1:
             unrolled_item<T, kAlongC, kUnit, 3, 1>(x, box.row_pitch, weight, z);
@@ -562,6 +567,8 @@ struct BoxInput {
           default:
             unstaged_item(strip, c0 + k, z);
         }
+        x += box.plane_pitch;
+        weight += box.tap_bytes == 0 ? plane_taps : kChunkChannels<T> * plane_taps;
       }
       if (middle == Middle::value) {
         activate_all(in.act, z);

@@ -56,8 +56,9 @@ DSCONV_DEVICE void accumulate_taps(const T* x, const T* weight, const Window (&w
   const int32_t kernel_w = kKernel > 0 ? kKernel : static_cast<int32_t>(g.kernel_w);
   const int32_t dilation_h = static_cast<int32_t>(g.dilation_h), dilation_w = static_cast<int32_t>(g.dilation_w);
   const int32_t h_in = static_cast<int32_t>(g.h_in), w_in = static_cast<int32_t>(g.w_in);
-  // One row's taps are in flight at a time; all rows, or a row of five doubles, would spill.
-  [[maybe_unused]] constexpr int kUnroll = kKernel > 0 && kKernel * sizeof(acc_t<T>) <= 32 ? kKernel : 1;
+  // Three taps of a row are in flight at a time; all rows, or a row of five, would spill, and three of five doubles
+  // too.
+  [[maybe_unused]] constexpr int kUnroll = kKernel == 3 || (kKernel == 5 && sizeof(acc_t<T>) == 4) ? 3 : 1;
 #pragma unroll 1
   for (int32_t kh = 0; kh < kernel_h; ++kh) {
     acc_t<T> row_sum[kStrip] = {};
@@ -91,7 +92,7 @@ DSCONV_DEVICE void depthwise_tile(const DepthwiseInput<T>& in, Middle middle, in
   static_assert(kPixels % kStrip == 0 && kItems % kThreads == 0, "every thread has the same number of items");
   const bool along_w = in.layout == Layout::nchw;
   const int32_t c_mid = static_cast<int32_t>(in.geom.c_mid), multiplier = static_cast<int32_t>(in.geom.multiplier);
-  const int64_t plane_taps = in.geom.kernel_h * in.geom.kernel_w, taps = tap_count(in.geom);
+  const int64_t plane_taps = in.geom.kernel_h * in.geom.kernel_w;
   const int32_t kernel_d = static_cast<int32_t>(in.geom.kernel_d), d_in = static_cast<int32_t>(in.geom.d_in);
 #pragma unroll 1
   for (int item = static_cast<int>(threadIdx.x); item < kItems; item += kThreads) {
@@ -104,10 +105,11 @@ DSCONV_DEVICE void depthwise_tile(const DepthwiseInput<T>& in, Middle middle, in
       const acc_t<T> bias = in.dw_bias != nullptr ? to_acc(in.dw_bias[c]) : acc_t<T>(0);
 #pragma unroll
       for (int i = 0; i < kStrip; ++i) z[i] = bias;
-      const T* x = in.x + (multiplier == 1 ? c : c / multiplier) * in.strides.c;
-      const T* weight = in.dw_weight + c * taps;
 #pragma unroll 1
-      for (int32_t kd = 0; kd < kernel_d; ++kd, weight += plane_taps) {
+      for (int32_t kd = 0; kd < kernel_d; ++kd) {
+        // Made anew for each kd: what is kept over accumulate_taps takes registers from it.
+        const T* x = in.x + (multiplier == 1 ? c : c / multiplier) * in.strides.c;
+        const T* weight = in.dw_weight + (int64_t{c} * kernel_d + kd) * plane_taps;
         const int32_t step_d = kd * static_cast<int32_t>(in.geom.dilation_d);
         Window strip[kStrip];
 #pragma unroll
