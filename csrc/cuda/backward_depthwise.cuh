@@ -147,7 +147,8 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
     const int32_t in_plane = kKernel > 0 ? t : tap - kd * plane_taps;
     const int32_t kh = in_plane / kernel_w, kw = in_plane - kh * kernel_w;
     tap_depth[t] = kd * static_cast<int32_t>(g.dilation_d);
-    tap_row[t] = tap < taps ? kh * static_cast<int32_t>(g.dilation_h) : h_in + static_cast<int32_t>(g.pad_top);
+    tap_row[t] =
+        kKernel > 0 || tap < taps ? kh * static_cast<int32_t>(g.dilation_h) : h_in + static_cast<int32_t>(g.pad_top);
     tap_col[t] = kw * static_cast<int32_t>(g.dilation_w);
   }
 
@@ -179,7 +180,8 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
 #pragma unroll
     for (int t = 0; t < kTaps; ++t) {
       const Acc sum = sum_over_block(sums[t], along_w, scratch);
-      if (writes && first_tap + t < taps) weight_partial[(split * g.c_mid + c) * taps + first_tap + t] = sum;
+      if (writes && (kKernel > 0 || first_tap + t < taps))
+        weight_partial[(split * g.c_mid + c) * taps + first_tap + t] = sum;
     }
   }
   if (bias_partial != nullptr) {

@@ -56,9 +56,8 @@ DSCONV_DEVICE void accumulate_taps(const T* x, const T* weight, const Window (&w
   const int32_t kernel_w = kKernel > 0 ? kKernel : static_cast<int32_t>(g.kernel_w);
   const int32_t dilation_h = static_cast<int32_t>(g.dilation_h), dilation_w = static_cast<int32_t>(g.dilation_w);
   const int32_t h_in = static_cast<int32_t>(g.h_in), w_in = static_cast<int32_t>(g.w_in);
-  // Three taps of a row are in flight at a time; all rows, or a row of five, would spill, and three of five doubles
-  // too.
-  [[maybe_unused]] constexpr int kUnroll = kKernel == 3 || (kKernel == 5 && sizeof(acc_t<T>) == 4) ? 3 : 1;
+  // Three taps of a row are in flight at a time; all rows, or a row of five, would spill.
+  [[maybe_unused]] constexpr int kUnroll = kKernel == 3 ? 3 : 1;
 #pragma unroll 1
   for (int32_t kh = 0; kh < kernel_h; ++kh) {
     acc_t<T> row_sum[kStrip] = {};
