@@ -216,16 +216,15 @@ def depthwise_separable_conv3d(
         padding: zeros around the input: an int, three, ``"valid"`` or ``"same"``.
         dw_bias, pw_bias, activation, out_activation: as in :func:`depthwise_separable_conv2d`.
 
-    dtypes, strides, what is saved for backward, derivatives and determinism are as there, with channels_last_3d for
-    channels_last. On the CPU only.
+    dtypes, devices, strides, what is saved for backward, derivatives and determinism are as there, with
+    channels_last_3d for channels_last.
 
     Returns:
         ``[N, C_out, D_out, H_out, W_out]`` (``[C_out, D_out, H_out, W_out]`` for an unbatched input), channels_last_3d
         if input or a weight is.
 
     Raises:
-        RuntimeError: tensors on a GPU.
-        Everything else as :func:`depthwise_separable_conv2d`.
+        As :func:`depthwise_separable_conv2d`.
     """
     tensors = (input, dw_weight, pw_weight, dw_bias, pw_bias)
     _checks.check_types(_OP_3D, tensors)

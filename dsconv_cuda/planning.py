@@ -169,11 +169,12 @@ def plan(
     memory_format: torch.memory_format = torch.contiguous_format,
     arch: str | Gpu | torch.device | None = None,
 ) -> CudaPlan | CpuPlan:
-    """What ``depthwise_separable_conv2d`` would run for a call, with the alternatives and their predicted costs.
+    """What ``depthwise_separable_conv2d``, or ``...conv3d``, would run for a call, with the alternatives and their predicted costs.
 
     Args:
-        input_size: ``[N, C, H, W]``.
-        out_channels, kernel_size, stride, padding, dilation, channel_multiplier: those of DepthwiseSeparableConv2d.
+        input_size: ``[N, C, H, W]``, or ``[N, C, D, H, W]``.
+        out_channels, kernel_size, stride, padding, dilation, channel_multiplier: those of DepthwiseSeparableConv2d, or
+            of DepthwiseSeparableConv3d.
         activation: between the two convolutions; backward computes their intermediate again where there is one.
         backward: plan the backward, with every gradient asked for, and not the forward.
         dtype, memory_format: of the input.
@@ -186,14 +187,19 @@ def plan(
     Raises ValueError for shapes that the op would refuse and for architectures that are not known.
     """
     sizes = [_checks._integer(_OP, "input_size", size) for size in input_size]
-    if len(sizes) != 4 or min(sizes) < 1:
-        raise ValueError(f"{_OP}: input_size must be [N, C, H, W], each at least 1, got {list(input_size)}")
+    if len(sizes) not in (4, 5) or min(sizes) < 1:
+        raise ValueError(
+            f"{_OP}: input_size must be [N, C, H, W] or [N, C, D, H, W], each at least 1, got {list(input_size)}"
+        )
+    dims = len(sizes) - 2
+    channels_last = torch.channels_last if dims == 2 else torch.channels_last_3d
     if dtype not in _checks.DTYPES:
         raise ValueError(f"{_OP}: dtype must be float64, float32, bfloat16 or float16, got {dtype}")
-    if memory_format not in (torch.contiguous_format, torch.channels_last):
-        raise ValueError(f"{_OP}: memory_format must be contiguous_format or channels_last, got {memory_format}")
-    kernel = _checks.per_axis(_OP, "kernel_size", kernel_size, 1)
-    steps, spread = _checks.per_axis(_OP, "stride", stride, 1), _checks.per_axis(_OP, "dilation", dilation, 1)
+    if memory_format not in (torch.contiguous_format, channels_last):
+        raise ValueError(f"{_OP}: memory_format must be contiguous_format or {channels_last}, got {memory_format}")
+    kernel = _checks.per_axis(_OP, "kernel_size", kernel_size, 1, dims)
+    steps = _checks.per_axis(_OP, "stride", stride, 1, dims)
+    spread = _checks.per_axis(_OP, "dilation", dilation, 1, dims)
     c_mid = sizes[1] * channel_multiplier
     query = {
         "input": sizes,
@@ -203,7 +209,7 @@ def plan(
         "padding": _checks.padding(_OP, padding, kernel, steps, spread),
         "dilation": spread,
         "dtype": str(dtype).removeprefix("torch."),
-        "channels_last": memory_format == torch.channels_last,
+        "channels_last": memory_format == channels_last,
         "backward": backward,
         "bent": activation not in (None, "none", "identity"),
     }
@@ -272,8 +278,8 @@ def scaled(known: Iterable[Gpu], capability: int, multiprocessors: int, name: st
 
 def _call_text(query: dict) -> str:
     x, kernel = query["input"], query["dw_weight"][2:]
-    geometry = [f"{kernel[0]}x{kernel[1]}"]
-    geometry += [f"{name} {query[name]}" for name in ("stride", "dilation") if tuple(query[name]) != (1, 1)]
+    geometry = ["x".join(map(str, kernel))]
+    geometry += [f"{name} {query[name]}" for name in ("stride", "dilation") if set(query[name]) != {1}]
     if any(query["padding"]):
         geometry.append(f"padding {tuple(query['padding'])}")
     layout = "channels_last" if query["channels_last"] else "NCHW"

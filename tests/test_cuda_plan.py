@@ -27,10 +27,23 @@ static Geometry geometry(int64_t n, int64_t c_mid, int64_t c_out, int64_t size, 
   g.c_in = g.c_mid = c_mid;
   g.multiplier = 1;
   g.c_out = c_out;
+  g.d_in = g.d_out = g.kernel_d = g.stride_d = g.dilation_d = 1;
   g.h_in = g.h_out = g.w_in = g.w_out = size;
   g.kernel_h = g.kernel_w = kernel;
   g.stride_h = g.stride_w = g.dilation_h = g.dilation_w = 1;
   g.pad_top = g.pad_left = kernel / 2;
+  return g;
+}
+
+// `depth` slices in, and a kernel as deep as it is wide.
+static Geometry volume(int64_t n, int64_t c_mid, int64_t c_out, int64_t depth, int64_t size, int64_t kernel,
+                       int64_t stride_d) {
+  Geometry g = geometry(n, c_mid, c_out, size, kernel);
+  g.d_in = depth;
+  g.kernel_d = kernel;
+  g.stride_d = stride_d;
+  g.pad_front = kernel / 2;
+  g.d_out = (depth - 1) / stride_d + 1;
   return g;
 }
 
@@ -47,7 +60,7 @@ static void check_mma(const ForwardPlan& plan, const ForwardParams& p, const Dev
   const MmaTile tile = mma_tile(mma.kind);
   const PixelBox& box = mma.box;
   CHECK(box.n * box.h * box.w <= tile.pixels && box.tiles_h * box.h >= g.h_out && box.tiles_w * box.w >= g.w_out);
-  CHECK(box.tiles == ceil_div(g.n, box.n) * box.tiles_h * box.tiles_w);
+  CHECK(box.tiles == ceil_div(g.n * g.d_out, box.n) * box.tiles_h * box.tiles_w);
   CHECK((box.strips_down ? box.h : box.w) % (box.flat ? kPatchPixels : kStripPixels) == 0);
   CHECK(p.x_layout == Layout::nchw || box.flat || box.h % 2 == 0);
   CHECK(int64_t{mma.groups} * mma.tiles_of_group * tile.channels >= g.c_out);
@@ -58,14 +71,15 @@ static void check_mma(const ForwardPlan& plan, const ForwardParams& p, const Dev
   CHECK(box.in_h == (box.h - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1);
   CHECK(box.in_w >= (box.w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1);
   CHECK(box.row_pitch % box.copy_bytes == 0 && box.channel_pitch % (p.x_layout == Layout::nchw ? 16 : 1) == 0);
-  CHECK(int64_t{box.n} * box.in_h * box.row_pitch <= box.stage_bytes);
+  CHECK(box.n * g.kernel_d * box.in_h * box.row_pitch <= box.stage_bytes);
+  CHECK(box.plane_pitch == box.in_h * box.row_pitch);
 }
 
 static ForwardPlan forward_of(const Geometry& g, DType dtype, int64_t multiprocessors) {
   ForwardParams p{};
   p.geom = g;
   p.dtype = dtype;
-  p.x_strides = dense_strides(p.x_layout, g.c_in, g.h_in, g.w_in);
+  p.x_strides = dense_strides(p.x_layout, g.c_in, g.d_in, g.h_in, g.w_in);
   const DeviceLimits device{multiprocessors};
   const ForwardPlan plan = plan_forward(p, device);
   CHECK(can_run(p, plan, device) && plan.tensor_cores == (dtype == DType::f16 || dtype == DType::bf16));
@@ -74,7 +88,7 @@ static ForwardPlan forward_of(const Geometry& g, DType dtype, int64_t multiproce
     return plan;
   }
   const ForwardTile tile = forward_tile(accumulator_bytes(dtype), plan.wide);
-  CHECK(plan.pixel_tiles * tile.pixels >= g.n * g.h_out * g.w_out && plan.channel_tiles * tile.channels >= g.c_out);
+  CHECK(plan.pixel_tiles * tile.pixels >= g.n * g.d_out * g.h_out * g.w_out && plan.channel_tiles * tile.channels >= g.c_out);
   CHECK(plan.blocks == plan.pixel_tiles * plan.channel_tiles);
   return plan;
 }
@@ -87,14 +101,14 @@ static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, i
   p.geom = g;
   p.dtype = dtype;
   p.x_layout = layout;
-  p.x_strides = dense_strides(layout, g.c_in, g.h_in, g.w_in);
+  p.x_strides = dense_strides(layout, g.c_in, g.d_in, g.h_in, g.w_in);
   p.grad_x = asked(kGradX);
   p.grad_dw_weight = asked(kGradDwWeight);
   p.grad_pw_weight = asked(kGradPwWeight);
   p.grad_dw_bias = asked(kGradDwBias);
   p.grad_pw_bias = asked(kGradPwBias);
   const BackwardPlan plan = plan_backward(p, DeviceLimits{multiprocessors});
-  const int64_t pixels = g.n * g.h_out * g.w_out, accumulator = accumulator_bytes(dtype);
+  const int64_t pixels = g.n * g.d_out * g.h_out * g.w_out, accumulator = accumulator_bytes(dtype);
   CHECK(plan.tensor_cores == (dtype == DType::f16 || dtype == DType::bf16));
   if (plan.tensor_cores) {
     const MmaBackwardPlan& mma = plan.mma;
@@ -116,7 +130,7 @@ static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, i
   // The parts of the workspace follow each other, and each has room for what is asked for.
   const int64_t begins[] = {(int64_t)plan.du_at, (int64_t)plan.pw_weight_at, (int64_t)plan.pw_bias_at,
                             (int64_t)plan.dw_weight_at, (int64_t)plan.dw_bias_at, (int64_t)plan.workspace_bytes};
-  const int64_t taps = g.kernel_h * g.kernel_w;
+  const int64_t taps = g.kernel_d * g.kernel_h * g.kernel_w;
   const int64_t needs[] = {plan.du ? pixels * g.c_mid * (int64_t)element_bytes(dtype) : 0,
                            p.grad_pw_weight ? plan.pw_split.count * g.c_out * g.c_mid * accumulator : 0,
                            p.grad_pw_bias ? plan.pw_split.count * g.c_out * accumulator : 0,
@@ -208,6 +222,17 @@ int main() {
                 backward_of(g, dtype, Layout::nchw, multiprocessors, 31);
                 backward_of(g, dtype, Layout::nhwc, multiprocessors, 31);
               }
+  for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16})
+    for (const int64_t c : {3, 54, 432})
+      for (const int64_t n : {1, 8})
+        for (const int64_t size : {7, 56})
+          for (const int64_t kernel : {1, 3, 9})
+            for (const int64_t stride : {1, 2}) {
+              const Geometry g = volume(n, c, 24, 16, size, kernel, stride);
+              forward_of(g, dtype, 132);
+              backward_of(g, dtype, Layout::nchw, 132, 31);
+              backward_of(g, dtype, Layout::nhwc, 132, 31);
+            }
   for (int64_t grads = 0; grads < 32; ++grads) {
     backward_of(geometry(2, 32, 64, 28, 3), DType::f32, Layout::nchw, 132, grads);
   }
@@ -222,7 +247,7 @@ int main() {
   // Tensor cores by dtype and architecture, and in float32 where TF32 is allowed.
   ForwardParams p{};
   p.geom = geometry(8, 64, 64, 28, 3);
-  p.x_strides = dense_strides(p.x_layout, 64, 28, 28);
+  p.x_strides = dense_strides(p.x_layout, 64, 1, 28, 28);
   for (const Gpu& gpu : kGpus) {
     const bool ampere = gpu.limits.capability >= 80;
     for (const bool tf32 : {false, true}) {
@@ -246,6 +271,13 @@ int main() {
   p.geom.dilation_h = p.geom.dilation_w = 4000;
   CHECK(plan_forward(p, kGpus[4].limits).mma.box.kernel == BoxKernel::unstaged);
 
+  // Each slice of outputs has its planes of x staged; the taps of a plane stay unrolled.
+  p.geom = volume(8, 54, 24, 16, 56, 3, 1);
+  p.x_strides = dense_strides(p.x_layout, 54, 16, 56, 56);
+  const PixelBox deep = plan_forward(p, kGpus[4].limits).mma.box;
+  CHECK(deep.kernel == BoxKernel::k3s1 && deep.tiles == 8 * 16 / deep.n * deep.tiles_h * deep.tiles_w);
+  CHECK(window_elements(p.geom, 56) == 3 * 3 * 56);
+
   CHECK(unrolled_kernel(geometry(1, 1, 1, 9, 3)) == 3 && unrolled_kernel(geometry(1, 1, 1, 9, 5)) == 5);
   CHECK(unrolled_kernel(geometry(1, 1, 1, 9, 7)) == 0);
   Geometry g = geometry(1, 1, 1, 9, 3);
@@ -255,6 +287,9 @@ int main() {
   CHECK(unsupported_extent(geometry(1, 1, 1, 9, 3)) == nullptr);
   g = geometry(1, 1, 1, 9, 3);
   g.w_in = int64_t{1} << 29;
+  CHECK(unsupported_extent(g) != nullptr);
+  g = geometry(1, 1, 1, 9, 3);
+  g.d_in = int64_t{1} << 29;
   CHECK(unsupported_extent(g) != nullptr);
   g = geometry(1, 1, 1, 9, 3);
   g.dilation_h = int64_t{1} << 28;  // reaches (3 - 1) * 2^28

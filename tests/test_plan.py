@@ -106,6 +106,20 @@ def test_what_bounds_a_kernel():
     assert bound(gpu, (1, 8, 4, 4), 8) == "launch"
 
 
+@pytest.mark.parametrize("arch", ["sm_90", "cpu"])
+def test_a_volume_has_a_plan(arch):
+    call = ([8, 54, 16, 56, 56], 24, 3, 1, 1)
+    plan = dsconv_cuda.plan(*call, dtype=torch.float16, memory_format=torch.channels_last_3d, arch=arch)
+    assert "forward of [8, 54, 16, 56, 56] float16 channels_last, 3x3x3, padding (1, 1, 1, 1, 1, 1)" in str(plan)
+    if arch != "cpu":
+        flat = dsconv_cuda.plan([128, 54, 56, 56], *call[1:], dtype=torch.float16,
+                                memory_format=torch.channels_last, arch=arch)  # fmt: skip
+        assert plan.chosen.dram_bytes - flat.chosen.dram_bytes == 2 * 54 * 18  # taps
+        assert plan.chosen.kernels[0].l2_bytes > 2 * flat.chosen.kernels[0].l2_bytes  # x, a plane a tap of the depth
+    with pytest.raises(ValueError, match="memory_format must be contiguous_format or torch.channels_last_3d"):
+        dsconv_cuda.plan(*call, memory_format=torch.channels_last, arch=arch)
+
+
 def test_a_backward_without_activation_needs_no_z():
     plain, bent = (
         dsconv_cuda.plan(*CALL, activation=name, backward=True, arch="sm_80") for name in ("identity", "relu6")

@@ -130,6 +130,8 @@ IN_16_BITS = [
     Volume(c=33, c_out=40, size=SMALL),
     Volume(c=33, c_out=40, size=SMALL, stride=(1, 2, 2)),
     Volume(n=1, c=35, multiplier=2, size=SMALL),
+    Volume(n=1, c=33, c_out=3, size=(5, 6, 9), kernel=(5, 5, 6), padding=(2, 2, 3)),  # more taps than CUDA stages
+    replace(WINDOWS[0], c_out=1),
     *(
         Volume(n=1, c=32, size=SMALL, kernel=kernel, padding=padding)
         for kernel, padding in (
