@@ -250,6 +250,7 @@ Tensor norm_act_grad(Tensor grad, Tensor v, Tensor vectors, Bias sums, double co
   const double* summed = sums.has_value() ? doubles_of(op, "sums", *sums, 2, call.ctx.channels) : nullptr;
   add_gradient(op, call, grad);
   Tensor out = empty_output(call, v);
+  if (count == 0) count = static_cast<double>(call.ctx.pixels);
   if (v.numel() > 0) run_norm(call, of, summed, count, false, call.kernels->norm_backward, nullptr);
   return out;
 }

@@ -146,9 +146,10 @@ struct Run {
   void fill_output_norm(const OutputNorm& norm) {
     if (out_rows == nullptr) return;
     const int64_t c_out = geom().c_out;
-    fill_norm_rows(
-        ctx.plan.element, c_out, ctx.plan.out_columns, doubles_of(op, "out_vectors", *norm.vectors, kVectorRows, c_out),
-        norm.sums.has_value() ? doubles_of(op, "out_sums", *norm.sums, 2, c_out) : nullptr, norm.count, out_rows);
+    const double count = norm.count == 0 ? static_cast<double>(ctx.plan.pixels) : norm.count;
+    fill_norm_rows(ctx.plan.element, c_out, ctx.plan.out_columns,
+                   doubles_of(op, "out_vectors", *norm.vectors, kVectorRows, c_out),
+                   norm.sums.has_value() ? doubles_of(op, "out_sums", *norm.sums, 2, c_out) : nullptr, count, out_rows);
     ctx.out_norm = out_rows;
   }
 

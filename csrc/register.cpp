@@ -45,7 +45,8 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
 
   // Training through BatchNorm: op_cpu_norm.cpp says what each computes. moments and sums are [2, C], vectors [4, C]
   // (mean, invstd, gamma, beta), all float64; pw_weight tells z_moments nothing but is there as everywhere. With
-  // in_vectors and in_act, x goes through a norm and an activation first, in every op that has them.
+  // in_vectors and in_act, x goes through a norm and an activation first, in every op that has them. A count or
+  // out_count of 0 stands for the pixels of v or y, which a graph of free sizes has no number for.
   m.def(
       "z_moments(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, int[2] stride, int[4] padding, int[2] "
       "dilation, Tensor? in_vectors=None, int in_act=0) -> Tensor");

@@ -9,8 +9,8 @@ With statistics of the batch, z is made three times, tile by tile, and written n
 (with the scale and the shift folded into the depthwise weights), and in backward. A norm with given statistics folds
 into the weights beside it; where both are such, the block is a plain depthwise_separable_conv2d.
 
-batchnorm_autograd.py joins the ops, sequence.py joins blocks; modules take the shorter way of batchnorm_training.py
-where a call is plain.
+batchnorm_autograd.py joins the ops, batchnorm_graph.py makes one op of it for torch.compile, sequence.py joins blocks;
+modules take the shorter way of batchnorm_training.py where a call is plain.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import dataclasses
 import torch
 from torch import Tensor, nn
 
-from dsconv_cuda import _checks, _loader, autograd
+from dsconv_cuda import _checks, _loader, autograd, batchnorm_graph
 from dsconv_cuda.activations import activation_number
 from dsconv_cuda.batchnorm_autograd import OP as _OP
 from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block
@@ -201,7 +201,11 @@ def block_of_chain(
         for t in ((bn.weight, bn.bias) if batch else (None, None))
     ]
     in_vectors = before.vectors if before else None
-    out, vectors, moments1, count1, moments2, count2 = BatchNormBlock.apply(*tensors, *affine, in_vectors, block)
+    if torch.compiler.is_dynamo_compiling() and not _shared(block):
+        out, vectors, moments1, moments2 = batchnorm_graph.apply((*tensors, *affine, in_vectors), block)
+        count1 = count2 = count
+    else:
+        out, vectors, moments1, count1, moments2, count2 = BatchNormBlock.apply(*tensors, *affine, in_vectors, block)
     with torch.no_grad():
         if batch1:
             _track(bn1, moments1, count1)
@@ -286,12 +290,19 @@ def _check_kernels(device: torch.device) -> None:
     _devices_with_kernels.add(device.type)
 
 
+_check_kernels._dynamo_marked_constant = True  # as functional._load
+
+
 def _refuse_what_has_no_rule() -> None:
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
             f"{_OP}: torch.func transforms are not supported where a norm takes statistics of the batch; put the "
             f"norms into eval mode, or use torch.autograd"
         )
+
+
+def _shared(block: Block) -> bool:
+    return any(batch is not None and batch.is_shared() for batch in (block.batch1, block.batch2))
 
 
 def _track(bn: BatchNormArguments, moments: Tensor, count: float) -> None:

@@ -18,6 +18,8 @@ activations.derivative_from_output), None for identity.
 Shapes, strides and checks here are those of csrc/op_args.h; opcheck holds the two against each other.
 """
 
+import importlib
+
 import torch
 from torch import Tensor
 
@@ -320,8 +322,10 @@ def register_python_parts() -> None:
         torch.library.register_autograd(f"dsconv_cuda::{name}", _backward, setup_context=_setup_context)
     torch.library.register_vmap("dsconv_cuda::bwd", backward_vmap(torch.ops.dsconv_cuda.bwd, 5, 11))
     torch.library.register_autograd("dsconv_cuda::bwd", _no_double_backward)
+    _fragment = torch.library.Library("dsconv_cuda", "FRAGMENT")
+    if hasattr(torch.ops.dsconv_cuda, "z_moments"):
+        importlib.import_module(".batchnorm_graph", __package__).register(_fragment)
     if hasattr(torch.ops.dsconv_cuda, "fwd_kept"):
-        _fragment = torch.library.Library("dsconv_cuda", "FRAGMENT")
         if _loader.has_kernel("fwd_kept", "CPU"):
             compiled_weights.register(_fragment, _fwd_fake, forward_vmap(torch.ops.dsconv_cuda.fwd))
         # Called below autograd and only there.

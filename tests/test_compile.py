@@ -1,5 +1,6 @@
 """torch.compile and torch.export: one graph, the bare op in it, right in both directions."""
 
+import copy
 import gc
 import weakref
 
@@ -10,7 +11,14 @@ from shapes import Case
 from torch._dynamo.backends.common import aot_autograd
 
 import dsconv_cuda
-from dsconv_cuda import DepthwiseSeparableConv2d, _loader, compiled_weights, depthwise_separable_conv2d, reference
+from dsconv_cuda import (
+    DepthwiseSeparableConv2d,
+    DepthwiseSeparableConvBN2d,
+    _loader,
+    compiled_weights,
+    depthwise_separable_conv2d,
+    reference,
+)
 
 pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
 
@@ -139,6 +147,99 @@ def test_make_fx_traces_the_op(device):
     graph = make_fx(lambda *t: depthwise_separable_conv2d(*t), tracing_mode="fake")(*tensors)
     assert any("dsconv_cuda.fwd" in str(node.target) for node in graph.graph.nodes)
     torch.testing.assert_close(graph(*tensors), reference.depthwise_separable_conv2d(*tensors))
+
+
+# ---- the block with BatchNorm: batchnorm_graph.py --------------------------------------------------------------------
+
+
+def _frozen(block: DepthwiseSeparableConvBN2d, norm: str) -> DepthwiseSeparableConvBN2d:
+    getattr(block, norm).eval()
+    return block
+
+
+_BLOCKS = {
+    "block": lambda: DepthwiseSeparableConvBN2d(6, 10, 3, padding=1, bias=True, out_activation="silu"),
+    "recompute": lambda: DepthwiseSeparableConvBN2d(6, 10, 3, padding=1, recompute_output=True),
+    "first norm frozen": lambda: _frozen(DepthwiseSeparableConvBN2d(6, 10, 3, padding=1), "bn1"),
+    "second norm frozen": lambda: _frozen(DepthwiseSeparableConvBN2d(6, 10, 3, padding=1), "bn2"),
+    "chain": lambda: dsconv_cuda.DepthwiseSeparableSequence(
+        DepthwiseSeparableConvBN2d(6, 10, 3, padding=1),
+        DepthwiseSeparableConvBN2d(10, 10, 3, 2, padding=1, out_activation="relu6"),
+        DepthwiseSeparableConvBN2d(10, 7, 3, padding=1),
+    ),
+}
+
+
+def _kept_for_backward(net, x) -> tuple[torch.Tensor, int]:
+    """The output, and the bytes of the storages saved beside parameters."""
+    seen = {}
+
+    def pack(t):
+        seen[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = net(x)
+    return y, sum(n for p, n in seen.items() if p not in {p.untyped_storage().data_ptr() for p in net.parameters()})
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"), [*((name, "aot_eager") for name in _BLOCKS), ("block", "inductor"), ("chain", "inductor")]
+)
+def test_training_through_batch_norm_in_one_graph(name, backend, device):
+    """Fullgraph, and from its second size on one graph for all; outputs, gradients and running statistics are those of
+    eager mode, and no more is kept for backward."""
+    torch._dynamo.utils.counters.clear()
+    net = _BLOCKS[name]().to(device)
+    _loader.load_library()
+    if not _loader.batch_norm_kernels_loaded(device.type):
+        pytest.skip("no kernels for a norm that trains")
+    other = copy.deepcopy(net)
+    compiled = torch.compile(net, fullgraph=True, backend=backend)
+    for n, h, w in ((2, 9, 11), (3, 12, 7), (5, 14, 14)):
+        x = torch.randn(n, 6, h, w, device=device, requires_grad=True)
+        (y, kept), (expected, kept_in_eager_mode) = _kept_for_backward(compiled, x), _kept_for_backward(other, x)
+        torch.testing.assert_close(y, expected)
+        assert kept <= kept_in_eager_mode
+        dy = torch.randn_like(y)
+        torch.testing.assert_close(
+            torch.autograd.grad(y, [x, *net.parameters()], dy),
+            torch.autograd.grad(expected, [x, *other.parameters()], dy),
+        )
+        for (key, buffer), wanted in zip(net.named_buffers(), other.buffers(), strict=True):
+            torch.testing.assert_close(buffer, wanted, msg=key)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.parametrize("what", ["block", "fused model"])
+def test_graphs_of_training_hold_the_fused_kernels(what, device):
+    if what == "block":
+        net = DepthwiseSeparableConvBN2d(6, 10, 3, padding=1)
+    else:
+        parts = torch.nn.Conv2d(6, 6, 3, padding=1, groups=6), torch.nn.BatchNorm2d(6), torch.nn.ReLU()
+        net = torch.nn.Sequential(*parts, torch.nn.Conv2d(6, 10, 1), torch.nn.BatchNorm2d(10), torch.nn.ReLU())
+        net = dsconv_cuda.fuse(net)
+    _loader.load_library()
+    if not _loader.batch_norm_kernels_loaded(device.type):
+        pytest.skip("no kernels for a norm that trains")
+    backend = _Backend()
+    x = torch.randn(2, 6, 9, 7, device=device)
+    torch.compile(net.to(device), fullgraph=True, backend=backend)(x).sum().backward()
+    assert [name.split(".")[1] for name in backend.ops] == [
+        *("z_moments", "norm_vectors", "fwd_norm", "norm_vectors", "norm_act"),
+        *("norm_act_sums", "bwd_norm"),
+    ]
+
+
+@torch.no_grad()
+def test_training_statistics_without_gradients_in_a_graph(device):
+    net = DepthwiseSeparableConvBN2d(6, 10, 3, padding=1).to(device)
+    x = torch.randn(2, 6, 9, 7, device=device)
+    other = copy.deepcopy(net)
+    expected = other(x)
+    torch.testing.assert_close(torch.compile(net, fullgraph=True, backend="aot_eager")(x), expected)
+    for buffer, wanted in zip(net.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(buffer, wanted)
 
 
 # ---- packed weights in graphs: compiled_weights.py -------------------------------------------------------------------

@@ -214,7 +214,7 @@ Tensor norm_act_grad(Tensor grad, Tensor v, Tensor vectors, Bias sums, double co
   NormPass pass = norm_of(op, v, vectors, act);
   set_grad(op, pass, grad, v);
   pass.sums = sums.has_value() ? doubles_of(op, "sums", *sums, 2, pass.source.channels) : nullptr;
-  pass.count = count;
+  pass.count = count == 0 ? static_cast<double>(v.size(0) * v.size(2) * v.size(3)) : count;
   const CurrentDevice device(v);
   Tensor out = output_of(pass, v);
   check_launch(op, DSCONV_BY_DTYPE(dtype, launch_norm_backward, pass, device.stream()));

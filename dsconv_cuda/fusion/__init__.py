@@ -45,8 +45,9 @@ def fuse(model: nn.Module, *, inplace: bool = False, example_input: Tensor | tup
         The fused model, of the same class.
 
     BatchNorm folds into the weights in evaluation; with statistics of the batch it is trained without the intermediate,
-    as by :class:`dsconv_cuda.DepthwiseSeparableConvBN2d`. That refuses a second derivative; and under torch.func,
-    in compiled graphs and on devices without kernels for it, the modules around a BatchNorm that trains run one by one.
+    as by :class:`dsconv_cuda.DepthwiseSeparableConvBN2d`, in graphs of torch.compile too. That refuses a second
+    derivative; and under torch.func and on devices without kernels for it, the modules around a BatchNorm that trains
+    run one by one.
     """
     if not inplace:
         model = _copy_sharing_tensors(model)

@@ -17,7 +17,7 @@ the modules alone, so that all get the same answer:
             the device has no kernels
 
 A BatchNorm that takes statistics of the batch goes the way of batchnorm.py. Where that is closed (a device without
-kernels for it, torch.func, a graph break in torch.compile), it runs by itself: PAIR, or NONE if it is the one between.
+kernels for it, torch.func), it runs by itself: PAIR, or NONE if it is the one between.
 
 BatchNorm in evaluation folds into the weights of the convolution before it, in float32 or better:
 
@@ -110,11 +110,12 @@ class Chain:
         return extent if weight.device.type in _checks.DEVICES and weight.dtype in _checks.DTYPES else NONE
 
     def _trains_as_one(self) -> bool:
+        device_type = self.depthwise._parameters["weight"].device.type
+        if torch.compiler.is_dynamo_compiling():
+            return _batch_norm_kernels(device_type)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return False
-        _loader.load_library()
-        device = self.depthwise._parameters["weight"].device
-        return forward_ad._current_level < 0 and _loader.batch_norm_kernels_loaded(device.type)
+        return forward_ad._current_level < 0 and _batch_norm_kernels(device_type)
 
     def compute(self, x: Tensor, extent: int) -> Tensor:
         if extent == ALL and any(bn is not None and bn.training for bn in (self.bn1, self.bn2)):
@@ -132,7 +133,8 @@ class Chain:
         """With statistics of the batch in one or both norms."""
         norms = (self.bn1, self.bn2)
         conv = self.depthwise
-        if None not in norms and not any(isinstance(bn, nn.SyncBatchNorm) for bn in norms):
+        plain = None not in norms and not any(isinstance(bn, nn.SyncBatchNorm) for bn in norms)
+        if plain and not torch.compiler.is_compiling():
             y = batchnorm_training.step(
                 x, conv, self.bn1, self.pointwise, self.bn2, self.activation, self.out_activation
             )
@@ -185,6 +187,14 @@ def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | N
     if bn is None:
         return conv.weight, conv.bias
     return fold_norm(conv.weight, conv.bias, arguments_of(bn, synchronised=False))
+
+
+def _batch_norm_kernels(device_type: str) -> bool:
+    _loader.load_library()
+    return _loader.batch_norm_kernels_loaded(device_type)
+
+
+_batch_norm_kernels._dynamo_marked_constant = True  # as functional._load
 
 
 def _transformed() -> bool:
