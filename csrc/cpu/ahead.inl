@@ -1,5 +1,5 @@
-// Memory that is wanted soon. A loop of multiply-adds leaves the memory idle: after each of its calls a part of what
-// the next tile will read is prefetched into L2, so that a tile waits for its first lines only.
+// Memory that is wanted soon. A loop of multiply-adds leaves the memory idle: among its steps, or after each of its
+// calls, a part of what the next tile will read is prefetched into L2, so that a tile waits for its first lines only.
 #ifndef DSCONV_ISA
 #error "ahead.inl belongs inside an ISA region"
 #endif
@@ -12,43 +12,64 @@ struct Ahead {
   static constexpr int kMost = 4;
   struct Stretch {
     const char *next, *end;
-    int64_t bytes;  // at a time
   };
   Stretch of[kMost];
-  int count;
+  int count, at;
+  int64_t bytes;
 };
 
+// What one call of a GEMM asks for: at each of its steps `step` bytes.
+struct Asked {
+  const char* next;
+  int64_t step;
+};
+
+DSCONV_INLINE Asked ask(Ahead& ahead, int64_t steps) {
+  Ahead::Stretch& s = ahead.of[ahead.at];
+  const int64_t left = s.end - s.next;
+  int64_t step = ceil_div(left < ahead.bytes ? left : ahead.bytes, steps);
+  if (step > 4 * kCacheLine) step = 4 * kCacheLine;
+  const Asked asked = {s.next, step};
+  s.next += step * steps;
+  if (s.next >= s.end) ++ahead.at;
+  return asked;
+}
+
 DSCONV_INLINE void prefetch_some(Ahead& ahead) {
-  for (int i = 0; i < ahead.count; ++i) {
-    Ahead::Stretch& s = ahead.of[i];
-    const char* const end = s.end - s.next < s.bytes ? s.end : s.next + s.bytes;
-    for (; s.next < end; s.next += kCacheLine) __builtin_prefetch(s.next, 0, 2);
-  }
+  if (ahead.at >= ahead.count) return;
+  Ahead::Stretch& s = ahead.of[ahead.at];
+  const char* const end = s.end - s.next < ahead.bytes ? s.end : s.next + ahead.bytes;
+  for (; s.next < end; s.next += kCacheLine) __builtin_prefetch(s.next, 0, 2);
+  if (s.next >= s.end) ++ahead.at;
+}
+
+DSCONV_INLINE void share_out(Ahead& ahead, int64_t calls) {
+  int64_t bytes = 0;
+  for (int i = 0; i < ahead.count; ++i) bytes += ahead.of[i].end - ahead.of[i].next;
+  ahead.bytes = ceil_div(bytes, calls > ahead.count ? calls - ahead.count : 1);
 }
 
 // Adds [begin, end) in `calls` parts.
 template <typename S>
-DSCONV_INLINE void add_stretch(Ahead& ahead, const S* begin, const S* end, int64_t calls) {
+DSCONV_INLINE void add_stretch(Ahead& ahead, const S* begin, const S* end) {
   if (begin >= end) return;
-  const int64_t bytes = (end - begin) * static_cast<int64_t>(sizeof(S));
-  ahead.of[ahead.count++] = {reinterpret_cast<const char*>(begin), reinterpret_cast<const char*>(end),
-                             round_up(ceil_div(bytes, calls), kCacheLine)};
+  ahead.of[ahead.count++] = {reinterpret_cast<const char*>(begin), reinterpret_cast<const char*>(end)};
 }
 
 // The `count` pixels of an output from `pixel` on, where all its pixels lie in one line.
 template <typename S>
 DSCONV_INLINE void add_pixels(Ahead& ahead, const S* data, const Strides& s, Layout layout, const Geometry& g,
-                              int64_t pixel, int64_t count, int64_t calls) {
+                              int64_t pixel, int64_t count) {
   const int64_t pixels = g.n * g.d_out * g.h_out * g.w_out;
   if (data == nullptr || layout != Layout::nhwc || s.h != g.w_out * s.w || s.n != g.d_out * g.h_out * s.h) return;
   if (count > pixels - pixel) count = pixels - pixel;
-  add_stretch(ahead, data + pixel * s.w, data + (pixel + count) * s.w, calls);
+  add_stretch(ahead, data + pixel * s.w, data + (pixel + count) * s.w);
 }
 
 // The rows of x that the `count` pixels from `pixel` on read and those before it do not.
 template <typename S>
-DSCONV_INLINE void add_rows(Ahead& ahead, const S* x, const Strides& s, const Geometry& g, int64_t pixel, int64_t count,
-                            int64_t calls) {
+DSCONV_INLINE void add_rows(Ahead& ahead, const S* x, const Strides& s, const Geometry& g, int64_t pixel,
+                            int64_t count) {
   const int64_t slice_pixels = g.h_out * g.w_out, last = pixel - 1;
   int64_t slice = last / slice_pixels;
   int64_t row = last % slice_pixels / g.w_out * g.stride_h - g.pad_top + (g.kernel_h - 1) * g.dilation_h + 1;
@@ -60,5 +81,5 @@ DSCONV_INLINE void add_rows(Ahead& ahead, const S* x, const Strides& s, const Ge
   int64_t rows = ceil_div(count, g.w_out) * g.stride_h;
   if (rows > g.h_in - row) rows = g.h_in - row;
   const S* begin = x + image * s.n + depth * s.d + row * s.h;
-  add_stretch(ahead, begin, begin + rows * s.h, calls);
+  add_stretch(ahead, begin, begin + rows * s.h);
 }

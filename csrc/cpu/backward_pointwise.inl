@@ -153,9 +153,10 @@ DSCONV_INLINE Ahead next_tile(const BackwardContext& ctx, const ChannelsLast<con
   const int64_t blocks = ceil_div(g.c_out, kMicroRows) + chains_of(g.c_out) * ceil_div(count, kMicroRows);
   const int64_t calls = blocks * ceil_div(g.c_mid, kMicroVecs * Vec<typename ComputeOf<S>::type>::n);
   Ahead ahead = {};
-  add_pixels(ahead, static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g, end, count, calls);
-  add_pixels(ahead, static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g, end, count, calls);
-  if (needs_z(ctx)) add_rows(ahead, x.data, x.strides(), g, end, count, calls);
+  add_pixels(ahead, static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g, end, count);
+  add_pixels(ahead, static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g, end, count);
+  if (needs_z(ctx)) add_rows(ahead, x.data, x.strides(), g, end, count);
+  share_out(ahead, calls);
   return ahead;
 }
 
@@ -171,8 +172,7 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t count, const 
   for (int64_t c = 0; t.sums != nullptr && c < g.c_out; c += kMicroRows) {
     add_gemm_block<T>(lanes_left(g.c_out - c, kMicroRows), t.width, count,
                       {grad.rows + c / kMicroRows * grad.rows_block, grad.rows_ld}, {t.a, t.ld}, t.sums + c * t.sums_ld,
-                      t.sums_ld);
-    prefetch_some(ahead);
+                      t.sums_ld, ahead);
   }
   if (t.weight == nullptr) return;
   const int64_t chains = chains_of(g.c_out);
@@ -182,11 +182,10 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t count, const 
       const SumTarget<T> target = {du + i * columns, columns, chain > 0};
       const int rows = lanes_left(count - i, kMicroRows);
       if (grad.along_k) {
-        gemm_chain<T, true>(chain, chains, rows, t.width, g.c_out, a, b, target);
+        gemm_chain<T, true>(chain, chains, rows, t.width, g.c_out, a, b, target, ahead);
       } else {
-        gemm_chain<T, false>(chain, chains, rows, t.width, g.c_out, a, b, target);
+        gemm_chain<T, false>(chain, chains, rows, t.width, g.c_out, a, b, target, ahead);
       }
-      prefetch_some(ahead);
     }
   }
   if (ctx.norm != nullptr) {

@@ -86,8 +86,10 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
   Ahead ahead = {};
   if (p.x_layout == Layout::nhwc) {
     const int64_t calls = ceil_div(count, kMicroRows) * ceil_div(g.c_out, columns) * chains_of(k);
-    add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, g, pixel + count, count, calls);
-    if (!plan.beyond_cache && ahead.count > 0 && ahead.of[0].bytes > kMostAtOnce) ahead.count = 0;
+    add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, g, pixel + count, count);
+    share_out(ahead, calls);
+    const int64_t most = fills_block(g.c_out, Vec<T>::n) ? 2 * kCacheLine * k / chains_of(k) : kMostAtOnce;
+    if (!plan.beyond_cache && ahead.bytes > most) ahead.count = 0;
   }
   for (int64_t channel = 0; channel < g.c_out; channel += columns) {
     const int64_t width = g.c_out - channel < columns ? g.c_out - channel : columns;

@@ -105,8 +105,8 @@ struct OutputTarget {
 };
 
 // NV vectors, and Half: half a vector more.
-template <typename T, int R, int NV, bool Half, bool AlongK, typename Target>
-static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& target) {
+template <typename T, int R, int NV, bool Half, bool AlongK, int Lines, typename Target>
+static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& target, Asked asked) {
   typedef typename ComputeOf<T>::type Sum;
   constexpr int n = Vec<T>::n;
   typename Vec<Sum>::type acc[R][NV + 1];
@@ -123,6 +123,9 @@ static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& ta
   for (int64_t step = 0; step < k; ++step) {
     typename Vec<T>::type bv[NV + 1];
     typename Vec<T>::half bh;
+    DSCONV_UNROLL
+    for (int line = 0; line < Lines; ++line) __builtin_prefetch(asked.next + line * kCacheLine, 0, 2);
+    if constexpr (Lines > 0) asked.next += asked.step;
     DSCONV_UNROLL
     for (int j = 0; j < NV; ++j) bv[j] = vload(bp + j * n);
     if constexpr (Half) bh = vload_half(bp + NV * n);
@@ -155,7 +158,8 @@ template <typename T, int NV, bool Half, bool AlongK, int R, typename Target>
 static void micro_kernel_rest(int rows, int64_t k, Operand<T> a, Operand<T> b, const Target& target) {
   int done = 0;
   for (; rows - done >= R; done += R) {
-    micro_kernel<T, R, NV, Half, AlongK>(k, {a.data + done * (AlongK ? a.stride : 1), a.stride}, b, target.below(done));
+    micro_kernel<T, R, NV, Half, AlongK, 0>(k, {a.data + done * (AlongK ? a.stride : 1), a.stride}, b,
+                                            target.below(done), {});
   }
   if constexpr (R > 1) {
     const Operand<T> below = {a.data + done * (AlongK ? a.stride : 1), a.stride};
@@ -168,7 +172,7 @@ static void micro_kernel_rest(int rows, int64_t k, Operand<T> a, Operand<T> b, c
 template <typename T, int NV, bool Half, bool AlongK, typename Target>
 DSCONV_INLINE void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<T> b, const Target& target) {
   if (rows == kMicroRows) {
-    micro_kernel<T, kMicroRows, NV, Half, AlongK>(k, a, b, target);
+    micro_kernel<T, kMicroRows, NV, Half, AlongK, 0>(k, a, b, target, {});
   } else {
     micro_kernel_rest<T, NV, Half, AlongK, next_micro_rows(kMicroRows)>(rows, k, a, b, target);
   }
@@ -179,34 +183,53 @@ constexpr int64_t kLongestChain = 256;
 
 DSCONV_INLINE int64_t chains_of(int64_t k) { return k > kLongestChain ? ceil_div(k, kLongestChain) : 1; }
 
+// Whether a block of so many columns is made by the kernel of kMicroVecs vectors. That one has loads to spare between
+// its multiply-adds, which narrower ones have not: memory that is wanted soon is asked for among its steps, or between
+// the calls of the others.
+DSCONV_INLINE bool fills_block(int64_t columns, int lanes) {
+  return columns > (kMicroVecs - 1) * lanes + (kHalfVectors ? lanes / 2 : 0);
+}
+
 // The chain number `chain` of `chains` of a block of rows <= kMicroRows and columns <= kMicroVecs vectors.
 template <typename T, bool AlongK, typename Target>
 DSCONV_INLINE void gemm_chain(int64_t chain, int64_t chains, int64_t rows, int64_t columns, int64_t k, Operand<T> a,
-                              Operand<T> b, const Target& target) {
+                              Operand<T> b, const Target& target, Ahead& ahead) {
   const int64_t begin = k * chain / chains, steps = k * (chain + 1) / chains - begin;
   const Operand<T> a_part = {a.data + begin * (AlongK ? 1 : a.stride), a.stride};
   const Operand<T> b_part = {b.data + begin * b.stride, b.stride};
   const int r = static_cast<int>(rows);
   constexpr int n = Vec<T>::n;
+  if (fills_block(columns, n)) {
+    if (rows < kMicroRows || ahead.at == ahead.count) {
+      return micro_kernel_rows<T, kMicroVecs, false, AlongK>(r, steps, a_part, b_part, target);
+    }
+    const Asked asked = ask(ahead, steps);
+    if (asked.step <= kCacheLine) {
+      return micro_kernel<T, kMicroRows, kMicroVecs, false, AlongK, 1>(steps, a_part, b_part, target, asked);
+    }
+    if (asked.step <= 2 * kCacheLine) {
+      return micro_kernel<T, kMicroRows, kMicroVecs, false, AlongK, 2>(steps, a_part, b_part, target, asked);
+    }
+    return micro_kernel<T, kMicroRows, kMicroVecs, false, AlongK, 4>(steps, a_part, b_part, target, asked);
+  }
   if (kHalfVectors && columns <= n / 2) {
     micro_kernel_rows<T, 0, kHalfVectors, AlongK>(r, steps, a_part, b_part, target);
   } else if (columns <= n) {
     micro_kernel_rows<T, 1, false, AlongK>(r, steps, a_part, b_part, target);
-  } else if (kHalfVectors && columns <= n + n / 2) {
-    micro_kernel_rows<T, 1, kHalfVectors, AlongK>(r, steps, a_part, b_part, target);
   } else {
-    micro_kernel_rows<T, kMicroVecs, false, AlongK>(r, steps, a_part, b_part, target);
+    micro_kernel_rows<T, 1, kHalfVectors, AlongK>(r, steps, a_part, b_part, target);
   }
+  prefetch_some(ahead);
 }
 
 // C[rows] += A . B for rows <= kMicroRows, the columns of A along k.
 template <typename T>
 DSCONV_INLINE void add_gemm_block(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b, T* c,
-                                  int64_t ldc) {
+                                  int64_t ldc, Ahead& ahead) {
   const int64_t chains = chains_of(k);
   const SumTarget<T> target = {c, ldc, true};
   for (int64_t chain = 0; chain < chains; ++chain) {
-    gemm_chain<T, false>(chain, chains, rows, columns, k, a, b, target);
+    gemm_chain<T, false>(chain, chains, rows, columns, k, a, b, target, ahead);
   }
 }
 
@@ -218,8 +241,7 @@ DSCONV_INLINE void gemm_chain_rows(int64_t chain, int64_t chains, int64_t rows, 
                                    Operand<T> a, Operand<T> b, const Target& target, Ahead& ahead) {
   for (int64_t i = 0; i < rows; i += kMicroRows) {
     gemm_chain<T, true>(chain, chains, lanes_left(rows - i, kMicroRows), columns, k, {a.data + i * a.stride, a.stride},
-                        b, target.below(i));
-    prefetch_some(ahead);
+                        b, target.below(i), ahead);
   }
 }
 

@@ -224,7 +224,8 @@ struct MomentsPass {
     double* m2 = mean + ctx.channels;
     for (int64_t i = 0; before == 0 && i < 2 * ctx.channels; ++i) mean[i] = 0;
     Ahead ahead = {};
-    if (t.v_ahead > 0) add_stretch(ahead, t.v + t.v_ahead, t.v + 2 * t.v_ahead, moments_calls<T>(t.rows, t.channels));
+    if (t.v_ahead > 0) add_stretch(ahead, t.v + t.v_ahead, t.v + 2 * t.v_ahead);
+    share_out(ahead, moments_calls<T>(t.rows, t.channels));
     merge_tile_moments(t.v, t.v_ld, t.rows, t.channels, before, mean, m2, ahead);
   }
 };
