@@ -113,9 +113,8 @@ def _conv(
     )
 
     _load()
-    if device == "cuda":
-        if not _loader.cuda_kernels_loaded():
-            _checks.raise_for_no_cuda(op, tensors[0].device)
+    if device == "cuda" and not _loader.cuda_kernels_loaded():
+        _checks.raise_for_no_cuda(op, tensors[0].device)
     if len(x_shape) == dims + 2:
         return autograd.apply(*tensors, config)
     return autograd.apply(tensors[0].unsqueeze(0), *tensors[1:], config).squeeze(0)
