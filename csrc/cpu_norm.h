@@ -14,18 +14,22 @@ constexpr int64_t kNormRows = 7;  // of NormContext::vectors
 // as through constants.
 template <typename T>
 void fill_norm_rows(int64_t channels, int64_t ld, const double* vectors, const double* sums, double count, T* to) {
-  for (int64_t c = 0; c < channels; ++c) {
-    const double gamma = vectors[kGamma * channels + c], invstd = vectors[kInvstd * channels + c];
-    const double scale = gamma * invstd;
-    const double values[kNormRows] = {vectors[kMean * channels + c],
-                                      invstd,
-                                      gamma,
-                                      vectors[kBeta * channels + c],
-                                      scale,
-                                      sums != nullptr ? -scale * sums[channels + c] / count : 0,
-                                      sums != nullptr ? -scale * sums[c] / count : 0};
-    for (int64_t row = 0; row < kNormRows; ++row) to[row * ld + c] = static_cast<T>(values[row]);
-  }
+  const double *mean = vectors + kMean * channels, *invstd = vectors + kInvstd * channels;
+  const double *gamma = vectors + kGamma * channels, *beta = vectors + kBeta * channels;
+  const auto fill = [&](int64_t row, const auto& value) {
+    for (int64_t c = 0; c < channels; ++c) to[row * ld + c] = static_cast<T>(value(c));
+  };
+  const auto through_sums = [&](int64_t row, int64_t first) {
+    if (sums == nullptr) return fill(row, [](int64_t) { return 0; });
+    fill(row, [&](int64_t c) { return -gamma[c] * invstd[c] * sums[first + c] / count; });
+  };
+  fill(0, [&](int64_t c) { return mean[c]; });
+  fill(1, [&](int64_t c) { return invstd[c]; });
+  fill(2, [&](int64_t c) { return gamma[c]; });
+  fill(3, [&](int64_t c) { return beta[c]; });
+  fill(4, [&](int64_t c) { return gamma[c] * invstd[c]; });
+  through_sums(5, channels);
+  through_sums(6, 0);
   for (int64_t row = 0; row < kNormRows; ++row) {
     for (int64_t c = channels; c < ld; ++c) to[row * ld + c] = 0;
   }
@@ -60,7 +64,9 @@ inline InputNormCall input_norm_of(const char* op, const std::optional<Tensor>& 
   return norm;
 }
 
-inline int64_t channel_of(const Geometry& g, int64_t k) { return k % g.c_in * g.multiplier + k / g.c_in; }
+inline int64_t channel_of(const Geometry& g, int64_t k) {
+  return g.multiplier == 1 ? k : k % g.c_in * g.multiplier + k / g.c_in;
+}
 
 // Packed depthwise weights and bias that make gamma * zhat + beta, or zhat, instead of z; order of k.
 enum class Fold { affine, zhat };

@@ -45,9 +45,11 @@ class Workspace {
     pieces_[count_++] = {pointer, total_};
     total_ += round_up(elements * element_, kCacheLine);
   }
+  int64_t element() const { return element_; }
   int64_t bytes() const { return total_; }
-  void allocate() {
-    block_.reset(::operator new(static_cast<size_t>(total_), kAlign));
+  // The pointers go to the first of the copies, each bytes() behind the one before.
+  void allocate(int64_t copies = 1) {
+    block_.reset(::operator new(static_cast<size_t>(copies * total_), kAlign));
     place_in(block_.get());
   }
   void place_in(void* memory) {
@@ -106,6 +108,61 @@ inline void pack_all(const DTypeKernels& kernels, const PackContext& pack, int64
     } else {
       pack_depthwise(pack, task - pointwise_panels);
     }
+  });
+}
+
+// ---- memory that each thread has for itself ----
+//
+// What one core has written is dear for another to read, and dearer to write again while both hold it: 400 ns a line
+// between cores of two chiplets. So what a call makes for all its tasks to read, each thread makes for itself, in one
+// of `copies` pieces of memory, unless that is much work beside what it does with it.
+
+// `uses`: multiply-adds of the whole call for each element that is made. Making one takes as long as some 12 of them.
+inline int64_t copies_for(int64_t uses) {
+  constexpr int64_t kUsesWorthACopy = 100;
+  const int64_t threads = torch::stable::get_num_threads();
+  return threads <= 2 || uses >= kUsesWorthACopy * threads ? threads : 1;
+}
+
+// From the first copy to another one.
+inline void move_pointer(int64_t offset, void*& pointer) {
+  if (pointer != nullptr) pointer = static_cast<char*>(pointer) + offset;
+}
+inline void move_copy(int64_t offset, PackedWeights& packed) {
+  move_pointer(offset, packed.dw_weight);
+  move_pointer(offset, packed.dw_bias);
+  move_pointer(offset, packed.pw_forward);
+  move_pointer(offset, packed.pw_bias);
+}
+inline void move_copy(int64_t offset, ForwardContext& ctx) { move_copy(offset, ctx.packed); }
+inline void move_copy(int64_t offset, MomentsContext& ctx) { move_copy(offset, ctx.packed); }
+inline void move_copy(int64_t offset, BackwardContext& ctx) {
+  move_pointer(offset, ctx.packed.pw_backward);
+  if (ctx.plan.panels == 0) return;
+  move_pointer(offset, ctx.g_rows);
+  move_pointer(offset, ctx.g_pixels);
+  move_pointer(offset, ctx.bias_partial);
+}
+
+// make(context) fills the memory, once for all threads or once for each; then kernel(context, task, scratch).
+template <typename Context, typename Make, typename Kernel>
+inline void run_with_copies(const Context& ctx, int64_t copies, int64_t copy_bytes, int64_t tasks, const Make& make,
+                            const Kernel& kernel) {
+  const auto stretch = [&](const Context& own, int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) kernel(own, task, thread_scratch(ctx.plan.scratch_bytes));
+  };
+  const int64_t threads = torch::stable::get_num_threads();
+  if (copies == 1 || tasks == 1 || threads == 1) {
+    make(ctx);
+    return for_each_task(tasks, [&](int64_t task) { stretch(ctx, task, task + 1); });
+  }
+  // Stretches of equal length, as parallel_for cuts them, so that a thread finds its copy of the call before.
+  const int64_t length = ceil_div(tasks, threads < tasks ? threads : tasks);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    Context own = ctx;
+    move_copy(begin / length * copy_bytes, own);
+    make(own);
+    stretch(own, begin, end);
   });
 }
 

@@ -7,6 +7,7 @@
 #include <new>
 #include <utility>
 
+#include "cpu_stages.h"
 #include "cpu_tasks.h"
 #include "kept_args.h"
 #include "op_args.h"
@@ -38,44 +39,19 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
 
   const KeptKey key = kept != nullptr ? key_of(p, plan, kernels, version) : KeptKey{};
   KeptUse use(kept, key, weights.bytes());
+  const int64_t copies = use.memory() == nullptr ? copies_for(plan.pixels) : 1;
   if (use.memory() != nullptr) {
     weights.place_in(use.memory());
   } else {
-    weights.allocate();
+    weights.allocate(copies);
   }
-  if (use.to_pack()) {
-    const PackContext pack = {p.geom, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias};
-    pack_all(kernels, pack, plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward,
-             kernels.pack_depthwise_forward);
+  const auto pack = [&](const ForwardContext& own) {
+    if (!use.to_pack()) return;
+    pack_all(kernels, {p.geom, plan, own.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias},
+             plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward, kernels.pack_depthwise_forward);
     use.packed(key);
-  }
-  for_each_task(plan.tiles, [&](int64_t tile) { kernels.forward(ctx, tile, thread_scratch(plan.scratch_bytes)); });
-}
-
-// Backward in one task for each panel of channels (cpu/backward_panels.inl).
-void run_backward_panels(const DTypeKernels& kernels, BackwardContext& ctx) {
-  const BackwardParams& p = ctx.p;
-  const Geometry& g = p.geom;
-  const CpuPlan& plan = ctx.plan;
-  const bool need_du = p.grad_x != nullptr || p.grad_dw_weight != nullptr;
-  const int64_t pitch = round_up(plan.micro.rows, plan.micro.lanes);
-  const int64_t pixel_blocks = plan.chunks * ceil_div(plan.chunk_pixels, plan.micro.rows);
-
-  Workspace workspace(plan.element);
-  reserve_depthwise(workspace, plan, ctx.packed);
-  workspace.reserve(&ctx.bias_partial, plan.pointwise_groups * (2 * plan.out_columns + plan.mid_columns));
-  if (p.grad_pw_weight != nullptr) {
-    workspace.reserve(&ctx.g_rows, ceil_div(g.c_out, plan.micro.rows) * plan.pixels * pitch);
-  }
-  if (need_du || p.grad_dw_bias != nullptr) workspace.reserve(&ctx.g_pixels, pixel_blocks * g.c_out * pitch);
-  workspace.allocate();
-
-  pack_all(kernels, {g, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, nullptr}, 0, nullptr);
-  for_each_task(plan.pointwise_groups,
-                [&](int64_t group) { kernels.backward_turn(ctx, group, thread_scratch(plan.scratch_bytes)); });
-  for_each_task(plan.panels,
-                [&](int64_t panel) { kernels.backward_panel(ctx, panel, thread_scratch(plan.scratch_bytes)); });
-  kernels.reduce_biases(ctx);
+  };
+  run_with_copies(ctx, copies, weights.bytes(), plan.tiles, pack, kernels.forward);
 }
 
 void run_backward(const char* op, const BackwardParams& p) {
@@ -87,37 +63,31 @@ void run_backward(const char* op, const BackwardParams& p) {
   ctx.p = p;
   ctx.plan = plan_backward(g, walked_in_place(p) ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype), element);
   const CpuPlan& plan = ctx.plan;
-  if (plan.panels > 0) return run_backward_panels(kernels, ctx);
   const bool need_du = p.grad_x != nullptr || p.grad_dw_weight != nullptr;
   const int64_t vectors = g.multiplier * ceil_div(g.c_in, plan.micro.lanes);
   const bool need_da = need_du || p.grad_dw_bias != nullptr;
 
   Workspace workspace(element);
   reserve_depthwise(workspace, plan, ctx.packed);
-  workspace.reserve(&ctx.bias_partial, plan.pointwise_groups * (2 * plan.out_columns + plan.mid_columns));
-  if (need_da) workspace.reserve(&ctx.packed.pw_backward, plan.mid_columns * g.c_out);
+  PointwiseStage stage(workspace, ctx, need_da);
+  if (plan.panels > 0) {
+    workspace.allocate();
+    pack_depthwise(kernels, ctx);
+    return stage.run(kernels, ctx);
+  }
   if (need_du) workspace.reserve(&ctx.du, plan.pixels * ceil_div(g.c_mid, plan.du_width) * plan.du_width);
   const int64_t x_pixels = g.n * g.d_in * g.h_in * g.w_in;
   if (p.x_layout == Layout::nchw) workspace.reserve(&ctx.x_turned, x_pixels * plan.x_ld);
-  if (p.grad_pw_weight != nullptr) {
-    workspace.reserve(&ctx.pw_partial, plan.pointwise_groups * g.c_out * plan.mid_columns);
-  }
   if (p.grad_dw_weight != nullptr) {
     workspace.reserve(&ctx.dw_partial, plan.pointwise_groups * vectors * plan.micro.lanes * plan.taps);
   }
   workspace.allocate();
 
-  const PackContext pack = {g, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, nullptr};
-  pack_all(kernels, pack, need_da ? plan.mid_columns / plan.micro.columns : 0, kernels.pack_pointwise_backward);
+  pack_depthwise(kernels, ctx);
   if (ctx.x_turned != nullptr) {
     for_each_task(ceil_div(x_pixels, plan.turned_pixels), [&](int64_t task) { kernels.backward_turn_x(ctx, task); });
   }
-  for_each_task(plan.pointwise_groups,
-                [&](int64_t group) { kernels.backward_group(ctx, group, thread_scratch(plan.scratch_bytes)); });
-  if (p.grad_pw_weight != nullptr) {
-    for_each_task(g.c_out, [&](int64_t channel) { kernels.reduce_pointwise(ctx, channel); });
-  }
-  if (p.grad_pw_bias != nullptr || p.grad_dw_bias != nullptr) kernels.reduce_biases(ctx);
+  stage.run(kernels, ctx);
 
   if (p.grad_x != nullptr) {
     for_each_task(g.n * g.d_in * ceil_div(g.h_in, plan.grad_rows),

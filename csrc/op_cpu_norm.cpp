@@ -31,22 +31,27 @@ constexpr int64_t kZTileBytes = 48 << 10;  // z of the statistics pass: read twi
 constexpr int64_t kNormTileBytes = 16 << 10;
 using Ints = std::vector<int64_t>;
 
-// Chan's formula over the groups, in their order. to: [2][channels], mean and variance.
+// Chan's formula over the groups, in their order, into the first of them. to: [2][channels], mean and variance.
 template <typename CountOf, typename ChannelOf>
-void merge_moments(const double* partial, int64_t groups, int64_t channels, const CountOf& count_of,
+void merge_moments(double* partial, int64_t groups, int64_t channels, const CountOf& count_of,
                    const ChannelOf& channel_of, double* to) {
-  for (int64_t c = 0; c < channels; ++c) {
-    double mean = 0, m2 = 0, count = 0;
-    for (int64_t group = 0; group < groups; ++group) {
-      const double* of = partial + group * 2 * channels + c;
-      const double more = count_of(group), total = count + more, delta = of[0] - mean;
-      if (more == 0) continue;
-      mean += delta * (more / total);
-      m2 += of[channels] + delta * delta * (count * more / total);
-      count = total;
+  double *mean = partial, *m2 = partial + channels;
+  double count = count_of(0);
+  for (int64_t group = 1; group < groups; ++group) {
+    const double more = count_of(group), total = count + more;
+    if (more == 0) continue;
+    const double share = more / total, spread = count * more / total;
+    const double *mean_of = partial + group * 2 * channels, *m2_of = mean_of + channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      const double delta = mean_of[c] - mean[c];
+      mean[c] += delta * share;
+      m2[c] += m2_of[c] + delta * delta * spread;
     }
-    to[channel_of(c)] = mean;
-    to[channels + channel_of(c)] = m2 / count;
+    count = total;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    to[channel_of(c)] = mean[c];
+    to[channels + channel_of(c)] = m2[c] / count;
   }
 }
 
@@ -293,16 +298,18 @@ Tensor z_moments(const char* op, const Tensor& x, const Tensor& dw_weight, const
   ctx.groups = ctx.plan.tiles < kMaxGroups ? ctx.plan.tiles : kMaxGroups;
   const CpuPlan& plan = ctx.plan;
   ctx.panels = ceil_div(g.c_mid, plan.mid_ld);
-  Workspace workspace(1);
-  workspace.reserve(&ctx.packed.dw_weight, plan.taps * plan.mid_columns * element);
-  workspace.reserve(&ctx.packed.dw_bias, plan.mid_columns * element);
+  Workspace workspace(1), weights(element);
+  reserve_depthwise(weights, plan, ctx.packed);
+  const int64_t copies = copies_for(plan.pixels);
+  weights.allocate(copies);
   workspace.reserve(&in_norm.rows, in_norm.elements(g, plan) * element);
   workspace.reserve(reinterpret_cast<void**>(&ctx.partial), ctx.groups * 2 * g.c_mid * sizeof(double));
   workspace.allocate();
   ctx.in_norm = in_norm.fill(g, plan);
-  pack_all(kernels, {g, plan, ctx.packed, p.dw_weight, p.dw_bias, nullptr, nullptr}, 0, nullptr);
-  for_each_task(ctx.groups * ctx.panels,
-                [&](int64_t task) { kernels.depthwise_moments(ctx, task, thread_scratch(plan.scratch_bytes)); });
+  const auto pack = [&](const MomentsContext& own) {
+    pack_all(kernels, {g, plan, own.packed, p.dw_weight, p.dw_bias, nullptr, nullptr}, 0, nullptr);
+  };
+  run_with_copies(ctx, copies, weights.bytes(), ctx.groups * ctx.panels, pack, kernels.depthwise_moments);
   merge_moments(
       ctx.partial, ctx.groups, g.c_mid, pixels_of_groups(plan, ctx.groups), [&](int64_t k) { return channel_of(g, k); },
       static_cast<double*>(result.mutable_data_ptr()));
@@ -335,25 +342,26 @@ std::tuple<Tensor, Tensor> fwd_norm(const char* op, const Tensor& x, const Tenso
                           kernels.bytes, granule);
   ctx.plan.tap_pairs = 0;  // the norm is folded into weights in the compute type
   const CpuPlan& plan = ctx.plan;
-  Workspace workspace(1);
-  const auto reserve = [&](void** pointer, int64_t elements) { workspace.reserve(pointer, elements * plan.element); };
-  reserve(&ctx.packed.dw_weight, plan.taps * plan.mid_columns);
-  reserve(&ctx.packed.dw_bias, plan.mid_columns);
-  reserve(&ctx.packed.pw_forward, plan.out_columns * g.c_mid);
-  reserve(&ctx.packed.pw_bias, plan.out_columns);
-  reserve(&in_norm.rows, in_norm.elements(g, plan));
+  Workspace workspace(1), weights(plan.element);
+  reserve_depthwise(weights, plan, ctx.packed);
+  weights.reserve(&ctx.packed.pw_forward, plan.out_columns * g.c_mid);
+  weights.reserve(&ctx.packed.pw_bias, plan.out_columns);
+  workspace.reserve(&in_norm.rows, in_norm.elements(g, plan) * plan.element);
   if (want_moments) {
     ctx.groups = plan.tiles < kMaxGroups ? plan.tiles : kMaxGroups;
     workspace.reserve(reinterpret_cast<void**>(&ctx.partial), ctx.groups * 2 * g.c_out * sizeof(double));
   }
   workspace.allocate();
+  const int64_t copies = copies_for(plan.pixels);
+  weights.allocate(copies);
   ctx.in_norm = in_norm.fill(g, plan);
-  pack_all(kernels, {g, plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias},
-           plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward);
-  fold_norm(g, plan, of, Fold::affine, ctx.packed.dw_weight, ctx.packed.dw_weight, ctx.packed.dw_bias);
-  const auto kernel = want_moments ? kernels.forward_moments : kernels.forward;
-  for_each_task(want_moments ? ctx.groups : plan.tiles,
-                [&](int64_t task) { kernel(ctx, task, thread_scratch(plan.scratch_bytes)); });
+  const auto pack = [&](const ForwardContext& own) {
+    pack_all(kernels, {g, plan, own.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias},
+             plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward);
+    fold_norm(g, plan, of, Fold::affine, own.packed.dw_weight, own.packed.dw_weight, own.packed.dw_bias);
+  };
+  run_with_copies(ctx, copies, weights.bytes(), want_moments ? ctx.groups : plan.tiles, pack,
+                  want_moments ? kernels.forward_moments : kernels.forward);
   if (want_moments) {
     merge_moments(
         ctx.partial, ctx.groups, g.c_out, pixels_of_groups(plan, ctx.groups), [](int64_t c) { return c; },

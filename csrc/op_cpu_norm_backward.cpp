@@ -8,6 +8,7 @@
 // du is a tensor of one dimension in the compute type, in the order of the workspace that bwd has.
 
 #include "cpu_norm.h"
+#include "cpu_stages.h"
 #include "cpu_tasks.h"
 #include "op_args.h"
 
@@ -32,6 +33,7 @@ struct Run {
   BackwardCall call{};
   BackwardContext ctx{};
   Workspace workspace{1};
+  std::optional<PointwiseStage> pointwise;
   void* out_rows = nullptr;
   const double* vectors = nullptr;
   InputNormCall in_norm{};
@@ -69,26 +71,13 @@ struct Run {
       reserve(&ctx.x_turned, geom().n * geom().h_in * geom().w_in * plan.x_ld);
     }
   }
-  void reserve_pointwise(bool out_norm, bool du_asked) {
+  void reserve_pointwise(bool out_norm) {
     const CpuPlan& plan = ctx.plan;
     const Geometry& g = geom();
-    reserve(&ctx.bias_partial, plan.pointwise_groups * (2 * plan.out_columns + plan.mid_columns));
+    pointwise.emplace(workspace, ctx, true);
     workspace.reserve(reinterpret_cast<void**>(&ctx.norm_partial), (plan.panels > 0 ? 1 : plan.pointwise_groups) * 2 *
                                                                        g.c_mid * static_cast<int64_t>(sizeof(double)));
     if (out_norm) reserve(&out_rows, kNormRows * plan.out_columns);
-    if (plan.panels > 0) {
-      const int64_t pitch = round_up(plan.micro.rows, plan.micro.lanes);
-      const int64_t pixel_blocks = plan.chunks * ceil_div(plan.chunk_pixels, plan.micro.rows);
-      if (ctx.p.grad_pw_weight != nullptr) {
-        reserve(&ctx.g_rows, ceil_div(g.c_out, plan.micro.rows) * plan.pixels * pitch);
-      }
-      if (du_asked) reserve(&ctx.g_pixels, pixel_blocks * g.c_out * pitch);
-      return;
-    }
-    if (du_asked) reserve(&ctx.packed.pw_backward, plan.mid_columns * g.c_out);
-    if (ctx.p.grad_pw_weight != nullptr) {
-      reserve(&ctx.pw_partial, plan.pointwise_groups * g.c_out * plan.mid_columns);
-    }
   }
   void reserve_depthwise() {
     const CpuPlan& plan = ctx.plan;
@@ -107,15 +96,19 @@ struct Run {
   // known.
   void fill_norm(const double* sums, double count) {
     const int64_t c_mid = geom().c_mid;
-    std::vector<double> by_k(static_cast<size_t>((kVectorRows + 2) * c_mid));
-    double* summed = by_k.data() + kVectorRows * c_mid;
-    for (int64_t k = 0; k < c_mid; ++k) {
-      const int64_t channel = channel_of(geom(), k);
-      for (int64_t row = 0; row < kVectorRows; ++row) by_k[row * c_mid + k] = vectors[row * c_mid + channel];
-      for (int64_t row = 0; sums != nullptr && row < 2; ++row) summed[row * c_mid + k] = sums[row * c_mid + channel];
+    const double *rows = vectors, *summed = sums;
+    std::vector<double> by_k;
+    if (geom().multiplier > 1) {
+      by_k.resize(static_cast<size_t>((kVectorRows + 2) * c_mid));
+      const auto in_order = [&](const double* from, int64_t count_of_rows, double* to) {
+        for (int64_t i = 0; i < count_of_rows * c_mid; ++i) to[i] = from[i / c_mid * c_mid + channel_of(geom(), i % c_mid)];
+      };
+      in_order(vectors, kVectorRows, by_k.data());
+      if (sums != nullptr) in_order(sums, 2, by_k.data() + kVectorRows * c_mid);
+      rows = by_k.data();
+      if (sums != nullptr) summed = rows + kVectorRows * c_mid;
     }
-    fill_norm_rows(ctx.plan.element, c_mid, ctx.plan.mid_columns, by_k.data(), sums != nullptr ? summed : nullptr,
-                   count, ctx.norm);
+    fill_norm_rows(ctx.plan.element, c_mid, ctx.plan.mid_columns, rows, summed, count, ctx.norm);
     // What the kernels make is zhat already.
     for (int64_t k = 0; k < c_mid; ++k) {
       if (ctx.plan.element == 8) {
@@ -131,11 +124,10 @@ struct Run {
     rows[kInvstd * ctx.plan.mid_columns + k] = 1;
   }
 
-  void pack(bool pointwise) {
+  void pack() {
     const CpuPlan& plan = ctx.plan;
     ctx.in_norm = in_norm.fill(geom(), plan);
-    const PackContext pack = {geom(), plan, ctx.packed, ctx.p.dw_weight, ctx.p.dw_bias, ctx.p.pw_weight, nullptr};
-    pack_all(*kernels, pack, pointwise ? plan.mid_columns / plan.micro.columns : 0, kernels->pack_pointwise_backward);
+    pack_depthwise(*kernels, ctx);
     fold_norm(geom(), plan, vectors, Fold::zhat, ctx.packed.dw_weight, ctx.zhat_weight, ctx.packed.dw_bias);
     if (ctx.x_turned != nullptr) {
       for_each_task(ceil_div(geom().n * geom().h_in * geom().w_in, plan.turned_pixels),
@@ -159,18 +151,8 @@ struct Run {
   }
 
   void stage_pointwise() {
-    const CpuPlan& plan = ctx.plan;
-    if (plan.panels > 0) {
-      for (int64_t i = 0; i < 2 * geom().c_mid; ++i) ctx.norm_partial[i] = 0;
-      each(plan.pointwise_groups, kernels->backward_turn, plan.scratch_bytes);
-      each(plan.panels, kernels->backward_panel, plan.scratch_bytes);
-    } else {
-      each(plan.pointwise_groups, kernels->backward_group, plan.scratch_bytes);
-      if (ctx.p.grad_pw_weight != nullptr) {
-        for_each_task(geom().c_out, [&](int64_t channel) { kernels->reduce_pointwise(ctx, channel); });
-      }
-    }
-    if (ctx.p.grad_pw_bias != nullptr) kernels->reduce_biases(ctx);
+    for (int64_t i = 0; ctx.plan.panels > 0 && i < 2 * geom().c_mid; ++i) ctx.norm_partial[i] = 0;
+    pointwise->run(*kernels, ctx);
   }
   void sum_groups(double* to) const {
     const int64_t c_mid = geom().c_mid, groups = ctx.plan.panels > 0 ? 1 : ctx.plan.pointwise_groups;
@@ -233,7 +215,7 @@ NormGradients bwd_norm(const char* op, const Tensor& grad, const Bias& y, const 
   if (empty) torch::stable::zero_(sums);
   if (!empty) {
     run.reserve_z();
-    run.reserve_pointwise(y.has_value(), true);
+    run.reserve_pointwise(y.has_value());
     run.reserve_depthwise();
     if (run.ctx.plan.panels == 0)
       run.reserve(&run.ctx.du, run.ctx.plan.pixels * round_up(g.c_mid, run.ctx.plan.du_width));
@@ -241,7 +223,7 @@ NormGradients bwd_norm(const char* op, const Tensor& grad, const Bias& y, const 
     run.ctx.norm_count = static_cast<double>(run.ctx.plan.pixels);
     run.fill_norm(nullptr, 0);
     run.fill_output_norm(norm);
-    run.pack(run.ctx.plan.panels == 0);
+    run.pack();
     run.stage_pointwise();
     run.sum_groups(summed);
     if (run.ctx.plan.panels == 0 && run.need_du()) {
@@ -293,12 +275,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_norm_pointwise(Tensor grad, Bias 
     return {du, sums, run.call.grad_pw_weight, run.call.grad_pw_bias};
   }
   run.reserve_z();
-  run.reserve_pointwise(y.has_value(), true);
+  run.reserve_pointwise(y.has_value());
   run.workspace.allocate();
   run.ctx.du = du.mutable_data_ptr();
   run.fill_norm(nullptr, 0);
   run.fill_output_norm(norm);
-  run.pack(true);
+  run.pack();
   run.stage_pointwise();
   run.sum_groups(static_cast<double*>(sums.mutable_data_ptr()));
   return {du, sums, run.call.grad_pw_weight, run.call.grad_pw_bias};
@@ -324,7 +306,7 @@ std::tuple<Tensor, Tensor> bwd_norm_depthwise(Tensor du, Tensor x, Tensor dw_wei
     run.workspace.allocate();
     run.ctx.du = du.mutable_data_ptr();
     run.fill_norm(summed, count);
-    run.pack(false);
+    run.pack();
     run.stage_depthwise();
   }
   return {run.call.grad_x, run.call.grad_dw_weight};

@@ -1,12 +1,12 @@
 // Per-channel sums over pixels in the two numbers that normalisation needs, without cancellation:
 //
-//   moments     mean and M2 = sum (v - mean)^2 of a tile's channels, in two passes over the tile while it is in cache;
-//               tiles merge by Chan's formula (Chan, Golub, LeVeque: Algorithms for computing the sample variance,
+//   moments     mean and M2 = sum (v - mean)^2 of a tile's channels, in two passes over the first tile while it is in
+//               cache, in one pass about the mean of those before over the others; tiles merge by Chan's formula (Chan, Golub, LeVeque: Algorithms for computing the sample variance,
 //               Am. Stat. 37(3), 1983) in double:
 //                   delta = mean_b - mean_a,  mean += delta * n_b / n,  M2 += M2_b + delta^2 * n_a * n_b / n
 //   paired sums sum g and sum g * xhat of a gradient and the normalised value that it belongs to
 //
-// A tile's values are first taken relative to its first pixel: what is summed then has the size of the deviations,
+// The first tile's values are taken relative to its first pixel: what is summed then has the size of the deviations,
 // whatever the mean is. Sums go by short blocks of rows, and the blocks are added with compensation (Kahan), so what
 // reaches the doubles has the error of a block.
 //
@@ -87,35 +87,84 @@ DSCONV_INLINE void tile_moments(const T* tile, int64_t ld, int64_t rows, TileMom
   }
 }
 
+// The same about m.shift in one pass, of which squares is the sum about m.shift itself.
+template <int U, typename T>
+DSCONV_INLINE void tile_moments_about(const T* tile, int64_t ld, int64_t rows, TileMoments<T>& m, Ahead& ahead) {
+  typedef typename Vec<T>::type V;
+  constexpr int n = Vec<T>::n;
+  V shift[U], sum[U], lost[U], squares[U], squares_lost[U];
+  DSCONV_UNROLL
+  for (int u = 0; u < U; ++u) {
+    shift[u] = vload(m.shift + u * n);
+    sum[u] = lost[u] = squares[u] = squares_lost[u] = vset(T(0));
+  }
+  for (int64_t first = 0; first < rows; first += kSumBlock) {
+    const int64_t last = first + kSumBlock < rows ? first + kSumBlock : rows;
+    V block[U], block_squares[U];
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) block[u] = block_squares[u] = vset(T(0));
+    for (int64_t i = first; i < last; ++i) {
+      DSCONV_UNROLL
+      for (int u = 0; u < U; ++u) {
+        const V d = vload(tile + i * ld + u * n) - shift[u];
+        block[u] = block[u] + d;
+        block_squares[u] = vfma(d, d, block_squares[u]);
+      }
+    }
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) {
+      add_compensated(sum[u], lost[u], block[u]);
+      add_compensated(squares[u], squares_lost[u], block_squares[u]);
+    }
+    prefetch_some(ahead);
+  }
+  DSCONV_UNROLL
+  for (int u = 0; u < U; ++u) {
+    vstore(m.sum + u * n, sum[u]), vstore(m.sum_lost + u * n, lost[u]);
+    vstore(m.squares + u * n, squares[u]), vstore(m.squares_lost + u * n, squares_lost[u]);
+  }
+}
+
 // How often merge_tile_moments asks for a part of what is wanted next.
 template <typename T>
 DSCONV_INLINE int64_t moments_calls(int64_t rows, int64_t channels) {
-  return 2 * ceil_div(rows, kSumBlock) * ceil_div(channels, kSumVectors * Vec<T>::n);
+  return ceil_div(rows, kSumBlock) * ceil_div(channels, kSumVectors * Vec<T>::n);
 }
 
 // `before` pixels have been merged into mean and m2 already. Reads whole vectors of the tile.
+//
+// Where there are some, one pass about their mean is enough: what the squares lose to rounding is small beside
+// rows * delta^2, and at least half of that, the distance of the tile's mean, goes into m2 as well.
 template <typename T>
 static void merge_tile_moments(const T* tile, int64_t ld, int64_t rows, int64_t channels, int64_t before, double* mean,
                                double* m2, Ahead& ahead) {
   constexpr int n = Vec<T>::n;
   const double count = static_cast<double>(rows), total = static_cast<double>(before + rows);
-  const double share = count / total, spread = static_cast<double>(before) * share;
+  const double share = count / total, spread = static_cast<double>(before) * share, one = 1 / count;
+  const double about = before >= rows ? one : 0;  // of the squared sum, which squares about another value hold too
   TileMoments<T> m;
   for (int64_t c = 0; c < channels;) {
-    const int64_t left = channels - c;
-    int64_t width = kSumVectors * n;
-    if (left > (kSumVectors - 1) * n) {
+    const int64_t left = channels - c, most = kSumVectors * n;
+    int64_t width = left > most - n ? most : n;
+    if (before >= rows) {
+      for (int64_t i = 0; i < width; ++i) m.shift[i] = i < left ? static_cast<T>(mean[c + i]) : T(0);
+      if (width == most) {
+        tile_moments_about<kSumVectors>(tile + c, ld, rows, m, ahead);
+      } else {
+        tile_moments_about<1>(tile + c, ld, rows, m, ahead);
+      }
+    } else if (width == most) {
       tile_moments<kSumVectors>(tile + c, ld, rows, m, ahead);
     } else {
-      width = n;
       tile_moments<1>(tile + c, ld, rows, m, ahead);
     }
     if (width > left) width = left;
     for (int64_t i = 0; i < width; ++i) {
       const double sum = static_cast<double>(m.sum[i]) - static_cast<double>(m.sum_lost[i]);
-      const double delta = static_cast<double>(m.shift[i]) + sum / count - mean[c + i];
+      const double delta = static_cast<double>(m.shift[i]) + sum * one - mean[c + i];
       mean[c + i] += delta * share;
-      m2[c + i] += static_cast<double>(m.squares[i]) - static_cast<double>(m.squares_lost[i]) + delta * delta * spread;
+      const double squares = static_cast<double>(m.squares[i]) - static_cast<double>(m.squares_lost[i]);
+      m2[c + i] += squares - sum * sum * about + delta * delta * spread;
     }
     c += width;
   }
