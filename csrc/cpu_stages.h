@@ -13,47 +13,44 @@ inline void pack_depthwise(const DTypeKernels& kernels, const BackwardContext& c
 
 class PointwiseStage {
  public:
-  // need_da: something is asked for that follows from the gradient of act(z).
+  // need_da: something is asked for that follows from the gradient of act(z). Beside what it reserves in `workspace`
+  // the stage has pieces of its own: the pointwise weights, or dy as panels read it.
   PointwiseStage(Workspace& workspace, BackwardContext& ctx, bool need_da) : own_(ctx.plan.element) {
     const CpuPlan& plan = ctx.plan;
     const Geometry& g = ctx.p.geom;
     const int64_t unit = plan.element / workspace.element();
-    const int64_t bias_sums = plan.pointwise_groups * (2 * plan.out_columns + plan.mid_columns);
     const bool need_grad = ctx.p.grad_pw_weight != nullptr;
+    workspace.reserve(&ctx.bias_partial, plan.pointwise_groups * (2 * plan.out_columns + plan.mid_columns) * unit);
     if (plan.panels > 0) {
       const int64_t pitch = round_up(plan.micro.rows, plan.micro.lanes);
       const int64_t pixel_blocks = plan.chunks * ceil_div(plan.chunk_pixels, plan.micro.rows);
-      own_.reserve(&ctx.bias_partial, bias_sums);
       if (need_grad) own_.reserve(&ctx.g_rows, ceil_div(g.c_out, plan.micro.rows) * plan.pixels * pitch);
       if (need_da) own_.reserve(&ctx.g_pixels, pixel_blocks * g.c_out * pitch);
-    } else {
-      workspace.reserve(&ctx.bias_partial, bias_sums * unit);
-      if (need_grad) {
-        workspace.reserve(&ctx.pw_partial, plan.pointwise_groups * g.c_out * plan.mid_columns * unit);
-      }
-      if (need_da) own_.reserve(&ctx.packed.pw_backward, plan.mid_columns * g.c_out);
+      return;
     }
-    copies_ = copies_for(plan.panels > 0 ? g.c_mid : plan.pixels);
-    own_.allocate(copies_);
+    if (need_grad) workspace.reserve(&ctx.pw_partial, plan.pointwise_groups * g.c_out * plan.mid_columns * unit);
+    if (need_da) own_.reserve(&ctx.packed.pw_backward, plan.mid_columns * g.c_out);
   }
 
-  void run(const DTypeKernels& kernels, const BackwardContext& ctx) const {
+  void run(const DTypeKernels& kernels, BackwardContext& ctx) {
     const CpuPlan& plan = ctx.plan;
     const BackwardParams& p = ctx.p;
     if (plan.panels > 0) {
-      const auto turn = [&](const BackwardContext& own) {
+      // The sums of dy are made by the first that turns it.
+      const auto turn = [&](BackwardContext& own, bool first) {
+        if (!first) own.p.grad_pw_bias = nullptr;
         for_each_task(plan.pointwise_groups,
                       [&](int64_t group) { kernels.backward_turn(own, group, thread_scratch(plan.scratch_bytes)); });
       };
-      run_with_copies(ctx, copies_, own_.bytes(), plan.panels, turn, kernels.backward_panel);
+      run_with_copies(ctx, own_, p.geom.c_mid, plan.panels, turn, kernels.backward_panel);
     } else {
-      const auto pack = [&](const BackwardContext& own) {
+      const auto pack = [&](const BackwardContext& own, bool) {
         if (own.packed.pw_backward == nullptr) return;
         const PackContext weights = {p.geom, plan, own.packed, nullptr, nullptr, p.pw_weight, nullptr};
         for_each_task(plan.mid_columns / plan.micro.columns,
                       [&](int64_t panel) { kernels.pack_pointwise_backward(weights, panel); });
       };
-      run_with_copies(ctx, copies_, own_.bytes(), plan.pointwise_groups, pack, kernels.backward_group);
+      run_with_copies(ctx, own_, plan.pixels, plan.pointwise_groups, pack, kernels.backward_group);
       if (p.grad_pw_weight != nullptr) {
         for_each_task(p.geom.c_out, [&](int64_t channel) { kernels.reduce_pointwise(ctx, channel); });
       }
@@ -63,7 +60,6 @@ class PointwiseStage {
 
  private:
   Workspace own_;
-  int64_t copies_;
 };
 
 }  // namespace dsconv

@@ -21,22 +21,40 @@ struct AlignedDelete {
 };
 using AlignedBytes = std::unique_ptr<void, AlignedDelete>;
 
-// A thread's scratch: grows, and stays with the thread. Zeroed once, so that lanes past a tensor's last channel, which
-// kernels compute and drop, start as numbers.
-inline void* thread_scratch(int64_t bytes) {
-  thread_local AlignedBytes buffer;
-  thread_local int64_t size = 0;
-  if (size < bytes) {
-    buffer.reset();
-    size = 0;
-    buffer.reset(::operator new(static_cast<size_t>(bytes), kAlign));
-    std::memset(buffer.get(), 0, static_cast<size_t>(bytes));
-    size = bytes;
+// Memory that grows, and stays with its thread.
+class ThreadMemory {
+ public:
+  void* get(int64_t bytes) {
+    if (size_ < bytes) {
+      buffer_.reset();
+      size_ = 0;
+      buffer_.reset(::operator new(static_cast<size_t>(bytes), kAlign));
+      // Lanes past a tensor's last channel, which kernels compute and drop, start as numbers.
+      std::memset(buffer_.get(), 0, static_cast<size_t>(bytes));
+      size_ = bytes;
+    }
+    return buffer_.get();
   }
-  return buffer.get();
+
+ private:
+  AlignedBytes buffer_;
+  int64_t size_ = 0;
+};
+
+// Of one task.
+inline void* thread_scratch(int64_t bytes) {
+  thread_local ThreadMemory memory;
+  return memory.get(bytes);
 }
 
-// What lives for one call: packed weights, partial sums, du. One block, cut into cache-line aligned pieces.
+// Of one call: what run_with_copies makes.
+inline void* thread_copy(int64_t bytes) {
+  thread_local ThreadMemory memory;
+  return memory.get(bytes);
+}
+
+// What lives for one call: packed weights, partial sums, du. One block, cut into cache-line aligned pieces, to which
+// pointers of the call's context go.
 class Workspace {
  public:
   explicit Workspace(int64_t element) : element_(element) {}
@@ -47,13 +65,21 @@ class Workspace {
   }
   int64_t element() const { return element_; }
   int64_t bytes() const { return total_; }
-  // The pointers go to the first of the copies, each bytes() behind the one before.
-  void allocate(int64_t copies = 1) {
-    block_.reset(::operator new(static_cast<size_t>(copies * total_), kAlign));
+  void allocate() {
+    block_.reset(::operator new(static_cast<size_t>(total_), kAlign));
     place_in(block_.get());
   }
-  void place_in(void* memory) {
+  void place_in(void* memory) const {
     for (int i = 0; i < count_; ++i) *pieces_[i].pointer = static_cast<char*>(memory) + pieces_[i].offset;
+  }
+  // The pointers of `copy`, a copy of the context `of` in which all pointers are that were reserved for.
+  template <typename Context>
+  void place_in(void* memory, const Context& of, Context& copy) const {
+    for (int i = 0; i < count_; ++i) {
+      const auto member = reinterpret_cast<const char*>(pieces_[i].pointer) - reinterpret_cast<const char*>(&of);
+      *reinterpret_cast<void**>(reinterpret_cast<char*>(&copy) + member) =
+          static_cast<char*>(memory) + pieces_[i].offset;
+    }
   }
 
  private:
@@ -111,59 +137,31 @@ inline void pack_all(const DTypeKernels& kernels, const PackContext& pack, int64
   });
 }
 
-// ---- memory that each thread has for itself ----
+// What one core has written is dear for another to read, and dearer to write again while both hold it: between two
+// chiplets 400 ns a line. So what a call makes for all its tasks to read, its `pieces`, each thread makes for itself,
+// in memory that stays its own, unless that is much work beside what it does with it: making an element takes as long
+// as some 12 of the `uses` that the whole call has for it, multiply-adds.
 //
-// What one core has written is dear for another to read, and dearer to write again while both hold it: 400 ns a line
-// between cores of two chiplets. So what a call makes for all its tasks to read, each thread makes for itself, in one
-// of `copies` pieces of memory, unless that is much work beside what it does with it.
-
-// `uses`: multiply-adds of the whole call for each element that is made. Making one takes as long as some 12 of them.
-inline int64_t copies_for(int64_t uses) {
-  constexpr int64_t kUsesWorthACopy = 100;
-  const int64_t threads = torch::stable::get_num_threads();
-  return threads <= 2 || uses >= kUsesWorthACopy * threads ? threads : 1;
-}
-
-// From the first copy to another one.
-inline void move_pointer(int64_t offset, void*& pointer) {
-  if (pointer != nullptr) pointer = static_cast<char*>(pointer) + offset;
-}
-inline void move_copy(int64_t offset, PackedWeights& packed) {
-  move_pointer(offset, packed.dw_weight);
-  move_pointer(offset, packed.dw_bias);
-  move_pointer(offset, packed.pw_forward);
-  move_pointer(offset, packed.pw_bias);
-}
-inline void move_copy(int64_t offset, ForwardContext& ctx) { move_copy(offset, ctx.packed); }
-inline void move_copy(int64_t offset, MomentsContext& ctx) { move_copy(offset, ctx.packed); }
-inline void move_copy(int64_t offset, BackwardContext& ctx) {
-  move_pointer(offset, ctx.packed.pw_backward);
-  if (ctx.plan.panels == 0) return;
-  move_pointer(offset, ctx.g_rows);
-  move_pointer(offset, ctx.g_pixels);
-  move_pointer(offset, ctx.bias_partial);
-}
-
-// make(context) fills the memory, once for all threads or once for each; then kernel(context, task, scratch).
+// make(context, first) fills the pieces, `first` where it is for the first task; then kernel(context, task, scratch).
 template <typename Context, typename Make, typename Kernel>
-inline void run_with_copies(const Context& ctx, int64_t copies, int64_t copy_bytes, int64_t tasks, const Make& make,
+inline void run_with_copies(Context& ctx, Workspace& pieces, int64_t uses, int64_t tasks, const Make& make,
                             const Kernel& kernel) {
-  const auto stretch = [&](const Context& own, int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) kernel(own, task, thread_scratch(ctx.plan.scratch_bytes));
-  };
+  constexpr int64_t kUsesWorthACopy = 100, kMostBytes = 4 << 20;
   const int64_t threads = torch::stable::get_num_threads();
-  if (copies == 1 || tasks == 1 || threads == 1) {
-    make(ctx);
-    return for_each_task(tasks, [&](int64_t task) { stretch(ctx, task, task + 1); });
+  const auto run = [&](const Context& own, int64_t task) { kernel(own, task, thread_scratch(own.plan.scratch_bytes)); };
+  if (pieces.bytes() > kMostBytes || (threads > 2 && uses < kUsesWorthACopy * threads)) {
+    pieces.allocate();
+    make(ctx, true);
+    return for_each_task(tasks, [&](int64_t task) { run(ctx, task); });
   }
-  // Stretches of equal length, as parallel_for cuts them, so that a thread finds its copy of the call before.
-  const int64_t length = ceil_div(tasks, threads < tasks ? threads : tasks);
-  torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+  const auto stretch = [&](int64_t begin, int64_t end) {
     Context own = ctx;
-    move_copy(begin / length * copy_bytes, own);
-    make(own);
-    stretch(own, begin, end);
-  });
+    pieces.place_in(thread_copy(pieces.bytes()), ctx, own);
+    make(own, begin == 0);
+    for (int64_t task = begin; task < end; ++task) run(own, task);
+  };
+  if (threads == 1 || tasks == 1) return stretch(0, tasks);
+  torch::stable::parallel_for(0, tasks, 1, stretch);
 }
 
 }  // namespace dsconv

@@ -39,19 +39,17 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
 
   const KeptKey key = kept != nullptr ? key_of(p, plan, kernels, version) : KeptKey{};
   KeptUse use(kept, key, weights.bytes());
-  const int64_t copies = use.memory() == nullptr ? copies_for(plan.pixels) : 1;
-  if (use.memory() != nullptr) {
-    weights.place_in(use.memory());
-  } else {
-    weights.allocate(copies);
-  }
-  const auto pack = [&](const ForwardContext& own) {
-    if (!use.to_pack()) return;
+  const auto pack = [&](const ForwardContext& own, bool) {
     pack_all(kernels, {p.geom, plan, own.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias},
              plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward, kernels.pack_depthwise_forward);
-    use.packed(key);
   };
-  run_with_copies(ctx, copies, weights.bytes(), plan.tiles, pack, kernels.forward);
+  if (use.memory() == nullptr) return run_with_copies(ctx, weights, plan.pixels, plan.tiles, pack, kernels.forward);
+  weights.place_in(use.memory());
+  if (use.to_pack()) {
+    pack(ctx, true);
+    use.packed(key);
+  }
+  for_each_task(plan.tiles, [&](int64_t tile) { kernels.forward(ctx, tile, thread_scratch(plan.scratch_bytes)); });
 }
 
 void run_backward(const char* op, const BackwardParams& p) {

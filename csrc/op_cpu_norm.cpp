@@ -300,16 +300,14 @@ Tensor z_moments(const char* op, const Tensor& x, const Tensor& dw_weight, const
   ctx.panels = ceil_div(g.c_mid, plan.mid_ld);
   Workspace workspace(1), weights(element);
   reserve_depthwise(weights, plan, ctx.packed);
-  const int64_t copies = copies_for(plan.pixels);
-  weights.allocate(copies);
   workspace.reserve(&in_norm.rows, in_norm.elements(g, plan) * element);
   workspace.reserve(reinterpret_cast<void**>(&ctx.partial), ctx.groups * 2 * g.c_mid * sizeof(double));
   workspace.allocate();
   ctx.in_norm = in_norm.fill(g, plan);
-  const auto pack = [&](const MomentsContext& own) {
+  const auto pack = [&](const MomentsContext& own, bool) {
     pack_all(kernels, {g, plan, own.packed, p.dw_weight, p.dw_bias, nullptr, nullptr}, 0, nullptr);
   };
-  run_with_copies(ctx, copies, weights.bytes(), ctx.groups * ctx.panels, pack, kernels.depthwise_moments);
+  run_with_copies(ctx, weights, plan.pixels, ctx.groups * ctx.panels, pack, kernels.depthwise_moments);
   merge_moments(
       ctx.partial, ctx.groups, g.c_mid, pixels_of_groups(plan, ctx.groups), [&](int64_t k) { return channel_of(g, k); },
       static_cast<double*>(result.mutable_data_ptr()));
@@ -352,15 +350,13 @@ std::tuple<Tensor, Tensor> fwd_norm(const char* op, const Tensor& x, const Tenso
     workspace.reserve(reinterpret_cast<void**>(&ctx.partial), ctx.groups * 2 * g.c_out * sizeof(double));
   }
   workspace.allocate();
-  const int64_t copies = copies_for(plan.pixels);
-  weights.allocate(copies);
   ctx.in_norm = in_norm.fill(g, plan);
-  const auto pack = [&](const ForwardContext& own) {
+  const auto pack = [&](const ForwardContext& own, bool) {
     pack_all(kernels, {g, plan, own.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias},
              plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward);
     fold_norm(g, plan, of, Fold::affine, own.packed.dw_weight, own.packed.dw_weight, own.packed.dw_bias);
   };
-  run_with_copies(ctx, copies, weights.bytes(), want_moments ? ctx.groups : plan.tiles, pack,
+  run_with_copies(ctx, weights, plan.pixels, want_moments ? ctx.groups : plan.tiles, pack,
                   want_moments ? kernels.forward_moments : kernels.forward);
   if (want_moments) {
     merge_moments(

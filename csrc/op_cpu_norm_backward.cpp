@@ -101,7 +101,8 @@ struct Run {
     if (geom().multiplier > 1) {
       by_k.resize(static_cast<size_t>((kVectorRows + 2) * c_mid));
       const auto in_order = [&](const double* from, int64_t count_of_rows, double* to) {
-        for (int64_t i = 0; i < count_of_rows * c_mid; ++i) to[i] = from[i / c_mid * c_mid + channel_of(geom(), i % c_mid)];
+        for (int64_t i = 0; i < count_of_rows * c_mid; ++i)
+          to[i] = from[i / c_mid * c_mid + channel_of(geom(), i % c_mid)];
       };
       in_order(vectors, kVectorRows, by_k.data());
       if (sums != nullptr) in_order(sums, 2, by_k.data() + kVectorRows * c_mid);

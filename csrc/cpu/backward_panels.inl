@@ -72,7 +72,7 @@ static void backward_turn(const BackwardContext& ctx, int64_t group, void* scrat
   T* saved_tile = g_tile + (kMicroRows + 1) * plan.out_ld;
   const int64_t bias_size = 2 * plan.out_columns + plan.mid_columns;
   T* bias_sums = static_cast<T*>(ctx.bias_partial) + group * bias_size;
-  zero_fill(bias_sums, bias_size);
+  if (ctx.p.grad_pw_bias != nullptr) zero_fill(bias_sums, bias_size);
   const int64_t blocks = plan.chunks * ceil_div(plan.chunk_pixels, kMicroRows);
   const int64_t first = blocks * group / plan.pointwise_groups, last = blocks * (group + 1) / plan.pointwise_groups;
   for (int64_t block = first; block < last; ++block) turn_block<S>(ctx, block, g_tile, saved_tile, bias_sums);

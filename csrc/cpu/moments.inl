@@ -1,8 +1,8 @@
 // Per-channel sums over pixels in the two numbers that normalisation needs, without cancellation:
 //
 //   moments     mean and M2 = sum (v - mean)^2 of a tile's channels, in two passes over the first tile while it is in
-//               cache, in one pass about the mean of those before over the others; tiles merge by Chan's formula (Chan, Golub, LeVeque: Algorithms for computing the sample variance,
-//               Am. Stat. 37(3), 1983) in double:
+//               cache, in one pass about the mean of those before over the others; tiles merge by Chan's formula (Chan,
+//               Golub, LeVeque: Algorithms for computing the sample variance, Am. Stat. 37(3), 1983) in double:
 //                   delta = mean_b - mean_a,  mean += delta * n_b / n,  M2 += M2_b + delta^2 * n_a * n_b / n
 //   paired sums sum g and sum g * xhat of a gradient and the normalised value that it belongs to
 //
@@ -182,7 +182,7 @@ static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scr
   T* memory = z + plan.tile_pixels * plan.mid_ld;
   double* mean = ctx.partial + group * 2 * c_mid + k;
   double* m2 = mean + c_mid;
-  for (int64_t i = 0; i < g.c_mid; ++i) mean[i] = m2[i] = 0;
+  for (int64_t i = 0; i < g.c_mid; i += 8) __builtin_prefetch(mean + i, 1, 3), __builtin_prefetch(m2 + i, 1, 3);
   const DepthwiseInput<S> in = {&g,
                                 &plan,
                                 static_cast<const S*>(ctx.x.data) + k * ctx.x.strides.c,
@@ -195,6 +195,7 @@ static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scr
   for (int64_t tile = first_tile; tile < plan.tiles * (group + 1) / ctx.groups; ++tile) {
     const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
     depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), z, memory);
+    for (int64_t i = 0; tile == first_tile && i < g.c_mid; ++i) mean[i] = m2[i] = 0;
     Ahead ahead = {};
     // Of a panel the rows hold the other channels too, whose turn is another time.
     if (plan.beyond_cache && ctx.panels == 1 && in.layout == Layout::nhwc) {
