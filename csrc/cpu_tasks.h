@@ -53,11 +53,51 @@ inline void* thread_copy(int64_t bytes) {
   return memory.get(bytes);
 }
 
+// The memory of the calls that a thread makes, up to kMost: handed out in order, and all given back when nothing of it
+// is in use. So equal calls find their workspace where it was, and each thread its part of it in its own caches.
+class CallMemory {
+ public:
+  static CallMemory& of_this_thread() {
+    thread_local CallMemory memory;
+    return memory;
+  }
+  // Null where there is no room.
+  void* take(int64_t bytes) {
+    wanted_ = used_ + bytes > wanted_ ? used_ + bytes : wanted_;
+    if (users_ == 0 && wanted_ > size_ && bytes <= kMost) {
+      const int64_t size = wanted_ < kMost ? wanted_ : kMost;
+      buffer_.reset();
+      size_ = 0;
+      buffer_.reset(::operator new(static_cast<size_t>(size), kAlign));
+      size_ = size;
+    }
+    if (used_ + bytes > size_) return nullptr;
+    void* const memory = static_cast<char*>(buffer_.get()) + used_;
+    used_ += bytes;
+    ++users_;
+    return memory;
+  }
+  void give_back() {
+    if (--users_ == 0) used_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kMost = 8 << 20;
+  AlignedBytes buffer_;
+  int64_t size_ = 0, used_ = 0, wanted_ = 0;
+  int users_ = 0;
+};
+
 // What lives for one call: packed weights, partial sums, du. One block, cut into cache-line aligned pieces, to which
-// pointers of the call's context go.
+// pointers of the call's context go. Lives and dies on one thread.
 class Workspace {
  public:
   explicit Workspace(int64_t element) : element_(element) {}
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() {
+    if (borrowed_) CallMemory::of_this_thread().give_back();
+  }
   void reserve(void** pointer, int64_t elements) {
     STD_TORCH_CHECK(count_ < kMaxPieces, "dsconv_cuda: a workspace of too many pieces");
     pieces_[count_++] = {pointer, total_};
@@ -66,8 +106,13 @@ class Workspace {
   int64_t element() const { return element_; }
   int64_t bytes() const { return total_; }
   void allocate() {
-    block_.reset(::operator new(static_cast<size_t>(total_), kAlign));
-    place_in(block_.get());
+    void* memory = CallMemory::of_this_thread().take(total_);
+    borrowed_ = memory != nullptr;
+    if (!borrowed_) {
+      block_.reset(::operator new(static_cast<size_t>(total_), kAlign));
+      memory = block_.get();
+    }
+    place_in(memory);
   }
   void place_in(void* memory) const {
     for (int i = 0; i < count_; ++i) *pieces_[i].pointer = static_cast<char*>(memory) + pieces_[i].offset;
@@ -91,6 +136,7 @@ class Workspace {
   int64_t element_, total_ = 0;
   Piece pieces_[kMaxPieces];
   int count_ = 0;
+  bool borrowed_ = false;
   AlignedBytes block_;
 };
 

@@ -83,3 +83,20 @@ DSCONV_INLINE void add_rows(Ahead& ahead, const S* x, const Strides& s, const Ge
   const S* begin = x + image * s.n + depth * s.d + row * s.h;
   add_stretch(ahead, begin, begin + rows * s.h);
 }
+
+// The next address, which the compiler may not derive from the first: it would keep one pointer a column, on the stack.
+template <typename P>
+DSCONV_INLINE void advance(P*& p, int64_t step) {
+  p += step;
+  __asm__("" : "+r"(p));
+}
+
+// Asks for the lines of `count` pixels that will be written.
+template <typename M>
+DSCONV_INLINE void ask_for_lines(M* p, int64_t step, int count) {
+  DSCONV_UNROLL
+  for (int i = 0; i < count; ++i) {
+    __builtin_prefetch(p, 1, 3);
+    advance(p, step);
+  }
+}

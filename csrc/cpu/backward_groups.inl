@@ -149,7 +149,6 @@ static void backward_group_of(const BackwardContext& ctx, const ChannelsLast<con
   const int64_t pw_size = g.c_out * plan.mid_columns, bias_size = 2 * plan.out_columns + plan.mid_columns;
   T* pw_partial = ctx.pw_partial != nullptr ? static_cast<T*>(ctx.pw_partial) + group * pw_size : nullptr;
   T* bias_partial = static_cast<T*>(ctx.bias_partial) + group * bias_size;
-  if (pw_partial != nullptr) zero_fill(pw_partial, pw_size);
   zero_fill(bias_partial, bias_size);
   const bool joined = plan.joined && ctx.norm == nullptr;
   T* dw_partial = joined ? zero_depthwise_partial<T>(ctx, group) : nullptr;
@@ -158,6 +157,7 @@ static void backward_group_of(const BackwardContext& ctx, const ChannelsLast<con
   int64_t row = begin / plan.image_pixels * g.d_in * g.h_in;
   for (int64_t tile = group_tile(plan, group); tile < group_tile(plan, group + 1); ++tile) {
     const int64_t pixel = tile_begin(plan, tile), end = tile_begin(plan, tile + 1);
+    t.add_to_sums = pixel > begin;
     backward_group_tile<S>(ctx, x, pixel, end - pixel, memory, t, pw_partial, bias_partial);
     if (dw_partial != nullptr) correlate_run(ctx, x, pixel, end, dw_partial);
     if (joined && ctx.p.grad_x != nullptr) row = backward_ready_rows<S>(ctx, row, begin, end, memory.tile);

@@ -117,7 +117,7 @@ static void panel_du_to_dz(const BackwardContext& ctx, const ChannelsLast<const 
 // same memory: grad_x comes last.
 template <typename T>
 static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int64_t images,
-                                 const ChannelsLast<const T>& x, const ChannelsLast<T>& grad, const ChannelPanel<T>& t,
+                                 const ChannelsLast<const T>& x, const ChannelsLast<T>& grad, ChannelPanel<T>& t,
                                  const PanelMemory<T>& memory) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n;
@@ -128,6 +128,7 @@ static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int6
   for (int64_t begin = 0; begin < pixels; begin += plan.panel_tile) {
     const int64_t count = pixels - begin < plan.panel_tile ? pixels - begin : plan.panel_tile;
     if (needs_z(ctx)) recompute_panel(ctx, x, t.k, begin, count, t);
+    t.add_to_sums = chunk > 0 || begin > 0;
     backward_pointwise(ctx, count, panel_tile<T>(ctx, chunk, begin), t, memory.du + begin * columns, nothing);
   }
   if (ctx.norm != nullptr) panel_du_to_dz(ctx, x, pixels, t, memory.du);
@@ -196,7 +197,6 @@ static void backward_panel(const BackwardContext& ctx, int64_t task, void* scrat
       copy_row(from + c * g.c_mid, weight + c * columns, t.width);
     }
   }
-  if (t.sums != nullptr) zero_fill(sums, g.c_out * columns);
   zero_fill(t.bias_sums, columns + plan.taps * columns);
   const int64_t image_pixels = g.d_in * g.h_in * g.w_in;
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {

@@ -97,9 +97,10 @@ struct ChannelPanel {
   const T* weight;  // [c_out][columns] of pw_weight; null where du is not needed
   T* sums;          // [c_out][sums_ld], its gradient; null where it is not needed
   int64_t sums_ld;
-  T* bias_sums;   // [columns]
-  T* a;           // [pixels][ld], act(z)
-  T* derivative;  // [pixels][ld], act'(z), or zhat where there is a norm
+  bool add_to_sums;  // else they are written
+  T* bias_sums;      // [columns]
+  T* a;              // [pixels][ld], act(z)
+  T* derivative;     // [pixels][ld], act'(z), or zhat where there is a norm
   int64_t ld;
   double* norm_sums;  // [2][c_mid], null where there is no norm
 };
@@ -172,7 +173,7 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t count, const 
   for (int64_t c = 0; t.sums != nullptr && c < g.c_out; c += kMicroRows) {
     add_gemm_block<T>(lanes_left(g.c_out - c, kMicroRows), t.width, count,
                       {grad.rows + c / kMicroRows * grad.rows_block, grad.rows_ld}, {t.a, t.ld}, t.sums + c * t.sums_ld,
-                      t.sums_ld, ahead);
+                      t.sums_ld, t.add_to_sums, ahead);
   }
   if (t.weight == nullptr) return;
   const int64_t chains = chains_of(g.c_out);

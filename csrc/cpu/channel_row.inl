@@ -74,29 +74,12 @@ DSCONV_INLINE auto load_column(const S* p, const ColumnRange& range, int64_t i) 
   }
 }
 
-// The next address, which the compiler may not derive from the first: it would keep one pointer a column, on the stack.
-template <typename P>
-DSCONV_INLINE void advance(P*& p, int64_t step) {
-  p += step;
-  __asm__("" : "+r"(p));
-}
-
 template <typename M, typename V>
 DSCONV_INLINE void vstore_as(Stores stores, M* p, V v) {
   if (stores == Stores::stream) {
     vstream(p, v);
   } else {
     vstore(p, v);
-  }
-}
-
-// Asks for the lines of `count` pixels that will be written.
-template <typename M>
-DSCONV_INLINE void ask_for_lines(M* p, int64_t step, int count) {
-  DSCONV_UNROLL
-  for (int i = 0; i < count; ++i) {
-    __builtin_prefetch(p, 1, 3);
-    advance(p, step);
   }
 }
 

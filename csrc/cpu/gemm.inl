@@ -29,8 +29,11 @@ struct SumTarget {
 
   inline __attribute__((always_inline)) typename Vec<T>::type start(int) const { return vset(T(0)); }
   inline __attribute__((always_inline)) typename Vec<T>::half start_half(int) const { return vset_half(T(0)); }
+  // Another core may have read the partial sums of the call before.
   template <int NV>
-  inline __attribute__((always_inline)) void expect(int64_t) const {}
+  inline __attribute__((always_inline)) void expect(int64_t row) const {
+    ask_for_lines(c + row * ld, Vec<T>::n, NV);
+  }
   template <int NV, typename V>
   inline __attribute__((always_inline)) void take(int64_t row, const V* sums) const {
     T* out = c + row * ld;
@@ -222,13 +225,13 @@ DSCONV_INLINE void gemm_chain(int64_t chain, int64_t chains, int64_t rows, int64
   prefetch_some(ahead);
 }
 
-// C[rows] += A . B for rows <= kMicroRows, the columns of A along k.
+// C[rows] = or += A . B for rows <= kMicroRows, the columns of A along k.
 template <typename T>
 DSCONV_INLINE void add_gemm_block(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b, T* c,
-                                  int64_t ldc, Ahead& ahead) {
+                                  int64_t ldc, bool accumulate, Ahead& ahead) {
   const int64_t chains = chains_of(k);
-  const SumTarget<T> target = {c, ldc, true};
   for (int64_t chain = 0; chain < chains; ++chain) {
+    const SumTarget<T> target = {c, ldc, accumulate || chain > 0};
     gemm_chain<T, false>(chain, chains, rows, columns, k, a, b, target, ahead);
   }
 }
