@@ -8,7 +8,7 @@ namespace dsconv {
 
 inline void pack_depthwise(const DTypeKernels& kernels, const BackwardContext& ctx) {
   const BackwardParams& p = ctx.p;
-  pack_all(kernels, {p.geom, ctx.plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, nullptr}, 0, nullptr);
+  pack_all(kernels, {p.geom, ctx.plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, nullptr}, {0, 0}, nullptr);
 }
 
 class PointwiseStage {
@@ -37,14 +37,14 @@ class PointwiseStage {
     const BackwardParams& p = ctx.p;
     if (plan.panels > 0) {
       // The sums of dy are made by the first that turns it.
-      const auto turn = [&](BackwardContext& own, bool first) {
-        if (!first) own.p.grad_pw_bias = nullptr;
+      const auto turn = [&](BackwardContext& own, int64_t begin, int64_t) {
+        if (begin > 0) own.p.grad_pw_bias = nullptr;
         for_each_task(plan.pointwise_groups,
                       [&](int64_t group) { kernels.backward_turn(own, group, thread_scratch(plan.scratch_bytes)); });
       };
       run_with_copies(ctx, own_, p.geom.c_mid, plan.panels, turn, kernels.backward_panel);
     } else {
-      const auto pack = [&](const BackwardContext& own, bool) {
+      const auto pack = [&](const BackwardContext& own, int64_t, int64_t) {
         if (own.packed.pw_backward == nullptr) return;
         const PackContext weights = {p.geom, plan, own.packed, nullptr, nullptr, p.pw_weight, nullptr};
         for_each_task(plan.mid_columns / plan.micro.columns,

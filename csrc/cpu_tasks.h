@@ -169,16 +169,18 @@ inline void reserve_depthwise(Workspace& workspace, const CpuPlan& plan, PackedW
 
 using PackPanel = void (*)(const PackContext&, int64_t panel);
 
-// pack_depthwise: null for weights in the compute type, which backward and all but the plain forward take.
-inline void pack_all(const DTypeKernels& kernels, const PackContext& pack, int64_t pointwise_panels,
-                     PackPanel pack_pointwise, PackPanel pack_depthwise = nullptr) {
+// The panels `pointwise` of the pointwise weights and all of the depthwise ones; pack_depthwise: null for weights in
+// the compute type, which backward and all but the plain forward take.
+inline void pack_all(const DTypeKernels& kernels, const PackContext& pack, Range pointwise, PackPanel pack_pointwise,
+                     PackPanel pack_depthwise = nullptr) {
   if (pack_depthwise == nullptr) pack_depthwise = kernels.pack_depthwise;
   kernels.pack_biases(pack);
-  for_each_task(pointwise_panels + pack.plan.mid_columns / pack.plan.micro.columns, [&](int64_t task) {
-    if (task < pointwise_panels) {
-      pack_pointwise(pack, task);
+  const int64_t panels = pointwise.end - pointwise.begin;
+  for_each_task(panels + pack.plan.mid_columns / pack.plan.micro.columns, [&](int64_t task) {
+    if (task < panels) {
+      pack_pointwise(pack, pointwise.begin + task);
     } else {
-      pack_depthwise(pack, task - pointwise_panels);
+      pack_depthwise(pack, task - panels);
     }
   });
 }
@@ -188,22 +190,22 @@ inline void pack_all(const DTypeKernels& kernels, const PackContext& pack, int64
 // in memory that stays its own, unless that is much work beside what it does with it: making an element takes as long
 // as some 12 of the `uses` that the whole call has for it, multiply-adds.
 //
-// make(context, first) fills the pieces, `first` where it is for the first task; then kernel(context, task, scratch).
+// make(context, begin, end) fills the pieces for the tasks begin .. end; then kernel(context, task, scratch).
 template <typename Context, typename Make, typename Kernel>
 inline void run_with_copies(Context& ctx, Workspace& pieces, int64_t uses, int64_t tasks, const Make& make,
                             const Kernel& kernel) {
-  constexpr int64_t kUsesWorthACopy = 100, kMostBytes = 4 << 20;
+  constexpr int64_t kUsesWorthACopy = 100, kMostBytes = 8 << 20;
   const int64_t threads = torch::stable::get_num_threads();
   const auto run = [&](const Context& own, int64_t task) { kernel(own, task, thread_scratch(own.plan.scratch_bytes)); };
   if (pieces.bytes() > kMostBytes || (threads > 2 && uses < kUsesWorthACopy * threads)) {
     pieces.allocate();
-    make(ctx, true);
+    make(ctx, 0, tasks);
     return for_each_task(tasks, [&](int64_t task) { run(ctx, task); });
   }
   const auto stretch = [&](int64_t begin, int64_t end) {
     Context own = ctx;
     pieces.place_in(thread_copy(pieces.bytes()), ctx, own);
-    make(own, begin == 0);
+    make(own, begin, end);
     for (int64_t task = begin; task < end; ++task) run(own, task);
   };
   if (threads == 1 || tasks == 1) return stretch(0, tasks);

@@ -39,17 +39,20 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
 
   const KeptKey key = kept != nullptr ? key_of(p, plan, kernels, version) : KeptKey{};
   KeptUse use(kept, key, weights.bytes());
-  const auto pack = [&](const ForwardContext& own, bool) {
-    pack_all(kernels, {p.geom, plan, own.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias},
-             plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward, kernels.pack_depthwise_forward);
+  const int64_t tasks = plan.tiles * plan.parts, panels = plan.out_columns / plan.micro.columns;
+  const auto pack = [&](const ForwardContext& own, int64_t begin, int64_t end) {
+    // All tasks of one tile need but their own parts of the output channels.
+    const Range part = plan.tiles == 1 ? Range{panels * begin / tasks, panels * end / tasks} : Range{0, panels};
+    pack_all(kernels, {p.geom, plan, own.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias}, part,
+             kernels.pack_pointwise_forward, kernels.pack_depthwise_forward);
   };
-  if (use.memory() == nullptr) return run_with_copies(ctx, weights, plan.pixels, plan.tiles, pack, kernels.forward);
+  if (use.memory() == nullptr) return run_with_copies(ctx, weights, plan.pixels, tasks, pack, kernels.forward);
   weights.place_in(use.memory());
   if (use.to_pack()) {
-    pack(ctx, true);
+    pack(ctx, 0, tasks);
     use.packed(key);
   }
-  for_each_task(plan.tiles, [&](int64_t tile) { kernels.forward(ctx, tile, thread_scratch(plan.scratch_bytes)); });
+  for_each_task(tasks, [&](int64_t task) { kernels.forward(ctx, task, thread_scratch(plan.scratch_bytes)); });
 }
 
 void run_backward(const char* op, const BackwardParams& p) {

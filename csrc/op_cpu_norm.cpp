@@ -304,8 +304,8 @@ Tensor z_moments(const char* op, const Tensor& x, const Tensor& dw_weight, const
   workspace.reserve(reinterpret_cast<void**>(&ctx.partial), ctx.groups * 2 * g.c_mid * sizeof(double));
   workspace.allocate();
   ctx.in_norm = in_norm.fill(g, plan);
-  const auto pack = [&](const MomentsContext& own, bool) {
-    pack_all(kernels, {g, plan, own.packed, p.dw_weight, p.dw_bias, nullptr, nullptr}, 0, nullptr);
+  const auto pack = [&](const MomentsContext& own, int64_t, int64_t) {
+    pack_all(kernels, {g, plan, own.packed, p.dw_weight, p.dw_bias, nullptr, nullptr}, {0, 0}, nullptr);
   };
   run_with_copies(ctx, weights, plan.pixels, ctx.groups * ctx.panels, pack, kernels.depthwise_moments);
   merge_moments(
@@ -337,7 +337,7 @@ std::tuple<Tensor, Tensor> fwd_norm(const char* op, const Tensor& x, const Tenso
   // Sums follow the tiles, and these then not the threads.
   const int64_t granule = want_moments ? 4 : static_cast<int64_t>(torch::stable::get_num_threads());
   ctx.plan = plan_forward(g, in_vectors.has_value() ? Layout::nchw : p.x_layout, micro_of(table, p.dtype),
-                          kernels.bytes, granule);
+                          kernels.bytes, granule, want_moments);
   ctx.plan.tap_pairs = 0;  // the norm is folded into weights in the compute type
   const CpuPlan& plan = ctx.plan;
   Workspace workspace(1), weights(plan.element);
@@ -351,12 +351,12 @@ std::tuple<Tensor, Tensor> fwd_norm(const char* op, const Tensor& x, const Tenso
   }
   workspace.allocate();
   ctx.in_norm = in_norm.fill(g, plan);
-  const auto pack = [&](const ForwardContext& own, bool) {
+  const auto pack = [&](const ForwardContext& own, int64_t, int64_t) {
     pack_all(kernels, {g, plan, own.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias},
-             plan.out_columns / plan.micro.columns, kernels.pack_pointwise_forward);
+             {0, plan.out_columns / plan.micro.columns}, kernels.pack_pointwise_forward);
     fold_norm(g, plan, of, Fold::affine, own.packed.dw_weight, own.packed.dw_weight, own.packed.dw_bias);
   };
-  run_with_copies(ctx, weights, plan.pixels, want_moments ? ctx.groups : plan.tiles, pack,
+  run_with_copies(ctx, weights, plan.pixels, want_moments ? ctx.groups : plan.tiles * plan.parts, pack,
                   want_moments ? kernels.forward_moments : kernels.forward);
   if (want_moments) {
     merge_moments(

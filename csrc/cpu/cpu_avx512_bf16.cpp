@@ -51,7 +51,7 @@ static void replace_forward(DTypeKernels& k) {
   k.bytes.middle = sizeof(bf16);
   k.pack_depthwise_forward = pack_depthwise_forward_bf16;
   k.pack_pointwise_forward = pack_pointwise_pairs;
-  k.forward = forward_tile<bf16, float, bf16>;
+  k.forward = forward<bf16, float, bf16>;
   k.forward_moments = forward_moments<bf16, float, bf16>;
 }
 

@@ -110,7 +110,7 @@ struct DTypeKernels {
   void (*pack_depthwise_forward)(const PackContext&, int64_t panel);  // the same, or a form of the forward's own
   void (*pack_pointwise_forward)(const PackContext&, int64_t panel);
   void (*pack_pointwise_backward)(const PackContext&, int64_t panel);
-  void (*forward)(const ForwardContext&, int64_t tile, void* scratch);
+  void (*forward)(const ForwardContext&, int64_t task, void* scratch);  // tiles * parts
   void (*forward_moments)(const ForwardContext&, int64_t group, void* scratch);
   void (*backward_group)(const BackwardContext&, int64_t group, void* scratch);
   void (*reduce_pointwise)(const BackwardContext&, int64_t out_channel);

@@ -47,6 +47,7 @@ struct CpuPlan {
   int64_t block;                     // pixels a tile is made of: micro.rows, an image row in nchw, fewer if need be
   int64_t blocks, tiles;             // tiles of whole blocks, whose numbers differ by one at most
   int64_t tile_pixels;               // of the largest tile
+  int64_t parts;                     // forward: tasks of a tile, each a part of the output channels
   int64_t pointwise_groups;          // partial sums of the backward
   int64_t du_width;                  // channels of a panel of du
   int64_t z_channels, z_ld;          // of z at a time, and their row stride
@@ -147,8 +148,20 @@ inline int64_t pixels_within(int64_t bytes, int64_t bytes_per_pixel) {
 
 }  // namespace plan_detail
 
+// Parts of the output channels for the threads, where pixels are so few that blocks of micro.rows of them make unequal
+// shares: each thread then makes all of z, and some panels of y.
+constexpr int64_t parts_of(const Geometry& g, const CpuPlan& plan, int64_t threads) {
+  const int64_t panels = plan.out_columns / plan.micro.columns, parts = threads < panels ? threads : panels;
+  const int64_t z = 2 * plan.taps;  // a multiply-add of the depthwise takes about as long as two
+  const int64_t by_tiles = ceil_div(ceil_div(plan.pixels, plan.micro.rows), threads) * plan.micro.rows * (g.c_out + z);
+  const int64_t by_parts = plan.pixels * (ceil_div(panels, threads) * plan.micro.columns + z);
+  return by_parts < by_tiles ? parts : 1;
+}
+
 // Forward: every output value is one chain of FMAs whatever its tile, so tiles may follow the number of threads.
-inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro, ElementBytes bytes, int64_t threads) {
+// `whole`: all output channels of a tile in one task.
+inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro, ElementBytes bytes, int64_t threads,
+                            bool whole = false) {
   const int64_t element = bytes.compute;
   CpuPlan plan = plan_detail::base(g, x_layout, micro, element, bytes.middle);
   const bool lanes_of_channels = x_layout == Layout::nhwc || turned_columns_of(g, plan) > 0;
@@ -157,7 +170,8 @@ inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro,
   const int64_t per_pixel = mid_bytes + (micro.columns + micro.lanes) * element;
   const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, mid_bytes), 8 * micro.rows, 256);
   const int64_t fits = plan_detail::pixels_within(kScratchBytes - depthwise_scratch(plan) - (8 << 10), per_pixel);
-  plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, threads);
+  plan.parts = whole ? 1 : parts_of(g, plan, threads);
+  plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, plan.parts > 1 ? 1 : threads);
   plan.beyond_cache =
       (g.n * g.c_in * g.d_in * g.h_in * g.w_in + plan.pixels * g.c_out) * bytes.stored > kSharedCacheBytes;
   plan.scratch_bytes =

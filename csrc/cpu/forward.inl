@@ -50,8 +50,9 @@ DSCONV_INLINE T* output_tile(const CpuPlan& plan, void* scratch) {
   return reinterpret_cast<T*>(static_cast<char*>(scratch) + round_up(z_bytes, kCacheLine));
 }
 
+// The output channels of part `part` of a tile.
 template <typename S, typename T, typename M>
-static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch) {
+static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, void* scratch) {
   const ForwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
@@ -78,6 +79,9 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
     }
   }
 
+  const int64_t panels = plan.out_columns / columns;
+  const int64_t begin = panels * part / plan.parts * columns, last = panels * (part + 1) / plan.parts * columns;
+  const int64_t end = last < g.c_out ? last : g.c_out;
   const bool direct = p.y_layout == Layout::nhwc && p.pre == nullptr && is_clamp(p.out_act);
   // nchw outputs that turn faster as bf16 than as sums (tile_io_bf16.inl).
   const bool by_planes = sizeof(M) < sizeof(T) && p.y_layout == Layout::nchw && p.pre == nullptr && is_clamp(p.out_act);
@@ -85,14 +89,14 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
   const bool stream = direct && plan.beyond_cache && ctx.partial == nullptr && misaligned % kCacheLine == 0;
   Ahead ahead = {};
   if (p.x_layout == Layout::nhwc) {
-    const int64_t calls = ceil_div(count, kMicroRows) * ceil_div(g.c_out, columns) * chains_of(k);
+    const int64_t calls = ceil_div(count, kMicroRows) * ceil_div(end - begin, columns) * chains_of(k);
     add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, g, pixel + count, count);
     share_out(ahead, calls);
     const int64_t most = fills_block(g.c_out, Vec<T>::n) ? 2 * kCacheLine * k / chains_of(k) : kMostAtOnce;
     if (!plan.beyond_cache && ahead.bytes > most) ahead.count = 0;
   }
-  for (int64_t channel = 0; channel < g.c_out; channel += columns) {
-    const int64_t width = g.c_out - channel < columns ? g.c_out - channel : columns;
+  for (int64_t channel = begin; channel < end; channel += columns) {
+    const int64_t width = end - channel < columns ? end - channel : columns;
     const Operand<F> tile_z = {reinterpret_cast<const F*>(z), plan.mid_ld / per_factor};
     const Operand<F> panel = {static_cast<const F*>(ctx.packed.pw_forward) + channel * k, columns};
     OutputTarget<S, T> target = {};
@@ -118,6 +122,11 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, void* scratch)
     }
   }
   if (stream) vstream_fence();
+}
+
+template <typename S, typename T, typename M>
+static void forward(const ForwardContext& ctx, int64_t task, void* scratch) {
+  forward_tile<S, T, M>(ctx, task / ctx.plan.parts, task % ctx.plan.parts, scratch);
 }
 
 // The moments of a tile's y, while it is in cache; `before` pixels have been merged into mean and m2 already.
@@ -153,7 +162,7 @@ static void forward_moments(const ForwardContext& ctx, int64_t group, void* scra
   for (int64_t i = 0; i < 2 * c_out; ++i) mean[i] = 0;
   const int64_t first = tile_begin(plan, first_tile);
   for (int64_t tile = first_tile; tile < plan.tiles * (group + 1) / ctx.groups; ++tile) {
-    forward_tile<S, T, M>(ctx, tile, scratch);
+    forward_tile<S, T, M>(ctx, tile, 0, scratch);
     const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
     merge_output_moments<S>(ctx, pixel, count, pixel - first, output_tile<T, M>(plan, scratch), mean, m2);
   }

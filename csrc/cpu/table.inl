@@ -13,7 +13,7 @@ DSCONV_INLINE DTypeKernels kernels_of() {
   k.pack_biases = pack_biases<S, T>;
   k.pack_pointwise_forward = pack_pointwise_forward<S, T>;
   k.pack_pointwise_backward = pack_pointwise_backward<S, T>;
-  k.forward = forward_tile<S, T, T>;
+  k.forward = forward<S, T, T>;
   k.forward_moments = forward_moments<S, T, T>;
   k.backward_group = backward_group<S, T>;
   k.reduce_pointwise = reduce_pointwise<S, T>;
