@@ -67,10 +67,15 @@ static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<c
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
-  load_output_gradient<S>(ctx, pixel, count, memory.g, memory.saved);
+  int64_t ld = 0;
+  const T* dy = gradient_in_place<S, T>(ctx, pixel, ld);
+  if (dy == nullptr) {
+    load_output_gradient<S>(ctx, pixel, count, memory.g, memory.saved);
+    dy = memory.g, ld = plan.out_ld;
+  }
   T *lost = bias_partial + plan.out_columns, *dw_bias_partial = lost + plan.out_columns;
-  if (p.grad_pw_bias != nullptr) add_columns_exactly(memory.g, plan.out_ld, count, g.c_out, bias_partial, lost);
-  const GradTile<T> grad = {memory.g, kMicroRows, plan.out_ld, memory.g, kMicroRows * plan.out_ld, plan.out_ld, true};
+  if (p.grad_pw_bias != nullptr) add_columns_exactly(dy, ld, count, g.c_out, bias_partial, lost);
+  const GradTile<T> grad = {dy, kMicroRows, ld, dy, kMicroRows * ld, ld, true};
   T* du = static_cast<T*>(ctx.du);
   const bool panels = du != nullptr && plan.du_width == columns;
   Ahead ahead = next_tile<S>(ctx, x, pixel + count, count);
