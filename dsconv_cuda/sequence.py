@@ -26,7 +26,7 @@ class DepthwiseSeparableSequence(nn.Sequential):
     for the length of one op instead of on reading.
 
     It goes from one block to the next where the second norm of the one and the first of the other take statistics of
-    the batch: train() mode, both norms there and not frozen, SyncBatchNorm included. Blocks with hooks of their own,
+    the batch: train() mode, both norms there and not frozen, SyncBatchNorm included. Blocks with hooks,
     subclasses with a forward of their own, and modules of other kinds, which may stand anywhere in the sequence, are
     called with tensors, as in nn.Sequential; so are all of them in eval mode.
 
@@ -119,6 +119,7 @@ def _can_be_joined(module: nn.Module) -> bool:
         and kind.__call__ is nn.Module.__call__
         and "forward" not in vars(module)
         and not has_hooks(module)
+        and not module.runs_apart()
     )
 
 
