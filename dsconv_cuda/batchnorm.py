@@ -148,7 +148,7 @@ def block_of_chain(
     defer: bool = False,
 ) -> Tensor | Unnormalised:
     """:func:`depthwise_separable_conv_bn2d` in a chain: after a block that deferred its second norm, where `input` is
-    Unnormalised (bn1 must take statistics of the batch then), and before one that takes it (bn2 must), with `defer`.
+    Unnormalised, and before one that takes it, with `defer` (bn2 must take statistics of the batch then).
     """
     before = input if isinstance(input, Unnormalised) else None
     tensors = (before.y if before else input, dw_weight, pw_weight, dw_bias, pw_bias)
@@ -180,7 +180,7 @@ def block_of_chain(
     if bn2 is not None and not batch2:
         pw_weight, pw_bias = fold_norm(pw_weight, pw_bias, bn2)
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias)
-    if not batch1 and not batch2:
+    if not batch1 and not batch2 and before is None:
         return autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act, _tf32_applies(x)))
 
     _refuse_what_has_no_rule()

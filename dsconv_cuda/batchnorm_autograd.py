@@ -74,8 +74,8 @@ class Block:
     defer: bool
 
 
-def _vectors_of_no_norm(y: Tensor) -> Tensor:
-    vectors = torch.zeros(4, y.shape[1], dtype=torch.float64, device=y.device)
+def _vectors_of_no_norm(channels: int, like: Tensor) -> Tensor:
+    vectors = torch.zeros(4, channels, dtype=torch.float64, device=like.device)
     vectors[1:3] = 1
     return vectors
 
@@ -104,6 +104,8 @@ class BatchNormBlock(torch.autograd.Function):
                 moments1 = ops.z_moments(*weights[:4], *config.arguments()[:3], *in_norm)
                 moments1, count1 = block.batch1.join_moments(moments1)
                 vectors1 = ops.norm_vectors(moments1, gamma1, beta1, block.batch1.eps)
+            elif in_vectors is not None:  # only the ops with a norm after z read x through the one before it
+                vectors1 = _vectors_of_no_norm(dw_weight.shape[0], dw_weight)
             y, moments2 = _make_y(weights, vectors1, block, in_norm, block.batch2 is not None)
             if block.batch2 is not None:
                 moments2, count2 = block.batch2.join_moments(moments2)
@@ -111,7 +113,7 @@ class BatchNormBlock(torch.autograd.Function):
             else:
                 moments2 = None
                 if block.out_act != IDENTITY:
-                    vectors2 = _vectors_of_no_norm(y)
+                    vectors2 = _vectors_of_no_norm(y.shape[1], y)
             out = y if vectors2 is None or block.defer else ops.norm_act(y, vectors2, block.out_act)
         ctx.block, ctx.count1, ctx.count2 = block, count1, count2
         kept_y = None if vectors2 is None or (block.recompute and not block.defer) else y
@@ -170,6 +172,7 @@ def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, in_vect
     weights = (x, dw_weight, pw_weight, dw_bias)
     geometry, precision, in_norm = config.arguments()[:3], config.precision(), (in_vectors, block.in_act)
     sums1 = sums2 = joined2 = None
+    grad_b1 = None
     # What a bias adds, the norm after it takes off again.
     mask = grad_mask(*wanted[:3], wanted[3] and vectors1 is None, wanted[4] and block.batch2 is None)
     with torch._C._AutoDispatchBelowAutograd():
@@ -180,15 +183,21 @@ def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, in_vect
                 sums2 = ops.norm_act_sums(grad_out, y, vectors2, block.out_act)
                 joined2 = block.batch2.join_sums(sums2)
         through_norm2 = (vectors2, joined2, ctx.count2)
-        if block.batch1 is None:
+        if vectors1 is None:
             dy = ops.norm_act_grad(grad_out, y, *through_norm2, block.out_act)
             arguments = (dy, *weights, None, *config.arguments(), mask, *precision)
             grad_x, grad_dw, grad_pw, grad_b1, grad_b2 = ops.bwd(*arguments)
         else:
             arguments = (grad_out, y, *weights, vectors1, *through_norm2, *geometry, config.act, block.out_act)
             arguments += (mask, *in_norm, *precision)
-            grad_b1 = None
-            if block.batch1.is_shared():
+            if block.batch1 is None:  # dz is du: nothing of its sums
+                du, sums, grad_pw, grad_b2 = ops.bwd_norm_pointwise(*arguments)
+                nothing = torch.zeros_like(sums)
+                grad_x, grad_dw = ops.bwd_norm_depthwise(
+                    du, *weights, vectors1, nothing, 1.0, *geometry, mask, *in_norm
+                )
+                grad_b1 = sums[0].to(x.dtype)
+            elif block.batch1.is_shared():
                 du, sums1, grad_pw, grad_b2 = ops.bwd_norm_pointwise(*arguments)
                 shared = block.batch1.join_sums(sums1)
                 grad_x, grad_dw = ops.bwd_norm_depthwise(
@@ -196,7 +205,7 @@ def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, in_vect
                 )
             else:
                 grad_x, grad_dw, grad_pw, grad_b2, sums1 = ops.bwd_norm(*arguments)
-    if wanted[3] and vectors1 is not None:
+    if wanted[3] and block.batch1 is not None:
         grad_b1 = torch.zeros_like(dw_bias)
     if wanted[4] and block.batch2 is not None:
         grad_b2 = torch.zeros_like(pw_bias)
