@@ -10,6 +10,7 @@ it through the norm and the activation as they read it.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,11 +25,16 @@ OP = "depthwise_separable_conv_bn2d"
 
 @dataclasses.dataclass
 class Batch:
-    """A norm that takes statistics of the batch: of `count` values a channel here, and of what `group` has beside."""
+    """A norm that takes statistics of the batch: of `count` values a channel here, and of what `group` has beside.
+
+    track(moments, count) is told them in forward, before anything is saved for backward: there checkpointing may end a
+    forward that it makes again.
+    """
 
     eps: float
     count: int
     group: object | None
+    track: Callable[[Tensor, float], None] | None = None
 
     def is_shared(self) -> bool:
         return self.group is not None and self.group.size() > 1
@@ -103,12 +109,16 @@ class BatchNormBlock(torch.autograd.Function):
             if block.batch1 is not None:
                 moments1 = ops.z_moments(*weights[:4], *config.arguments()[:3], *in_norm)
                 moments1, count1 = block.batch1.join_moments(moments1)
+                if block.batch1.track is not None:
+                    block.batch1.track(moments1, count1)
                 vectors1 = ops.norm_vectors(moments1, gamma1, beta1, block.batch1.eps)
             elif in_vectors is not None:  # only the ops with a norm after z read x through the one before it
                 vectors1 = _vectors_of_no_norm(dw_weight.shape[0], dw_weight)
             y, moments2 = _make_y(weights, vectors1, block, in_norm, block.batch2 is not None)
             if block.batch2 is not None:
                 moments2, count2 = block.batch2.join_moments(moments2)
+                if block.batch2.track is not None:
+                    block.batch2.track(moments2, count2)
                 vectors2 = ops.norm_vectors(moments2, gamma2, beta2, block.batch2.eps)
             else:
                 moments2 = None

@@ -27,10 +27,10 @@ class DepthwiseSeparableConvBN2d(nn.Module):
 
     ``.depthwise``, ``.bn1``, ``.pointwise`` and ``.bn2`` are these four modules. They hold the parameters, the running
     statistics and the choice of train() or eval(), each for itself, so freezing one is ``block.bn1.eval()``; the
-    state_dict is interchangeable with that of a plain module with the same children. Their forward is not called, unless
-    hooks are attached to them: then they run one after the other as in PyTorch. The hooks with which pruning and the
-    older forms of weight_norm and spectral_norm compute a weight are run, and the block stays one. A ``padding_mode``
-    that is set on ``.depthwise`` is made around the input first.
+    state_dict is interchangeable with that of a plain module with the same children. Their forward is not called,
+    unless hooks are attached to them: then they run one after the other as in PyTorch. The hooks with which pruning and
+    the older forms of weight_norm and spectral_norm compute a weight are run, and the block stays one. A
+    ``padding_mode`` that is set on ``.depthwise`` is made around the input first.
 
     A norm may be replaced by another ``nn.BatchNorm2d`` (with affine=False or track_running_stats=False too, or of a
     subclass with the same forward), by ``nn.SyncBatchNorm``, so ``nn.SyncBatchNorm.convert_sync_batchnorm(model)``
@@ -121,7 +121,7 @@ class DepthwiseSeparableConvBN2d(nn.Module):
                 if out is not None:
                     return out
         depthwise, pointwise = self.depthwise, self.pointwise
-        out = block_of_chain(
+        return block_of_chain(
             input,
             depthwise.weight,
             pointwise.weight,
@@ -137,10 +137,6 @@ class DepthwiseSeparableConvBN2d(nn.Module):
             recompute_output=self.recompute_output,
             defer=defer,
         )
-        for norm in (self.bn1, self.bn2):
-            if counts_batches(norm):
-                norm.num_batches_tracked.add_(1)
-        return out
 
     def runs_apart(self) -> bool:
         """Whether the input has to be a tensor: hooks on a child may see it, or it is padded first."""
@@ -186,6 +182,7 @@ def arguments_of(norm: nn.Module, synchronised: bool) -> BatchNormArguments:
         momentum,
         norm.eps,
         _process_group(norm) if synchronised and norm.training else None,
+        norm.num_batches_tracked if counts_batches(norm) else None,
     )
 
 

@@ -51,13 +51,13 @@ struct MmaForwardTraits {
 // ForwardParams::y_parts of the channels from o0 on: `slices` are the warps' slices, no longer in use.
 template <class Traits>
 DSCONV_DEVICE void put_parts(const ForwardParams& p, int64_t tile, int64_t tiles, const typename Traits::Warp& own,
-                             const int64_t* slots, int32_t o0, unsigned char* slices) {
+                             const int64_t* offsets, int32_t o0, unsigned char* slices) {
   using Parts = WarpParts<Traits::kWarpChannels>;
   const auto of_warp = [&](int warp) -> Parts& {
     return *reinterpret_cast<Parts*>(slices + warp * Traits::kSliceBytes);
   };
-  const int thread = thread_here();
-  put_warp_parts(own, slots, of_warp(thread / 32));
+  const int thread = thread_here(), m0 = thread / 32 / Traits::kWarpColumns * Traits::kWarpPixels;
+  put_warp_parts(own, offsets + m0, of_warp(thread / 32));
   __syncthreads();
   const int64_t channels = p.geom.c_out;
   const int32_t o = o0 + thread;
@@ -166,7 +166,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) forward_mma_kernel(ForwardPar
         store_warp_tile<false>(outputs, own, input.offsets() + m0, o0, slice);
       }
       if (p.y_parts != nullptr) {
-        put_parts<Traits>(p, blockIdx.x / static_cast<unsigned>(plan.groups), box.tiles, own, input.offsets() + m0,
+        put_parts<Traits>(p, blockIdx.x / static_cast<unsigned>(plan.groups), box.tiles, own, input.offsets(),
                           first_o + tile * Traits::kChannels, staged);
       }
     }

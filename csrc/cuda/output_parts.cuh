@@ -68,11 +68,13 @@ DSCONV_DEVICE void put_warp_parts(const Warp& warp, const int64_t* slots, WarpPa
     for (int distance = 4; distance < 32; distance *= 2) value += __shfl_xor_sync(0xffffffffu, value, distance);
     return value;
   };
-  float there[kRows], pixels = 0;
+  unsigned there = 0;  // a bit a row
+  float pixels = 0;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    there[r] = slots[8 * r + g] < 0 ? 0.0f : 1.0f;
-    pixels += there[r];
+    const bool exists = slots[8 * r + g] >= 0;
+    there |= exists ? 1u << r : 0u;
+    pixels += exists ? 1.0f : 0.0f;
   }
   pixels = over_rows(pixels);
   const float each = pixels > 0 ? 1 / pixels : 0;
@@ -82,11 +84,11 @@ DSCONV_DEVICE void put_warp_parts(const Warp& warp, const int64_t* slots, WarpPa
     for (int e = 0; e < 2; ++e) {
       float sum = 0, squares = 0;
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) sum += there[r] != 0 ? warp.acc[r / 2][j][2 * (r % 2) + e] : 0.0f;
+      for (int r = 0; r < kRows; ++r) sum += (there >> r & 1) != 0 ? warp.acc[r / 2][j][2 * (r % 2) + e] : 0.0f;
       const float mean = over_rows(sum) * each;
 #pragma unroll
       for (int r = 0; r < kRows; ++r) {
-        const float d = there[r] != 0 ? warp.acc[r / 2][j][2 * (r % 2) + e] - mean : 0.0f;
+        const float d = (there >> r & 1) != 0 ? warp.acc[r / 2][j][2 * (r % 2) + e] - mean : 0.0f;
         squares += d * d;
       }
       squares = over_rows(squares);
