@@ -325,15 +325,19 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(
         prog="python -m bench.traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--layers", default=FAMILIES, help="quick, all, or names separated by commas")
+    add_arguments(parser)
     parser.add_argument("--mode", nargs="+", choices=COUNTED_MODES, default=COUNTED_MODES)
+    return parser.parse_args(argv)
+
+
+def add_arguments(parser):
+    parser.add_argument("--layers", default=FAMILIES, help="quick, all, or names separated by commas")
     parser.add_argument("--dtype", choices=DTYPES, default="float16")
     parser.add_argument("--layout", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--batch", type=int, default=BATCH, help=f"images of every layer (default {BATCH})")
     parser.add_argument("--blocks", type=int, default=BLOCKS, help=f"counted of a launch (default {BLOCKS})")
     parser.add_argument("--arch", default="sm_90", choices=dsconv_cuda.gpus(), help="that the planner plans for")
     parser.add_argument("--kernels", action="store_true", help="a table of every kernel and tensor too")
-    return parser.parse_args(argv)
 
 
 def main(argv=None):

@@ -104,6 +104,10 @@ struct ForwardParams {
   Strides y_strides;
   Layout y_layout;
   void* pre;  // y before out_act, strides of y; null where it is not asked for
+
+  // CUDA: null, or what the moments of y before out_act are merged from, in the type of the accumulators: of each tile
+  // of pixels mean and sum of squares about it, [tiles][2][c_out], then [tiles] the number of its pixels.
+  void* y_parts;
 };
 
 // grad_* pointers are null for gradients that were not asked for.

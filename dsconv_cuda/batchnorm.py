@@ -14,6 +14,7 @@ modules take the shorter way of batchnorm_training.py where a call is plain.
 """
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,9 @@ from dsconv_cuda.second_order import Config
 class BatchNormArguments:
     """What ``F.batch_norm`` takes beside its input, with its meaning, and a process group.
 
-    ``training`` takes the statistics of the batch, and moves ``running_mean`` and ``running_var``, where there are any,
-    by ``momentum`` towards them; otherwise the running ones are used. With a ``process_group`` the statistics of the
-    batch are those of all processes of the group, as in ``nn.SyncBatchNorm``.
+    ``training`` takes the statistics of the batch, moves ``running_mean`` and ``running_var``, where there are any, by
+    ``momentum`` towards them, and adds one to ``num_batches_tracked``; otherwise the running ones are used. With a
+    ``process_group`` the statistics of the batch are those of all processes of the group, as in ``nn.SyncBatchNorm``.
     """
 
     running_mean: Tensor | None = None
@@ -44,6 +45,7 @@ class BatchNormArguments:
     momentum: float = 0.1
     eps: float = 1e-5
     process_group: object | None = None
+    num_batches_tracked: Tensor | None = None
 
 
 def depthwise_separable_conv_bn2d(
@@ -148,7 +150,7 @@ def block_of_chain(
     defer: bool = False,
 ) -> Tensor | Unnormalised:
     """:func:`depthwise_separable_conv_bn2d` in a chain: after a block that deferred its second norm, where `input` is
-    Unnormalised (bn1 must take statistics of the batch then), and before one that takes it (bn2 must), with `defer`.
+    Unnormalised, and before one that takes it, with `defer` (bn2 must take statistics of the batch then).
     """
     before = input if isinstance(input, Unnormalised) else None
     tensors = (before.y if before else input, dw_weight, pw_weight, dw_bias, pw_bias)
@@ -180,7 +182,7 @@ def block_of_chain(
     if bn2 is not None and not batch2:
         pw_weight, pw_bias = fold_norm(pw_weight, pw_bias, bn2)
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias)
-    if not batch1 and not batch2:
+    if not batch1 and not batch2 and before is None:
         return autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act, _tf32_applies(x)))
 
     _refuse_what_has_no_rule()
@@ -189,8 +191,8 @@ def block_of_chain(
     block = Block(
         Config(stride, padding, dilation, act, IDENTITY, _tf32_applies(x)),
         out_act,
-        Batch(bn1.eps, count, bn1.process_group) if batch1 else None,
-        Batch(bn2.eps, count, bn2.process_group) if batch2 else None,
+        Batch(bn1.eps, count, bn1.process_group, functools.partial(_track, bn1)) if batch1 else None,
+        Batch(bn2.eps, count, bn2.process_group, functools.partial(_track, bn2)) if batch2 else None,
         recompute_output,
         before.act if before else IDENTITY,
         defer,
@@ -202,15 +204,13 @@ def block_of_chain(
     ]
     in_vectors = before.vectors if before else None
     if torch.compiler.is_dynamo_compiling() and not _shared(block):
-        out, vectors, moments1, moments2 = batchnorm_graph.apply((*tensors, *affine, in_vectors), block)
-        count1 = count2 = count
+        out, vectors, *moments = batchnorm_graph.apply((*tensors, *affine, in_vectors), block)
+        with torch.no_grad():
+            for batch, of_batch in zip((block.batch1, block.batch2), moments, strict=True):
+                if batch is not None:
+                    batch.track(of_batch, count)
     else:
-        out, vectors, moments1, count1, moments2, count2 = BatchNormBlock.apply(*tensors, *affine, in_vectors, block)
-    with torch.no_grad():
-        if batch1:
-            _track(bn1, moments1, count1)
-        if batch2:
-            _track(bn2, moments2, count2)
+        out, vectors = BatchNormBlock.apply(*tensors, *affine, in_vectors, block)[:2]
     return Unnormalised(out, vectors, out_act) if defer else out
 
 
@@ -307,6 +307,8 @@ def _shared(block: Block) -> bool:
 
 def _track(bn: BatchNormArguments, moments: Tensor, count: float) -> None:
     """Moves the running statistics towards those of the batch; the variance without bias, as PyTorch does."""
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
     if count == 0:  # an empty batch
         return
     running = [t for t in (bn.running_mean, bn.running_var) if t is not None]

@@ -10,6 +10,7 @@ it through the norm and the activation as they read it.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -24,11 +25,16 @@ OP = "depthwise_separable_conv_bn2d"
 
 @dataclasses.dataclass
 class Batch:
-    """A norm that takes statistics of the batch: of `count` values a channel here, and of what `group` has beside."""
+    """A norm that takes statistics of the batch: of `count` values a channel here, and of what `group` has beside.
+
+    track(moments, count) is told them in forward, before anything is saved for backward: there checkpointing may end a
+    forward that it makes again.
+    """
 
     eps: float
     count: int
     group: object | None
+    track: Callable[[Tensor, float], None] | None = None
 
     def is_shared(self) -> bool:
         return self.group is not None and self.group.size() > 1
@@ -74,8 +80,8 @@ class Block:
     defer: bool
 
 
-def _vectors_of_no_norm(y: Tensor) -> Tensor:
-    vectors = torch.zeros(4, y.shape[1], dtype=torch.float64, device=y.device)
+def _vectors_of_no_norm(channels: int, like: Tensor) -> Tensor:
+    vectors = torch.zeros(4, channels, dtype=torch.float64, device=like.device)
     vectors[1:3] = 1
     return vectors
 
@@ -103,15 +109,21 @@ class BatchNormBlock(torch.autograd.Function):
             if block.batch1 is not None:
                 moments1 = ops.z_moments(*weights[:4], *config.arguments()[:3], *in_norm)
                 moments1, count1 = block.batch1.join_moments(moments1)
+                if block.batch1.track is not None:
+                    block.batch1.track(moments1, count1)
                 vectors1 = ops.norm_vectors(moments1, gamma1, beta1, block.batch1.eps)
+            elif in_vectors is not None:  # only the ops with a norm after z read x through the one before it
+                vectors1 = _vectors_of_no_norm(dw_weight.shape[0], dw_weight)
             y, moments2 = _make_y(weights, vectors1, block, in_norm, block.batch2 is not None)
             if block.batch2 is not None:
                 moments2, count2 = block.batch2.join_moments(moments2)
+                if block.batch2.track is not None:
+                    block.batch2.track(moments2, count2)
                 vectors2 = ops.norm_vectors(moments2, gamma2, beta2, block.batch2.eps)
             else:
                 moments2 = None
                 if block.out_act != IDENTITY:
-                    vectors2 = _vectors_of_no_norm(y)
+                    vectors2 = _vectors_of_no_norm(y.shape[1], y)
             out = y if vectors2 is None or block.defer else ops.norm_act(y, vectors2, block.out_act)
         ctx.block, ctx.count1, ctx.count2 = block, count1, count2
         kept_y = None if vectors2 is None or (block.recompute and not block.defer) else y
@@ -170,6 +182,7 @@ def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, in_vect
     weights = (x, dw_weight, pw_weight, dw_bias)
     geometry, precision, in_norm = config.arguments()[:3], config.precision(), (in_vectors, block.in_act)
     sums1 = sums2 = joined2 = None
+    grad_b1 = None
     # What a bias adds, the norm after it takes off again.
     mask = grad_mask(*wanted[:3], wanted[3] and vectors1 is None, wanted[4] and block.batch2 is None)
     with torch._C._AutoDispatchBelowAutograd():
@@ -180,15 +193,21 @@ def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, in_vect
                 sums2 = ops.norm_act_sums(grad_out, y, vectors2, block.out_act)
                 joined2 = block.batch2.join_sums(sums2)
         through_norm2 = (vectors2, joined2, ctx.count2)
-        if block.batch1 is None:
+        if vectors1 is None:
             dy = ops.norm_act_grad(grad_out, y, *through_norm2, block.out_act)
             arguments = (dy, *weights, None, *config.arguments(), mask, *precision)
             grad_x, grad_dw, grad_pw, grad_b1, grad_b2 = ops.bwd(*arguments)
         else:
             arguments = (grad_out, y, *weights, vectors1, *through_norm2, *geometry, config.act, block.out_act)
             arguments += (mask, *in_norm, *precision)
-            grad_b1 = None
-            if block.batch1.is_shared():
+            if block.batch1 is None:  # dz is du: nothing of its sums
+                du, sums, grad_pw, grad_b2 = ops.bwd_norm_pointwise(*arguments)
+                nothing = torch.zeros_like(sums)
+                grad_x, grad_dw = ops.bwd_norm_depthwise(
+                    du, *weights, vectors1, nothing, 1.0, *geometry, mask, *in_norm
+                )
+                grad_b1 = sums[0].to(x.dtype)
+            elif block.batch1.is_shared():
                 du, sums1, grad_pw, grad_b2 = ops.bwd_norm_pointwise(*arguments)
                 shared = block.batch1.join_sums(sums1)
                 grad_x, grad_dw = ops.bwd_norm_depthwise(
@@ -196,7 +215,7 @@ def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, in_vect
                 )
             else:
                 grad_x, grad_dw, grad_pw, grad_b2, sums1 = ops.bwd_norm(*arguments)
-    if wanted[3] and vectors1 is not None:
+    if wanted[3] and block.batch1 is not None:
         grad_b1 = torch.zeros_like(dw_bias)
     if wanted[4] and block.batch2 is not None:
         grad_b2 = torch.zeros_like(pw_bias)

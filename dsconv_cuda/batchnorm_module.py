@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_cuda import batchnorm_training
-from dsconv_cuda.activations import activation_name
+from dsconv_cuda.activations import ACTIVATIONS, activation_name
 from dsconv_cuda.batchnorm import BatchNormArguments, Unnormalised, block_of_chain
-from dsconv_cuda.modules import separable_convolutions
+from dsconv_cuda.kept_weights import has_hooks
+from dsconv_cuda.modules import _compute_weights, _only_computes_weights, separable_convolutions
 
 _STOCK = (nn.Conv2d, nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d)
 
@@ -26,8 +27,10 @@ class DepthwiseSeparableConvBN2d(nn.Module):
 
     ``.depthwise``, ``.bn1``, ``.pointwise`` and ``.bn2`` are these four modules. They hold the parameters, the running
     statistics and the choice of train() or eval(), each for itself, so freezing one is ``block.bn1.eval()``; the
-    state_dict is interchangeable with that of a plain module with the same children. Their forward is not called: hooks
-    on the children do not run.
+    state_dict is interchangeable with that of a plain module with the same children. Their forward is not called,
+    unless hooks are attached to them: then they run one after the other as in PyTorch. The hooks with which pruning and
+    the older forms of weight_norm and spectral_norm compute a weight are run, and the block stays one. A
+    ``padding_mode`` that is set on ``.depthwise`` is made around the input first.
 
     A norm may be replaced by another ``nn.BatchNorm2d`` (with affine=False or track_running_stats=False too, or of a
     subclass with the same forward), by ``nn.SyncBatchNorm``, so ``nn.SyncBatchNorm.convert_sync_batchnorm(model)``
@@ -99,8 +102,17 @@ class DepthwiseSeparableConvBN2d(nn.Module):
         return self.forward_in_chain(input)
 
     def forward_in_chain(self, input: Tensor | Unnormalised, defer: bool = False) -> Tensor | Unnormalised:
-        """See :func:`dsconv_cuda.batchnorm.block_of_chain`."""
-        if not torch.compiler.is_compiling():
+        """See :func:`dsconv_cuda.batchnorm.block_of_chain`; input is a Tensor and `defer` False where runs_apart()."""
+        hooked = [child for child in self._modules.values() if has_hooks(child)]
+        if hooked:
+            if not all(map(_only_computes_weights, hooked)):
+                return self._one_by_one(input)
+            _compute_weights(*hooked)
+        padding = self.depthwise.padding
+        if self.depthwise.padding_mode != "zeros":
+            around = self.depthwise._reversed_padding_repeated_twice
+            input, padding = nn.functional.pad(input, around, mode=self.depthwise.padding_mode), 0
+        elif not torch.compiler.is_compiling():
             children = self._modules
             modules = children.get("depthwise"), children.get("bn1"), children.get("pointwise"), children.get("bn2")
             if tuple(map(type, modules)) == _STOCK:
@@ -109,7 +121,7 @@ class DepthwiseSeparableConvBN2d(nn.Module):
                 if out is not None:
                     return out
         depthwise, pointwise = self.depthwise, self.pointwise
-        out = block_of_chain(
+        return block_of_chain(
             input,
             depthwise.weight,
             pointwise.weight,
@@ -118,17 +130,22 @@ class DepthwiseSeparableConvBN2d(nn.Module):
             self._arguments("bn1"),
             self._arguments("bn2"),
             depthwise.stride,
-            depthwise.padding,
+            padding,
             depthwise.dilation,
             self.activation,
             self.out_activation,
             recompute_output=self.recompute_output,
             defer=defer,
         )
-        for norm in (self.bn1, self.bn2):
-            if counts_batches(norm):
-                norm.num_batches_tracked.add_(1)
-        return out
+
+    def runs_apart(self) -> bool:
+        """Whether the input has to be a tensor: hooks on a child may see it, or it is padded first."""
+        hooked = [child for child in self._modules.values() if has_hooks(child)]
+        return self.depthwise.padding_mode != "zeros" or not all(map(_only_computes_weights, hooked))
+
+    def _one_by_one(self, input: Tensor) -> Tensor:
+        a = ACTIVATIONS[self.activation].value(self.bn1(self.depthwise(input)))
+        return ACTIVATIONS[self.out_activation].value(self.bn2(self.pointwise(a)))
 
     def _arguments(self, name: str) -> BatchNormArguments | None:
         norm = getattr(self, name)
@@ -165,6 +182,7 @@ def arguments_of(norm: nn.Module, synchronised: bool) -> BatchNormArguments:
         momentum,
         norm.eps,
         _process_group(norm) if synchronised and norm.training else None,
+        norm.num_batches_tracked if counts_batches(norm) else None,
     )
 
 

@@ -25,10 +25,10 @@ class DepthwiseSeparableSequence(nn.Sequential):
     and for kernels too large for the CPU's (where a window of the depthwise part does not fit the cache), u_i is made
     for the length of one op instead of on reading.
 
-    It goes from one block to the next where the second norm of the one and the first of the other take statistics of
-    the batch: train() mode, both norms there and not frozen, SyncBatchNorm included. Blocks with hooks of their own,
-    subclasses with a forward of their own, and modules of other kinds, which may stand anywhere in the sequence, are
-    called with tensors, as in nn.Sequential; so are all of them in eval mode.
+    It goes from one block to the next where the second norm of the one takes statistics of the batch: train() mode, the
+    norm there and not frozen, SyncBatchNorm included; the other may have a first norm or none, frozen or not. Blocks
+    with hooks, subclasses with a forward of their own, and modules of other kinds, which may stand anywhere in the
+    sequence, are called with tensors, as in nn.Sequential; so are all of them in eval mode.
 
     Args:
         *blocks: modules, or one OrderedDict of them, as nn.Sequential takes.
@@ -79,7 +79,7 @@ class DepthwiseSeparableSequence(nn.Sequential):
             pixels = n * extents[0] * extents[1]
             z, y = pixels * depthwise.out_channels, pixels * c_out
             # conv: x. norm: z. pointwise: a. norm: y. And what the activations need besides their output.
-            plain += x + z + (z if block.activation != "identity" else 0) + y
+            plain += x + z * _is_norm(block.bn1) + z + y * _is_norm(block.bn2)
             plain += z * _keeps_its_input(block.activation) + y * _keeps_its_input(block.out_activation)
             kept_y = 0 if block.recompute_output else y
             one_by_one += x + kept_y
@@ -104,6 +104,10 @@ class KeptBytes:
     chain: int
 
 
+def _is_norm(module: nn.Module) -> bool:
+    return type(module) is not nn.Identity
+
+
 def _keeps_its_input(activation: str) -> bool:
     """Whether PyTorch's activation keeps the tensor before it, beside the one after it that the next module keeps."""
     return activation not in ("identity", "relu", "sigmoid", "tanh")
@@ -119,17 +123,12 @@ def _can_be_joined(module: nn.Module) -> bool:
         and kind.__call__ is nn.Module.__call__
         and "forward" not in vars(module)
         and not has_hooks(module)
+        and not module.runs_apart()
     )
 
 
 def _takes_unnormalised(block: nn.Module, following: nn.Module | None) -> bool:
-    return (
-        following is not None
-        and _can_be_joined(block)
-        and _can_be_joined(following)
-        and _by_batch(block.bn2)
-        and _by_batch(following.bn1)
-    )
+    return following is not None and _can_be_joined(block) and _can_be_joined(following) and _by_batch(block.bn2)
 
 
 def _by_batch(norm: nn.Module) -> bool:

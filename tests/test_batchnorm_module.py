@@ -9,10 +9,16 @@ import pytest
 import torch
 from test_batchnorm_block import Plain, Shape, results
 from torch import nn
+from torch.nn.utils import prune
 
 import dsconv_cuda
 from bench.saved import saved_bytes
-from dsconv_cuda import BatchNormArguments, DepthwiseSeparableConvBN2d, depthwise_separable_conv_bn2d
+from dsconv_cuda import (
+    BatchNormArguments,
+    DepthwiseSeparableConvBN2d,
+    DepthwiseSeparableSequence,
+    depthwise_separable_conv_bn2d,
+)
 
 pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
 
@@ -130,6 +136,50 @@ def test_norms_of_other_kinds_are_refused(device):
             block(x)
 
 
+def test_hooks_on_children_see_what_pytorch_shows_them(device):
+    block, x = Shape().block().to(device), Shape().input().to(device)
+    expected = copy.deepcopy(block)(x)
+    chain = DepthwiseSeparableSequence(Shape(c_out=13).block(), block, Shape(c=17).block()).to(device)
+    alone = nn.Sequential(*copy.deepcopy(chain))(x)
+    seen = {}
+    for name, child in block.named_children():
+        child.register_forward_hook(lambda module, args, out, name=name: seen.update({name: out.shape[1]}))
+    torch.testing.assert_close(block(x), expected, rtol=1e-4, atol=1e-4)
+    assert seen == {"depthwise": 13, "bn1": 13, "pointwise": 17, "bn2": 17}
+    seen.clear()
+    torch.testing.assert_close(chain(x), alone, rtol=1e-4, atol=1e-3)
+    assert len(seen) == 4
+    assert block.bn1.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("of", [lambda conv: prune.l1_unstructured(conv, "weight", 0.4), nn.utils.spectral_norm])
+def test_hooks_that_compute_a_weight(of, device):
+    """They run before each call, and the block stays one: stock modules agree over two steps of an optimiser."""
+    block, x = Shape().block().to(device), Shape().input().to(device)
+    plain = Plain(block)
+    for module in (block, plain):
+        torch.manual_seed(1)
+        of(module.depthwise)
+        of(module.pointwise)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.05)
+        for _ in range(2):
+            optimizer.zero_grad()
+            module(x).square().mean().backward()
+            optimizer.step()
+    for (name, p), q in zip(block.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_padding_mode_of_the_depthwise_child(device):
+    block, x = Shape().block().to(device), Shape().input().to(device)
+    block.depthwise.padding_mode = "reflect"
+    plain = Plain(block)
+    torch.testing.assert_close(block(x), plain(x), rtol=1e-4, atol=1e-4)
+    chain = DepthwiseSeparableSequence(Shape(c_out=13).block(), block).to(device)
+    alone = nn.Sequential(*copy.deepcopy(chain))
+    torch.testing.assert_close(chain(x), alone(x), rtol=1e-4, atol=1e-3)
+
+
 def test_arguments_that_do_not_fit(device):
     x, dw, pw = (torch.randn(*s, device=device) for s in ((2, 3, 5, 5), (3, 1, 3, 3), (4, 3)))
     norm = BatchNormArguments(training=True)
@@ -211,13 +261,62 @@ def test_training_lowers_the_loss_like_stock_modules(device):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_checkpoint(device):
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant, device):
+    """Running statistics move in the forward and again in the one of backward, as those of stock modules."""
     from torch.utils.checkpoint import checkpoint
 
     block, x = Shape(out_activation="silu").block().to(device), Shape().input().to(device).requires_grad_()
-    expected = torch.autograd.grad(block(x).square().sum(), x)
-    actual = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).square().sum(), x)
-    assert torch.equal(actual[0], expected[0])
+    plain = Plain(block)
+    expected = torch.autograd.grad(copy.deepcopy(block)(x).square().sum(), x)[0]
+    checkpoint(block, x, use_reentrant=reentrant).square().sum().backward()
+    assert torch.equal(x.grad, expected)
+    checkpoint(plain, x, use_reentrant=reentrant).square().sum().backward()
+    assert block.bn2.num_batches_tracked == 2
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(block.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_statistics_move_without_gradients(mode, device):
+    block, x = Shape().block().to(device), Shape().input().to(device)
+    plain = Plain(block)
+    with mode():
+        out, expected = block(x), plain(x)
+    assert not out.requires_grad
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    for name, buffer in plain.named_buffers():
+        torch.testing.assert_close(block.get_buffer(name), buffer, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_what_it_reaches_in_stock_modules(value, device):
+    """The channel's statistics, through the pointwise part every output, and every gradient of a weight."""
+    block, x = Shape().block().to(device), Shape().input().to(device)
+    x[0, 3, 5, 5] = value
+    plain = Plain(block)
+    out, expected = block(x), plain(x)
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(block.get_buffer(name).isfinite(), buffer.isfinite()), name
+    out.sum().backward()
+    assert not block.pointwise.weight.grad.isfinite().any()
+
+
+def test_functional_call(device):
+    """Gradients go to the parameters that are given, and the running statistics that are given move."""
+    block, x = Shape().block().to(device), Shape().input().to(device)
+    given = {name: value.detach().clone().requires_grad_() for name, value in block.named_parameters()}
+    buffers = {name: value.clone() for name, value in block.named_buffers()}
+    before = copy.deepcopy(block.state_dict())
+    other = copy.deepcopy(block)
+    torch.func.functional_call(block, (given, buffers), (x,)).square().sum().backward()
+    other(x).square().sum().backward()
+    for name, parameter in other.named_parameters():
+        assert torch.equal(given[name].grad, parameter.grad)
+    for name, buffer in other.named_buffers():
+        assert torch.equal(buffers[name], buffer)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
 
 
 def test_a_build_without_the_kernels_says_so(device, monkeypatch):

@@ -263,6 +263,27 @@ def test_bytes_kept_over_mobilenet(activation, isa, device):
 
 
 @pytest.mark.one_isa
+def test_kept_bytes_without_a_first_norm(device):
+    """As in Xception: nothing between the convolutions, and a chain all the same."""
+    sequence = DepthwiseSeparableSequence(
+        *(
+            DepthwiseSeparableConvBN2d(16, 16, 3, padding=1, activation="identity", out_activation=out)
+            for out in ("relu", "relu", "identity")
+        )
+    ).to(device)
+    x = torch.randn(2, 16, 24, 24, device=device, requires_grad=True)
+    for without in (False, True):
+        plain = nn.Sequential(*(Plain(block) for block in sequence))
+        counted = sequence.kept_bytes(x.shape)
+        for number, module in ((counted.plain, plain), (counted.chain, sequence)):
+            assert number <= saved_bytes(module, partial(module, x)) <= number + 32 * 4 * 6 * 16
+        assert counted.chain == 4 * x.nbytes
+        assert counted.plain == (9 if without else 12) * x.nbytes
+        for block in sequence:
+            block.bn1 = nn.Identity()
+
+
+@pytest.mark.one_isa
 def test_kept_bytes_of_what_is_not_joined(device):
     sequence = sequence_of(Shape(), Shape(c=17, c_out=13), Shape()).to(device)
     joined = sequence.kept_bytes((2, 13, 8, 8))

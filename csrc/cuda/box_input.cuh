@@ -516,60 +516,66 @@ struct BoxInput {
     }
   }
 
+  // z of kUnit channels from c0 + k on, of one strip or patch that has a pixel, [pixel][channel]. `z` comes as zeros.
+  DSCONV_DEVICE void depthwise(StripPlace strip, int k, int32_t c0, const unsigned char* staged,
+                               const unsigned char* taps, float (&z)[kItem * kUnit]) const {
+    const int32_t plane_taps = static_cast<int32_t>(in.geom.kernel_h * in.geom.kernel_w);
+    const int32_t channel_taps = plane_taps * static_cast<int32_t>(in.geom.kernel_d);
+    const unsigned char* x = staged + strip.corner + k * box.channel_pitch;
+    const T* weight = reinterpret_cast<const T*>(taps) + k * plane_taps;
+    const T* bias = reinterpret_cast<const T*>(taps) + kChunkChannels<T> * channel_taps + k;
+    int32_t unit = 1, weight_unit = plane_taps;
+    if (box.tap_bytes == 0) {
+      // In place of a channel beyond the last one the last: x is zero there, and so is its part of the product.
+      const int64_t last = in.geom.c_mid - 1, c = c0 + k < last ? c0 + k : last;
+      weight = in.dw_weight + c * channel_taps;
+      bias = in.dw_bias != nullptr ? in.dw_bias + c : nullptr;
+      unit = c < last ? 1 : 0;
+      weight_unit = unit * channel_taps;
+    }
+    if (bias != nullptr) {
+#pragma unroll
+      for (int u = 0; u < kUnit; ++u) {
+        const float value = to_acc(bias[u * unit]);
+#pragma unroll
+        for (int i = 0; i < kItem; ++i) z[i * kUnit + u] = value;
+      }
+    }
+    const int32_t planes = box.staged ? static_cast<int32_t>(in.geom.kernel_d) : 1;
+#pragma unroll 1
+    for (int32_t kd = 0; kd < planes; ++kd) {
+      switch (box.kernel) {
+        case BoxKernel::k3s1:
+          unrolled_item<T, kAlongC, kUnit, 3, 1>(x, box.row_pitch, weight, z);
+          break;
+        case BoxKernel::k3s2:
+          unrolled_item<T, kAlongC, kUnit, 3, 2>(x, box.row_pitch, weight, z);
+          break;
+        case BoxKernel::k5s1:
+          unrolled_item<T, kAlongC, kUnit, 5, 1>(x, box.row_pitch, weight, z);
+          break;
+        case BoxKernel::k5s2:
+          unrolled_item<T, kAlongC, kUnit, 5, 2>(x, box.row_pitch, weight, z);
+          break;
+        case BoxKernel::looped:
+          looped_item<T, kUnit, kItem / 4>(x, run_pitch(), weight, weight_unit, strip_steps(box, in.geom), z);
+          break;
+        default:
+          unstaged_item(strip, c0 + k, z);
+      }
+      x += box.plane_pitch;
+      weight += box.tap_bytes == 0 ? plane_taps : kChunkChannels<T> * plane_taps;
+    }
+  }
+
  private:
   // kUnit channels from c0 + k on, of one strip or patch.
   template <bool kZeroed>
   DSCONV_DEVICE void item(Middle middle, StripPlace strip, int k, int32_t c0, const unsigned char* staged,
                           const unsigned char* taps, unsigned char* tile) const {
     float z[kItem * kUnit] = {};  // [pixel][channel]
-    const int32_t plane_taps = static_cast<int32_t>(in.geom.kernel_h * in.geom.kernel_w);
     if (strip.corner >= 0) {
-      const int32_t channel_taps = plane_taps * static_cast<int32_t>(in.geom.kernel_d);
-      const unsigned char* x = staged + strip.corner + k * box.channel_pitch;
-      const T* weight = reinterpret_cast<const T*>(taps) + k * plane_taps;
-      const T* bias = reinterpret_cast<const T*>(taps) + kChunkChannels<T> * channel_taps + k;
-      int32_t unit = 1, weight_unit = plane_taps;
-      if (box.tap_bytes == 0) {
-        // In place of a channel beyond the last one the last: x is zero there, and so is its part of the product.
-        const int64_t last = in.geom.c_mid - 1, c = c0 + k < last ? c0 + k : last;
-        weight = in.dw_weight + c * channel_taps;
-        bias = in.dw_bias != nullptr ? in.dw_bias + c : nullptr;
-        unit = c < last ? 1 : 0;
-        weight_unit = unit * channel_taps;
-      }
-      if (bias != nullptr) {
-#pragma unroll
-        for (int u = 0; u < kUnit; ++u) {
-          const float value = to_acc(bias[u * unit]);
-#pragma unroll
-          for (int i = 0; i < kItem; ++i) z[i * kUnit + u] = value;
-        }
-      }
-      const int32_t planes = box.staged ? static_cast<int32_t>(in.geom.kernel_d) : 1;
-#pragma unroll 1
-      for (int32_t kd = 0; kd < planes; ++kd) {
-        switch (box.kernel) {
-          case BoxKernel::k3s1:
-            unrolled_item<T, kAlongC, kUnit, 3, 1>(x, box.row_pitch, weight, z);
-            break;
-          case BoxKernel::k3s2:
-            unrolled_item<T, kAlongC, kUnit, 3, 2>(x, box.row_pitch, weight, z);
-            break;
-          case BoxKernel::k5s1:
-            unrolled_item<T, kAlongC, kUnit, 5, 1>(x, box.row_pitch, weight, z);
-            break;
-          case BoxKernel::k5s2:
-            unrolled_item<T, kAlongC, kUnit, 5, 2>(x, box.row_pitch, weight, z);
-            break;
-          case BoxKernel::looped:
-            looped_item<T, kUnit, kItem / 4>(x, run_pitch(), weight, weight_unit, strip_steps(box, in.geom), z);
-            break;
-          default:
-            unstaged_item(strip, c0 + k, z);
-        }
-        x += box.plane_pitch;
-        weight += box.tap_bytes == 0 ? plane_taps : kChunkChannels<T> * plane_taps;
-      }
+      depthwise(strip, k, c0, staged, taps, z);
       if (middle == Middle::value) {
         activate_all(in.act, z);
       } else {

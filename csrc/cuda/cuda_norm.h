@@ -5,54 +5,31 @@
 #include <cstdint>
 
 #include "cuda_launch.h"
+#include "norm_plan.h"
 
 namespace dsconv {
 
-// A tensor [n, channels, h, w] before a norm: v, or z of the depthwise part, which is made value by value from x.
-struct NormSource {
-  int64_t n, channels, h, w;
-  const void* v;
-  Strides v_strides;
-  bool from_x;  // then z of the following, dw_weight [channels, kernel_h, kernel_w], dw_bias or null
-  Geometry geom;
-  const void* x;
-  Strides x_strides;
-  const void *dw_weight, *dw_bias;
-};
-
-// vectors are doubles [4][channels]: mean, invstd, gamma, beta; sums [2][channels], null for a norm of constants.
-struct NormPass {
-  NormSource source;
-  Activation act;
-  const void* grad;
-  Strides grad_strides;
-  void* out;
-  Strides out_strides;
-  const double *vectors, *sums;
-  double count;
-  double* partial;  // [splits][2][channels]
-  int64_t splits;
-  double* result;  // [2][channels]
-};
-
-// Pixels of a split: what a block sums.
-constexpr int64_t kNormSplit = 4096;
-
-// result: mean and variance.
+// By plan.use:
+//   moments    result = mean and variance
+//   sums       result = sum g and sum g * vhat, g = grad * act'(gamma * vhat + beta)
+//   forward    out = act(gamma * vhat + beta)
+//   backward   out = gamma * invstd * (g - (sum g) / count - vhat * (sum g * vhat) / count)
+// of z there is no forward.
 template <DType kType>
-LaunchStatus launch_norm_moments(const NormPass& pass, void* stream);
-// result: sum g and sum g * vhat, g = grad * act'(gamma * vhat + beta).
-template <DType kType>
-LaunchStatus launch_norm_sums(const NormPass& pass, void* stream);
-// out = act(gamma * vhat + beta)
-template <DType kType>
-LaunchStatus launch_norm_forward(const NormPass& pass, void* stream);
-// out = gamma * invstd * (g - (sum g) / count - vhat * (sum g * vhat) / count)
-template <DType kType>
-LaunchStatus launch_norm_backward(const NormPass& pass, void* stream);
+LaunchStatus launch_norm(const NormPass& pass, const NormPlan& plan, void* stream);
 // weight [channels][taps] and bias of a depthwise convolution with the norm after it.
 template <DType kType>
 LaunchStatus launch_norm_fold(const NormPass& pass, int64_t taps, void* weight, void* bias, void* stream);
+
+// Mean and variance of y out of what a forward wrote to ForwardParams::y_parts, [tiles] of it: floats, or doubles.
+// partial: [parts_splits(tiles)][kPartialRows][channels].
+constexpr int64_t parts_splits(int64_t tiles) {
+  constexpr int64_t kTiles = 128;
+  const int64_t splits = ceil_div(tiles, kTiles);
+  return splits < kMostNormSplits ? splits : kMostNormSplits;
+}
+LaunchStatus launch_norm_parts(const void* parts, bool doubles, int64_t tiles, int64_t channels, double* partial,
+                               double* result, void* stream);
 
 // vectors out of moments; gamma and beta are null, or floats, or doubles.
 struct NormParameters {

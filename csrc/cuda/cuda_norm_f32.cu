@@ -2,10 +2,7 @@
 
 namespace dsconv {
 
-template LaunchStatus launch_norm_moments<DType::f32>(const NormPass&, void*);
-template LaunchStatus launch_norm_sums<DType::f32>(const NormPass&, void*);
-template LaunchStatus launch_norm_forward<DType::f32>(const NormPass&, void*);
-template LaunchStatus launch_norm_backward<DType::f32>(const NormPass&, void*);
+template LaunchStatus launch_norm<DType::f32>(const NormPass&, const NormPlan&, void*);
 template LaunchStatus launch_norm_fold<DType::f32>(const NormPass&, int64_t, void*, void*, void*);
 
 }  // namespace dsconv

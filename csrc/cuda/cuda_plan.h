@@ -90,6 +90,11 @@ struct ForwardPlan {
   MmaForwardPlan mma;
 };
 
+// Tiles or boxes of pixels, each of which a block (or several, for its output channels) takes.
+constexpr int64_t pixel_tiles_of(const ForwardPlan& plan) {
+  return plan.tensor_cores ? plan.mma.box.tiles : plan.pixel_tiles;
+}
+
 constexpr ForwardPlan forward_plan_of(const ForwardParams& p, bool wide) {
   const Geometry& g = p.geom;
   const ForwardTile tile = forward_tile(accumulator_bytes(p.dtype), wide);

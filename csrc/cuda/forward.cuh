@@ -34,6 +34,7 @@
 #include "depthwise.cuh"
 #include "gemm.cuh"
 #include "launch_blocks.cuh"
+#include "output_parts.cuh"
 #include "tile_io.cuh"
 
 namespace dsconv {
@@ -56,6 +57,7 @@ struct ForwardTraits {
   static_assert(kZBytes % 16 == 0 && kWeightBytes % 16 == 0, "every part starts on 16 bytes");
   static_assert(kSharedBytes <= kDefaultSharedBytes, "fits every architecture without asking");
   static_assert(kSharedBytes == forward_shared_bytes(sizeof(T), sizeof(Acc), kWide), "what the planner counts with");
+  static_assert(sizeof(OutputPart<Acc>) * kThreads <= kSharedBytes, "parts of y fit where the products were");
 };
 
 // The one place where an accumulator becomes an output.
@@ -153,6 +155,11 @@ DSCONV_KERNEL void DSCONV_BOUNDS(Traits::kThreads, kForwardBlocks)
     __syncthreads();
   }
   forward_epilogue<Traits>(p, own, q0, o0, acc);
+  if (p.y_parts != nullptr) {
+    const unsigned tile = blockIdx.x / channel_tiles;
+    put_block_parts(own, acc, static_cast<const T*>(p.pw_bias), output_pixels(g), g.c_out, tile,
+                    gridDim.x / channel_tiles, o0, p.y_parts, reinterpret_cast<OutputPart<Acc>*>(shared));
+  }
 }
 
 template <typename T, bool kWide, int kKernel>

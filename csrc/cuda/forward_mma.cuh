@@ -18,7 +18,7 @@
 //   Registers: 128 at most, two blocks share a multiprocessor. Shared memory as planned (mma_plan.h, MmaShared):
 //     z 64 kPixels a chunk, weights 128 kChannels, x as staged and in its place the slices of the epilogue, tables
 //
-// Global traffic: x once a group and box, with the halo of the box; pw_weight once a box; y once.
+// Global traffic: x once a group and box, with the halo of the box; pw_weight once a box; y once, and its parts.
 // Preconditions: those of forward.cuh.
 #pragma once
 
@@ -26,6 +26,7 @@
 #include "launch_blocks.cuh"
 #include "mma_plan.h"
 #include "mma_tile_io.cuh"
+#include "output_parts.cuh"
 
 namespace dsconv {
 
@@ -44,7 +45,36 @@ struct MmaForwardTraits {
 
   static constexpr int kElement = static_cast<int>(sizeof(T));
   static constexpr int kSliceBytes = static_cast<int>(slice_bytes(kTile));
+  static_assert(sizeof(WarpParts<kWarpChannels>) <= kSliceBytes, "parts of y in place of a slice");
 };
+
+// ForwardParams::y_parts of the channels from o0 on: `slices` are the warps' slices, no longer in use.
+template <class Traits>
+DSCONV_DEVICE void put_parts(const ForwardParams& p, int64_t tile, int64_t tiles, const typename Traits::Warp& own,
+                             const int64_t* offsets, int32_t o0, unsigned char* slices) {
+  using Parts = WarpParts<Traits::kWarpChannels>;
+  const auto of_warp = [&](int warp) -> Parts& {
+    return *reinterpret_cast<Parts*>(slices + warp * Traits::kSliceBytes);
+  };
+  const int thread = thread_here(), m0 = thread / 32 / Traits::kWarpColumns * Traits::kWarpPixels;
+  put_warp_parts(own, offsets + m0, of_warp(thread / 32));
+  __syncthreads();
+  const int64_t channels = p.geom.c_out;
+  const int32_t o = o0 + thread;
+  if (thread >= Traits::kChannels || o >= channels) return;
+  const int column = thread / Traits::kWarpChannels;
+  const auto row = [&](int i) -> const Parts& { return of_warp(i * Traits::kWarpColumns + column); };
+  const auto load = [&](int i) { return row(i).of[thread % Traits::kWarpChannels]; };
+  const auto count = [&](int i) { return row(i).pixels; };
+  constexpr int kRows = Traits::kPixels / Traits::kWarpPixels;
+  OutputPart<float> part = merged_parts<float>(kRows, load, count);
+  if (p.pw_bias != nullptr) part.mean += to_acc(static_cast<const typename Traits::T*>(p.pw_bias)[o]);
+  write_part(p.y_parts, tile, channels, o, part);
+  if (o > 0) return;
+  float pixels = 0;
+  for (int i = 0; i < kRows; ++i) pixels += count(i);
+  write_part_pixels(p.y_parts, tile, tiles, channels, pixels);
+}
 
 template <class Traits>
 DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) forward_mma_kernel(ForwardParams p, MmaForwardPlan plan) {
@@ -134,6 +164,10 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) forward_mma_kernel(ForwardPar
         store_warp_tile<true>(outputs, own, input.offsets() + m0, o0, slice);
       } else {
         store_warp_tile<false>(outputs, own, input.offsets() + m0, o0, slice);
+      }
+      if (p.y_parts != nullptr) {
+        put_parts<Traits>(p, blockIdx.x / static_cast<unsigned>(plan.groups), box.tiles, own, input.offsets(),
+                          first_o + tile * Traits::kChannels, staged);
       }
     }
     chunk = next_chunk;

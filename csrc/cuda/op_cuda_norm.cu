@@ -23,23 +23,44 @@ using Ints = std::vector<int64_t>;
    : (dtype) == DType::bf16 ? launch<DType::bf16>(__VA_ARGS__) \
                             : launch<DType::f32>(__VA_ARGS__))
 
-int64_t splits_of(int64_t pixels) {
-  constexpr int64_t kMostSplits = 256;
-  const int64_t splits = ceil_div(pixels, kNormSplit);
-  return splits < kMostSplits ? splits : kMostSplits;
+// v as the passes take it: dense, channels together or pixels together.
+struct Dense {
+  Tensor tensor;
+  Layout layout;
+};
+
+bool is_dense(const Tensor& t, Layout layout) {
+  const bool rows = layout == Layout::nhwc;
+  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
+  const int64_t pixel = rows ? c : 1, strides[4] = {c * h * w, rows ? 1 : h * w, w * pixel, pixel};
+  for (int d = 0; d < 4; ++d) {
+    if (t.size(d) > 1 && t.stride(d) != strides[d]) return false;
+  }
+  return true;
 }
 
-void set_v(NormSource& source, const Tensor& v) {
-  source.n = v.size(0), source.channels = v.size(1), source.h = v.size(2), source.w = v.size(3);
-  source.v = v.const_data_ptr();
-  source.v_strides = strides_of(v);
+Tensor dense_in(const Tensor& t, Layout layout) {
+  if (is_dense(t, layout)) return t;
+  return torch::stable::contiguous(t, layout == Layout::nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+Dense dense_images(const Tensor& t) {
+  const Layout layout = suggests_channels_last(t) ? Layout::nhwc : Layout::nchw;
+  return {dense_in(t, layout), layout};
+}
+
+void set_v(NormSource& source, const Dense& v) {
+  const Tensor& t = v.tensor;
+  source.n = t.size(0), source.channels = t.size(1), source.h = t.size(2), source.w = t.size(3);
+  source.layout = v.layout;
+  source.v = t.const_data_ptr();
 }
 
 template <typename Params>
 void set_z(NormSource& source, const Params& p) {
   const Geometry& g = p.geom;
   source.n = g.n, source.channels = g.c_mid, source.h = g.h_out, source.w = g.w_out;
-  source.from_x = true;
+  source.layout = p.x_layout;
   source.geom = g;
   source.x = p.x;
   source.x_strides = p.x_strides;
@@ -47,17 +68,25 @@ void set_z(NormSource& source, const Params& p) {
   source.dw_bias = p.dw_bias;
 }
 
+void run(const char* op, const NormPass& pass, DType dtype, const NormPlan& plan, const CurrentDevice& device) {
+  check_launch(op, DSCONV_BY_DTYPE(dtype, launch_norm, pass, plan, device.stream()));
+}
+
+void run(const char* op, const NormPass& pass, DType dtype, NormUse use, const CurrentDevice& device) {
+  run(op, pass, dtype, plan_norm(pass, dtype, use, device_limits()), device);
+}
+
 // Sums over all pixels: [2, channels].
-template <typename Launch>
-Tensor run_sums(const char* op, NormPass& pass, const Tensor& like, const CurrentDevice& device, const Launch& launch) {
-  const NormSource& source = pass.source;
-  Tensor result = empty_doubles(like, 2, source.channels);
-  if (source.n * source.h * source.w == 0) return torch::stable::zero_(result);
-  pass.splits = splits_of(source.n * source.h * source.w);
-  const Tensor partial = empty_doubles(like, pass.splits, 2 * source.channels);
+Tensor run_sums(const char* op, NormPass& pass, DType dtype, NormUse use, const Tensor& like,
+                const CurrentDevice& device) {
+  const int64_t channels = pass.source.channels;
+  Tensor result = empty_doubles(like, 2, channels);
+  const NormPlan plan = plan_norm(pass, dtype, use, device_limits());
+  if (plan.blocks == 0) return torch::stable::zero_(result);
+  const Tensor partial = empty_doubles(like, plan.splits, kPartialRows * channels);
   pass.partial = static_cast<double*>(partial.mutable_data_ptr());
   pass.result = static_cast<double*>(result.mutable_data_ptr());
-  check_launch(op, launch(pass, device.stream()));
+  run(op, pass, dtype, plan, device);
   return result;
 }
 
@@ -83,9 +112,7 @@ Tensor z_moments(Tensor before, Tensor dw_weight, Tensor pw_weight, Bias dw_bias
   const CurrentDevice device(x);
   NormPass pass{};
   set_z(pass.source, call.params);
-  return run_sums(op, pass, x, device, [&](const NormPass& ready, void* stream) {
-    return DSCONV_BY_DTYPE(call.params.dtype, launch_norm_moments, ready, stream);
-  });
+  return run_sums(op, pass, call.params.dtype, NormUse::moments, x, device);
 }
 
 Tensor norm_vectors(Tensor moments, Bias gamma, Bias beta, double eps) {
@@ -128,7 +155,17 @@ Folded fold(const char* op, const Params& p, const double* vectors, const Tensor
   return folded;
 }
 
-Tensor moments(Tensor v);
+// Mean and variance of y, out of what the forward put beside it.
+Tensor joined_parts(const char* op, const Tensor& parts, DType dtype, int64_t tiles, int64_t channels,
+                    const CurrentDevice& device) {
+  Tensor result = empty_doubles(parts, 2, channels);
+  if (tiles == 0) return torch::stable::zero_(result);
+  const Tensor partial = empty_doubles(parts, parts_splits(tiles), kPartialRows * channels);
+  check_launch(op, launch_norm_parts(parts.const_data_ptr(), dtype == DType::f64, tiles, channels,
+                                     static_cast<double*>(partial.mutable_data_ptr()),
+                                     static_cast<double*>(result.mutable_data_ptr()), device.stream()));
+  return result;
+}
 
 std::tuple<Tensor, Tensor> fwd_norm(Tensor before, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
                                     Tensor vectors, Ints stride, Ints padding, Ints dilation, int64_t act,
@@ -144,80 +181,85 @@ std::tuple<Tensor, Tensor> fwd_norm(Tensor before, Tensor dw_weight, Tensor pw_w
   const Folded folded = fold(op, call.params, of, dw_weight, device);
   call.params.dw_weight = folded.weight.const_data_ptr();
   call.params.dw_bias = folded.bias.const_data_ptr();
-  check_launch(op, forward(call.params, plan_forward(call.params, device_limits()), device.stream()));
-  return {*call.y, want_moments ? moments(*call.y) : empty_doubles(x, 2, 0)};
+  const ForwardPlan plan = plan_forward(call.params, device_limits());
+  const int64_t tiles = pixel_tiles_of(plan), channels = call.params.geom.c_out;
+  Bias parts;
+  if (want_moments) {
+    const int64_t size[1] = {tiles * (2 * channels + 1)};
+    parts = torch::stable::empty({size, 1}, call.params.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float,
+                                 torch::headeronly::Layout::Strided, x.device());
+    call.params.y_parts = parts->mutable_data_ptr();
+  }
+  check_launch(op, forward(call.params, plan, device.stream()));
+  return {*call.y,
+          want_moments ? joined_parts(op, *parts, call.params.dtype, tiles, channels, device) : empty_doubles(x, 2, 0)};
 }
 
-NormPass norm_of(const char* op, const Tensor& v, const Tensor& vectors, int64_t act) {
+// A pass over v, the tensors that it reads, and the one that it makes.
+struct TensorPass {
+  NormPass pass;
+  Dense v;
+  Bias grad;
+  DType dtype;
+};
+
+TensorPass pass_over(const char* op, const Tensor& v, const Bias& grad, const Tensor& vectors, int64_t act) {
   STD_TORCH_CHECK(v.dim() == 4, op, ": input must have 4 dimensions, got ", v.dim());
-  NormPass pass{};
-  set_v(pass.source, v);
-  pass.act = activation_of(op, "activation", act);
-  pass.vectors = doubles_of(op, "vectors", vectors, kVectorRows, pass.source.channels);
-  return pass;
-}
-
-void set_grad(const char* op, NormPass& pass, const Tensor& grad, const Tensor& v) {
-  check_operand(op, "grad_output", grad, v);
-  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == v.size(0) && grad.size(1) == v.size(1) &&
-                      grad.size(2) == v.size(2) && grad.size(3) == v.size(3),
+  TensorPass of = {{}, dense_images(v), {}, dtype_of(op, v)};
+  set_v(of.pass.source, of.v);
+  of.pass.act = activation_of(op, "activation", act);
+  of.pass.vectors = doubles_of(op, "vectors", vectors, kVectorRows, of.pass.source.channels);
+  if (!grad.has_value()) return of;
+  check_operand(op, "grad_output", *grad, v);
+  STD_TORCH_CHECK(grad->dim() == 4 && grad->size(0) == v.size(0) && grad->size(1) == v.size(1) &&
+                      grad->size(2) == v.size(2) && grad->size(3) == v.size(3),
                   op, ": grad_output must have the shape of the output");
-  pass.grad = grad.const_data_ptr();
-  pass.grad_strides = strides_of(grad);
+  of.grad = dense_in(*grad, of.v.layout);
+  of.pass.grad = of.grad->const_data_ptr();
+  return of;
 }
 
-Tensor output_of(NormPass& pass, const Tensor& v) {
-  const bool channels_last = suggests_channels_last(v);
+Tensor output_of(TensorPass& of, const Tensor& v) {
+  const bool channels_last = of.v.layout == Layout::nhwc;
   Tensor out = empty_4d(v, v.size(0), v.size(1), v.size(2), v.size(3), channels_last);
-  pass.out = out.mutable_data_ptr();
-  pass.out_strides = walk_strides(out, channels_last ? Layout::nhwc : Layout::nchw);
-  if (!channels_last) pass.out_strides.c = out.size(2) * out.size(3);
+  of.pass.out = out.mutable_data_ptr();
   return out;
 }
 
 Tensor moments(Tensor v) {
   constexpr const char* op = "dsconv_cuda::moments";
   STD_TORCH_CHECK(v.dim() == 4, op, ": input must have 4 dimensions, got ", v.dim());
-  const DType dtype = dtype_of(op, v);
   const CurrentDevice device(v);
+  const Dense there = dense_images(v);
   NormPass pass{};
-  set_v(pass.source, v);
-  return run_sums(op, pass, v, device, [&](const NormPass& ready, void* stream) {
-    return DSCONV_BY_DTYPE(dtype, launch_norm_moments, ready, stream);
-  });
+  set_v(pass.source, there);
+  return run_sums(op, pass, dtype_of(op, v), NormUse::moments, v, device);
 }
 
 Tensor norm_act(Tensor v, Tensor vectors, int64_t act) {
   constexpr const char* op = "dsconv_cuda::norm_act";
-  const DType dtype = dtype_of(op, v);
-  NormPass pass = norm_of(op, v, vectors, act);
   const CurrentDevice device(v);
-  Tensor out = output_of(pass, v);
-  check_launch(op, DSCONV_BY_DTYPE(dtype, launch_norm_forward, pass, device.stream()));
+  TensorPass of = pass_over(op, v, {}, vectors, act);
+  Tensor out = output_of(of, v);
+  run(op, of.pass, of.dtype, NormUse::forward, device);
   return out;
 }
 
 Tensor norm_act_sums(Tensor grad, Tensor v, Tensor vectors, int64_t act) {
   constexpr const char* op = "dsconv_cuda::norm_act_sums";
-  const DType dtype = dtype_of(op, v);
-  NormPass pass = norm_of(op, v, vectors, act);
-  set_grad(op, pass, grad, v);
   const CurrentDevice device(v);
-  return run_sums(op, pass, v, device, [&](const NormPass& ready, void* stream) {
-    return DSCONV_BY_DTYPE(dtype, launch_norm_sums, ready, stream);
-  });
+  TensorPass of = pass_over(op, v, grad, vectors, act);
+  return run_sums(op, of.pass, of.dtype, NormUse::sums, v, device);
 }
 
 Tensor norm_act_grad(Tensor grad, Tensor v, Tensor vectors, Bias sums, double count, int64_t act) {
   constexpr const char* op = "dsconv_cuda::norm_act_grad";
-  const DType dtype = dtype_of(op, v);
-  NormPass pass = norm_of(op, v, vectors, act);
-  set_grad(op, pass, grad, v);
-  pass.sums = sums.has_value() ? doubles_of(op, "sums", *sums, 2, pass.source.channels) : nullptr;
-  pass.count = count == 0 ? static_cast<double>(v.size(0) * v.size(2) * v.size(3)) : count;
   const CurrentDevice device(v);
-  Tensor out = output_of(pass, v);
-  check_launch(op, DSCONV_BY_DTYPE(dtype, launch_norm_backward, pass, device.stream()));
+  TensorPass of = pass_over(op, v, grad, vectors, act);
+  of.pass.sums = sums.has_value() ? doubles_of(op, "sums", *sums, 2, of.pass.source.channels) : nullptr;
+  of.pass.count = count == 0 ? static_cast<double>(v.size(0) * v.size(2) * v.size(3)) : count;
+  Tensor out = output_of(of, v);
+  run(op, of.pass, of.dtype, NormUse::backward, device);
   return out;
 }
 
@@ -240,13 +282,12 @@ Tensor workspace_for(const Geometry& g, DType dtype, size_t bytes, const Tensor&
 }
 
 // z and du, as sums and map read them.
-NormPass du_pass(const BackwardParams& p, const BackwardPlan& plan, const double* vectors, const Tensor& du) {
+NormPass du_pass(const BackwardParams& p, const double* vectors, const Tensor& du) {
   NormPass pass{};
   set_z(pass.source, p);
   pass.act = Activation::identity;
   pass.vectors = vectors;
   pass.grad = du.const_data_ptr();
-  pass.grad_strides = pass.out_strides = plan.du_strides;
   return pass;
 }
 
@@ -287,10 +328,8 @@ Pointwise stage_pointwise(const char* op, const Tensor& grad, const Bias& y, con
   through.dw_bias = folded.bias.const_data_ptr();
   check_launch(op,
                DSCONV_BY_DTYPE(p.dtype, launch_stage_p, through, plan, workspace.mutable_data_ptr(), device.stream()));
-  NormPass pass = du_pass(p, plan, of, du);
-  Tensor sums = run_sums(op, pass, x, device, [&](const NormPass& ready, void* stream) {
-    return DSCONV_BY_DTYPE(p.dtype, launch_norm_sums, ready, stream);
-  });
+  NormPass pass = du_pass(p, of, du);
+  Tensor sums = run_sums(op, pass, p.dtype, NormUse::sums, x, device);
   return {du, sums, call.grad_pw_weight, call.grad_pw_bias};
 }
 
@@ -314,11 +353,11 @@ std::tuple<Tensor, Tensor> stage_depthwise(const char* op, const Tensor& du, con
   const double* summed = doubles_of(op, "sums", sums, 2, p.geom.c_mid);
   if (p.geom.n > 0 && (p.grad_x != nullptr || p.grad_dw_weight != nullptr)) {
     const Tensor workspace = workspace_for(p.geom, p.dtype, plan.workspace_bytes, x);
-    NormPass pass = du_pass(p, plan, of, du);
+    NormPass pass = du_pass(p, of, du);
     pass.out = static_cast<unsigned char*>(workspace.mutable_data_ptr()) + plan.du_at;
     pass.sums = summed;
     pass.count = count;
-    check_launch(op, DSCONV_BY_DTYPE(p.dtype, launch_norm_backward, pass, device.stream()));
+    run(op, pass, p.dtype, NormUse::backward, device);
     check_launch(op, DSCONV_BY_DTYPE(p.dtype, launch_backward_depthwise, p, plan, workspace.mutable_data_ptr(),
                                      device.stream()));
   }

@@ -41,7 +41,7 @@ from torch.autograd import forward_ad
 
 from dsconv_cuda import _checks, _loader, batchnorm_training
 from dsconv_cuda.batchnorm import depthwise_separable_conv_bn2d, fold_norm
-from dsconv_cuda.batchnorm_module import arguments_of, counts_batches
+from dsconv_cuda.batchnorm_module import arguments_of
 from dsconv_cuda.functional import depthwise_separable_conv2d
 from dsconv_cuda.kept_weights import has_hooks
 from dsconv_cuda.modules import DepthwiseSeparableConv2d
@@ -141,7 +141,7 @@ class Chain:
             if y is not None:
                 return y
         arguments = [bn and arguments_of(bn, isinstance(bn, nn.SyncBatchNorm)) for bn in norms]
-        y = depthwise_separable_conv_bn2d(
+        return depthwise_separable_conv_bn2d(
             x,
             conv.weight,
             self.pointwise.weight,
@@ -154,10 +154,6 @@ class Chain:
             self.activation,
             self.out_activation,
         )
-        for bn in norms:
-            if bn is not None and counts_batches(bn):
-                bn.num_batches_tracked.add_(1)
-        return y
 
     def _wants_gradients(self, normed: list) -> bool:
         """Of the parameters: folding has to be part of the graph then."""

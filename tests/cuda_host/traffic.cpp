@@ -3,8 +3,8 @@
 //   traffic count        reads calls from the standard input, a line each:
 //                        name dtype layout mode n c h w kernel_h kernel_w stride dilation c_out multiplier act out_act
 //                        capability multiprocessors blocks
-//       dtype is f16, bf16, f32, tf32 or f64; mode is forward or training; act and out_act are numbers of params.h;
-//       `blocks` of each launch are counted.
+//       dtype is f16, bf16, f32, tf32 or f64; mode is forward, training or training_bn; act and out_act are numbers of
+//       params.h; `blocks` of each launch are counted.
 //   traffic launches     reads calls too, adds those of driver_calls.h for every GPU of the table, and runs no block:
 //                        of every kernel its symbol, threads and bytes of dynamic shared memory, for each capability
 //
@@ -18,6 +18,7 @@
 #include <sstream>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "../../csrc/cuda/cuda_dispatch.h"
@@ -25,6 +26,7 @@
 #include "counters.h"
 #include "cuda_host.h"
 #include "driver_calls.h"
+#include "norm_calls.h"
 
 using namespace dsconv;
 
@@ -179,11 +181,42 @@ BackwardParams backward_params(const ForwardParams& p, Make make) {
   return b;
 }
 
+// Calls f with the dtype as a constant.
+template <typename F>
+LaunchStatus by_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f64:
+      return f(std::integral_constant<DType, DType::f64>{});
+    case DType::f16:
+      return f(std::integral_constant<DType, DType::f16>{});
+    case DType::bf16:
+      return f(std::integral_constant<DType, DType::bf16>{});
+    default:
+      return f(std::integral_constant<DType, DType::f32>{});
+  }
+}
+
+bool count_norms(const Request& r, const DeviceLimits& device, Tensors& tensors) {
+  const auto make = [&](const char* name, int64_t bytes) { return tensors.make(name, bytes); };
+  const auto backward_of = [&](const ForwardParams& p) { return backward_params(p, make); };
+  const auto phase = [&](const char* name) { print(r, name, 0); };
+  const ForwardParams p = forward_params(r, make);
+  return !failed(by_dtype(p.dtype, [&](auto type) {
+    return norm_calls::step<decltype(type)::value>(p, device, make, backward_of, phase);
+  }));
+}
+
+bool launch_norms(const ForwardParams& p, const DeviceLimits& device) {
+  return !failed(
+      by_dtype(p.dtype, [&](auto type) { return norm_calls::every_launch<decltype(type)::value>(p, device); }));
+}
+
 bool count(const Request& r) {
   const DeviceLimits device = limits_of(r.capability, r.multiprocessors);
   prepare(device);
   cuda_host::count_blocks(static_cast<uint64_t>(r.blocks));
   Tensors tensors;
+  if (r.mode == "training_bn") return count_norms(r, device, tensors);
   const auto make = [&](const char* name, int64_t bytes) { return tensors.make(name, bytes); };
   const ForwardParams p = forward_params(r, make);
   if (failed(forward(p, plan_forward(p, device), nullptr))) return false;
@@ -195,34 +228,6 @@ bool count(const Request& r) {
   if (failed(backward(b, plan, workspace, nullptr))) return false;
   print(r, "backward", static_cast<int64_t>(plan.workspace_bytes));
   return true;
-}
-
-// The kernels of training through BatchNorm that are not forward's and backward's own.
-template <DType kType>
-bool launch_norms_of(const NormPass& pass) {
-  return !failed(launch_norm_moments<kType>(pass, nullptr)) && !failed(launch_norm_sums<kType>(pass, nullptr)) &&
-         !failed(launch_norm_forward<kType>(pass, nullptr)) && !failed(launch_norm_backward<kType>(pass, nullptr)) &&
-         !failed(launch_norm_fold<kType>(pass, 1, nullptr, nullptr, nullptr)) &&
-         !failed(launch_norm_vectors(nullptr, {}, 1, pass.source.channels, nullptr, nullptr));
-}
-
-bool launch_norms(const ForwardParams& p) {
-  NormPass pass{};
-  pass.source.n = p.geom.n;
-  pass.source.channels = p.geom.c_mid;
-  pass.source.h = p.geom.h_out;
-  pass.source.w = p.geom.w_out;
-  pass.splits = 1;
-  switch (p.dtype) {
-    case DType::f64:
-      return launch_norms_of<DType::f64>(pass);
-    case DType::f16:
-      return launch_norms_of<DType::f16>(pass);
-    case DType::bf16:
-      return launch_norms_of<DType::bf16>(pass);
-    default:
-      return launch_norms_of<DType::f32>(pass);
-  }
 }
 
 class Launches {
@@ -238,7 +243,7 @@ class Launches {
     if (failed(forward(p, plan_forward(p, device), nullptr))) return false;
     if (r.mode == "training") {
       const BackwardParams b = backward_params(p, make);
-      if (failed(backward(b, plan_backward(b, device), nowhere, nullptr)) || !launch_norms(p)) return false;
+      if (failed(backward(b, plan_backward(b, device), nowhere, nullptr)) || !launch_norms(p, device)) return false;
     }
     for (const cuda_host::KernelTraffic& k : cuda_host::take_traffic()) {
       if (!seen_.insert({r.capability, k.symbol, k.threads, k.dynamic_shared}).second) continue;
