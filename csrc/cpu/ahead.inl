@@ -7,16 +7,30 @@
 // What comes from a cache is better read as it is needed where products are few: more than this a call delays them.
 constexpr int64_t kMostAtOnce = 4 << 10;
 
-// Some stretches of memory, each in about equal parts.
+// Some stretches of memory, which the calls share in about equal parts of `bytes`.
 struct Ahead {
   static constexpr int kMost = 4;
+  // Runs of `length` bytes, `step` from one to the next: what is left of one of them, and `more` behind it.
   struct Stretch {
     const char *next, *end;
+    int64_t length, step, more;
   };
   Stretch of[kMost];
   int count, at;
   int64_t bytes;
 };
+
+DSCONV_INLINE void skip_finished(Ahead& ahead) {
+  Ahead::Stretch& s = ahead.of[ahead.at];
+  if (s.next < s.end) return;
+  if (s.more == 0) {
+    ++ahead.at;
+    return;
+  }
+  --s.more;
+  s.end += s.step;
+  s.next = s.end - s.length;
+}
 
 // What one call of a GEMM asks for: at each of its steps `step` bytes.
 struct Asked {
@@ -31,29 +45,35 @@ DSCONV_INLINE Asked ask(Ahead& ahead, int64_t steps) {
   if (step > 4 * kCacheLine) step = 4 * kCacheLine;
   const Asked asked = {s.next, step};
   s.next += step * steps;
-  if (s.next >= s.end) ++ahead.at;
+  skip_finished(ahead);
   return asked;
 }
 
+// The same at once.
 DSCONV_INLINE void prefetch_some(Ahead& ahead) {
-  if (ahead.at >= ahead.count) return;
-  Ahead::Stretch& s = ahead.of[ahead.at];
-  const char* const end = s.end - s.next < ahead.bytes ? s.end : s.next + ahead.bytes;
-  for (; s.next < end; s.next += kCacheLine) __builtin_prefetch(s.next, 0, 2);
-  if (s.next >= s.end) ++ahead.at;
+  for (int64_t left = ahead.bytes; left > 0 && ahead.at < ahead.count;) {
+    Ahead::Stretch& s = ahead.of[ahead.at];
+    const int64_t bytes = s.end - s.next < left ? s.end - s.next : left;
+    for (int64_t i = 0; i < bytes; i += kCacheLine) __builtin_prefetch(s.next + i, 0, 2);
+    s.next += bytes;
+    left -= bytes;
+    skip_finished(ahead);
+  }
 }
 
 DSCONV_INLINE void share_out(Ahead& ahead, int64_t calls) {
   int64_t bytes = 0;
-  for (int i = 0; i < ahead.count; ++i) bytes += ahead.of[i].end - ahead.of[i].next;
+  for (int i = 0; i < ahead.count; ++i) bytes += ahead.of[i].length * (ahead.of[i].more + 1);
   ahead.bytes = ceil_div(bytes, calls > ahead.count ? calls - ahead.count : 1);
 }
 
-// Adds [begin, end) in `calls` parts.
+// [begin, end), and as much of each of `runs` - 1 stretches `step` elements from one to the next.
 template <typename S>
-DSCONV_INLINE void add_stretch(Ahead& ahead, const S* begin, const S* end) {
+DSCONV_INLINE void add_stretch(Ahead& ahead, const S* begin, const S* end, int64_t runs = 1, int64_t step = 0) {
+  constexpr int64_t size = static_cast<int64_t>(sizeof(S));
   if (begin >= end) return;
-  ahead.of[ahead.count++] = {reinterpret_cast<const char*>(begin), reinterpret_cast<const char*>(end)};
+  ahead.of[ahead.count++] = {reinterpret_cast<const char*>(begin), reinterpret_cast<const char*>(end),
+                             (end - begin) * size, step * size, runs - 1};
 }
 
 // The `count` pixels of an output from `pixel` on, where all its pixels lie in one line.
@@ -66,9 +86,9 @@ DSCONV_INLINE void add_pixels(Ahead& ahead, const S* data, const Strides& s, Lay
   add_stretch(ahead, data + pixel * s.w, data + (pixel + count) * s.w);
 }
 
-// The rows of x that the `count` pixels from `pixel` on read and those before it do not.
+// The rows of x that the `count` pixels from `pixel` on read and those before it do not; in nchw of every channel.
 template <typename S>
-DSCONV_INLINE void add_rows(Ahead& ahead, const S* x, const Strides& s, const Geometry& g, int64_t pixel,
+DSCONV_INLINE void add_rows(Ahead& ahead, const S* x, const Strides& s, Layout layout, const Geometry& g, int64_t pixel,
                             int64_t count) {
   const int64_t slice_pixels = g.h_out * g.w_out, last = pixel - 1;
   int64_t slice = last / slice_pixels;
@@ -81,7 +101,11 @@ DSCONV_INLINE void add_rows(Ahead& ahead, const S* x, const Strides& s, const Ge
   int64_t rows = ceil_div(count, g.w_out) * g.stride_h;
   if (rows > g.h_in - row) rows = g.h_in - row;
   const S* begin = x + image * s.n + depth * s.d + row * s.h;
-  add_stretch(ahead, begin, begin + rows * s.h);
+  if (layout == Layout::nhwc) {
+    add_stretch(ahead, begin, begin + rows * s.h);
+  } else {
+    add_stretch(ahead, begin, begin + rows * s.h, g.c_in, s.c);
+  }
 }
 
 // The next address, which the compiler may not derive from the first: it would keep one pointer a column, on the stack.

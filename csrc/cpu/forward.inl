@@ -26,12 +26,12 @@ static void add_bias(const T* bias, int64_t rows, T* out) {
 // One panel of output channels by way of `out`: for what the micro-kernel cannot write itself.
 template <typename S, typename F, typename T>
 static void outputs_by_tile(const ForwardContext& ctx, int64_t pixel, int64_t count, int64_t channel, int64_t width,
-                            int64_t k, Operand<F> z, Operand<F> panel, T* out) {
+                            int64_t k, Operand<F> z, Operand<F> panel, T* out, Ahead& ahead) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const ForwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
-  gemm_panel(count, width, k, z, panel, out, columns);
+  gemm_panel(count, width, k, z, panel, out, columns, ahead);
   add_bias(static_cast<const T*>(ctx.packed.pw_bias) + channel, count, out);
   if (p.pre != nullptr) {
     store_tile(out, columns, channel, width, pixel, count, static_cast<S*>(p.pre), p.y_layout, g.c_out,
@@ -88,13 +88,11 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
   const uint64_t misaligned = reinterpret_cast<uint64_t>(p.y) | static_cast<uint64_t>(g.c_out) * sizeof(S);
   const bool stream = direct && plan.beyond_cache && ctx.partial == nullptr && misaligned % kCacheLine == 0;
   Ahead ahead = {};
-  if (p.x_layout == Layout::nhwc) {
-    const int64_t calls = ceil_div(count, kMicroRows) * ceil_div(end - begin, columns) * chains_of(k);
-    add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, g, pixel + count, count);
-    share_out(ahead, calls);
-    const int64_t most = fills_block(g.c_out, Vec<T>::n) ? 2 * kCacheLine * k / chains_of(k) : kMostAtOnce;
-    if (!plan.beyond_cache && ahead.bytes > most) ahead.count = 0;
-  }
+  const int64_t calls = ceil_div(count, kMicroRows) * ceil_div(end - begin, columns) * chains_of(k);
+  add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, p.x_layout, g, pixel + count, count);
+  share_out(ahead, calls);
+  const int64_t most = fills_block(g.c_out, Vec<T>::n) ? 2 * kCacheLine * k / chains_of(k) : kMostAtOnce;
+  if (!plan.beyond_cache && (p.x_layout == Layout::nchw || ahead.bytes > most)) ahead.count = 0;
   for (int64_t channel = begin; channel < end; channel += columns) {
     const int64_t width = end - channel < columns ? end - channel : columns;
     const Operand<F> tile_z = {reinterpret_cast<const F*>(z), plan.mid_ld / per_factor};
@@ -118,7 +116,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
                      plan.image_pixels);
       }
     } else {
-      outputs_by_tile<S>(ctx, pixel, count, channel, width, k, tile_z, panel, out);
+      outputs_by_tile<S>(ctx, pixel, count, channel, width, k, tile_z, panel, out, ahead);
     }
   }
   if (stream) vstream_fence();

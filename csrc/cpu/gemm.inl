@@ -252,12 +252,11 @@ DSCONV_INLINE void gemm_chain_rows(int64_t chain, int64_t chains, int64_t rows, 
 // every block of rows while it is near.
 template <typename T>
 DSCONV_INLINE void gemm_panel(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b,
-                              typename ComputeOf<T>::type* c, int64_t ldc) {
+                              typename ComputeOf<T>::type* c, int64_t ldc, Ahead& ahead) {
   const int64_t chains = chains_of(k);
-  Ahead nothing = {};
   for (int64_t chain = 0; chain < chains; ++chain) {
     const SumTarget<typename ComputeOf<T>::type> target = {c, ldc, chain > 0};
-    gemm_chain_rows(chain, chains, rows, columns, k, a, b, target, nothing);
+    gemm_chain_rows(chain, chains, rows, columns, k, a, b, target, ahead);
   }
 }
 

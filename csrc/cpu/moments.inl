@@ -199,7 +199,7 @@ static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scr
     Ahead ahead = {};
     // Of a panel the rows hold the other channels too, whose turn is another time.
     if (plan.beyond_cache && ctx.panels == 1 && in.layout == Layout::nhwc) {
-      add_rows(ahead, in.x, in.stride, g, pixel + count, count);
+      add_rows(ahead, in.x, in.stride, in.layout, g, pixel + count, count);
       share_out(ahead, moments_calls<T>(count, g.c_mid));
     }
     merge_tile_moments(z, plan.mid_ld, count, g.c_mid, pixel - first, mean, m2, ahead);
