@@ -152,9 +152,12 @@ static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& ta
   }
 }
 
-// The largest of the register blocks that fewer rows are cut into: a half, then 4, 2 and 1.
-constexpr int next_micro_rows(int rows) {
-  return rows == kMicroRows && rows > 8 ? rows / 2 : (rows > 4 ? 4 : rows / 2);
+// The next smaller of the register blocks that fewer rows are cut into: a half, then 4, 2 and 1, and above that `fine`
+// every even number down to 8. Columns of output channels are seldom a multiple of kMicroRows, and a block of less than 8
+// accumulators waits for its additions.
+constexpr int next_micro_rows(int rows, bool fine) {
+  if (fine && rows > 8) return rows - 2;
+  return rows == kMicroRows && rows > 8 ? rows / 2 : (rows > 4 ? (rows > 7 ? 7 : 4) : rows / 2);
 }
 
 template <typename T, int NV, bool Half, bool AlongK, int R, typename Target>
@@ -167,7 +170,8 @@ static void micro_kernel_rest(int rows, int64_t k, Operand<T> a, Operand<T> b, c
   if constexpr (R > 1) {
     const Operand<T> below = {a.data + done * (AlongK ? a.stride : 1), a.stride};
     if (done < rows) {
-      micro_kernel_rest<T, NV, Half, AlongK, next_micro_rows(R)>(rows - done, k, below, b, target.below(done));
+      constexpr int next = next_micro_rows(R, NV == kMicroVecs && !AlongK);
+      micro_kernel_rest<T, NV, Half, AlongK, next>(rows - done, k, below, b, target.below(done));
     }
   }
 }
@@ -177,7 +181,8 @@ DSCONV_INLINE void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<
   if (rows == kMicroRows) {
     micro_kernel<T, kMicroRows, NV, Half, AlongK, 0>(k, a, b, target, {});
   } else {
-    micro_kernel_rest<T, NV, Half, AlongK, next_micro_rows(kMicroRows)>(rows, k, a, b, target);
+    constexpr int next = next_micro_rows(kMicroRows, NV == kMicroVecs && !AlongK);
+    micro_kernel_rest<T, NV, Half, AlongK, next>(rows, k, a, b, target);
   }
 }
 
