@@ -19,6 +19,7 @@ Shapes, strides and checks here are those of csrc/op_args.h; opcheck holds the t
 """
 
 import importlib
+import math
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def _du_size(x: Tensor, dw_weight: Tensor, shape: tuple) -> int:
     channels = dw_weight.shape[0]
     if channels == x.shape[1]:
         channels = (channels + 63) // 64 * 64
-    return shape[0] * shape[2] * shape[3] * channels
+    return shape[0] * math.prod(shape[2:]) * channels
 
 
 def _bwd_norm_fake(

@@ -88,7 +88,8 @@ static ForwardPlan forward_of(const Geometry& g, DType dtype, int64_t multiproce
     return plan;
   }
   const ForwardTile tile = forward_tile(accumulator_bytes(dtype), plan.wide);
-  CHECK(plan.pixel_tiles * tile.pixels >= g.n * g.d_out * g.h_out * g.w_out && plan.channel_tiles * tile.channels >= g.c_out);
+  CHECK(plan.pixel_tiles * tile.pixels >= g.n * g.d_out * g.h_out * g.w_out);
+  CHECK(plan.channel_tiles * tile.channels >= g.c_out);
   CHECK(plan.blocks == plan.pixel_tiles * plan.channel_tiles);
   return plan;
 }

@@ -116,7 +116,7 @@ def test_a_volume_has_a_plan(arch):
                                 memory_format=torch.channels_last, arch=arch)  # fmt: skip
         assert plan.chosen.dram_bytes - flat.chosen.dram_bytes == 2 * 54 * 18  # taps
         assert plan.chosen.kernels[0].l2_bytes > 2 * flat.chosen.kernels[0].l2_bytes  # x, a plane a tap of the depth
-    with pytest.raises(ValueError, match="memory_format must be contiguous_format or torch.channels_last_3d"):
+    with pytest.raises(ValueError, match=r"memory_format must be contiguous_format or torch\.channels_last_3d"):
         dsconv_cuda.plan(*call, memory_format=torch.channels_last, arch=arch)
 
 

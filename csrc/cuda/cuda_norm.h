@@ -5,20 +5,22 @@
 #include <cstdint>
 
 #include "cuda_launch.h"
+#include "portability.cuh"
 
 namespace dsconv {
 
-// A tensor [n, channels, h, w] before a norm: v, or z of the depthwise part, which is made value by value from x.
+// A tensor [n, channels, d, h, w] before a norm: v, or z of the depthwise part, which is made value by value from x.
 struct NormSource {
-  int64_t n, channels, h, w;
+  int64_t n, channels, d, h, w;
   const void* v;
   Strides v_strides;
-  bool from_x;  // then z of the following, dw_weight [channels, kernel_h, kernel_w], dw_bias or null
+  bool from_x;  // then z of the following, dw_weight [channels, kernel_d, kernel_h, kernel_w], dw_bias or null
   Geometry geom;
   const void* x;
   Strides x_strides;
   const void *dw_weight, *dw_bias;
 };
+DSCONV_HOST_DEVICE int64_t source_pixels(const NormSource& source) { return source.n * source.d * source.h * source.w; }
 
 // vectors are doubles [4][channels]: mean, invstd, gamma, beta; sums [2][channels], null for a norm of constants.
 struct NormPass {

@@ -29,23 +29,33 @@ DSCONV_DEVICE acc_t<T> source_at(const NormSource& source, int64_t c, const Pixe
   }
   const Geometry& g = source.geom;
   const int64_t row = p.row * g.stride_h - g.pad_top, col = p.col * g.stride_w - g.pad_left;
+  const int64_t depth = p.depth * g.stride_d - g.pad_front;
   const T* x = static_cast<const T*>(source.x) + p.n * source.x_strides.n + c / g.multiplier * source.x_strides.c;
-  const T* weight = static_cast<const T*>(source.dw_weight) + c * g.kernel_h * g.kernel_w;
+  const T* weight = static_cast<const T*>(source.dw_weight) + c * tap_count(g);
   const T* bias = static_cast<const T*>(source.dw_bias);
   acc_t<T> z = bias != nullptr ? to_acc(bias[c]) : acc_t<T>(0);
-  for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
-    const int64_t r = row + kh * g.dilation_h;
-    if (r < 0 || r >= g.h_in) continue;
-    acc_t<T> row_sum = 0;
-    for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
-      const int64_t q = col + kw * g.dilation_w;
-      if (q < 0 || q >= g.w_in) continue;
-      row_sum = fused_multiply_add(to_acc(x[r * source.x_strides.h + q * source.x_strides.w]),
-                                   to_acc(weight[kh * g.kernel_w + kw]), row_sum);
+  for (int64_t kd = 0; kd < g.kernel_d; ++kd) {
+    const int64_t s = depth + kd * g.dilation_d;
+    if (s < 0 || s >= g.d_in) continue;
+    for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
+      const int64_t r = row + kh * g.dilation_h;
+      if (r < 0 || r >= g.h_in) continue;
+      const T* x_row = x + s * source.x_strides.d + r * source.x_strides.h;
+      const T* weight_row = weight + (kd * g.kernel_h + kh) * g.kernel_w;
+      acc_t<T> row_sum = 0;
+      for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
+        const int64_t q = col + kw * g.dilation_w;
+        if (q < 0 || q >= g.w_in) continue;
+        row_sum = fused_multiply_add(to_acc(x_row[q * source.x_strides.w]), to_acc(weight_row[kw]), row_sum);
+      }
+      z += row_sum;
     }
-    z += row_sum;
   }
   return z;
+}
+
+DSCONV_DEVICE Pixel source_pixel_at(int64_t q, const NormSource& source) {
+  return pixel_at(q, source.d, source.h, source.w);
 }
 
 // The norm of one channel.
@@ -90,7 +100,7 @@ struct SplitRange {
 };
 DSCONV_DEVICE SplitRange split_of_block(const NormPass& pass) {
   const int64_t block = blockIdx.x, channels = pass.source.channels, split = block / channels;
-  const int64_t pixels = pass.source.n * pass.source.h * pass.source.w;
+  const int64_t pixels = source_pixels(pass.source);
   return {block % channels, split, pixels * split / pass.splits, pixels * (split + 1) / pass.splits};
 }
 
@@ -102,15 +112,15 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) norm_moments_kernel(NormPass 
   const SplitRange range = split_of_block(pass);
   const int64_t c = range.channel, first = range.begin + threadIdx.x;
   const double count = static_cast<double>(range.end - range.begin);
-  const Acc shift = source_at<T>(source, c, pixel_at(range.begin, 1, source.h, source.w));
+  const Acc shift = source_at<T>(source, c, source_pixel_at(range.begin, source));
   Acc sum = 0;
   for (int64_t q = first; q < range.end; q += kBlockThreads) {
-    sum += source_at<T>(source, c, pixel_at(q, 1, source.h, source.w)) - shift;
+    sum += source_at<T>(source, c, source_pixel_at(q, source)) - shift;
   }
   const double mean = sum_of_block(static_cast<double>(sum), scratch) / count;
   Acc squares = 0;
   for (int64_t q = first; q < range.end; q += kBlockThreads) {
-    const Acc d = (source_at<T>(source, c, pixel_at(q, 1, source.h, source.w)) - shift) - static_cast<Acc>(mean);
+    const Acc d = (source_at<T>(source, c, source_pixel_at(q, source)) - shift) - static_cast<Acc>(mean);
     squares += d * d;
   }
   const double m2 = sum_of_block(static_cast<double>(squares), scratch);
@@ -130,7 +140,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) norm_sums_kernel(NormPass pas
   const ChannelNorm<Acc> norm = channel_norm<Acc>(pass, c);
   Acc sum = 0, paired = 0;
   for (int64_t q = range.begin + threadIdx.x; q < range.end; q += kBlockThreads) {
-    const Pixel p = pixel_at(q, 1, source.h, source.w);
+    const Pixel p = source_pixel_at(q, source);
     const Acc hat = norm.standardised(source_at<T>(source, c, p));
     const Acc g = gradient_at<T>(pass, c, p, norm, hat);
     sum += g;
@@ -150,7 +160,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) norm_merge_kernel(NormPass pa
   const int64_t channels = pass.source.channels;
   const int64_t c = static_cast<int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
   if (c >= channels) return;
-  const int64_t pixels = pass.source.n * pass.source.h * pass.source.w;
+  const int64_t pixels = source_pixels(pass.source);
   double first = 0, second = 0, count = 0;
   for (int64_t split = 0; split < pass.splits; ++split) {
     const double* of = pass.partial + split * 2 * channels + c;
@@ -178,10 +188,11 @@ DSCONV_DEVICE Place place_of(const NormPass& pass, int64_t i) {
   const NormSource& source = pass.source;
   if (pass.out_strides.c == 1) {
     const int64_t q = quotient(i, source.channels);
-    return {i - q * source.channels, pixel_at(q, 1, source.h, source.w)};
+    return {i - q * source.channels, source_pixel_at(q, source)};
   }
-  const int64_t image = source.h * source.w, plane = quotient(i, image), n = quotient(plane, source.channels);
-  Pixel p = pixel_at(i - plane * image, 1, source.h, source.w);
+  const int64_t image = source.d * source.h * source.w, plane = quotient(i, image),
+                n = quotient(plane, source.channels);
+  Pixel p = source_pixel_at(i - plane * image, source);
   p.n = n;
   return {plane - n * source.channels, p};
 }
@@ -191,7 +202,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) norm_map_kernel(NormPass pass
   using Acc = acc_t<T>;
   const NormSource& source = pass.source;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x;
-  if (i >= source.n * source.channels * source.h * source.w) return;
+  if (i >= source.channels * source_pixels(source)) return;
   const Place at = place_of(pass, i);
   const ChannelNorm<Acc> norm = channel_norm<Acc>(pass, at.channel);
   const Acc hat = norm.standardised(source_at<T>(source, at.channel, at.pixel));
@@ -226,9 +237,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) norm_fold_kernel(NormPass pas
 
 // ----------------------------------------------------------------------------------------------------------- launchers
 
-inline int64_t norm_values(const NormPass& pass) {
-  return pass.source.n * pass.source.channels * pass.source.h * pass.source.w;
-}
+inline int64_t norm_values(const NormPass& pass) { return pass.source.channels * source_pixels(pass.source); }
 
 template <bool kMoments>
 LaunchStatus launch_sums(const char* name, void (*kernel)(NormPass), const NormPass& pass, void* stream) {

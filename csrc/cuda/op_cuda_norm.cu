@@ -30,7 +30,9 @@ int64_t splits_of(int64_t pixels) {
 }
 
 void set_v(NormSource& source, const Tensor& v) {
-  source.n = v.size(0), source.channels = v.size(1), source.h = v.size(2), source.w = v.size(3);
+  const int64_t h = v.dim() - 2;
+  source.n = v.size(0), source.channels = v.size(1);
+  source.d = h == 3 ? v.size(2) : 1, source.h = v.size(h), source.w = v.size(h + 1);
   source.v = v.const_data_ptr();
   source.v_strides = strides_of(v);
 }
@@ -38,7 +40,7 @@ void set_v(NormSource& source, const Tensor& v) {
 template <typename Params>
 void set_z(NormSource& source, const Params& p) {
   const Geometry& g = p.geom;
-  source.n = g.n, source.channels = g.c_mid, source.h = g.h_out, source.w = g.w_out;
+  source.n = g.n, source.channels = g.c_mid, source.d = g.d_out, source.h = g.h_out, source.w = g.w_out;
   source.from_x = true;
   source.geom = g;
   source.x = p.x;
@@ -52,8 +54,9 @@ template <typename Launch>
 Tensor run_sums(const char* op, NormPass& pass, const Tensor& like, const CurrentDevice& device, const Launch& launch) {
   const NormSource& source = pass.source;
   Tensor result = empty_doubles(like, 2, source.channels);
-  if (source.n * source.h * source.w == 0) return torch::stable::zero_(result);
-  pass.splits = splits_of(source.n * source.h * source.w);
+  const int64_t pixels = source_pixels(source);
+  if (pixels == 0) return torch::stable::zero_(result);
+  pass.splits = splits_of(pixels);
   const Tensor partial = empty_doubles(like, pass.splits, 2 * source.channels);
   pass.partial = static_cast<double*>(partial.mutable_data_ptr());
   pass.result = static_cast<double*>(result.mutable_data_ptr());
@@ -123,8 +126,8 @@ Folded fold(const char* op, const Params& p, const double* vectors, const Tensor
   NormPass pass{};
   set_z(pass.source, p);
   pass.vectors = vectors;
-  check_launch(op, DSCONV_BY_DTYPE(p.dtype, launch_norm_fold, pass, p.geom.kernel_h * p.geom.kernel_w,
-                                   folded.weight.mutable_data_ptr(), folded.bias.mutable_data_ptr(), device.stream()));
+  check_launch(op, DSCONV_BY_DTYPE(p.dtype, launch_norm_fold, pass, tap_count(p.geom), folded.weight.mutable_data_ptr(),
+                                   folded.bias.mutable_data_ptr(), device.stream()));
   return folded;
 }
 
@@ -148,8 +151,12 @@ std::tuple<Tensor, Tensor> fwd_norm(Tensor before, Tensor dw_weight, Tensor pw_w
   return {*call.y, want_moments ? moments(*call.y) : empty_doubles(x, 2, 0)};
 }
 
+void check_dims(const char* op, const Tensor& v) {
+  STD_TORCH_CHECK(v.dim() == 4 || v.dim() == 5, op, ": input must have 4 dimensions, 5 in 3-D, got ", v.dim());
+}
+
 NormPass norm_of(const char* op, const Tensor& v, const Tensor& vectors, int64_t act) {
-  STD_TORCH_CHECK(v.dim() == 4, op, ": input must have 4 dimensions, got ", v.dim());
+  check_dims(op, v);
   NormPass pass{};
   set_v(pass.source, v);
   pass.act = activation_of(op, "activation", act);
@@ -159,25 +166,24 @@ NormPass norm_of(const char* op, const Tensor& v, const Tensor& vectors, int64_t
 
 void set_grad(const char* op, NormPass& pass, const Tensor& grad, const Tensor& v) {
   check_operand(op, "grad_output", grad, v);
-  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == v.size(0) && grad.size(1) == v.size(1) &&
-                      grad.size(2) == v.size(2) && grad.size(3) == v.size(3),
-                  op, ": grad_output must have the shape of the output");
+  STD_TORCH_CHECK(same_sizes(grad, v), op, ": grad_output must have the shape of the output");
   pass.grad = grad.const_data_ptr();
   pass.grad_strides = strides_of(grad);
 }
 
 Tensor output_of(NormPass& pass, const Tensor& v) {
   const bool channels_last = suggests_channels_last(v);
-  Tensor out = empty_4d(v, v.size(0), v.size(1), v.size(2), v.size(3), channels_last);
+  const NormSource& source = pass.source;
+  Tensor out = empty_images(v, source.n, source.channels, source.d, source.h, source.w, channels_last);
   pass.out = out.mutable_data_ptr();
   pass.out_strides = walk_strides(out, channels_last ? Layout::nhwc : Layout::nchw);
-  if (!channels_last) pass.out_strides.c = out.size(2) * out.size(3);
+  if (!channels_last) pass.out_strides.c = source.d * source.h * source.w;
   return out;
 }
 
 Tensor moments(Tensor v) {
   constexpr const char* op = "dsconv_cuda::moments";
-  STD_TORCH_CHECK(v.dim() == 4, op, ": input must have 4 dimensions, got ", v.dim());
+  check_dims(op, v);
   const DType dtype = dtype_of(op, v);
   const CurrentDevice device(v);
   NormPass pass{};
@@ -214,7 +220,7 @@ Tensor norm_act_grad(Tensor grad, Tensor v, Tensor vectors, Bias sums, double co
   NormPass pass = norm_of(op, v, vectors, act);
   set_grad(op, pass, grad, v);
   pass.sums = sums.has_value() ? doubles_of(op, "sums", *sums, 2, pass.source.channels) : nullptr;
-  pass.count = count == 0 ? static_cast<double>(v.size(0) * v.size(2) * v.size(3)) : count;
+  pass.count = count == 0 ? static_cast<double>(source_pixels(pass.source)) : count;
   const CurrentDevice device(v);
   Tensor out = output_of(pass, v);
   check_launch(op, DSCONV_BY_DTYPE(dtype, launch_norm_backward, pass, device.stream()));
@@ -229,7 +235,7 @@ Tensor norm_act_grad(Tensor grad, Tensor v, Tensor vectors, Bias sums, double co
 int64_t du_elements(const Geometry& g) {
   constexpr int64_t kWidest = 64;
   const int64_t c_mid = g.multiplier == 1 ? ceil_div(g.c_mid, kWidest) * kWidest : g.c_mid;
-  return g.n * g.h_out * g.w_out * c_mid;
+  return output_pixels(g) * c_mid;
 }
 
 Tensor workspace_for(const Geometry& g, DType dtype, size_t bytes, const Tensor& x) {
@@ -336,7 +342,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_norm(Tensor grad, Bias y,
   const Tensor x = input_of(before, in_vectors, in_act);
   const Pointwise first = stage_pointwise(op, grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums,
                                           out_count, arguments, grad_mask, tf32);
-  const double count = static_cast<double>(grad.size(0) * grad.size(2) * grad.size(3));
+  const double count = static_cast<double>(grad.numel() / at_least_1(grad.size(1)));
   const auto [grad_x, grad_dw_weight] =
       stage_depthwise(op, first.du, x, dw_weight, pw_weight, dw_bias, vectors, first.sums, count, arguments, grad_mask);
   return {grad_x, grad_dw_weight, first.grad_pw_weight, first.grad_pw_bias, first.sums};

@@ -40,30 +40,39 @@ from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from dsconv_cuda import _checks, _loader, batchnorm_training
-from dsconv_cuda.batchnorm import depthwise_separable_conv_bn2d, fold_norm
+from dsconv_cuda.batchnorm import block_of_chain, fold_norm
 from dsconv_cuda.batchnorm_module import arguments_of, counts_batches
-from dsconv_cuda.functional import depthwise_separable_conv2d
+from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separable_conv2d, depthwise_separable_conv3d
 from dsconv_cuda.kept_weights import has_hooks
-from dsconv_cuda.modules import DepthwiseSeparableConv2d
+from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 
 NONE, PAIR, ALL = 0, 1, 2  # see Chain.extent()
+
+# By the dimensions of an image.
+_FUNCTIONS = {1: depthwise_separable_conv1d, 2: depthwise_separable_conv2d, 3: depthwise_separable_conv3d}
+_MODULES = {1: DepthwiseSeparableConv1d, 2: DepthwiseSeparableConv2d, 3: DepthwiseSeparableConv3d}
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 
 
 @dataclass(eq=False)
 class Chain:
     """depthwise -> [bn1] -> activation -> pointwise -> [bn2] -> out_activation"""
 
-    depthwise: nn.Conv2d
-    bn1: nn.BatchNorm2d | None
+    depthwise: nn.Module
+    bn1: nn.Module | None
     activation: str
-    pointwise: nn.Conv2d
-    bn2: nn.BatchNorm2d | None
+    pointwise: nn.Module
+    bn2: nn.Module | None
     out_activation: str
     places: list[tuple[nn.Module, str, nn.Module]]  # (parent, name of the child, child), of every module of the chain
     needs_rewriting: bool = False  # an activation is no module of its own: see rewrite.py
     rewritten: nn.Module | None = None  # the module of which the forward is rewritten then
     _folded: "dict[int, _Folded]" = field(default_factory=dict, repr=False)
     _made: "tuple[weakref.ref, int] | None" = field(default=None, repr=False)  # the last result, and its extent
+
+    @property
+    def dims(self) -> int:
+        return len(self.depthwise.kernel_size)
 
     def start(self, x: Tensor) -> Tensor | None:
         """What the chain makes of the depthwise convolution's input; None where nothing of it is one operation."""
@@ -122,6 +131,9 @@ class Chain:
             return self._train(x)
         bn1, bn2 = self.bn1, self.bn2 if extent == ALL else None
         normed = [bn for bn in (bn1, bn2) if bn is not None]
+        if normed and x.dim() != self.dims + 2:
+            # nn.BatchNorm1d takes an unbatched [C, L] for L channels of C images.
+            raise ValueError(f"expected {self.dims + 2}D input, a batch, before BatchNorm (got {x.dim()}D input)")
         if torch.compiler.is_dynamo_compiling() or _transformed() or (normed and self._wants_gradients(normed)):
             return self._call(x, extent, *self._operands(extent))
         folded = self._folded.get(extent)
@@ -141,7 +153,8 @@ class Chain:
             if y is not None:
                 return y
         arguments = [bn and arguments_of(bn, isinstance(bn, nn.SyncBatchNorm)) for bn in norms]
-        y = depthwise_separable_conv_bn2d(
+        y = block_of_chain(
+            self.dims,
             x,
             conv.weight,
             self.pointwise.weight,
@@ -174,7 +187,7 @@ class Chain:
     def _call(self, x: Tensor, extent: int, *operands) -> Tensor:
         conv = self.depthwise
         out_activation = self.out_activation if extent == ALL else "identity"
-        return depthwise_separable_conv2d(
+        return _FUNCTIONS[self.dims](
             x, *operands, conv.stride, conv.padding, conv.dilation, self.activation, out_activation
         )
 
@@ -182,7 +195,7 @@ class Chain:
         return {**self.__dict__, "_folded": {}, "_made": None}
 
 
-def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
+def fold(conv: nn.Module, bn: nn.Module | None) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the convolution that computes bn(conv(x)), with bn in evaluation."""
     if bn is None:
         return conv.weight, conv.bias
@@ -219,8 +232,10 @@ class _Folded:
         self.versions: list[int] = []
         self.seen: _Seen | None = None
         self.lock = threading.Lock()
-        self.module = module = DepthwiseSeparableConv2d.__new__(DepthwiseSeparableConv2d)
+        kind = _MODULES[chain.dims]
+        self.module = module = kind.__new__(kind)
         nn.Module.__init__(module)
+        module.causal = False  # of a 1-D one
         module.activation = chain.activation
         module.out_activation = chain.out_activation if extent == ALL else "identity"
         # Of the plain class, which modules.py asks for.
@@ -308,8 +323,9 @@ def _compares_itself(device_type: str) -> bool:
     return device_type == "cpu" and _loader.has_kernel("seen_again", "CPU")
 
 
-def _shell(conv: nn.Conv2d) -> nn.Conv2d:
-    shell = nn.Conv2d.__new__(nn.Conv2d)
+def _shell(conv: nn.Module) -> nn.Module:
+    kind = _CONVOLUTIONS[len(conv.kernel_size)]
+    shell = kind.__new__(kind)
     nn.Module.__init__(shell)
     for name in (
         "in_channels",
