@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsconv_cuda
 from dsconv_cuda import _loader, explain_fusion, fuse, unfuse
-from dsconv_cuda.fusion import chain, measure
+from dsconv_cuda.fusion import folded, measure
 
 pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
 
@@ -617,13 +617,13 @@ def test_meta_and_to_empty():
 
 
 def test_several_threads(device, monkeypatch):
-    fold = chain.fold
+    fold = folded.fold
 
     def slow_fold(*arguments):
         time.sleep(0.02)  # the others arrive while the first one folds
         return fold(*arguments)
 
-    monkeypatch.setattr(chain, "fold", slow_fold)
+    monkeypatch.setattr(folded, "fold", slow_fold)
     fused = fuse(build("mobilenet_v1", device).eval())
     images = [image(device) for _ in range(4)]
     with torch.no_grad():
