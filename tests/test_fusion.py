@@ -606,6 +606,35 @@ def test_compiles_to_one_graph(name, training, device):
     torch._dynamo.reset()
 
 
+def _hooked(seen):
+    return lambda module, inputs, output: seen.append(output)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mobilenet_v1", "x3d", "functional_inside"])
+def test_compiled_graphs_see_what_changes_later(name, device):
+    """A hook on a module of a chain, and an exchanged module, before the first call of a graph and after it."""
+    torch._dynamo.reset()
+    model, x = build(name, device).eval(), image(device, name=name)
+    _, norm, *_ = explain_fusion(model)[0].members
+    for called_before in (False, True):
+        for change in ("hook", "exchange"):
+            fused, other, seen = fuse(model), copy.deepcopy(model), []
+            compiled = torch.compile(fused, backend="eager")
+            if called_before:
+                torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+            for changed in (fused, other):
+                if change == "hook":
+                    changed.get_submodule(norm).register_forward_hook(_hooked(seen))
+                else:
+                    parent, _, child = norm.rpartition(".")
+                    setattr(changed.get_submodule(parent), child, nn.Identity())
+            torch.testing.assert_close(compiled(x), other(x), rtol=1e-4, atol=1e-5)
+            if change == "hook":
+                torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_meta_and_to_empty():
     fused = fuse(build("mobilenet_v1").to("meta").eval())
     assert fused(torch.empty(2, 8, 19, 21, device="meta")).shape == (2, 12, 10, 11)

@@ -106,11 +106,11 @@ class Chain:
             if trains1:
                 return NONE
             extent = PAIR
-        if torch.compiler.is_dynamo_compiling():
-            return extent
         for parent, name, child in self.places:
             if parent._modules.get(name) is not child or has_hooks(child):
                 return NONE
+        if torch.compiler.is_dynamo_compiling():
+            return extent
         weight = self.depthwise._parameters["weight"]
         return extent if weight.device.type in _checks.DEVICES and weight.dtype in _checks.DTYPES else NONE
 
