@@ -2,8 +2,8 @@
 // CPU, cuda/op_cuda.cu for CUDA (compiling that file is what turns CUDA on), dsconv_cuda/ops.py for fake tensors.
 //
 // padding is (top, left, bottom, right); act and out_act are the numbers of params.h's Activation; tf32 lets CUDA round
-// the operands of float32 products to TF32 and means nothing to the CPU. fwd, fwd_with_pre, bwd and keep take 3-D
-// convolutions too, with three numbers for two and padding (front, top, left, back, bottom, right).
+// the operands of float32 products to TF32 and means nothing to the CPU. All take 3-D convolutions too, with three
+// numbers for two and padding (front, top, left, back, bottom, right).
 
 #include "build_info.h"
 #include "cpu/cpu_isa.h"

@@ -19,6 +19,7 @@ Shapes, strides and checks here are those of csrc/op_args.h; opcheck holds the t
 """
 
 import importlib
+import math
 
 import torch
 from torch import Tensor
@@ -149,7 +150,7 @@ def _du_size(x: Tensor, dw_weight: Tensor, shape: tuple) -> int:
     channels = dw_weight.shape[0]
     if channels == x.shape[1]:
         channels = (channels + 63) // 64 * 64
-    return shape[0] * shape[2] * shape[3] * channels
+    return shape[0] * math.prod(shape[2:]) * channels
 
 
 def _bwd_norm_fake(
@@ -328,6 +329,7 @@ def register_python_parts() -> None:
     if hasattr(torch.ops.dsconv_cuda, "fwd_kept"):
         if _loader.has_kernel("fwd_kept", "CPU"):
             compiled_weights.register(_fragment, _fwd_fake, forward_vmap(torch.ops.dsconv_cuda.fwd))
+            importlib.import_module(".compiled_folding", __package__).register(_fragment, _fwd_fake)
         # Called below autograd and only there.
         for name in ("keep", "fwd_kept", "fwd_with_pre_kept", "bwd_kept", "seen_again", "train_fwd", "train_bwd"):
             _fragment.impl(name, torch.library.fallthrough_kernel, "Autograd")

@@ -169,7 +169,8 @@ def plan(
     memory_format: torch.memory_format = torch.contiguous_format,
     arch: str | Gpu | torch.device | None = None,
 ) -> CudaPlan | CpuPlan:
-    """What ``depthwise_separable_conv2d``, or ``...conv3d`` would run for a call, and the alternatives with their costs.
+    """What ``depthwise_separable_conv2d``, or ``...conv3d``, would run for a call, with the alternatives and their
+    predicted costs.
 
     Args:
         input_size: ``[N, C, H, W]``, or ``[N, C, D, H, W]``.

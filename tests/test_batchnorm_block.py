@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("isa")
 class Plain(nn.Module):
     """The four modules that the block stands for, with its names."""
 
-    def __init__(self, block: DepthwiseSeparableConvBN2d):
+    def __init__(self, block: nn.Module):
         super().__init__()
         for name, child in copy.deepcopy(block).named_children():
             setattr(self, name, child)
@@ -89,8 +89,11 @@ def results(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
     return found | {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
 
 
+_FORMATS = {1: (), 2: (torch.channels_last,), 3: (torch.channels_last_3d,)}
+
+
 def _stock_in_several_orders(plain: nn.Module, x: Tensor, dy: Tensor):
-    for memory_format in (torch.contiguous_format, torch.channels_last):
+    for memory_format in (torch.contiguous_format, *_FORMATS[x.dim() - 2]):
         yield results(plain, x.contiguous(memory_format=memory_format), dy)
     # Channels in the other order, images in the other order, pixels in the other order of both axes.
     other = copy.deepcopy(plain)
@@ -105,12 +108,15 @@ def _stock_in_several_orders(plain: nn.Module, x: Tensor, dy: Tensor):
     yield {name: value.flip(dims[name]) if name in dims else value for name, value in found.items()}
     found = results(plain, x.flip(0), dy.flip(0))
     yield {name: value.flip(0) if name in ("out", "grad x") else value for name, value in found.items()}
+    if x.dim() == 3:  # has no other axis
+        return
     turned = copy.deepcopy(plain)
-    with torch.no_grad():
-        turned.depthwise.weight.copy_(turned.depthwise.weight.mT.clone())
     convolution = turned.depthwise
+    convolution.weight = nn.Parameter(convolution.weight.detach().mT.contiguous())
     for attribute in ("stride", "padding", "dilation"):
-        setattr(convolution, attribute, getattr(convolution, attribute)[::-1])
+        given = getattr(convolution, attribute)
+        if given != "same":
+            setattr(convolution, attribute, (*given[:-2], *given[:-3:-1]))
     found = results(turned, x.mT, dy.mT)
     yield {n: v.mT if n in ("out", "grad x", "grad depthwise.weight") else v for n, v in found.items()}
 

@@ -292,7 +292,7 @@ def test_kept_bytes_of_what_is_not_joined(device):
     assert sequence.kept_bytes((2, 13, 8, 8)).chain == joined.chain + 4 * 2 * 64 * 17
     assert sequence.kept_bytes((2, 13, 8, 8), torch.bfloat16).plain * 2 == joined.plain
     sequence.append(nn.ReLU())
-    with pytest.raises(TypeError, match="module 3 must be a DepthwiseSeparableConvBN2d, got ReLU"):
+    with pytest.raises(TypeError, match=r"module 3 must be a .*, got ReLU"):
         sequence.kept_bytes((2, 13, 8, 8))
 
 

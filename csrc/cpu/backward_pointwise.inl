@@ -78,8 +78,8 @@ static void load_output_gradient(const BackwardContext& ctx, int64_t pixel, int6
   }
 }
 
-// g from `pixel` on where dy itself is that, in short rows of whole vectors; else null. Long rows, whose columns meet in
-// few sets of a cache, are better copied.
+// g from `pixel` on where dy itself is that, in short rows of whole vectors; else null. Long rows, whose columns meet
+// in few sets of a cache, are better copied.
 template <typename S, typename T>
 static const T* gradient_in_place(const BackwardContext& ctx, int64_t pixel, int64_t& ld) {
   constexpr int64_t kShort = 512;
@@ -87,8 +87,8 @@ static const T* gradient_in_place(const BackwardContext& ctx, int64_t pixel, int
   const Geometry& g = p.geom;
   const Strides& s = p.dy_strides;
   if constexpr (sizeof(S) == sizeof(T)) {
-    const bool joined = s.h == g.w_out * s.w && (g.d_out == 1 || s.d == g.h_out * s.h) &&
-                        (g.n == 1 || s.n == g.d_out * g.h_out * s.h);
+    const bool joined =
+        s.h == g.w_out * s.w && (g.d_out == 1 || s.d == g.h_out * s.h) && (g.n == 1 || s.n == g.d_out * g.h_out * s.h);
     const bool plain = ctx.out_norm == nullptr && p.saved == nullptr && p.dy_layout == Layout::nhwc;
     if (plain && joined && g.c_out % Vec<T>::n == 0 && s.w * static_cast<int64_t>(sizeof(T)) <= kShort) {
       ld = s.w;
