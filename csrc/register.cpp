@@ -22,11 +22,11 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
       "keep(Tensor dw_weight, Tensor pw_weight, int[2] stride, int[4] padding, int[2] dilation, int act, int out_act, "
       "bool room=True) -> Tensor");
   m.def(
-      "fwd_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor kept, int "
+      "fwd_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor(a!) kept, int "
       "version) -> Tensor");
   m.def(
-      "fwd_with_pre_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor kept) "
-      "-> (Tensor, Tensor)");
+      "fwd_with_pre_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor(a!) "
+      "kept) -> (Tensor, Tensor)");
   m.def(
       "bwd_kept(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? saved, Tensor kept, "
       "int grad_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");

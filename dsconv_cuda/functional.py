@@ -71,6 +71,9 @@ def depthwise_separable_conv2d(
     derivatives run fused kernels, and only those that are asked for; double backward and forward-mode AD are right and
     compose stock convolutions.
 
+    Under ``torch.func.vmap`` a batch of inputs is one call, nested too, and so are the gradients of a batch of inputs;
+    a batch of weights, or of their gradients, is a call for each element.
+
     Deterministic: equal calls give equal bits, on the CPU for every number of threads too.
 
     Returns:

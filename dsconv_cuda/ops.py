@@ -19,6 +19,7 @@ Shapes, strides and checks here are those of csrc/op_args.h; opcheck holds the t
 """
 
 import importlib
+import itertools
 import math
 
 import torch
@@ -198,6 +199,11 @@ _NORM_FAKES = {
 
 
 # ---- vmap ------------------------------------------------------------------------------------------------------------
+#
+# A batch of inputs joins their images and is one call, and so is that of the gradients of inputs alone. A batch of
+# weights, or of gradients of weights, is a call for each: every element has a pointwise part of its own, and no kernel
+# has several. That call is the bare op where nothing differentiates it, so it costs little beside its arithmetic
+# (PyTorch's own rule makes a grouped convolution of it, which is as fast on small layers and slower on large ones).
 
 
 def _batch_first(t, dim, batch_size):
@@ -219,10 +225,6 @@ def _for_each(op, batch_size: int, in_dims, args):
     """Calls `op` once for each element of the batch and stacks what it returns."""
     # in_dims has a list of None where an argument is a list of ints.
     batched = [isinstance(d, int) for d in in_dims]
-
-    def element(i):
-        return [a.select(d, i) if b else a for a, d, b in zip(args, in_dims, batched, strict=True)]
-
     if batch_size == 0:  # one call on zeros tells the shapes
         zeros = [
             a.new_zeros(a.movedim(d, 0).shape[1:]) if b else a for a, d, b in zip(args, in_dims, batched, strict=True)
@@ -231,7 +233,10 @@ def _for_each(op, batch_size: int, in_dims, args):
         if isinstance(results, Tensor):
             return results.new_empty((0, *results.shape)), 0
         return tuple(r.new_empty((0, *r.shape)) for r in results), (0,) * len(results)
-    results = [op(*element(i)) for i in range(batch_size)]
+    columns = [
+        a.unbind(d) if b else itertools.repeat(a, batch_size) for a, d, b in zip(args, in_dims, batched, strict=True)
+    ]
+    results = [op(*element) for element in zip(*columns, strict=True)]
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])

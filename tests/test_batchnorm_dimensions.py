@@ -377,6 +377,23 @@ def test_one_value_per_channel_and_other_norms_raise(dims, device):
 
 @pytest.mark.one_isa
 @pytest.mark.parametrize("dims", [1, 3])
+def test_synchronised_norms_and_identities(dims, device):
+    """What may replace a norm: without a process group SyncBatchNorm is BatchNorm; Identity is none."""
+    shape = ROWS[0] if dims == 1 else VOLUMES[0]
+    block, x = shape.block().to(device), shape.input().to(device)
+    dy = torch.randn_like(copy.deepcopy(block)(x))
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(block))
+    assert type(synchronised.bn1) is nn.SyncBatchNorm
+    expected = results(block, x, dy)
+    for name, value in results(synchronised, x, dy).items():
+        torch.testing.assert_close(value, expected[name], msg=name)
+    block.bn1 = nn.Identity()
+    z = nn.functional.relu6(block.depthwise(x))
+    torch.testing.assert_close(block(x), block.bn2(block.pointwise(z)).relu(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("dims", [1, 3])
 def test_second_derivatives_are_refused_by_name(dims, device):
     shape = ROWS[0] if dims == 1 else VOLUMES[0]
     block, x = shape.block().to(device), shape.input().to(device).requires_grad_()

@@ -366,6 +366,55 @@ def test_autocast(device):
     assert torch.linalg.vector_norm(y - exact) <= 2 * torch.linalg.vector_norm(expected - exact)
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v1", "quartznet", "x3d"])
+def test_training_under_autocast_with_a_grad_scaler(name, device):
+    model, x = build(name, device), image(device, name=name)
+    fused, scaler = fuse(copy.deepcopy(model)), torch.amp.GradScaler(device.type)
+    optimizer = torch.optim.SGD(fused.parameters(), lr=0.01)
+    with torch.autocast(device.type, torch.bfloat16):
+        y, expected = fused(x), model(x)
+    assert y.dtype == expected.dtype
+    for ours, theirs in zip(fused.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+    before = [p.detach().clone() for p in fused.parameters()]
+    scaler.scale(y.float().square().mean()).backward()
+    scaler.step(optimizer)
+    assert all(not torch.equal(p, old) for p, old in zip(fused.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_tied_parameters_and_modules(dims, device):
+    """Parameters that two chains share get the gradients of both, and stay shared in copies; a norm that two chains
+    share stays out of either."""
+    conv, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
+
+    def layers(bn):
+        return conv(8, 8, 3, padding=1, groups=8), bn, nn.SiLU(), conv(8, 8, 1)
+
+    model = nn.Sequential(*layers(norm(8)), *layers(norm(8))).to(device, torch.float64)
+    model[4].weight, model[7].weight = model[0].weight, model[3].weight
+    fused, x = fuse(model), torch.randn(2, 8, *(9, 7, 5)[:dims], device=device, dtype=torch.float64)
+    assert len(explain_fusion(fused).taken) == 2
+    for actual, expected in zip(results(fused, x)[:3], results(model, x)[:3], strict=True):
+        torch.testing.assert_close(actual, expected)
+    copied = copy.deepcopy(fused)
+    assert copied[4].weight is copied[0].weight is not fused[0].weight
+    shared = norm(8)
+    assert not explain_fusion(nn.Sequential(*layers(shared), *layers(shared))).taken
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "quartznet", "x3d", "functional_volume"])
+def test_functional_call_with_other_parameters_and_buffers(name, device):
+    model, x = build(name, device).eval(), image(device, name=name)
+    fused, other = fuse(model), build(name, device).state_dict()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            fused(x)  # what it keeps is of its own weights
+            actual, expected = (torch.func.functional_call(m, other, (x,)) for m in (fused, model))
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("frozen", [("1",), ("4",)])
 def test_one_batch_norm_in_evaluation(frozen, device):
     """Fine-tuning with frozen statistics."""
@@ -474,6 +523,18 @@ def test_a_rewritten_forward_gives_way_too(device):
     assert calls(unfuse(fused), x).fused == 0
     traced = torch.fx.symbolic_trace(fused)
     assert torch.equal(traced(x), model(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mobilenet_v2", "quartznet", "x3d", "xception"])
+def test_a_fused_model_can_be_traced(name, device):
+    """By torch.fx, into calls of the modules that the original's graph has; the result is fused as well."""
+    model, x = build(name, device).eval(), image(device, name=name)
+    fused = fuse(model)
+    traced, original = torch.fx.symbolic_trace(fused), torch.fx.symbolic_trace(model)
+    assert [(n.op, n.target) for n in traced.graph.nodes] == [(n.op, n.target) for n in original.graph.nodes]
+    assert torch.equal(traced(x), fused(x))
+    assert calls(traced, x).fused == MODELS[name][1]
 
 
 def test_parametrization_and_pruning_that_come_later(device):

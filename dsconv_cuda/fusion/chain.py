@@ -90,8 +90,6 @@ class Chain:
 
     def extent(self, x: Tensor | None = None) -> int:
         """How much of the chain one call of the op computes now."""
-        if isinstance(x, fx.Proxy):  # a tracer sees the modules
-            return NONE
         bn1, bn2 = self.bn1, self.bn2
         for module in (self.depthwise, bn1, self.pointwise, bn2):
             if module is not None:
@@ -216,10 +214,17 @@ def _transformed() -> bool:
 # ---- the classes of the modules of a chain --------------------------------------------------------------------------
 
 
+def _call_in_graph(module: nn.Module, x: fx.Proxy) -> fx.Proxy:
+    """A call of `module` in what torch.fx traces, which does so for the classes of torch.nn."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+
+
 class _Fused:
     """The depthwise convolution of a chain."""
 
     def forward(self, x):
+        if isinstance(x, fx.Proxy):
+            return _call_in_graph(self, x)
         y = self._fused_chain.start(x)
         return super().forward(x) if y is None else y
 
@@ -242,6 +247,8 @@ class _Absorbed:
     """What comes after it, up to the pointwise convolution."""
 
     def forward(self, x):
+        if isinstance(x, fx.Proxy):
+            return _call_in_graph(self, x)
         return super().forward(x) if self._fused_chain.extent_at(x) == NONE else x
 
     def __reduce_ex__(self, protocol):
@@ -252,6 +259,8 @@ class _AbsorbedAfter:
     """What comes after the pointwise convolution."""
 
     def forward(self, x):
+        if isinstance(x, fx.Proxy):
+            return _call_in_graph(self, x)
         return x if self._fused_chain.extent_at(x) == ALL else super().forward(x)
 
     def __reduce_ex__(self, protocol):
