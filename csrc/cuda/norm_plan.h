@@ -100,8 +100,12 @@ inline NormPlan plan_norm_box(const NormPass& pass, int64_t element, NormUse use
   const int64_t channels = kChunkBytes / element;
   NormPlan plan{};
   plan.use = use;
-  plan.box =
-      plan_box(g, {source.x, source.x_strides, source.layout, element}, kNormSlots, device.shared_per_block * 2 / 5);
+  // Room beside z and the tables for a chunk of x and its table of spans (an eighth of it).
+  const int64_t z_bytes = 4 * channels * (kNormSlots + 32 / channels), taps = tap_count(g);
+  const int64_t tap_bytes = taps <= kMostStagedTaps ? kChunkBytes * (taps + 1) : 0;
+  const int64_t room = (device.shared_per_block - z_bytes - tap_bytes - 4 * 1024) * 8 / 9;
+  const int64_t most = device.shared_per_block * 2 / 5;
+  plan.box = plan_box(g, {source.x, source.x_strides, source.layout, element}, kNormSlots, room < most ? room : most);
   plan.strides = dense_strides(source.layout, g.c_mid, 1, g.h_out, g.w_out);
   plan.groups = ceil_div(g.c_mid, channels);
   const int64_t wanted = ceil_div(6 * device.multiprocessors, plan.groups > 0 ? plan.groups : 1);
@@ -116,7 +120,7 @@ inline NormPlan plan_norm_box(const NormPass& pass, int64_t element, NormUse use
     at += box_round_up(bytes, 16);
     return static_cast<int32_t>(begin);
   };
-  take(4 * channels * (kNormSlots + 32 / channels));
+  take(z_bytes);
   plan.staged = take(plan.box.stage_bytes);
   plan.taps = take(plan.box.tap_bytes);
   plan.tables.spans = take(8 * int64_t{plan.box.spans});
