@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from test_batchnorm_block import check, results
+from test_batchnorm_block import check
 from torch import Tensor, nn
 from torch.library import opcheck
 
 import dsconv_cuda
+from bench.accuracy import results
 from dsconv_cuda import (
     BatchNormArguments,
     DepthwiseSeparableConvBN1d,

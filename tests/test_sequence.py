@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from oracle import largest_difference
 from shapes import identify
-from test_batchnorm_block import Plain, Shape, results
+from test_batchnorm_block import Shape
 from test_batchnorm_module import MOBILENET
 from torch import nn
 
 import dsconv_cuda
+from bench.accuracy import Plain, largest_difference, results
 from bench.saved import saved_bytes
 from dsconv_cuda import DepthwiseSeparableConvBN2d, DepthwiseSeparableSequence
 

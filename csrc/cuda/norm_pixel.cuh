@@ -42,7 +42,7 @@ DSCONV_DEVICE double z_at(const NormSource& source, int64_t c, const Pixel& p) {
 template <NormUse kUse>
 DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) norm_pixel_kernel(NormPass pass, NormPlan plan) {
   const NormSource& source = pass.source;
-  const int64_t split = blockIdx.x / plan.groups, c = blockIdx.x - split * plan.groups, plane = image_pixels(source);
+  const int64_t split = blockIdx.x / plan.groups, c = blockIdx.x - split * plan.groups, plane = plan.image;
   const int thread = static_cast<int>(threadIdx.x);
   ChannelWork<double, kUse> work;
   work.begin(pass, c);
