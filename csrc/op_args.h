@@ -135,10 +135,6 @@ inline Tensor empty_images(const Tensor& like, int64_t n, int64_t c, int64_t d, 
   return empty_strided(like, 4, flat_size, flat_stride);
 }
 
-inline Tensor empty_4d(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w, bool channels_last) {
-  return empty_images(like, n, c, 1, h, w, channels_last);
-}
-
 // Of up to five dimensions.
 inline Tensor empty_contiguous(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size) {
   int64_t stride[5] = {1, 1, 1, 1, 1};
@@ -158,16 +154,19 @@ inline void check_bias(const char* op, const char* arg, const std::optional<Tens
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == size, op, ": ", arg, " must have shape [", size, "]");
 }
 
-constexpr int64_t kMostDims = 3;  // of fwd, fwd_with_pre and bwd; the norms take 2
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t d = 0; same && d < a.dim(); ++d) same = a.size(d) == b.size(d);
+  return same;
+}
 
 inline CallArguments arguments_of(const char* op, const std::vector<int64_t>& stride,
                                   const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation,
-                                  int64_t act, int64_t out_act, int64_t most_dims = 2) {
+                                  int64_t act, int64_t out_act) {
   const size_t dims = stride.size();
-  STD_TORCH_CHECK(
-      (dims == 2 || static_cast<int64_t>(dims) == most_dims) && padding.size() == 2 * dims && dilation.size() == dims,
-      op, ": stride and dilation take 2 numbers, padding 4 (top, left, bottom, right)",
-      most_dims == 3 ? "; in 3-D 3, and 6 (front, top, left, back, bottom, right)" : "");
+  STD_TORCH_CHECK((dims == 2 || dims == 3) && padding.size() == 2 * dims && dilation.size() == dims, op,
+                  ": stride and dilation take 2 numbers, padding 4 (top, left, bottom, right); in 3-D 3, and 6 (front, "
+                  "top, left, back, bottom, right)");
   CallArguments arguments = call_arguments(static_cast<int64_t>(dims), stride.data(), padding.data(), dilation.data());
   arguments.act = act;
   arguments.out_act = out_act;

@@ -109,7 +109,7 @@ ForwardCall forward(const char* op, const Tensor& x, const Tensor& dw_weight, co
                     const Bias& dw_bias, const Bias& pw_bias, const Ints& stride, const Ints& padding,
                     const Ints& dilation, int64_t act, int64_t out_act, bool want_pre) {
   ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
-                                     arguments_of(op, stride, padding, dilation, act, out_act, kMostDims), want_pre);
+                                     arguments_of(op, stride, padding, dilation, act, out_act), want_pre);
   if (call.y->numel() > 0) run_forward(op, call.params, nullptr, 0);
   return call;
 }
@@ -125,7 +125,7 @@ Tensor fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_b
 Tensor keep(Tensor dw_weight, Tensor pw_weight, Ints stride, Ints padding, Ints dilation, int64_t act, int64_t out_act,
             bool room) {
   constexpr const char* op = "dsconv_cuda::keep";
-  const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, out_act, kMostDims);
+  const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, out_act);
   STD_TORCH_CHECK(dw_weight.dim() == arguments.dims + 2 && pw_weight.dim() >= 2, op,
                   ": dw_weight or pw_weight has a wrong shape");
   int64_t kernel[3];
@@ -196,9 +196,8 @@ BackwardResult backward(const char* op, BackwardCall call) {
 BackwardResult bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved, Ints stride,
                    Ints padding, Ints dilation, int64_t act, int64_t out_act, int64_t grad_mask, bool /*tf32*/) {
   constexpr const char* op = "dsconv_cuda::bwd";
-  return backward(op,
-                  prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
-                                   arguments_of(op, stride, padding, dilation, act, out_act, kMostDims), grad_mask));
+  return backward(op, prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
+                                       arguments_of(op, stride, padding, dilation, act, out_act), grad_mask));
 }
 
 BackwardResult bwd_kept(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved, Tensor kept,

@@ -146,7 +146,7 @@ struct NormCall {
 };
 
 NormCall prepare_norm(const char* op, const Tensor& v, int64_t act) {
-  STD_TORCH_CHECK(v.dim() == 4, op, ": input must have 4 dimensions, got ", v.dim());
+  STD_TORCH_CHECK(v.dim() == 4 || v.dim() == 5, op, ": input must have 4 dimensions, 5 in 3-D, got ", v.dim());
   NormCall call;
   NormContext& ctx = call.ctx;
   const KernelTable& table = active_table(op);
@@ -154,8 +154,9 @@ NormCall prepare_norm(const char* op, const Tensor& v, int64_t act) {
   call.element = element_bytes(call.dtype);
   call.kernels = &table.by_dtype[static_cast<int>(call.dtype)];
   ctx.act = activation_of(op, "activation", act);
-  ctx.n = v.size(0), ctx.channels = v.size(1), ctx.h = v.size(2), ctx.w = v.size(3);
-  ctx.pixels = ctx.n * ctx.h * ctx.w;
+  const int64_t h = v.dim() - 2;
+  ctx.n = v.size(0), ctx.channels = v.size(1), ctx.d = h == 3 ? v.size(2) : 1, ctx.h = v.size(h), ctx.w = v.size(h + 1);
+  ctx.pixels = ctx.n * ctx.d * ctx.h * ctx.w;
   ctx.beyond_cache = 2 * ctx.pixels * ctx.channels * call.element > kSharedCacheBytes;
   call.v = walkable_or_copy(v, ctx.v.layout);
   ctx.v.data = call.v->const_data_ptr();
@@ -169,9 +170,7 @@ NormCall prepare_norm(const char* op, const Tensor& v, int64_t act) {
 void add_gradient(const char* op, NormCall& call, const Tensor& grad) {
   NormContext& ctx = call.ctx;
   check_operand(op, "grad_output", grad, *call.v);
-  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == ctx.n && grad.size(1) == ctx.channels && grad.size(2) == ctx.h &&
-                      grad.size(3) == ctx.w,
-                  op, ": grad_output must have the shape of the output");
+  STD_TORCH_CHECK(same_sizes(grad, *call.v), op, ": grad_output must have the shape of the output");
   call.grad = walkable_or_copy(grad, ctx.grad.layout);
   ctx.grad.data = call.grad->const_data_ptr();
   ctx.grad.strides = walk_strides(*call.grad, ctx.grad.layout);
@@ -179,7 +178,7 @@ void add_gradient(const char* op, NormCall& call, const Tensor& grad) {
 
 Tensor empty_output(NormCall& call, const Tensor& like) {
   NormContext& ctx = call.ctx;
-  Tensor out = empty_4d(like, ctx.n, ctx.channels, ctx.h, ctx.w, suggests_channels_last(like));
+  Tensor out = empty_images(like, ctx.n, ctx.channels, ctx.d, ctx.h, ctx.w, suggests_channels_last(like));
   walkable(out, ctx.out_layout);
   ctx.out = out.mutable_data_ptr();
   return out;
@@ -282,7 +281,7 @@ Tensor z_moments(const char* op, const Tensor& x, const Tensor& dw_weight, const
   const Geometry& g = p.geom;
   InputNormCall in_norm = input_norm_of(op, in_vectors, in_act, g.c_in);
   Tensor result = empty_doubles(x, 2, g.c_mid);
-  if (g.n * g.h_out * g.w_out == 0) return torch::stable::zero_(result);
+  if (output_pixels(g) == 0) return torch::stable::zero_(result);
 
   const KernelTable& table = active_table(op);
   if (in_vectors.has_value() && !norms_as_it_reads(g, table, p.dtype)) {

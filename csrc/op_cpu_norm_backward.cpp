@@ -68,7 +68,7 @@ struct Run {
     if (in_norm.vectors != nullptr) reserve(&in_norm.rows, in_norm.elements(geom(), plan));
     const bool turned = ctx.p.x_layout == Layout::nchw || in_norm.vectors != nullptr;
     if (turned && plan.panels == 0 && ctx.x_turned == nullptr) {
-      reserve(&ctx.x_turned, geom().n * geom().h_in * geom().w_in * plan.x_ld);
+      reserve(&ctx.x_turned, input_pixels(geom()) * plan.x_ld);
     }
   }
   void reserve_pointwise(bool out_norm) {
@@ -131,7 +131,7 @@ struct Run {
     pack_depthwise(*kernels, ctx);
     fold_norm(geom(), plan, vectors, Fold::zhat, ctx.packed.dw_weight, ctx.zhat_weight, ctx.packed.dw_bias);
     if (ctx.x_turned != nullptr) {
-      for_each_task(ceil_div(geom().n * geom().h_in * geom().w_in, plan.turned_pixels),
+      for_each_task(ceil_div(input_pixels(geom()), plan.turned_pixels),
                     [&](int64_t task) { kernels->backward_turn_x(ctx, task); });
     }
   }
@@ -175,7 +175,7 @@ struct Run {
                     [&](int64_t vector) { kernels->reduce_depthwise(ctx, vector); });
     }
     if (p.grad_x != nullptr) {
-      each(g.n * ceil_div(g.h_in, plan.grad_rows), kernels->backward_x, plan.scratch_bytes);
+      each(input_slices(g) * ceil_div(g.h_in, plan.grad_rows), kernels->backward_x, plan.scratch_bytes);
     }
   }
 };
@@ -188,11 +188,8 @@ void prepare(Run& run, const Tensor& grad, const OutputNorm& norm, const Tensor&
   BackwardParams& p = run.call.params;
   if (!norm.y.has_value()) return;
   STD_TORCH_CHECK(norm.vectors.has_value(), run.op, ": out_vectors must be given with y");
-  const Geometry& g = p.geom;
   check_operand(run.op, "y", *norm.y, x);
-  STD_TORCH_CHECK(norm.y->dim() == 4 && norm.y->size(0) == g.n && norm.y->size(1) == g.c_out &&
-                      norm.y->size(2) == g.h_out && norm.y->size(3) == g.w_out,
-                  run.op, ": y must have the shape of the output");
+  STD_TORCH_CHECK(same_sizes(*norm.y, grad), run.op, ": y must have the shape of the output");
   run.call.saved = walkable_or_copy(*norm.y, p.saved_layout);
   p.saved = run.call.saved->const_data_ptr();
   p.saved_strides = walk_strides(*run.call.saved, p.saved_layout);

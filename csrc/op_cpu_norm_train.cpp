@@ -40,7 +40,7 @@ CallArguments of_y(CallArguments arguments) {
   return arguments;
 }
 
-double pixels_of(const Geometry& g) { return static_cast<double>(g.n * g.h_out * g.w_out); }
+double pixels_of(const Geometry& g) { return static_cast<double>(output_pixels(g)); }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias,
                                                      Bias pw_bias, Bias weight1, Bias bias1, Bias weight2, Bias bias2,

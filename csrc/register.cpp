@@ -2,8 +2,8 @@
 // CPU, cuda/op_cuda.cu for CUDA (compiling that file is what turns CUDA on), dsconv_cuda/ops.py for fake tensors.
 //
 // padding is (top, left, bottom, right); act and out_act are the numbers of params.h's Activation; tf32 lets CUDA round
-// the operands of float32 products to TF32 and means nothing to the CPU. fwd, fwd_with_pre, bwd and keep take 3-D
-// convolutions too, with three numbers for two and padding (front, top, left, back, bottom, right).
+// the operands of float32 products to TF32 and means nothing to the CPU. All take 3-D convolutions too, with three
+// numbers for two and padding (front, top, left, back, bottom, right).
 
 #include "build_info.h"
 #include "cpu/cpu_isa.h"
@@ -22,11 +22,11 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
       "keep(Tensor dw_weight, Tensor pw_weight, int[2] stride, int[4] padding, int[2] dilation, int act, int out_act, "
       "bool room=True) -> Tensor");
   m.def(
-      "fwd_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor kept, int "
+      "fwd_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor(a!) kept, int "
       "version) -> Tensor");
   m.def(
-      "fwd_with_pre_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor kept) "
-      "-> (Tensor, Tensor)");
+      "fwd_with_pre_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor(a!) "
+      "kept) -> (Tensor, Tensor)");
   m.def(
       "bwd_kept(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? saved, Tensor kept, "
       "int grad_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -2,7 +2,7 @@
 
     depthwise_separable_conv2d      the function, and ...conv1d, ...conv3d
     DepthwiseSeparableConv2d        the module, also as DepthwiseSeparableConv, and ...Conv1d, ...Conv3d
-    DepthwiseSeparableConvBN2d      the block with a BatchNorm after either part, trained as one;
+    DepthwiseSeparableConvBN2d      the block with a BatchNorm after either part, trained as one, and ...BN1d, ...BN3d;
                                     depthwise_separable_conv_bn2d and BatchNormArguments are its function
     DepthwiseSeparableSequence      a sequence of such blocks that keeps one tensor a block for backward
     fuse, unfuse, explain_fusion    finds the chains of a model of stock modules and fuses them
@@ -20,8 +20,17 @@ Importing the package builds and loads nothing; the first call does.
 import importlib
 
 from dsconv_cuda import complexity, models
-from dsconv_cuda.batchnorm import BatchNormArguments, depthwise_separable_conv_bn2d
-from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN2d
+from dsconv_cuda.batchnorm import (
+    BatchNormArguments,
+    depthwise_separable_conv_bn1d,
+    depthwise_separable_conv_bn2d,
+    depthwise_separable_conv_bn3d,
+)
+from dsconv_cuda.batchnorm_module import (
+    DepthwiseSeparableConvBN1d,
+    DepthwiseSeparableConvBN2d,
+    DepthwiseSeparableConvBN3d,
+)
 from dsconv_cuda.decompositions import decomposition_table
 from dsconv_cuda.functional import (
     depthwise_separable_conv1d,
@@ -46,7 +55,9 @@ __all__ = [
     "DepthwiseSeparableConv1d",
     "DepthwiseSeparableConv2d",
     "DepthwiseSeparableConv3d",
+    "DepthwiseSeparableConvBN1d",
     "DepthwiseSeparableConvBN2d",
+    "DepthwiseSeparableConvBN3d",
     "DepthwiseSeparableSequence",
     "Gpu",
     "__version__",
@@ -56,7 +67,9 @@ __all__ = [
     "depthwise_separable_conv1d",
     "depthwise_separable_conv2d",
     "depthwise_separable_conv3d",
+    "depthwise_separable_conv_bn1d",
     "depthwise_separable_conv_bn2d",
+    "depthwise_separable_conv_bn3d",
     "explain_fusion",
     "fuse",
     "gpus",

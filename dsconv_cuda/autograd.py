@@ -76,7 +76,7 @@ class DepthwiseSeparable(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return forward_vmap(DepthwiseSeparable.apply)(info, in_dims, *args)
+        return forward_vmap(_bare_where_possible(DepthwiseSeparable))(info, in_dims, *args)
 
 
 class _DepthwiseSeparableEager(torch.autograd.Function):
@@ -220,7 +220,7 @@ class DepthwiseSeparableGrad(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return backward_vmap(DepthwiseSeparableGrad.apply, 6, 8)(info, in_dims, *args)
+        return backward_vmap(_bare_where_possible(DepthwiseSeparableGrad), 6, 8)(info, in_dims, *args)
 
 
 @contextlib.contextmanager
@@ -247,6 +247,18 @@ def _derivatives_may_follow(tensors: tuple) -> bool:
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     )
+
+
+def _bare_where_possible(function: type[torch.autograd.Function]):
+    """`function`, past autograd where no derivative follows: calls for each element of a batch add up."""
+
+    def call(*args):
+        if _derivatives_may_follow(tuple(t for t in args if isinstance(t, Tensor))):
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return function.forward(*args)
+
+    return call
 
 
 @functools.lru_cache(maxsize=1024)

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from dsconv_cuda import _checks, _loader, autograd, batchnorm_graph
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm_autograd import OP as _OP
-from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block
-from dsconv_cuda.functional import _AUTOCAST_DEVICES, _autocast, _load, _tf32_applies
+from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, operation
+from dsconv_cuda.functional import _AUTOCAST_DEVICES, _autocast, _load, _tf32_applies, as_rows
 from dsconv_cuda.ops import IDENTITY
 from dsconv_cuda.second_order import Config
 
@@ -102,20 +101,67 @@ def depthwise_separable_conv_bn2d(
         ValueError: a norm that takes statistics of the batch and gets one value per channel, as in PyTorch.
         RuntimeError: CUDA tensors where a norm takes statistics of the batch and this build has no kernels for that.
     """
+    tensors = (input, dw_weight, pw_weight, dw_bias, pw_bias)
+    geometry = (stride, padding, dilation)
     return block_of_chain(
-        input,
-        dw_weight,
-        pw_weight,
-        dw_bias,
-        pw_bias,
-        bn1,
-        bn2,
-        stride,
-        padding,
-        dilation,
-        activation,
-        out_activation,
-        recompute_output=recompute_output,
+        2, *tensors, bn1, bn2, *geometry, activation, out_activation, recompute_output=recompute_output
+    )
+
+
+def depthwise_separable_conv_bn1d(
+    input: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    dw_bias: Tensor | None = None,
+    pw_bias: Tensor | None = None,
+    bn1: BatchNormArguments | None = None,
+    bn2: BatchNormArguments | None = None,
+    stride: int | tuple[int] = 1,
+    padding: int | tuple[int] | str = 0,
+    dilation: int | tuple[int] = 1,
+    activation: str | nn.Module | None = "relu",
+    out_activation: str | nn.Module | None = "relu",
+    *,
+    recompute_output: bool = False,
+) -> Tensor:
+    """:func:`depthwise_separable_conv_bn2d` of images with one row, by the same kernels and without a copy: ``[N, C,
+    L]`` to ``[N, C_out, L_out]``.
+
+    Weights, stride, padding (so ``"causal"`` too) and dilation are as in
+    :func:`dsconv_cuda.depthwise_separable_conv1d`, everything else as in 2-D.
+    """
+    tensors = (input, dw_weight, pw_weight, dw_bias, pw_bias)
+    geometry = (stride, padding, dilation)
+    return block_of_chain(
+        1, *tensors, bn1, bn2, *geometry, activation, out_activation, recompute_output=recompute_output
+    )
+
+
+def depthwise_separable_conv_bn3d(
+    input: Tensor,
+    dw_weight: Tensor,
+    pw_weight: Tensor,
+    dw_bias: Tensor | None = None,
+    pw_bias: Tensor | None = None,
+    bn1: BatchNormArguments | None = None,
+    bn2: BatchNormArguments | None = None,
+    stride: int | tuple[int, int, int] = 1,
+    padding: int | tuple[int, int, int] | str = 0,
+    dilation: int | tuple[int, int, int] = 1,
+    activation: str | nn.Module | None = "relu",
+    out_activation: str | nn.Module | None = "relu",
+    *,
+    recompute_output: bool = False,
+) -> Tensor:
+    """:func:`depthwise_separable_conv_bn2d` with a depth: ``[N, C, D, H, W]`` to ``[N, C_out, D_out, H_out, W_out]``.
+
+    Weights, stride, padding and dilation are as in :func:`dsconv_cuda.depthwise_separable_conv3d`, everything else as
+    in 2-D.
+    """
+    tensors = (input, dw_weight, pw_weight, dw_bias, pw_bias)
+    geometry = (stride, padding, dilation)
+    return block_of_chain(
+        3, *tensors, bn1, bn2, *geometry, activation, out_activation, recompute_output=recompute_output
     )
 
 
@@ -133,6 +179,7 @@ class Unnormalised:
 
 
 def block_of_chain(
+    dims: int,
     input: Tensor | Unnormalised,
     dw_weight: Tensor,
     pw_weight: Tensor,
@@ -149,33 +196,41 @@ def block_of_chain(
     recompute_output: bool = False,
     defer: bool = False,
 ) -> Tensor | Unnormalised:
-    """:func:`depthwise_separable_conv_bn2d` in a chain: after a block that deferred its second norm, where `input` is
-    Unnormalised, and before one that takes it, with `defer` (bn2 must take statistics of the batch then).
+    """:func:`depthwise_separable_conv_bn2d`, or that of another `dims`, in a chain: after a block that deferred its
+    second norm, where `input` is Unnormalised, and before one that takes it, with `defer` (bn2 must take statistics of
+    the batch then).
     """
+    op = operation(dims)
     before = input if isinstance(input, Unnormalised) else None
     tensors = (before.y if before else input, dw_weight, pw_weight, dw_bias, pw_bias)
-    _checks.check_types(_OP, tensors)
+    _checks.check_types(op, tensors)
+    if tensors[0].dim() != dims + 2:
+        image = ", ".join(_IMAGES[dims])
+        shape = list(tensors[0].shape)
+        raise ValueError(f"{op}: input must have shape [N, C, {image}], as nn.BatchNorm{dims}d takes, got {shape}")
     device = tensors[0].device.type
     if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
         tensors = _autocast(tensors, device)
-    _checks.check_operands(_OP, tensors)
-    x_shape, dw_shape, pw_shape = _checks.check_shapes(_OP, tensors)
-    if len(x_shape) != 4:
-        raise ValueError(f"{_OP}: input must have shape [N, C, H, W], as nn.BatchNorm2d takes, got {list(x_shape)}")
-    stride = _checks.per_axis(_OP, "stride", stride, 1)
-    dilation = _checks.per_axis(_OP, "dilation", dilation, 1)
-    padding = _checks.padding(_OP, padding, dw_shape[2:], stride, dilation)
-    extents = _checks.check_extents(_OP, x_shape, dw_shape, pw_shape, stride, padding, dilation)
-    act = activation_number(activation, "activation", _OP)
-    out_act = activation_number(out_activation, "out_activation", _OP)
-    pixels = [x_shape[0], *extents]
+    axes = max(dims, 2)  # of the kernels
+    if dims == 1:
+        tensors, stride, padding, dilation = as_rows(op, tensors, stride, padding, dilation)
+    _checks.check_operands(op, tensors)
+    x_shape, dw_shape, pw_shape = _checks.check_shapes(op, tensors, axes)
+    stride = _checks.per_axis(op, "stride", stride, 1, axes)
+    dilation = _checks.per_axis(op, "dilation", dilation, 1, axes)
+    if dims > 1:
+        padding = _checks.padding(op, padding, dw_shape[2:], stride, dilation)
+    extents = _checks.check_extents(op, x_shape, dw_shape, pw_shape, stride, padding, dilation)
+    act = activation_number(activation, "activation", op)
+    out_act = activation_number(out_activation, "out_activation", op)
+    pixels = [x_shape[0], *extents[-dims:]]
 
     x, dw_weight, pw_weight, dw_bias, pw_bias = tensors
-    _check_norm("bn1", bn1, x, dw_shape[0], pixels)
-    _check_norm("bn2", bn2, x, pw_shape[0], pixels)
+    _check_norm(op, "bn1", bn1, x, dw_shape[0], pixels)
+    _check_norm(op, "bn2", bn2, x, pw_shape[0], pixels)
     _load()
     if device == "cuda" and not _loader.cuda_kernels_loaded():
-        _checks.raise_for_no_cuda(_OP, tensors[0].device)
+        _checks.raise_for_no_cuda(op, tensors[0].device)
     batch1, batch2 = bn1 is not None and bn1.training, bn2 is not None and bn2.training
     if bn1 is not None and not batch1:
         dw_weight, dw_bias = fold_norm(dw_weight, dw_bias, bn1)
@@ -183,12 +238,14 @@ def block_of_chain(
         pw_weight, pw_bias = fold_norm(pw_weight, pw_bias, bn2)
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias)
     if not batch1 and not batch2 and before is None:
-        return autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act, _tf32_applies(x)))
+        y = autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act, _tf32_applies(x)))
+        return y.squeeze(-2) if dims == 1 else y
 
-    _refuse_what_has_no_rule()
-    _check_kernels(x.device)
-    count = pixels[0] * pixels[1] * pixels[2]
+    _refuse_what_has_no_rule(op)
+    _check_kernels(op, x.device)
+    count = _product(pixels)
     block = Block(
+        op,
         Config(stride, padding, dilation, act, IDENTITY, _tf32_applies(x)),
         out_act,
         Batch(bn1.eps, count, bn1.process_group, functools.partial(_track, bn1)) if batch1 else None,
@@ -211,40 +268,52 @@ def block_of_chain(
                     batch.track(of_batch, count)
     else:
         out, vectors = BatchNormBlock.apply(*tensors, *affine, in_vectors, block)[:2]
+    out = out.squeeze(-2) if dims == 1 else out
     return Unnormalised(out, vectors, out_act) if defer else out
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _check_norm(name: str, bn: BatchNormArguments | None, x: Tensor, channels: int, pixels: list) -> None:
+_IMAGES = {1: "L", 2: "HW", 3: "DHW"}
+
+
+def _product(pixels: list) -> int:
+    """math.prod(), which does not take the numbers of a graph of free sizes."""
+    count = 1
+    for extent in pixels:
+        count = count * extent
+    return count
+
+
+def _check_norm(op: str, name: str, bn: BatchNormArguments | None, x: Tensor, channels: int, pixels: list) -> None:
     if bn is None:
         return
     if not isinstance(bn, BatchNormArguments):
-        raise TypeError(f"{_OP}: {name} must be a BatchNormArguments or None, got {type(bn).__name__}")
+        raise TypeError(f"{op}: {name} must be a BatchNormArguments or None, got {type(bn).__name__}")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     for argument in ("running_mean", "running_var", "weight", "bias"):
         t = getattr(bn, argument)
         if t is None:
             continue
         if not isinstance(t, Tensor):
-            raise TypeError(f"{_OP}: {name}.{argument} must be a Tensor or None, got {type(t).__name__}")
+            raise TypeError(f"{op}: {name}.{argument} must be a Tensor or None, got {type(t).__name__}")
         if t.dim() != 1 or t.shape[0] != channels:
-            raise ValueError(f"{_OP}: {name}.{argument} must have shape [{channels}], got {list(t.shape)}")
+            raise ValueError(f"{op}: {name}.{argument} must have shape [{channels}], got {list(t.shape)}")
         if t.dtype not in (x.dtype, wide):
             raise TypeError(
-                f"{_OP}: {name}.{argument} must have the dtype of input, {x.dtype}, or {wide}, got {t.dtype}; convert "
+                f"{op}: {name}.{argument} must have the dtype of input, {x.dtype}, or {wide}, got {t.dtype}; convert "
                 f"one of them with .to()"
             )
         if t.device != x.device:
-            raise RuntimeError(f"{_OP}: {name}.{argument} must be on the device of input, {x.device}, got {t.device}")
+            raise RuntimeError(f"{op}: {name}.{argument} must be on the device of input, {x.device}, got {t.device}")
     if not bn.training:
         if bn.running_mean is None or bn.running_var is None:
-            raise ValueError(f"{_OP}: {name} needs running_mean and running_var where training is False")
+            raise ValueError(f"{op}: {name} needs running_mean and running_var where training is False")
         if bn.eps < 0:
             raise ValueError(f"batch_norm eps must be non-negative, but got {bn.eps}")
         return
-    if pixels[0] * pixels[1] * pixels[2] == 1 and (bn.process_group is None or bn.process_group.size() == 1):
+    if _product(pixels) == 1 and (bn.process_group is None or bn.process_group.size() == 1):
         size = torch.Size((pixels[0], channels, *pixels[1:]))
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
     if bn.eps <= 0:
@@ -278,12 +347,12 @@ def fold_norm(weight: Tensor, bias: Tensor | None, bn: BatchNormArguments) -> tu
 _devices_with_kernels = {"meta"}
 
 
-def _check_kernels(device: torch.device) -> None:
+def _check_kernels(op: str, device: torch.device) -> None:
     if device.type in _devices_with_kernels:
         return
     if not _loader.batch_norm_kernels_loaded(device.type):
         raise RuntimeError(
-            f"{_OP}: this build has no kernels on {device.type} for a norm that takes statistics of the batch; train "
+            f"{op}: this build has no kernels on {device.type} for a norm that takes statistics of the batch; train "
             f"on the CPU, or with nn.Conv2d and nn.BatchNorm2d under the same names (the state_dict fits), or freeze "
             f"the norms with .eval()"
         )
@@ -293,10 +362,10 @@ def _check_kernels(device: torch.device) -> None:
 _check_kernels._dynamo_marked_constant = True  # as functional._load
 
 
-def _refuse_what_has_no_rule() -> None:
+def _refuse_what_has_no_rule(op: str) -> None:
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            f"{_OP}: torch.func transforms are not supported where a norm takes statistics of the batch; put the "
+            f"{op}: torch.func transforms are not supported where a norm takes statistics of the batch; put the "
             f"norms into eval mode, or use torch.autograd"
         )
 

@@ -18,7 +18,11 @@ from torch import Tensor
 from dsconv_cuda.ops import IDENTITY, grad_mask
 from dsconv_cuda.second_order import Config
 
-OP = "depthwise_separable_conv_bn2d"
+
+def operation(dims: int) -> str:
+    """The name of the public function of so many dimensions."""
+    return f"depthwise_separable_conv_bn{dims}d"
+
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
@@ -68,9 +72,10 @@ class Block:
     """The arguments of a block that are no tensors; batch1 and batch2 are None for no norm.
 
     With `defer` the output is y, not yet through the second norm and out_act; with in_vectors x is such a y, of which
-    in_act follows the norm.
+    in_act follows the norm. `op` is what messages call it.
     """
 
+    op: str
     config: Config
     out_act: int
     batch1: Batch | None
@@ -146,8 +151,8 @@ class BatchNormBlock(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         raise NotImplementedError(
-            f"{OP}: forward-mode AD is not supported where a norm takes statistics of the batch; use backward mode, "
-            f"or put the norms into eval mode"
+            f"{ctx.block.op}: forward-mode AD is not supported where a norm takes statistics of the batch; use "
+            f"backward mode, or put the norms into eval mode"
         )
 
 
@@ -156,13 +161,15 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, block_ctx, grad_out, *saved):
+        ctx.op = block_ctx.block.op
         return _gradients(block_ctx, grad_out, *saved)
 
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            f"{OP}: double backward is not supported where a norm takes statistics of the batch; put the norms into "
-            f"eval mode, whose derivatives of any order are right, or use nn.Conv2d and nn.BatchNorm2d for this loss"
+            f"{ctx.op}: double backward is not supported where a norm takes statistics of the batch; put the norms "
+            f"into eval mode, whose derivatives of any order are right, or use nn.Conv2d and nn.BatchNorm2d for this "
+            f"loss"
         )
 
 

@@ -12,7 +12,7 @@ The number of pixels is not among the arguments: in a graph of free sizes it is 
 import torch
 from torch import Tensor
 
-from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block
+from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, operation
 from dsconv_cuda.second_order import Config
 
 _SCHEMA = (
@@ -49,6 +49,7 @@ def _norm_block(*arguments):
     config = Config(tuple(stride), tuple(padding), tuple(dilation), act, 0, tf32)
     # A count of 0: that of the tensors.
     batches = (None if eps is None else Batch(eps, 0, None) for eps in (eps1, eps2))
-    out, vectors, moments1, _, moments2, _ = BatchNormBlock.apply(*tensors, Block(config, out_act, *batches, *rest))
+    block = Block(operation(len(stride)), config, out_act, *batches, *rest)
+    out, vectors, moments1, _, moments2, _ = BatchNormBlock.apply(*tensors, block)
     none = (out.new_empty(0, dtype=torch.float64) if t is None else t for t in (vectors, moments1, moments2))
     return out, *none

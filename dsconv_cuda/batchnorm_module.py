@@ -1,4 +1,4 @@
-"""The block dw -> BatchNorm -> act -> pw -> BatchNorm -> act as a module with the children it stands for."""
+"""The block dw -> BatchNorm -> act -> pw -> BatchNorm -> act as modules with the children they stand for."""
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +9,129 @@ from dsconv_cuda.batchnorm import BatchNormArguments, Unnormalised, block_of_cha
 from dsconv_cuda.kept_weights import has_hooks
 from dsconv_cuda.modules import _compute_weights, _only_computes_weights, separable_convolutions
 
-_STOCK = (nn.Conv2d, nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d)
+
+class DepthwiseSeparableConvBN(nn.Module):
+    """What the blocks of every rank share, which is all but the kinds of their children."""
+
+    _dims: int
+    _stock: tuple[type[nn.Module], ...]  # of .depthwise, .bn1, .pointwise and .bn2
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        *,
+        dilation: int | tuple[int, ...] = 1,
+        channel_multiplier: int = 1,
+        bias: bool = False,
+        activation: str | nn.Module | None = "relu",
+        out_activation: str | nn.Module | None = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        recompute_output: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        self.activation = activation_name(activation, "activation", name)
+        self.out_activation = activation_name(out_activation, "out_activation", name)
+        self.recompute_output = recompute_output
+        depthwise, pointwise = separable_convolutions(
+            self._stock[0],
+            name,
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation=dilation,
+            channel_multiplier=channel_multiplier,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        of = {"device": device, "dtype": dtype}
+        # In the order of the calls, which that of the parameters follows.
+        self.depthwise = depthwise
+        self.bn1 = self._stock[1](depthwise.out_channels, eps, momentum, **of)
+        self.pointwise = pointwise
+        self.bn2 = self._stock[3](out_channels, eps, momentum, **of)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.forward_in_chain(input)
+
+    def forward_in_chain(self, input: Tensor | Unnormalised, defer: bool = False) -> Tensor | Unnormalised:
+        """See :func:`dsconv_cuda.batchnorm.block_of_chain`; input is a Tensor and `defer` False where runs_apart()."""
+        hooked = [child for child in self._modules.values() if has_hooks(child)]
+        if hooked:
+            if not all(map(_only_computes_weights, hooked)):
+                return self._one_by_one(input)
+            _compute_weights(*hooked)
+        padding = self.depthwise.padding
+        if self.depthwise.padding_mode != "zeros":
+            around = self.depthwise._reversed_padding_repeated_twice
+            input, padding = nn.functional.pad(input, around, mode=self.depthwise.padding_mode), 0
+        elif not torch.compiler.is_compiling():
+            children = self._modules
+            modules = children.get("depthwise"), children.get("bn1"), children.get("pointwise"), children.get("bn2")
+            if tuple(map(type, modules)) == self._stock:
+                arguments = {"recompute_output": self.recompute_output, "defer": defer}
+                out = batchnorm_training.step(input, *modules, self.activation, self.out_activation, **arguments)
+                if out is not None:
+                    return out
+        depthwise, pointwise = self.depthwise, self.pointwise
+        return block_of_chain(
+            self._dims,
+            input,
+            depthwise.weight,
+            pointwise.weight,
+            depthwise.bias,
+            pointwise.bias,
+            self._arguments("bn1"),
+            self._arguments("bn2"),
+            depthwise.stride,
+            padding,
+            depthwise.dilation,
+            self.activation,
+            self.out_activation,
+            recompute_output=self.recompute_output,
+            defer=defer,
+        )
+
+    def runs_apart(self) -> bool:
+        """Whether the input has to be a tensor: hooks on a child may see it, or it is padded first."""
+        hooked = [child for child in self._modules.values() if has_hooks(child)]
+        return self.depthwise.padding_mode != "zeros" or not all(map(_only_computes_weights, hooked))
+
+    def _one_by_one(self, input: Tensor) -> Tensor:
+        a = ACTIVATIONS[self.activation].value(self.bn1(self.depthwise(input)))
+        return ACTIVATIONS[self.out_activation].value(self.bn2(self.pointwise(a)))
+
+    def _arguments(self, name: str) -> BatchNormArguments | None:
+        norm = getattr(self, name)
+        if type(norm) is nn.Identity:
+            return None
+        forward = getattr(type(norm), "forward", None)
+        stock = isinstance(norm, self._stock[1]) and forward is self._stock[1].forward
+        if not stock and forward is not nn.SyncBatchNorm.forward:
+            raise TypeError(
+                f"{type(self).__name__}: {name} must be an nn.{self._stock[1].__name__}, an nn.SyncBatchNorm or an "
+                f"nn.Identity, or of a subclass with the same forward, got {type(norm).__name__}; for other norms use "
+                f"the four modules one after the other"
+            )
+        return arguments_of(norm, forward is nn.SyncBatchNorm.forward)
+
+    def extra_repr(self) -> str:
+        # Sizes are in the repr of the children.
+        text = f"activation={self.activation}, out_activation={self.out_activation}"
+        return text + (", recompute_output=True" if self.recompute_output else "")
 
 
-class DepthwiseSeparableConvBN2d(nn.Module):
+class DepthwiseSeparableConvBN2d(DepthwiseSeparableConvBN):
     r"""The block of MobileNetV1, trained without its intermediate: see
     :func:`dsconv_cuda.depthwise_separable_conv_bn2d`.
 
@@ -53,117 +172,28 @@ class DepthwiseSeparableConvBN2d(nn.Module):
             in training one value per channel, as nn.BatchNorm2d does.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        *,
-        dilation: int | tuple[int, int] = 1,
-        channel_multiplier: int = 1,
-        bias: bool = False,
-        activation: str | nn.Module | None = "relu",
-        out_activation: str | nn.Module | None = "relu",
-        eps: float = 1e-5,
-        momentum: float | None = 0.1,
-        recompute_output: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        name = type(self).__name__
-        self.activation = activation_name(activation, "activation", name)
-        self.out_activation = activation_name(out_activation, "out_activation", name)
-        self.recompute_output = recompute_output
-        depthwise, pointwise = separable_convolutions(
-            nn.Conv2d,
-            name,
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation=dilation,
-            channel_multiplier=channel_multiplier,
-            bias=bias,
-            device=device,
-            dtype=dtype,
-        )
-        of = {"device": device, "dtype": dtype}
-        # In the order of the calls, which that of the parameters follows.
-        self.depthwise = depthwise
-        self.bn1 = nn.BatchNorm2d(depthwise.out_channels, eps, momentum, **of)
-        self.pointwise = pointwise
-        self.bn2 = nn.BatchNorm2d(out_channels, eps, momentum, **of)
+    _dims = 2
+    _stock = (nn.Conv2d, nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d)
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.forward_in_chain(input)
 
-    def forward_in_chain(self, input: Tensor | Unnormalised, defer: bool = False) -> Tensor | Unnormalised:
-        """See :func:`dsconv_cuda.batchnorm.block_of_chain`; input is a Tensor and `defer` False where runs_apart()."""
-        hooked = [child for child in self._modules.values() if has_hooks(child)]
-        if hooked:
-            if not all(map(_only_computes_weights, hooked)):
-                return self._one_by_one(input)
-            _compute_weights(*hooked)
-        padding = self.depthwise.padding
-        if self.depthwise.padding_mode != "zeros":
-            around = self.depthwise._reversed_padding_repeated_twice
-            input, padding = nn.functional.pad(input, around, mode=self.depthwise.padding_mode), 0
-        elif not torch.compiler.is_compiling():
-            children = self._modules
-            modules = children.get("depthwise"), children.get("bn1"), children.get("pointwise"), children.get("bn2")
-            if tuple(map(type, modules)) == _STOCK:
-                arguments = {"recompute_output": self.recompute_output, "defer": defer}
-                out = batchnorm_training.step(input, *modules, self.activation, self.out_activation, **arguments)
-                if out is not None:
-                    return out
-        depthwise, pointwise = self.depthwise, self.pointwise
-        return block_of_chain(
-            input,
-            depthwise.weight,
-            pointwise.weight,
-            depthwise.bias,
-            pointwise.bias,
-            self._arguments("bn1"),
-            self._arguments("bn2"),
-            depthwise.stride,
-            padding,
-            depthwise.dilation,
-            self.activation,
-            self.out_activation,
-            recompute_output=self.recompute_output,
-            defer=defer,
-        )
+class DepthwiseSeparableConvBN1d(DepthwiseSeparableConvBN):
+    """:class:`DepthwiseSeparableConvBN2d` along one dimension, of nn.Conv1d and nn.BatchNorm1d.
 
-    def runs_apart(self) -> bool:
-        """Whether the input has to be a tensor: hooks on a child may see it, or it is padded first."""
-        hooked = [child for child in self._modules.values() if has_hooks(child)]
-        return self.depthwise.padding_mode != "zeros" or not all(map(_only_computes_weights, hooked))
+    Shape: ``[N, in_channels, L]`` to ``[N, out_channels, L_out]``, with the L_out of nn.Conv1d.
+    """
 
-    def _one_by_one(self, input: Tensor) -> Tensor:
-        a = ACTIVATIONS[self.activation].value(self.bn1(self.depthwise(input)))
-        return ACTIVATIONS[self.out_activation].value(self.bn2(self.pointwise(a)))
+    _dims = 1
+    _stock = (nn.Conv1d, nn.BatchNorm1d, nn.Conv1d, nn.BatchNorm1d)
 
-    def _arguments(self, name: str) -> BatchNormArguments | None:
-        norm = getattr(self, name)
-        if type(norm) is nn.Identity:
-            return None
-        forward = getattr(type(norm), "forward", None)
-        if forward is not nn.BatchNorm2d.forward and forward is not nn.SyncBatchNorm.forward:
-            raise TypeError(
-                f"{type(self).__name__}: {name} must be an nn.BatchNorm2d, an nn.SyncBatchNorm or an nn.Identity, or "
-                f"of a subclass with the same forward, got {type(norm).__name__}; for other norms use the four modules "
-                f"one after the other"
-            )
-        return arguments_of(norm, forward is nn.SyncBatchNorm.forward)
 
-    def extra_repr(self) -> str:
-        # Sizes are in the repr of the children.
-        text = f"activation={self.activation}, out_activation={self.out_activation}"
-        return text + (", recompute_output=True" if self.recompute_output else "")
+class DepthwiseSeparableConvBN3d(DepthwiseSeparableConvBN):
+    """:class:`DepthwiseSeparableConvBN2d` in three dimensions, of nn.Conv3d and nn.BatchNorm3d.
+
+    Shape: ``[N, in_channels, D, H, W]`` to ``[N, out_channels, D_out, H_out, W_out]``, with the sizes of nn.Conv3d.
+    """
+
+    _dims = 3
+    _stock = (nn.Conv3d, nn.BatchNorm3d, nn.Conv3d, nn.BatchNorm3d)
 
 
 def arguments_of(norm: nn.Module, synchronised: bool) -> BatchNormArguments:

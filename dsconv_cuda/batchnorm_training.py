@@ -12,6 +12,7 @@ parameters of the input's dtype, statistics of this process alone, no mode, tran
 
 import dataclasses
 import functools
+import math
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from dsconv_cuda import _checks, _loader
 from dsconv_cuda.activations import ACTIVATIONS
 from dsconv_cuda.autograd import kept_arguments, nobody_watches
 from dsconv_cuda.batchnorm import Unnormalised
-from dsconv_cuda.batchnorm_autograd import OP, Batch, BatchNormBlock, Block
+from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, operation
 from dsconv_cuda.ops import IDENTITY
 
 _TENSORS = (Tensor, nn.Parameter)
@@ -89,12 +90,13 @@ class TrainedBlock(torch.autograd.Function):
 def _backward_op_by_op(ctx, grad) -> tuple:
     call, (x, dw_weight, pw_weight, *_) = ctx.call, ctx.saved_tensors
     config = call.kept.config
-    out = _checks.check_extents(OP, x.shape, dw_weight.shape, pw_weight.shape, *config.arguments()[:3])
-    count = x.shape[0] * out[0] * out[1]
-    norms = (Batch(eps, count, None) for eps in call.eps)
-    ctx.block = Block(
-        dataclasses.replace(config, out_act=IDENTITY), config.out_act, *norms, call.recompute, call.in_act, call.defer
+    op = operation(len(config.stride))
+    count = x.shape[0] * math.prod(
+        _checks.check_extents(op, x.shape, dw_weight.shape, pw_weight.shape, *config.arguments()[:3])
     )
+    norms = (Batch(eps, count, None) for eps in call.eps)
+    linear = dataclasses.replace(config, out_act=IDENTITY)
+    ctx.block = Block(op, linear, config.out_act, *norms, call.recompute, call.in_act, call.defer)
     ctx.count1 = ctx.count2 = float(count)
     ctx.affine_dtypes = [x.dtype if needed else None for needed in ctx.needs_input_grad[5:9]]
     return BatchNormBlock.backward(ctx, grad)
@@ -120,12 +122,19 @@ def _mask(needed: tuple) -> int:
 def _arguments(dw_shape, pw_shape, stride, padding, dilation, activation: str, out_activation: str):
     """None where the kernels are not there or the arguments are wrong, which is said elsewhere."""
     _loader.load_library()
-    if not _loader.has_kernel("train_fwd", "CPU") or len(dw_shape) != 4:
+    dims = len(dw_shape) - 2
+    if not _loader.has_kernel("train_fwd", "CPU") or dims not in (1, 2, 3):
         return None
+    op = operation(dims)
     try:
-        stride = _checks.per_axis(OP, "stride", stride, 1)
-        dilation = _checks.per_axis(OP, "dilation", dilation, 1)
-        padding = _checks.padding(OP, padding, dw_shape[2:], stride, dilation)
+        if dims == 1:
+            stride, dilation = (1, _checks.single(op, "stride", stride)), (1, _checks.single(op, "dilation", dilation))
+            padding = _checks.padding_1d(op, padding, dw_shape[2], stride[1], dilation[1])
+            dw_shape, pw_shape = torch.Size((*dw_shape[:2], 1, dw_shape[2])), pw_shape[:2]
+        else:
+            stride = _checks.per_axis(op, "stride", stride, 1, dims)
+            dilation = _checks.per_axis(op, "dilation", dilation, 1, dims)
+            padding = _checks.padding(op, padding, dw_shape[2:], stride, dilation)
         activations = ACTIVATIONS[activation].number, ACTIVATIONS[out_activation].number
     except (KeyError, TypeError, ValueError):
         return None
@@ -134,10 +143,10 @@ def _arguments(dw_shape, pw_shape, stride, padding, dilation, activation: str, o
 
 def step(
     input: Tensor | Unnormalised,
-    depthwise: nn.Conv2d,
-    bn1: nn.BatchNorm2d,
-    pointwise: nn.Conv2d,
-    bn2: nn.BatchNorm2d,
+    depthwise: nn.Module,
+    bn1: nn.Module,
+    pointwise: nn.Module,
+    bn2: nn.Module,
     activation: str,
     out_activation: str,
     *,
@@ -176,14 +185,19 @@ def step(
         return None
     call.running, call.recompute, call.defer = running, recompute_output, defer
     in_vectors, call.in_act = (None, 0) if before is None else (before.vectors, before.act)
+    one_row = x.dim() == dw_weight.dim() == 3
+    if one_row:
+        tensors = (x.unsqueeze(-2), dw_weight.unsqueeze(-2), tensors[2].unsqueeze(-1), *tensors[3:])
     try:
         out = TrainedBlock.apply(*tensors, in_vectors, call)
     except _Refused:
         return None
+    if one_row:
+        out = out.squeeze(-2)
     return Unnormalised(out, call.vectors, kept.config.out_act) if defer else out
 
 
-def _running(norm: nn.BatchNorm2d) -> tuple:
+def _running(norm: nn.Module) -> tuple:
     """What a norm tracks: mean, variance, number of batches."""
     if not norm.track_running_stats:
         return None, None, None

@@ -1,18 +1,17 @@
 """Packed weights between the calls of a compiled graph, as kept_weights.py has them for modules in eager mode.
 
 A graph holds no module that could keep them. So where torch.compile meets a call without gradients whose weights are
-large parameters, on the CPU, the graph holds the op fwd_packed. Its kernel is here, in Python, since only Python sees
-the version counters of tensors. It keeps what it packed as long as the pointwise weight lives, one copy for each set of
-arguments, and what counts as the same weights is what kept_weights.py says. Exports hold fwd.
+parameters, on the CPU, the graph holds the op fwd_packed. Its kernel is here, in Python, since only Python sees the
+version counters of tensors; for small weights too, as fwd goes through gradients that are registered in Python, which
+takes longer. It keeps what it packed as long as the pointwise weight lives, one copy for each set of arguments, and
+what counts as the same weights is what kept_weights.py says. Exports hold fwd.
 """
 
+import functools
 import weakref
 
 import torch
 from torch import Tensor, nn
-
-# Elements of the pointwise weight from which packing takes longer than finding what is packed.
-LEAST_ELEMENTS = 1 << 14
 
 _SCHEMA = (
     "fwd_packed(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[2] stride, int[4] "
@@ -20,7 +19,9 @@ _SCHEMA = (
 )
 
 registered = False
-_kept: dict[int, tuple[weakref.ref, dict[tuple, Tensor]]] = {}  # by id() of the pointwise weight
+# By id() of the pointwise weight: the arguments, and what is packed for them.
+_kept: dict[int, tuple[weakref.ref, list[tuple[tuple, Tensor]]]] = {}
+stores: list[dict] = [_kept]  # of everything that is kept between calls of compiled graphs
 
 
 def register(fragment: torch.library.Library, fake, vmap) -> None:
@@ -41,25 +42,43 @@ def pay(x: Tensor, dw_weight: Tensor, pw_weight: Tensor) -> bool:
         and isinstance(dw_weight, nn.Parameter)
         and isinstance(pw_weight, nn.Parameter)
         and x.device.type == "cpu"
-        and pw_weight.numel() >= LEAST_ELEMENTS
     )
 
 
 def clear() -> None:
-    _kept.clear()
+    for store in stores:
+        store.clear()
 
 
-def _fwd_packed(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act) -> Tensor:
-    ops = torch.ops.dsconv_cuda
-    operands, arguments = (x, dw_weight, pw_weight, dw_bias, pw_bias), (stride, padding, dilation, act, out_act)
-    weights = [t for t in operands[1:] if t is not None]
-    if any(t.is_inference() for t in weights):  # have no version counter
-        return ops.fwd.default(*operands, *arguments)
-    key, name = (*dw_weight.shape, *stride, *padding, *dilation, act, out_act), id(pw_weight)
+def _fwd_packed(x, dw_weight, pw_weight, dw_bias, pw_bias, *arguments) -> Tensor:
+    # In as little Python as can be: after a layer of some megabytes each line of it comes from memory again.
+    try:
+        version = dw_weight._version + pw_weight._version
+        if dw_bias is not None:
+            version += dw_bias._version
+        if pw_bias is not None:
+            version += pw_bias._version
+    except RuntimeError:  # inference tensors have no version counter
+        return torch.ops.dsconv_cuda.fwd.default(x, dw_weight, pw_weight, dw_bias, pw_bias, *arguments)
+    key = (dw_weight.shape, *arguments)
+    entry = _kept.get(id(pw_weight))
+    if entry is not None and entry[0]() is pw_weight:
+        for packed_for, memory in entry[1]:
+            if packed_for == key:
+                return _fwd_kept()(x, dw_weight, pw_weight, dw_bias, pw_bias, memory, version)
+    return _fwd_kept()(x, dw_weight, pw_weight, dw_bias, pw_bias, _new_memory(dw_weight, pw_weight, key), version)
+
+
+def _new_memory(dw_weight: Tensor, pw_weight: Tensor, key: tuple) -> Tensor:
+    name = id(pw_weight)
     entry = _kept.get(name)
     if entry is None or entry[0]() is not pw_weight:
-        entry = _kept[name] = (weakref.ref(pw_weight, lambda _: _kept.pop(name, None)), {})
-    memory = entry[1].get(key)
-    if memory is None:
-        memory = entry[1][key] = ops.keep.default(dw_weight, pw_weight, *arguments)
-    return ops.fwd_kept.default(*operands, memory, sum(t._version for t in weights))
+        entry = _kept[name] = (weakref.ref(pw_weight, lambda _: _kept.pop(name, None)), [])
+    memory = torch.ops.dsconv_cuda.keep.default(dw_weight, pw_weight, *key[1:])
+    entry[1].append((key, memory))
+    return memory
+
+
+@functools.cache
+def _fwd_kept():
+    return torch.ops.dsconv_cuda.fwd_kept.default

@@ -71,6 +71,9 @@ def depthwise_separable_conv2d(
     derivatives run fused kernels, and only those that are asked for; double backward and forward-mode AD are right and
     compose stock convolutions.
 
+    Under ``torch.func.vmap`` a batch of inputs is one call, nested too, and so are the gradients of a batch of inputs;
+    a batch of weights, or of their gradients, is a call for each element.
+
     Deterministic: equal calls give equal bits, on the CPU for every number of threads too.
 
     Returns:
@@ -174,13 +177,19 @@ def depthwise_separable_conv1d(
     """
     tensors = (input, dw_weight, pw_weight, dw_bias, pw_bias)
     _checks.check_types(_OP_1D, tensors)
-    _checks.check_ranks_1d(_OP_1D, tensors)
-    stride, dilation = (_checks.single(_OP_1D, name, v) for name, v in (("stride", stride), ("dilation", dilation)))
-    border = _checks.padding_1d(_OP_1D, padding, dw_weight.shape[2], stride, dilation)
+    tensors, stride, border, dilation = as_rows(_OP_1D, tensors, stride, padding, dilation)
+    return _conv(_OP_1D, tensors, stride, 0, dilation, activation, out_activation, border).squeeze(-2)
+
+
+def as_rows(op: str, tensors: tuple, stride, padding, dilation) -> tuple[tuple, tuple, tuple, tuple]:
+    """The arguments of a call in one dimension as those of images with one row, padding as (top, left, bottom,
+    right)."""
+    _checks.check_ranks_1d(op, tensors)
+    input, dw_weight, pw_weight, *biases = tensors
+    stride, dilation = (_checks.single(op, name, v) for name, v in (("stride", stride), ("dilation", dilation)))
+    border = _checks.padding_1d(op, padding, dw_weight.shape[2], stride, dilation)
     pw_weight = pw_weight.unsqueeze(-1) if pw_weight.dim() == 3 else pw_weight
-    rows = (input.unsqueeze(-2), dw_weight.unsqueeze(-2), pw_weight, dw_bias, pw_bias)
-    y = _conv(_OP_1D, rows, (1, stride), 0, (1, dilation), activation, out_activation, border)
-    return y.squeeze(-2)
+    return (input.unsqueeze(-2), dw_weight.unsqueeze(-2), pw_weight, *biases), (1, stride), border, (1, dilation)
 
 
 _OP_3D = "depthwise_separable_conv3d"

@@ -118,7 +118,10 @@ class DepthwiseSeparableConv2d(_DepthwiseSeparable):
         kernel_size, stride, padding, dilation: of the depthwise part, as in nn.Conv2d; so padding may be "same".
         bias: whether both parts have a bias.
         channel_multiplier: filters per input channel.
-        padding_mode: as in nn.Conv2d. What is not zeros is made around the input first, as nn.Conv2d does it, too.
+        padding_mode: as in nn.Conv2d. What is not zeros is made around the input first, as nn.Conv2d does it, too: in
+            the kernels it would cost every load of x a look at a map, and backward a sum over what goes to one pixel,
+            while the copy takes a fifth of a forward for reflect and replicate (64 to 128 channels at 56x56: 0.33 ms
+            beside 0.27 of zeros, nn.Conv2d twice 0.69; circular 0.52 and 0.89).
         activation, out_activation: after the depthwise and after the pointwise part; a name, None or an instance of the
             matching torch.nn module, of which the name is kept.
         device, dtype: of the parameters.

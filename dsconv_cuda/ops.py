@@ -19,6 +19,8 @@ Shapes, strides and checks here are those of csrc/op_args.h; opcheck holds the t
 """
 
 import importlib
+import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -149,7 +151,7 @@ def _du_size(x: Tensor, dw_weight: Tensor, shape: tuple) -> int:
     channels = dw_weight.shape[0]
     if channels == x.shape[1]:
         channels = (channels + 63) // 64 * 64
-    return shape[0] * shape[2] * shape[3] * channels
+    return shape[0] * math.prod(shape[2:]) * channels
 
 
 def _bwd_norm_fake(
@@ -197,6 +199,11 @@ _NORM_FAKES = {
 
 
 # ---- vmap ------------------------------------------------------------------------------------------------------------
+#
+# A batch of inputs joins their images and is one call, and so is that of the gradients of inputs alone. A batch of
+# weights, or of gradients of weights, is a call for each: every element has a pointwise part of its own, and no kernel
+# has several. That call is the bare op where nothing differentiates it, so it costs little beside its arithmetic
+# (PyTorch's own rule makes a grouped convolution of it, which is as fast on small layers and slower on large ones).
 
 
 def _batch_first(t, dim, batch_size):
@@ -218,10 +225,6 @@ def _for_each(op, batch_size: int, in_dims, args):
     """Calls `op` once for each element of the batch and stacks what it returns."""
     # in_dims has a list of None where an argument is a list of ints.
     batched = [isinstance(d, int) for d in in_dims]
-
-    def element(i):
-        return [a.select(d, i) if b else a for a, d, b in zip(args, in_dims, batched, strict=True)]
-
     if batch_size == 0:  # one call on zeros tells the shapes
         zeros = [
             a.new_zeros(a.movedim(d, 0).shape[1:]) if b else a for a, d, b in zip(args, in_dims, batched, strict=True)
@@ -230,7 +233,10 @@ def _for_each(op, batch_size: int, in_dims, args):
         if isinstance(results, Tensor):
             return results.new_empty((0, *results.shape)), 0
         return tuple(r.new_empty((0, *r.shape)) for r in results), (0,) * len(results)
-    results = [op(*element(i)) for i in range(batch_size)]
+    columns = [
+        a.unbind(d) if b else itertools.repeat(a, batch_size) for a, d, b in zip(args, in_dims, batched, strict=True)
+    ]
+    results = [op(*element) for element in zip(*columns, strict=True)]
     if isinstance(results[0], Tensor):
         return torch.stack(results), 0
     return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
@@ -328,6 +334,7 @@ def register_python_parts() -> None:
     if hasattr(torch.ops.dsconv_cuda, "fwd_kept"):
         if _loader.has_kernel("fwd_kept", "CPU"):
             compiled_weights.register(_fragment, _fwd_fake, forward_vmap(torch.ops.dsconv_cuda.fwd))
+            importlib.import_module(".compiled_folding", __package__).register(_fragment, _fwd_fake)
         # Called below autograd and only there.
         for name in ("keep", "fwd_kept", "fwd_with_pre_kept", "bwd_kept", "seen_again", "train_fwd", "train_bwd"):
             _fragment.impl(name, torch.library.fallthrough_kernel, "Autograd")

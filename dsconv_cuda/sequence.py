@@ -1,13 +1,14 @@
 """A sequence of blocks in which the second norm of one is made by the next, where it reads."""
 
 import dataclasses
+import math
 from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
 
 from dsconv_cuda import _checks
-from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN2d, takes_batch_statistics
+from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN, takes_batch_statistics
 from dsconv_cuda.kept_weights import has_hooks
 
 
@@ -15,7 +16,7 @@ class DepthwiseSeparableSequence(nn.Sequential):
     r"""``nn.Sequential`` of blocks, trained with one tensor a block.
 
     Equivalent to ``nn.Sequential(*blocks)``, with the same names in the state_dict and the same numbers. Between two
-    :class:`dsconv_cuda.DepthwiseSeparableConvBN2d` in training,
+    :class:`dsconv_cuda.DepthwiseSeparableConvBN2d` (or ...1d, ...3d) in training,
 
         u_i = out_act(gamma2 * yhat_i + beta2)
 
@@ -47,22 +48,22 @@ class DepthwiseSeparableSequence(nn.Sequential):
                 input = module(input)
         return input
 
-    def kept_bytes(self, input_size: tuple[int, int, int, int], dtype: torch.dtype | None = None) -> "KeptBytes":
+    def kept_bytes(self, input_size: tuple[int, ...], dtype: torch.dtype | None = None) -> "KeptBytes":
         """What a training step on an input of this size keeps for backward, counted from the shapes.
 
         Args:
-            input_size: ``(N, C, H, W)``.
+            input_size: ``(N, C, H, W)``, or with as many extents as the blocks have dimensions.
             dtype: of the input; that of the first block's weights by default.
 
         Raises:
-            TypeError: a module that is no DepthwiseSeparableConvBN2d, about which nothing is known.
+            TypeError: a module that is no block of DepthwiseSeparableConvBN2d's kind, about which nothing is known.
         """
         op = "DepthwiseSeparableSequence.kept_bytes"
         blocks = list(self)
         for name, block in self.named_children():
-            if not isinstance(block, DepthwiseSeparableConvBN2d):
+            if not isinstance(block, DepthwiseSeparableConvBN):
                 raise TypeError(
-                    f"{op}: module {name} must be a DepthwiseSeparableConvBN2d, got "
+                    f"{op}: module {name} must be a DepthwiseSeparableConvBN1d, ...2d or ...3d, got "
                     f"{type(block).__name__}; count a sequence of the blocks alone"
                 )
         n, _, *extents = input_size
@@ -70,13 +71,13 @@ class DepthwiseSeparableSequence(nn.Sequential):
         plain = one_by_one = chain = 0
         for block, following in zip_longest(blocks, blocks[1:]):
             depthwise, c_out = block.depthwise, block.pointwise.out_channels
-            x = n * depthwise.in_channels * extents[0] * extents[1]
+            x = n * depthwise.in_channels * math.prod(extents)
             padding = _checks.padding(
                 op, depthwise.padding, depthwise.kernel_size, depthwise.stride, depthwise.dilation
             )
             sizes = (n, depthwise.in_channels, *extents), depthwise.weight.shape, block.pointwise.weight.shape
             extents = _checks.check_extents(op, *sizes, depthwise.stride, padding, depthwise.dilation)
-            pixels = n * extents[0] * extents[1]
+            pixels = n * math.prod(extents)
             z, y = pixels * depthwise.out_channels, pixels * c_out
             # conv: x. norm: z. pointwise: a. norm: y. And what the activations need besides their output.
             plain += x + z * _is_norm(block.bn1) + z + y * _is_norm(block.bn2)
@@ -115,7 +116,7 @@ def _keeps_its_input(activation: str) -> bool:
 
 def _can_be_joined(module: nn.Module) -> bool:
     kind = type(module)
-    ours = DepthwiseSeparableConvBN2d
+    ours = DepthwiseSeparableConvBN
     return (
         isinstance(module, ours)
         and kind.forward is ours.forward

@@ -7,29 +7,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from oracle import largest_difference
 from shapes import identify
 from torch import Tensor, nn
 
+from bench.accuracy import errors, results
 from dsconv_cuda import BatchNormArguments, DepthwiseSeparableConvBN2d, _loader, depthwise_separable_conv_bn2d
-from dsconv_cuda.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("isa")
-
-
-class Plain(nn.Module):
-    """The four modules that the block stands for, with its names."""
-
-    def __init__(self, block: DepthwiseSeparableConvBN2d):
-        super().__init__()
-        for name, child in copy.deepcopy(block).named_children():
-            setattr(self, name, child)
-        self.activation = ACTIVATIONS[block.activation].value
-        self.out_activation = ACTIVATIONS[block.out_activation].value
-
-    def forward(self, x):
-        a = self.activation(self.bn1(self.depthwise(x)))
-        return self.out_activation(self.bn2(self.pointwise(a)))
 
 
 @dataclass(frozen=True)
@@ -78,63 +62,13 @@ class Shape:
         return x.contiguous(memory_format=torch.channels_last) if channels_last else x
 
 
-def results(module: nn.Module, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
-    """The output, the gradients and the running statistics after one step, by name."""
-    module = copy.deepcopy(module)
-    x = x.detach().requires_grad_()
-    out = module(x)
-    named = dict(module.named_parameters())
-    grads = torch.autograd.grad(out, [x, *named.values()], dy)
-    found = {"out": out.detach()} | dict(zip(("grad x", *(f"grad {n}" for n in named)), grads, strict=True))
-    return found | {name: buffer for name, buffer in module.named_buffers() if buffer.is_floating_point()}
-
-
-def _stock_in_several_orders(plain: nn.Module, x: Tensor, dy: Tensor):
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        yield results(plain, x.contiguous(memory_format=memory_format), dy)
-    # Channels in the other order, images in the other order, pixels in the other order of both axes.
-    other = copy.deepcopy(plain)
-    flips = {"depthwise.weight": 0, "depthwise.bias": 0, "pointwise.weight": 1}
-    flips |= {f"bn1.{name}": 0 for name in ("weight", "bias", "running_mean", "running_var")}
-    with torch.no_grad():
-        for name, value in other.state_dict().items():
-            if name in flips:
-                value.copy_(value.flip(flips[name]))
-    found = results(other, x.flip(1), dy)
-    dims = {f"grad {name}": dim for name, dim in flips.items()} | flips | {"grad x": 1}
-    yield {name: value.flip(dims[name]) if name in dims else value for name, value in found.items()}
-    found = results(plain, x.flip(0), dy.flip(0))
-    yield {name: value.flip(0) if name in ("out", "grad x") else value for name, value in found.items()}
-    turned = copy.deepcopy(plain)
-    with torch.no_grad():
-        turned.depthwise.weight.copy_(turned.depthwise.weight.mT.clone())
-    convolution = turned.depthwise
-    for attribute in ("stride", "padding", "dilation"):
-        setattr(convolution, attribute, getattr(convolution, attribute)[::-1])
-    found = results(turned, x.mT, dy.mT)
-    yield {n: v.mT if n in ("out", "grad x", "grad depthwise.weight") else v for n, v in found.items()}
-
-
 def check(block: nn.Module, x: Tensor, device) -> None:
     """The block against its Plain in fp64: within twice Plain's own error in the dtype, the largest of some orders of
     summation, as in oracle.py."""
-    dtype = x.dtype
-    plain = Plain(block)
-    with torch.no_grad():
-        dy = torch.randn(copy.deepcopy(plain)(x).shape).to(dtype)
-    exact = results(copy.deepcopy(plain).double(), x.double(), dy.double())
-    single = dtype == torch.float64  # whose own error is that of float32, scaled
-    measured = torch.float32 if single else dtype
-    scale = torch.finfo(dtype).eps / torch.finfo(measured).eps
-    stock = list(_stock_in_several_orders(plain.to(measured), x.to(measured), dy.to(measured)))
-    plain.to(dtype)
-    actual = results(block.to(device), x.to(device), dy.to(device))
-    assert actual.keys() == exact.keys()
-    for name, value in actual.items():
-        own = scale * max(largest_difference(r[name], exact[name]) for r in stock)
-        budget = (3 if single else 2) * own + torch.finfo(dtype).eps * exact[name].abs().max().item()
-        difference = largest_difference(value, exact[name])
-        assert difference <= budget, f"{name} is off by {difference:.3g}, allowed is {budget:.3g}"
+    eps = torch.finfo(x.dtype).eps
+    for name, found in errors(block, x, device).items():
+        budget = (3 if x.dtype == torch.float64 else 2) * found.stock + eps * found.size
+        assert found.ours <= budget, f"{name} is off by {found.ours:.3g}, allowed is {budget:.3g}"
 
 
 SHAPES = [

@@ -7,11 +7,12 @@ from functools import partial
 
 import pytest
 import torch
-from test_batchnorm_block import Plain, Shape, results
+from test_batchnorm_block import Shape
 from torch import nn
 from torch.nn.utils import prune
 
 import dsconv_cuda
+from bench.accuracy import Plain, results
 from bench.saved import saved_bytes
 from dsconv_cuda import (
     BatchNormArguments,
@@ -224,21 +225,66 @@ def test_autocast(device):
     assert block.bn1.running_mean.dtype == torch.float32
 
 
-def test_further_derivatives_are_refused_in_a_sentence(device):
-    block, x = Shape(activation="silu").block().to(device), Shape().input().to(device).requires_grad_()
-    (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="double backward is not supported"):
+def _block_and_function(norms):
+    """The module and the function form of the same block, of an input and a weight."""
+    block = Shape(c=3, c_out=4, activation="silu", out_activation="silu").block(dtype=torch.float64)
+    norms(block)
+
+    def by_module(x, dw_weight):
+        return torch.func.functional_call(block, {"depthwise.weight": dw_weight}, (x,))
+
+    def by_function(x, dw_weight):
+        bn1, bn2 = (
+            BatchNormArguments(n.running_mean.clone(), n.running_var.clone(), n.weight, n.bias, n.training)
+            for n in (block.bn1, block.bn2)
+        )
+        kinds = {"padding": 1, "activation": "silu", "out_activation": "silu"}
+        biases = block.depthwise.bias, block.pointwise.bias
+        return depthwise_separable_conv_bn2d(x, dw_weight, block.pointwise.weight, *biases, bn1, bn2, **kinds)
+
+    def by_chain(x, dw_weight):
+        chain = DepthwiseSeparableSequence(block)
+        return torch.func.functional_call(chain, {"0.depthwise.weight": dw_weight}, (x,))
+
+    x = torch.randn(2, 3, 4, 3, dtype=torch.float64, requires_grad=True)
+    return (by_module, by_function, by_chain), (x, block.depthwise.weight.detach().clone().requires_grad_()), block
+
+
+TRAINED = {
+    "both": lambda block: None,
+    "first": lambda block: block.bn2.eval(),
+    "second": lambda block: block.bn1.eval(),
+}
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("form", range(3), ids=["module", "function", "chain"])
+def test_further_derivatives_are_refused_in_a_sentence(trained, form, device):
+    forms, inputs, block = _block_and_function(TRAINED[trained])
+    block.to(device)
+    call, (x, weight) = forms[form], (t.detach().to(device).requires_grad_() for t in inputs)
+    (grad,) = torch.autograd.grad(call(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward is not supported where a norm takes statistics"):
         grad.sum().backward()
     with (
-        pytest.raises(NotImplementedError, match="forward-mode AD is not supported"),
+        pytest.raises(NotImplementedError, match="forward-mode AD is not supported where a norm takes statistics"),
         torch.autograd.forward_ad.dual_level(),
     ):
-        block(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)))
-    with pytest.raises(RuntimeError, match=r"torch\.func transforms are not supported"):
-        torch.func.grad(lambda t: block(t).sum())(x.detach())
-    block.eval()
-    (grad,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
-    grad.sum().backward()
+        call(torch.autograd.forward_ad.make_dual(x.detach(), torch.ones_like(x)), weight)
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms are not supported where a norm takes statistics"):
+        torch.func.grad(lambda t: call(t, weight).sum())(x.detach())
+
+
+@pytest.mark.parametrize("form", range(3), ids=["module", "function", "chain"])
+def test_further_derivatives_with_frozen_norms(form, isa, device):
+    """Of any order, and forward: the norms fold into the weights."""
+    if isa == "emulated":
+        pytest.skip("second derivatives are stock convolutions, which this backend's device does not change")
+    forms, inputs, block = _block_and_function(lambda block: block.eval())
+    block.to(device)
+    inputs = [t.detach().to(device).requires_grad_() for t in inputs]
+    torch.autograd.gradcheck(forms[form], inputs, check_forward_ad=True, fast_mode=True)
+    torch.autograd.gradgradcheck(forms[form], inputs, fast_mode=True)
 
 
 def test_training_lowers_the_loss_like_stock_modules(device):

@@ -51,14 +51,20 @@ def work(rank, port):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=2)
     for parts in PARTS:
-        for frozen, blocks in ((False, 1), (True, 1), (False, 2)):
+        for form, blocks in (("plain", 1), ("frozen", 1), ("recomputed", 1), ("plain", 2), ("without bn1", 2)):
             block, x, dy = make(torch.float64, blocks)
             alone, _, _ = make(torch.float64, blocks)
-            if frozen:
-                block.bn1.eval(), alone.bn1.eval()
+            for module in (block, alone):
+                if form == "frozen":
+                    module.bn1.eval()
+                if form == "recomputed":
+                    module.recompute_output = True
+                if form == "without bn1":
+                    module[1].bn1 = nn.Identity()
             out, grad = step(alone, x, dy)
             block = nn.SyncBatchNorm.convert_sync_batchnorm(block)
-            assert sum(type(m) is nn.SyncBatchNorm for m in block.modules()) == 2 * blocks
+            converted = sum(type(m) is nn.SyncBatchNorm for m in block.modules())
+            assert converted == 2 * blocks - (form == "without bn1")
             mine = slice(0, parts[0]) if rank == 0 else slice(parts[0], 5)
             my_out, my_grad = step(block, x[mine], dy[mine])
             close(my_out, out[mine])
@@ -68,7 +74,33 @@ def work(rank, port):
                 close(p.grad, q.grad)
             for b, c in zip(block.buffers(), alone.buffers()):
                 close(b, c)
-    # DDP, which takes SyncBatchNorm on GPUs only: statistics of each process's own, gradients averaged.
+    # DDP takes no SyncBatchNorm on the CPU. What is converted behind its back it trains: gradients are averaged.
+    mine = slice(0, 2) if rank == 0 else slice(2, 5)
+    for blocks in (1, 2):
+        block, x, dy = make(torch.float64, blocks)
+        try:
+            nn.parallel.DistributedDataParallel(nn.SyncBatchNorm.convert_sync_batchnorm(make(torch.float64)[0]))
+            raise AssertionError("DDP takes SyncBatchNorm on the CPU now: say so in the README")
+        except ValueError as error:
+            assert "SyncBatchNorm layers only work with GPU modules" in str(error)
+        model = nn.parallel.DistributedDataParallel(block)
+        nn.SyncBatchNorm.convert_sync_batchnorm(model.module)
+        assert any(type(m) is nn.SyncBatchNorm for m in model.modules())
+        alone = make(torch.float64, blocks)[0]
+        optimizers = [torch.optim.SGD(m.parameters(), 0.1, momentum=0.9) for m in (model, alone)]
+        for _ in range(3):
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            out, _ = step(model, x[mine], 2 * dy[mine])
+            expected, _ = step(alone, x, dy)
+            close(out, expected[mine])
+            for p, q in zip(model.parameters(), alone.parameters()):
+                close(p.grad, q.grad)
+            for optimizer in optimizers:
+                optimizer.step()
+        for b, c in zip(model.buffers(), alone.buffers()):
+            close(b, c)
+    # With the norms as they are: statistics of each process's own.
     mine = slice(0, 2) if rank == 0 else slice(2, 4)
     block, x, dy = make(torch.float64)
     model = nn.parallel.DistributedDataParallel(block)

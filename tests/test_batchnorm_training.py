@@ -1,4 +1,4 @@
-"""A plain training step in two ops gives bit for bit what the ops give one by one; what is not plain goes to them."""
+"""A plain training step in two ops gives bit for bit what the ops give one by one; all else is left to them."""
 
 import copy
 

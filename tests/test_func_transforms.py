@@ -1,5 +1,6 @@
 """torch.func: grad, vjp, jvp, vmap, jacrev, jacfwd, hessian and their compositions, against stock convolutions."""
 
+import collections
 import functools
 import warnings
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from shapes import Case
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsconv_cuda import depthwise_separable_conv2d, reference
 
@@ -99,6 +101,42 @@ def test_vmap(batched, out_activation, device):
     torch.testing.assert_close(
         vmap(grad(_loss(fused), EVERY), in_dims)(*args), vmap(grad(_loss(stock), EVERY), in_dims)(*args)
     )
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, name, _ = str(function).split(".")
+        if namespace == "dsconv_cuda":
+            self.count[name.removesuffix("_with_pre")] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("out_activation", OUT_ACTIVATIONS)
+def test_which_batches_are_one_call(out_activation, device):
+    """Those of inputs, and of their gradients. Of weights, and of their gradients, each element is a call."""
+    case = _case(out_activation)
+    fused, stock = _both(case)
+    x, *weights = case.tensors(torch.float64, device)
+    xs, several = torch.randn(5, *x.shape, device=device, dtype=x.dtype), [torch.stack([w, 2 * w, -w]) for w in weights]
+    inputs, every = (0, None, None, None, None), (None, 0, 0, 0, 0)
+    forward, backward = "fwd", "bwd"
+    for transform, args, calls in (
+        (lambda op: vmap(op, inputs), (xs, *weights), {forward: 1}),
+        (lambda op: vmap(vmap(op, inputs), inputs), (xs.unflatten(0, (1, 5)), *weights), {forward: 1}),
+        (lambda op: vmap(grad(_loss(op)), inputs), (xs, *weights), {forward: 1, backward: 1}),
+        (lambda op: vmap(grad(_loss(op), (1, 2)), inputs), (xs, *weights), {forward: 1, backward: 5}),
+        (lambda op: vmap(op, every), (x, *several), {forward: 3}),
+        (lambda op: vmap(grad(_loss(op), EVERY), every), (x, *several), {forward: 3, backward: 3}),
+    ):
+        with _Calls() as counted:
+            actual = transform(fused)(*args)
+        assert counted.count == calls
+        torch.testing.assert_close(actual, transform(stock)(*args))
 
 
 @pytest.mark.parametrize("dim", [1, 2, -1])

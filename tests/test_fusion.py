@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dsconv_cuda
 from dsconv_cuda import _loader, explain_fusion, fuse, unfuse
-from dsconv_cuda.fusion import chain, measure
+from dsconv_cuda.fusion import folded, measure
 
 pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
 
@@ -66,6 +66,65 @@ class ShuffleUnit(nn.Module):
 
     def forward(self, x):
         return torch.cat([self.left(x), self.right(x)], dim=1)
+
+
+class Conformer(nn.Module):
+    """The convolution module of a Conformer (arXiv:2005.08100, figure 2), behind a change of the layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.layers = nn.Sequential(
+            nn.Conv1d(8, 16, 1),
+            nn.GLU(dim=1),
+            nn.Conv1d(8, 8, 7, padding=3, groups=8),
+            nn.BatchNorm1d(8),
+            nn.SiLU(),
+            nn.Conv1d(8, 8, 1),
+            nn.Dropout(0.0),
+        )
+
+    def forward(self, x):
+        return x + self.layers(self.norm(x.mT).mT)
+
+
+def quartznet():
+    """A block of QuartzNet (arXiv:1910.10261) with two repetitions."""
+
+    def part(channels, out, kernel):
+        convolutions = (
+            nn.Conv1d(channels, channels, kernel, padding="same", groups=channels, bias=False),
+            nn.Conv1d(channels, out, 1, bias=False),
+        )
+        return *convolutions, nn.BatchNorm1d(out), nn.ReLU()
+
+    return nn.Sequential(*part(8, 12, 33), *part(12, 8, 6))
+
+
+class X3D(nn.Module):
+    """The bottleneck of X3D (arXiv:2004.04730, table 1) without squeeze-excite: as every second one has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv3d(8, 18, 1, bias=False), nn.BatchNorm3d(18), nn.ReLU(inplace=True))
+        self.b = nn.Sequential(
+            nn.Conv3d(18, 18, 3, (1, 2, 2), padding=1, groups=18, bias=False), nn.BatchNorm3d(18), nn.SiLU(inplace=True)
+        )
+        self.c = nn.Sequential(nn.Conv3d(18, 8, 1, bias=False), nn.BatchNorm3d(8))
+        self.shortcut = nn.Conv3d(8, 8, 1, (1, 2, 2))
+
+    def forward(self, x):
+        return F.relu(self.c(self.b(self.a(x))) + self.shortcut(x))
+
+
+class FunctionalVolume(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dw, self.norm = nn.Conv3d(8, 16, (1, 3, 3), padding=(0, 1, 1), groups=8), nn.BatchNorm3d(16)
+        self.pw = nn.Conv3d(16, 6, 1)
+
+    def forward(self, x):
+        return F.silu(self.pw(F.hardswish(self.norm(self.dw(x)))))
 
 
 def xception():
@@ -145,6 +204,10 @@ MODELS = {
     "switched": (Switched, 1),
     "functional": (Functional, 2),
     "functional_inside": (FunctionalInside, 1),
+    "conformer": (Conformer, 1),
+    "quartznet": (quartznet, 2),
+    "x3d": (X3D, 1),
+    "functional_volume": (FunctionalVolume, 1),
 }
 
 
@@ -155,7 +218,7 @@ def build(name: str, device="cpu", dtype=torch.float32) -> nn.Module:
 def randomized(model: nn.Module) -> nn.Module:
     """BatchNorm that is far from the identity."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
             nn.init.normal_(module.running_mean, std=0.3)
             nn.init.uniform_(module.running_var, 0.2, 2)
             nn.init.normal_(module.weight, 1, 0.3)
@@ -163,8 +226,12 @@ def randomized(model: nn.Module) -> nn.Module:
     return model
 
 
-def image(device="cpu", dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(2, 8, 19, 21, device=device, dtype=dtype)
+_IMAGES = {"conformer": (40,), "quartznet": (40,), "x3d": (4, 9, 11), "functional_volume": (4, 9, 11)}
+
+
+def image(device="cpu", dtype=torch.float32, name: str | None = None) -> torch.Tensor:
+    """An input of the model `name`; without a name, one for those in two dimensions."""
+    return torch.randn(2, 8, *_IMAGES.get(name, (19, 21)), device=device, dtype=dtype)
 
 
 # ---- what ran --------------------------------------------------------------------------------------------------------
@@ -209,12 +276,15 @@ def results(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return [y.detach(), dx, flat[0], flat[1].clone()]
 
 
+_CHANNELS_LAST = {4: (torch.channels_last,), 5: (torch.channels_last_3d,)}
+
+
 def assert_as_precise(model: nn.Module, fused: nn.Module, x: torch.Tensor):
     """Everything is at most twice as far from float64 as the original is, in the layout that suits that less."""
     exact = results(copy.deepcopy(model).double(), x.double())
     stock = [
         results(copy.deepcopy(model), x.contiguous(memory_format=f))
-        for f in (torch.contiguous_format, torch.channels_last)
+        for f in (torch.contiguous_format, *_CHANNELS_LAST.get(x.dim(), ()))
     ]
     mine = results(copy.deepcopy(fused), x)
     eps = torch.finfo(x.dtype).eps
@@ -232,15 +302,15 @@ def test_outputs_and_gradients(name, training, device):
     model = build(name, device).train(training)
     fused = fuse(model)
     assert len(explain_fusion(model).taken) == MODELS[name][1]
-    assert_as_precise(model, fused, image(device))
+    assert_as_precise(model, fused, image(device, name=name))
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_one_operation_a_chain_in_evaluation(name, device):
     model = build(name, device).eval()
-    counted = calls(fuse(model), image(device))
+    counted = calls(fuse(model), image(device, name=name))
     assert counted.fused == MODELS[name][1]
-    before = calls(model, image(device))
+    before = calls(model, image(device, name=name))
     absorbed = sum(str(f).count("BatchNorm") for f in explain_fusion(model))
     assert (before.fused, before.normalized - counted.normalized) == (0, absorbed)
 
@@ -248,9 +318,10 @@ def test_one_operation_a_chain_in_evaluation(name, device):
 @pytest.mark.parametrize("name", MODELS)
 def test_training_does_without_the_intermediate(name, device):
     """As one operation where there are kernels for statistics of the batch; with neither F.batch_norm nor z."""
-    counted = calls(fuse(build(name, device)), image(device))
+    x = image(device, name=name)
+    counted = calls(fuse(build(name, device)), x)
     if _loader.batch_norm_kernels_loaded(device.type):
-        assert counted.normalized == calls(fuse(build(name, device)).eval(), image(device)).normalized
+        assert counted.normalized == calls(fuse(build(name, device)).eval(), x).normalized
         assert counted.fused == MODELS[name][1]
     else:
         assert counted.normalized > 0
@@ -295,6 +366,55 @@ def test_autocast(device):
     assert torch.linalg.vector_norm(y - exact) <= 2 * torch.linalg.vector_norm(expected - exact)
 
 
+@pytest.mark.parametrize("name", ["mobilenet_v1", "quartznet", "x3d"])
+def test_training_under_autocast_with_a_grad_scaler(name, device):
+    model, x = build(name, device), image(device, name=name)
+    fused, scaler = fuse(copy.deepcopy(model)), torch.amp.GradScaler(device.type)
+    optimizer = torch.optim.SGD(fused.parameters(), lr=0.01)
+    with torch.autocast(device.type, torch.bfloat16):
+        y, expected = fused(x), model(x)
+    assert y.dtype == expected.dtype
+    for ours, theirs in zip(fused.buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+    before = [p.detach().clone() for p in fused.parameters()]
+    scaler.scale(y.float().square().mean()).backward()
+    scaler.step(optimizer)
+    assert all(not torch.equal(p, old) for p, old in zip(fused.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_tied_parameters_and_modules(dims, device):
+    """Parameters that two chains share get the gradients of both, and stay shared in copies; a norm that two chains
+    share stays out of either."""
+    conv, norm = getattr(nn, f"Conv{dims}d"), getattr(nn, f"BatchNorm{dims}d")
+
+    def layers(bn):
+        return conv(8, 8, 3, padding=1, groups=8), bn, nn.SiLU(), conv(8, 8, 1)
+
+    model = nn.Sequential(*layers(norm(8)), *layers(norm(8))).to(device, torch.float64)
+    model[4].weight, model[7].weight = model[0].weight, model[3].weight
+    fused, x = fuse(model), torch.randn(2, 8, *(9, 7, 5)[:dims], device=device, dtype=torch.float64)
+    assert len(explain_fusion(fused).taken) == 2
+    for actual, expected in zip(results(fused, x)[:3], results(model, x)[:3], strict=True):
+        torch.testing.assert_close(actual, expected)
+    copied = copy.deepcopy(fused)
+    assert copied[4].weight is copied[0].weight is not fused[0].weight
+    shared = norm(8)
+    assert not explain_fusion(nn.Sequential(*layers(shared), *layers(shared))).taken
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "quartznet", "x3d", "functional_volume"])
+def test_functional_call_with_other_parameters_and_buffers(name, device):
+    model, x = build(name, device).eval(), image(device, name=name)
+    fused, other = fuse(model), build(name, device).state_dict()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            fused(x)  # what it keeps is of its own weights
+            actual, expected = (torch.func.functional_call(m, other, (x,)) for m in (fused, model))
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("frozen", [("1",), ("4",)])
 def test_one_batch_norm_in_evaluation(frozen, device):
     """Fine-tuning with frozen statistics."""
@@ -304,6 +424,30 @@ def test_one_batch_norm_in_evaluation(frozen, device):
     fused = fuse(model)
     assert_as_precise(model, fused, image(device))
     assert calls(fused, image(device)).fused == int(_loader.batch_norm_kernels_loaded(device.type))
+
+
+@pytest.mark.parametrize("name", ["conformer", "x3d"])
+def test_folded_weights_are_kept_in_every_dimension(name, device):
+    """Folded once, and again after a change."""
+    model = build(name, device).eval()
+    fused, x = fuse(model), image(device, name=name)
+    again = {"conformer": lambda m: m.layers[3], "x3d": lambda m: m.c[1]}[name](fused)
+    for _ in range(3):
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+        assert calls(fused, x).fused == 1
+        with torch.no_grad():
+            again.weight.mul_(1.5)
+
+
+def test_unbatched_rows_before_a_norm_raise(device):
+    """nn.BatchNorm1d would take [C, L] for C images with L channels; L = C is where that goes through."""
+    norms = nn.Sequential(nn.Conv1d(8, 8, 3, padding=1, groups=8), nn.BatchNorm1d(8), nn.Conv1d(8, 4, 1)).to(device)
+    for model in (fuse(norms.eval()), fuse(copy.deepcopy(norms).train())):
+        with pytest.raises(ValueError, match=r"3D|\[N, C, L\]"):
+            model(torch.randn(8, 8, device=device))
+    plain = nn.Sequential(nn.Conv1d(8, 8, 3, padding=1, groups=8), nn.Conv1d(8, 4, 1)).to(device)
+    x = torch.randn(8, 20, device=device)
+    torch.testing.assert_close(fuse(plain)(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
 # ---- follows what changes --------------------------------------------------------------------------------------------
@@ -381,6 +525,18 @@ def test_a_rewritten_forward_gives_way_too(device):
     assert torch.equal(traced(x), model(x))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mobilenet_v2", "quartznet", "x3d", "xception"])
+def test_a_fused_model_can_be_traced(name, device):
+    """By torch.fx, into calls of the modules that the original's graph has; the result is fused as well."""
+    model, x = build(name, device).eval(), image(device, name=name)
+    fused = fuse(model)
+    traced, original = torch.fx.symbolic_trace(fused), torch.fx.symbolic_trace(model)
+    assert [(n.op, n.target) for n in traced.graph.nodes] == [(n.op, n.target) for n in original.graph.nodes]
+    assert torch.equal(traced(x), fused(x))
+    assert calls(traced, x).fused == MODELS[name][1]
+
+
 def test_parametrization_and_pruning_that_come_later(device):
     x = image(device)
     for change in (
@@ -455,10 +611,10 @@ def _saved(model):
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), _saved])
-@pytest.mark.parametrize("name", ["mobilenet_v2", "functional"])
+@pytest.mark.parametrize("name", ["mobilenet_v2", "functional", "quartznet", "functional_volume"])
 def test_copies_are_fused_and_share_nothing(name, copied):
     fused = fuse(build(name).eval())
-    x = image()
+    x = image(name=name)
     with torch.no_grad():
         expected = fused(x)
         other = copied(fused)
@@ -497,14 +653,46 @@ def test_functional_call_and_per_sample_gradients(device):
     )
 
 
-@pytest.mark.parametrize(("name", "training"), [("mobilenet_v2", False), ("mobilenet_v2", True), ("functional", False)])
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [(name, training) for name in ("mobilenet_v2", "functional", "quartznet", "x3d") for training in (False, True)],
+)
 def test_compiles_to_one_graph(name, training, device):
     model = build(name, device).train(training)
     compiled = torch.compile(fuse(model), fullgraph=True, backend="aot_eager")
-    x = image(device)
+    x = image(device, name=name)
     y = compiled(x)
     y.sum().backward()
     torch.testing.assert_close(y, copy.deepcopy(model)(x), rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+def _hooked(seen):
+    return lambda module, inputs, output: seen.append(output)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mobilenet_v1", "x3d", "functional_inside"])
+def test_compiled_graphs_see_what_changes_later(name, device):
+    """A hook on a module of a chain, and an exchanged module, before the first call of a graph and after it."""
+    torch._dynamo.reset()
+    model, x = build(name, device).eval(), image(device, name=name)
+    _, norm, *_ = explain_fusion(model)[0].members
+    for called_before in (False, True):
+        for change in ("hook", "exchange"):
+            fused, other, seen = fuse(model), copy.deepcopy(model), []
+            compiled = torch.compile(fused, backend="eager")
+            if called_before:
+                torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+            for changed in (fused, other):
+                if change == "hook":
+                    changed.get_submodule(norm).register_forward_hook(_hooked(seen))
+                else:
+                    parent, _, child = norm.rpartition(".")
+                    setattr(changed.get_submodule(parent), child, nn.Identity())
+            torch.testing.assert_close(compiled(x), other(x), rtol=1e-4, atol=1e-5)
+            if change == "hook":
+                torch.testing.assert_close(seen[0], seen[1], rtol=1e-4, atol=1e-5)
     torch._dynamo.reset()
 
 
@@ -519,13 +707,13 @@ def test_meta_and_to_empty():
 
 
 def test_several_threads(device, monkeypatch):
-    fold = chain.fold
+    fold = folded.fold
 
     def slow_fold(*arguments):
         time.sleep(0.02)  # the others arrive while the first one folds
         return fold(*arguments)
 
-    monkeypatch.setattr(chain, "fold", slow_fold)
+    monkeypatch.setattr(folded, "fold", slow_fold)
     fused = fuse(build("mobilenet_v1", device).eval())
     images = [image(device) for _ in range(4)]
     with torch.no_grad():
@@ -636,6 +824,10 @@ class OptionalArgument(nn.Module):
         return x if scale is None else x * scale
 
 
+class OwnRow(nn.Conv1d):
+    pass
+
+
 class OwnConv(nn.Conv2d):
     def forward(self, x):
         return 2 * super().forward(x)
@@ -688,9 +880,25 @@ LEFT = {
         lambda: changed(sequential(), lambda m: prune.l1_unstructured(m[0], "weight", 2)),
         "hooks are attached",
     ),
-    "1-D": (
-        lambda: nn.Sequential(nn.Conv1d(8, 8, 3, groups=8), nn.Conv1d(8, 4, 1)),
-        "only 2-D convolutions",
+    "own class in 1-D": (
+        lambda: sequential(conv=OwnRow(8, 8, 3, groups=8), after=nn.Conv1d(8, 4, 1)),
+        "OwnRow may compute something else than nn.Conv1d",
+    ),
+    "norm of other dimensions": (
+        lambda: sequential(nn.BatchNorm2d(8), conv=nn.Conv1d(8, 8, 3, groups=8), after=nn.Conv1d(8, 4, 1)),
+        "BatchNorm2d between",
+    ),
+    "convolution of other dimensions": (
+        lambda: sequential(conv=nn.Conv3d(8, 8, 3, groups=8)),
+        "the convolution after it is a Conv2d",
+    ),
+    "3x3x3": (
+        lambda: sequential(conv=nn.Conv3d(8, 8, 3, groups=8), after=nn.Conv3d(8, 4, 3)),
+        "3x3x3, not 1x1x1",
+    ),
+    "padded in 3-D": (
+        lambda: sequential(conv=nn.Conv3d(8, 8, 3, groups=8), after=nn.Conv3d(8, 4, 1, padding=(0, 0, 1))),
+        "pads",
     ),
 }
 
@@ -748,6 +956,9 @@ def test_the_chain_ends_where_something_does_not_fit():
 
 
 def test_fused_modules_are_listed_and_left_alone():
+    kinds = ("Conv1d", "Conv2d", "Conv3d", "ConvBN1d", "ConvBN2d", "ConvBN3d")
+    every = nn.ModuleList(getattr(dsconv_cuda, f"DepthwiseSeparable{kind}")(3, 4, 3) for kind in kinds)
+    assert [finding.reason for finding in explain_fusion(every)] == 6 * ["a fused module by itself"]
     model = dsconv_cuda.models.xception()
     explanation = explain_fusion(model)
     assert len(explanation.taken) == 34

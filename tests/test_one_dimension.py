@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from oracle import check
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsconv_cuda import (
     DepthwiseSeparableConv1d,
     DepthwiseSeparableConv2d,
+    DepthwiseSeparableConv3d,
     depthwise_separable_conv1d,
     depthwise_separable_conv2d,
 )
@@ -181,6 +183,34 @@ def test_no_copy_of_the_input(device):
         depthwise_separable_conv1d(x.requires_grad_(), *weights, 1, "causal")
     assert x.data_ptr() in [t.data_ptr() for t in kept]
     assert not [t for t in kept if t.numel() > x.numel()]
+
+
+class _Ops(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function).rsplit(".", 1)[0])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_same_padding_of_even_kernels_makes_no_copy(dims, device):
+    """One op forward and one backward on the input itself, where nn.Conv pads a copy."""
+    kind = {1: DepthwiseSeparableConv1d, 2: DepthwiseSeparableConv2d, 3: DepthwiseSeparableConv3d}[dims]
+    module = kind(4, 6, 4, padding="same").to(device)
+    x = torch.randn(2, 4, *(7, 9, 8)[:dims], device=device, requires_grad=True)
+    kept = []
+    with _Ops() as ran, torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = module(x)
+        y.sum().backward()
+    views = {"aten.unsqueeze", "aten.squeeze", "aten.sum", "aten.ones_like", "aten.expand", "aten.detach"}
+    assert [name for name in ran.names if name not in views] == ["dsconv_cuda.fwd", "dsconv_cuda.bwd"]
+    assert y.shape == (2, 6, *x.shape[2:])
+    assert [t.data_ptr() for t in kept if t.numel() == x.numel()] == [x.data_ptr()]
+    assert max(t.numel() for t in kept) == x.numel()
 
 
 @pytest.mark.one_isa

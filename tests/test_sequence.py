@@ -7,13 +7,13 @@ from functools import partial
 
 import pytest
 import torch
-from oracle import largest_difference
 from shapes import identify
-from test_batchnorm_block import Plain, Shape, results
+from test_batchnorm_block import Shape
 from test_batchnorm_module import MOBILENET
 from torch import nn
 
 import dsconv_cuda
+from bench.accuracy import Plain, largest_difference, results
 from bench.saved import saved_bytes
 from dsconv_cuda import DepthwiseSeparableConvBN2d, DepthwiseSeparableSequence
 
@@ -292,7 +292,7 @@ def test_kept_bytes_of_what_is_not_joined(device):
     assert sequence.kept_bytes((2, 13, 8, 8)).chain == joined.chain + 4 * 2 * 64 * 17
     assert sequence.kept_bytes((2, 13, 8, 8), torch.bfloat16).plain * 2 == joined.plain
     sequence.append(nn.ReLU())
-    with pytest.raises(TypeError, match="module 3 must be a DepthwiseSeparableConvBN2d, got ReLU"):
+    with pytest.raises(TypeError, match=r"module 3 must be a .*, got ReLU"):
         sequence.kept_bytes((2, 13, 8, 8))
 
 

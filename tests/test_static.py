@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import subprocess
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import torch
 from cuda_host.build import build_counter_cases
 
 import dsconv_cuda
-from bench import layers, roofline, sass, static, traffic
-from bench.problem import FORWARD, TRAINING, Problem
+from bench import layers, roofline, sass, static, traffic, traffic_norm
+from bench.problem import FORWARD, TRAINING, TRAINING_BN, Problem
 
 BUILD_DIR = Path(__file__).resolve().parents[1] / ".cache" / "cuda_host"
 
@@ -203,11 +204,52 @@ def test_traffic_is_told(capsys, monkeypatch):
     assert "grad_pw_weight" in text
 
 
+@pytest.fixture(scope="module")
+def step():
+    """Every block of a step through BatchNorm, in both layouts."""
+    (layer,) = layers.parse("tiny 2 32 16x16 3x3 1 1 64 relu6")
+    problem = Problem(layer, TRAINING_BN, torch.float16)
+    return {layout: traffic_norm.count([problem], layout, GPU()["sm_90"], 1000)[0] for layout in traffic.LAYOUTS}
+
+
+def test_passes_of_training_through_batch_norm(step):
+    """x is read for the statistics and for y, y is written, the norm behind it reads and writes it."""
+    for layout, counted in step.items():
+        assert counted.least == 2 + 2
+        assert counted.goal == pytest.approx(1.3 * 4)
+        x, y = 2 * 2 * 32 * 256, 2 * 2 * 64 * 256
+        tensors = {phase: {} for phase in ("statistics", "forward", "norm", "backward")}
+        for launch in counted.counted.launches:
+            for name, of in launch.tensors.items():
+                read, written = tensors[launch.phase].get(name, (0, 0))
+                tensors[launch.phase][name] = read + of.read, written + of.written
+        assert x <= tensors["statistics"]["x"][0] <= 1.3 * x, layout
+        assert tensors["forward"]["y"] == (0, y)
+        assert tensors["norm"]["y"] == (y, 0)
+        assert tensors["norm"]["out"] == (0, y)
+        assert tensors["backward"]["grad"] == (2 * y, 0)
+        assert tensors["forward"]["y_parts"][0] > 0
+        assert counted.passes("statistics", "forward", in_l2=True) <= counted.passes("statistics", "forward")
+
+
+def test_traffic_of_the_norms_is_told(capsys, monkeypatch):
+    monkeypatch.setattr(layers, "LAYERS", layers.parse("tiny 1 32 16x16 3x3 1 1 64 relu6"))
+    traffic_norm.main(["--layers", "tiny", "--batch", "2", "--blocks", "2", "--kernels", "--arch", "sm_86"])
+    text = capsys.readouterr().out
+    assert "training through BatchNorm, in passes of z's size: float16, 2 images" in text
+    assert "norm_box_kernel<Half, true" in text
+    assert re.search(
+        r"training forward, nchw: within 1\.3 x least in \d of 1, with the weights once a wave in \d", text
+    )
+
+
 def test_every_kernel_that_is_launched_is_known():
     launched = traffic.launches([GPU()["sm_86"]])
     assert all(sizes.threads % 32 == 0 and sizes.least_shared <= sizes.most_shared for sizes in launched.values())
     names = sass.demangle([symbol for _, symbol in launched])
-    for kind in ("forward", "du", "pointwise_sum", "grad_x", "depthwise_sum", "sum_partials"):
+    own = ("forward", "du", "pointwise_sum", "grad_x", "depthwise_sum", "sum_partials")
+    norms = ("box", "rows", "planes", "pixel", "merge", "parts", "fold", "vectors")
+    for kind in (*own, *(f"norm_{norm}" for norm in norms)):
         assert any(name.startswith(kind) for name in names), kind
 
 

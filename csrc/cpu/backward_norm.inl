@@ -78,7 +78,7 @@ template <typename S, typename T>
 static void output_norm_gradient(const BackwardContext& ctx, int64_t pixel, int64_t count, T* g_tile, T* saved_tile) {
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
-  const PixelTensor of = {g.n, g.c_out, g.h_out, g.w_out, ctx.plan.out_ld};
+  const PixelTensor of = {g.n, g.c_out, g.d_out, g.h_out, g.w_out, ctx.plan.out_ld};
   NormTile<T> t = {};
   t.rows = count;
   t.channels = g.c_out;

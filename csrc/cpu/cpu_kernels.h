@@ -90,9 +90,9 @@ struct MomentsContext {
   double* partial;  // [groups][2][c_mid]: mean and sum of squares about it, order of k
 };
 
-// A pass over tensors [n, channels, h, w] (norm.inl). Tasks are `groups` ranges of pixels.
+// A pass over tensors [n, channels, d, h, w] (norm.inl). Tasks are `groups` ranges of pixels.
 struct NormContext {
-  int64_t n, channels, h, w, pixels;
+  int64_t n, channels, d, h, w, pixels;
   int64_t ld, tile_pixels, groups;
   Activation act;
   ImageTensor v, grad;

@@ -162,21 +162,23 @@ struct NormSums {
 
 // The size of a tensor that is read in tiles, and the row stride of a copy.
 struct PixelTensor {
-  int64_t n, channels, h, w, copy_ld;
+  int64_t n, channels, d, h, w, copy_ld;
 };
 
 template <typename S, typename T>
 DSCONV_INLINE const T* tile_of(const PixelTensor& of, const ImageTensor& t, int64_t pixel, int64_t count, T* copy,
                                int64_t& ld) {
   if constexpr (sizeof(S) == sizeof(T)) {
-    const bool joined = t.strides.h == of.w * t.strides.w && (of.n == 1 || t.strides.n == of.h * t.strides.h);
+    const int64_t row = of.w * t.strides.w, slice = of.h * row;
+    const bool joined =
+        t.strides.h == row && (of.d == 1 || t.strides.d == slice) && (of.n == 1 || t.strides.n == of.d * slice);
     if (t.layout == Layout::nhwc && joined && of.channels % Vec<T>::n == 0) {
       ld = t.strides.w;
       return static_cast<const T*>(t.data) + pixel * t.strides.w;
     }
   }
   ld = of.copy_ld;
-  load_tile(static_cast<const S*>(t.data), t.strides, t.layout, 1, of.h, of.w, of.channels, pixel, count, copy, ld);
+  load_tile(static_cast<const S*>(t.data), t.strides, t.layout, of.d, of.h, of.w, of.channels, pixel, count, copy, ld);
   return copy;
 }
 
@@ -186,7 +188,7 @@ static void norm_pass(const NormContext& ctx, int64_t group, void* scratch, cons
   T* v_copy = static_cast<T*>(scratch);
   T* grad_copy = v_copy + ctx.tile_pixels * ctx.ld;
   T* out_copy = grad_copy + ctx.tile_pixels * ctx.ld;
-  const PixelTensor of = {ctx.n, ctx.channels, ctx.h, ctx.w, ctx.ld};
+  const PixelTensor of = {ctx.n, ctx.channels, ctx.d, ctx.h, ctx.w, ctx.ld};
   const int64_t begin = ctx.pixels * group / ctx.groups, end = ctx.pixels * (group + 1) / ctx.groups;
   for (int64_t pixel = begin; pixel < end; pixel += ctx.tile_pixels) {
     NormTile<T> t = {};
@@ -212,7 +214,7 @@ static void norm_pass(const NormContext& ctx, int64_t group, void* scratch, cons
     if (t.stores == Stores::stream) vstream_fence();
     if (ctx.out != nullptr && !direct) {
       store_tile(out_copy, ctx.ld, 0, ctx.channels, pixel, t.rows, static_cast<S*>(ctx.out), ctx.out_layout,
-                 ctx.channels, ctx.h * ctx.w);
+                 ctx.channels, ctx.d * ctx.h * ctx.w);
     }
   }
 }

@@ -1,7 +1,6 @@
 #include "norm_merge.cuh"
 
 namespace dsconv {
-namespace {
 
 // A block: kMergeChannels channels of one split of the tiles.
 template <typename Acc>
@@ -23,8 +22,6 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   to[channels] = total.second;
   to[2 * channels] = total.count;
 }
-
-}  // namespace
 
 LaunchStatus launch_norm_parts(const void* parts, bool doubles, int64_t tiles, int64_t channels, double* partial,
                                double* result, void* stream) {

@@ -2,7 +2,6 @@
 #include "launch_blocks.cuh"
 
 namespace dsconv {
-namespace {
 
 DSCONV_DEVICE double parameter(const void* values, bool is_double, int64_t c, double otherwise) {
   if (values == nullptr) return otherwise;
@@ -19,8 +18,6 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) norm_vectors_kernel(const dou
   vectors[2 * channels + c] = parameter(parameters.gamma, parameters.gamma_double, c, 1);
   vectors[3 * channels + c] = parameter(parameters.beta, parameters.beta_double, c, 0);
 }
-
-}  // namespace
 
 LaunchStatus launch_norm_vectors(const double* moments, const NormParameters& parameters, double eps, int64_t channels,
                                  double* vectors, void* stream) {

@@ -13,22 +13,28 @@ namespace dsconv {
 DSCONV_DEVICE double z_at(const NormSource& source, int64_t c, const Pixel& p) {
   const Geometry& g = source.geom;
   const int64_t row = p.row * g.stride_h - g.pad_top, col = p.col * g.stride_w - g.pad_left;
+  const int64_t depth = p.depth * g.stride_d - g.pad_front;
   const double* x = static_cast<const double*>(source.x) + p.n * source.x_strides.n;
   x += c / g.multiplier * source.x_strides.c;
-  const double* weight = static_cast<const double*>(source.dw_weight) + c * g.kernel_h * g.kernel_w;
+  const double* weight = static_cast<const double*>(source.dw_weight) + c * tap_count(g);
   const double* bias = static_cast<const double*>(source.dw_bias);
   double z = bias != nullptr ? bias[c] : 0;
-  for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
-    const int64_t r = row + kh * g.dilation_h;
-    if (r < 0 || r >= g.h_in) continue;
-    double row_sum = 0;
-    for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
-      const int64_t q = col + kw * g.dilation_w;
-      if (q < 0 || q >= g.w_in) continue;
-      row_sum =
-          fused_multiply_add(x[r * source.x_strides.h + q * source.x_strides.w], weight[kh * g.kernel_w + kw], row_sum);
+  for (int64_t kd = 0; kd < g.kernel_d; ++kd) {
+    const int64_t s = depth + kd * g.dilation_d;
+    if (s < 0 || s >= g.d_in) continue;
+    for (int64_t kh = 0; kh < g.kernel_h; ++kh) {
+      const int64_t r = row + kh * g.dilation_h;
+      if (r < 0 || r >= g.h_in) continue;
+      const double* x_row = x + s * source.x_strides.d + r * source.x_strides.h;
+      const double* weight_row = weight + (kd * g.kernel_h + kh) * g.kernel_w;
+      double row_sum = 0;
+      for (int64_t kw = 0; kw < g.kernel_w; ++kw) {
+        const int64_t q = col + kw * g.dilation_w;
+        if (q < 0 || q >= g.w_in) continue;
+        row_sum = fused_multiply_add(x_row[q * source.x_strides.w], weight_row[kw], row_sum);
+      }
+      z += row_sum;
     }
-    z += row_sum;
   }
   return z;
 }
@@ -36,14 +42,14 @@ DSCONV_DEVICE double z_at(const NormSource& source, int64_t c, const Pixel& p) {
 template <NormUse kUse>
 DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) norm_pixel_kernel(NormPass pass, NormPlan plan) {
   const NormSource& source = pass.source;
-  const int64_t split = blockIdx.x / plan.groups, c = blockIdx.x - split * plan.groups, plane = source.h * source.w;
+  const int64_t split = blockIdx.x / plan.groups, c = blockIdx.x - split * plan.groups, plane = plan.image;
   const int thread = static_cast<int>(threadIdx.x);
   ChannelWork<double, kUse> work;
   work.begin(pass, c);
   const int64_t end = split_begin(plan.units, split + 1, plan.splits);
 #pragma unroll 1
   for (int64_t q = split_begin(plan.units, split, plan.splits) + thread; q < end; q += kBlockThreads) {
-    const Pixel pixel = pixel_at(q, 1, source.h, source.w);
+    const Pixel pixel = pixel_at(q, source.d, source.h, source.w);
     const int64_t at = source.layout == Layout::nhwc ? q * source.channels + c
                                                      : (pixel.n * source.channels + c) * plane + (q - pixel.n * plane);
     const double values[1] = {z_at(source, c, pixel)};

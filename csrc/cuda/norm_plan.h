@@ -16,16 +16,19 @@ namespace dsconv {
 enum class NormUse : int32_t { moments, sums, forward, backward };
 constexpr bool is_sum(NormUse use) { return use == NormUse::moments || use == NormUse::sums; }
 
-// A tensor [n, channels, h, w] before a norm: v, or z of the depthwise part, which is made value by value from x.
+// A tensor [n, channels, d, h, w] before a norm: v, or z of the depthwise part, which is made value by value from x.
 struct NormSource {
-  int64_t n, channels, h, w;
+  int64_t n, channels, d, h, w;
   Layout layout;  // in which v is dense, and grad and out of a pass; of z: that of x
-  const void* v;  // null: z of the following, dw_weight [channels, kernel_h, kernel_w], dw_bias or null
+  const void* v;  // null: z of the following, dw_weight [channels, kernel_d, kernel_h, kernel_w], dw_bias or null
   Geometry geom;
   const void* x;
   Strides x_strides;
   const void *dw_weight, *dw_bias;
 };
+// Of an image, and of all.
+constexpr int64_t image_pixels(const NormSource& source) { return source.d * source.h * source.w; }
+constexpr int64_t source_pixels(const NormSource& source) { return source.n * image_pixels(source); }
 
 // vectors are doubles [4][channels]: mean, invstd, gamma, beta; sums [2][channels], null for a norm of constants.
 struct NormPass {
@@ -46,6 +49,7 @@ constexpr int kNormSlots = 256;
 struct NormPlan {
   NormUse use;
   int64_t splits, groups, blocks;  // blocks = splits * groups, groups fastest
+  int64_t image;                   // pixels of an image
 
   // Of a tensor: elements of a vector; vectors of a row; rows or segments of planes, and elements of a segment.
   int32_t vec, across;
@@ -62,13 +66,14 @@ struct NormPlan {
 inline NormPlan plan_norm_tensor(const NormPass& pass, int64_t element, NormUse use) {
   const NormSource& source = pass.source;
   const bool rows = source.layout == Layout::nhwc;
-  const int64_t plane = source.h * source.w, run = rows ? source.channels : plane;
+  const int64_t plane = image_pixels(source), run = rows ? source.channels : plane;
   const int64_t wide = element == 8 ? 2 : 4;
   const auto fits = [&](const void* tensor) {
     return reinterpret_cast<uintptr_t>(tensor) % static_cast<uintptr_t>(wide * element) == 0;
   };
   NormPlan plan{};
   plan.use = use;
+  plan.image = plane;
   plan.vec = run % wide == 0 && fits(source.v) && fits(pass.grad) && fits(pass.out) ? static_cast<int32_t>(wide) : 1;
   int64_t values = 0;  // of a unit
   if (rows) {
@@ -100,9 +105,13 @@ inline NormPlan plan_norm_box(const NormPass& pass, int64_t element, NormUse use
   const int64_t channels = kChunkBytes / element;
   NormPlan plan{};
   plan.use = use;
-  plan.box =
-      plan_box(g, {source.x, source.x_strides, source.layout, element}, kNormSlots, device.shared_per_block * 2 / 5);
-  plan.strides = dense_strides(source.layout, g.c_mid, 1, g.h_out, g.w_out);
+  // Room beside z and the tables for a chunk of x and its table of spans (an eighth of it).
+  const int64_t z_bytes = 4 * channels * (kNormSlots + 32 / channels), taps = tap_count(g);
+  const int64_t tap_bytes = taps <= kMostStagedTaps ? kChunkBytes * (taps + 1) : 0;
+  const int64_t room = (device.shared_per_block - z_bytes - tap_bytes - 4 * 1024) * 8 / 9;
+  const int64_t most = device.shared_per_block * 2 / 5;
+  plan.box = plan_box(g, {source.x, source.x_strides, source.layout, element}, kNormSlots, room < most ? room : most);
+  plan.strides = dense_strides(source.layout, g.c_mid, g.d_out, g.h_out, g.w_out);
   plan.groups = ceil_div(g.c_mid, channels);
   const int64_t wanted = ceil_div(6 * device.multiprocessors, plan.groups > 0 ? plan.groups : 1);
   int64_t splits = wanted < kMostNormSplits ? wanted : kMostNormSplits;
@@ -116,7 +125,7 @@ inline NormPlan plan_norm_box(const NormPass& pass, int64_t element, NormUse use
     at += box_round_up(bytes, 16);
     return static_cast<int32_t>(begin);
   };
-  take(4 * channels * (kNormSlots + 32 / channels));
+  take(z_bytes);
   plan.staged = take(plan.box.stage_bytes);
   plan.taps = take(plan.box.tap_bytes);
   plan.tables.spans = take(8 * int64_t{plan.box.spans});
@@ -130,7 +139,8 @@ inline NormPlan plan_norm_pixels(const NormPass& pass, NormUse use) {
   constexpr int64_t kPixels = 4096;
   NormPlan plan{};
   plan.use = use;
-  plan.units = pass.source.n * pass.source.h * pass.source.w;
+  plan.image = image_pixels(pass.source);
+  plan.units = source_pixels(pass.source);
   plan.groups = pass.source.channels;
   plan.splits = ceil_div(plan.units, kPixels);
   if (plan.splits > kMostNormSplits) plan.splits = kMostNormSplits;

@@ -119,7 +119,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) norm_planes_kernel(NormPass p
   const NormTensors<T, kVec, kUse> tensors{pass};
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const unsigned block = blockIdx.x, groups = static_cast<unsigned>(plan.groups);
-  const int64_t split = block / groups, channels = pass.source.channels, plane = pass.source.h * pass.source.w;
+  const int64_t split = block / groups, channels = pass.source.channels, plane = plan.image;
   const int64_t c = (block - split * groups) * (kBlockThreads / 32) + warp;
   const bool works = c < channels;
   ChannelWork<Acc, kUse> work;

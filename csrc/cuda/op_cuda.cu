@@ -18,7 +18,7 @@ ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                         const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, bool tf32, bool want_pre) {
   ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
-                                     arguments_of(op, stride, padding, dilation, act, out_act, kMostDims), want_pre);
+                                     arguments_of(op, stride, padding, dilation, act, out_act), want_pre);
   call.params.tf32 = tf32;
   check_extents(op, call.params.geom);
   const CurrentDevice device(x);
@@ -50,7 +50,7 @@ BackwardResult bwd(const Tensor& dy, const Tensor& x, const Tensor& dw_weight, c
                    const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, int64_t grad_mask, bool tf32) {
   const char* op = "dsconv_cuda::bwd";
   BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
-                                       arguments_of(op, stride, padding, dilation, act, out_act, kMostDims), grad_mask);
+                                       arguments_of(op, stride, padding, dilation, act, out_act), grad_mask);
   call.params.tf32 = tf32;
   check_extents(op, call.params.geom);
   if (call.params.geom.n == 0) return take_grads(call);  // prepare_backward has zeroed what there is

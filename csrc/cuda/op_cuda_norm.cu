@@ -30,18 +30,20 @@ struct Dense {
 };
 
 bool is_dense(const Tensor& t, Layout layout) {
-  const bool rows = layout == Layout::nhwc;
-  const int64_t c = t.size(1), h = t.size(2), w = t.size(3);
-  const int64_t pixel = rows ? c : 1, strides[4] = {c * h * w, rows ? 1 : h * w, w * pixel, pixel};
-  for (int d = 0; d < 4; ++d) {
-    if (t.size(d) > 1 && t.stride(d) != strides[d]) return false;
+  const int64_t channels = t.size(1);
+  const auto lies = [&](int64_t dim, int64_t stride) { return t.size(dim) <= 1 || t.stride(dim) == stride; };
+  int64_t stride = layout == Layout::nhwc ? channels : 1;
+  for (int64_t dim = t.dim() - 1; dim > 1; --dim) {
+    if (!lies(dim, stride)) return false;
+    stride *= t.size(dim);
   }
-  return true;
+  return layout == Layout::nhwc ? lies(1, 1) && lies(0, stride) : lies(1, stride) && lies(0, stride * channels);
 }
 
 Tensor dense_in(const Tensor& t, Layout layout) {
   if (is_dense(t, layout)) return t;
-  return torch::stable::contiguous(t, layout == Layout::nhwc ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  const MemoryFormat channels_last = t.dim() == 5 ? MemoryFormat::ChannelsLast3d : MemoryFormat::ChannelsLast;
+  return torch::stable::contiguous(t, layout == Layout::nhwc ? channels_last : MemoryFormat::Contiguous);
 }
 
 Dense dense_images(const Tensor& t) {
@@ -51,7 +53,9 @@ Dense dense_images(const Tensor& t) {
 
 void set_v(NormSource& source, const Dense& v) {
   const Tensor& t = v.tensor;
-  source.n = t.size(0), source.channels = t.size(1), source.h = t.size(2), source.w = t.size(3);
+  const int64_t h = t.dim() - 2;
+  source.n = t.size(0), source.channels = t.size(1);
+  source.d = h == 3 ? t.size(2) : 1, source.h = t.size(h), source.w = t.size(h + 1);
   source.layout = v.layout;
   source.v = t.const_data_ptr();
 }
@@ -59,7 +63,7 @@ void set_v(NormSource& source, const Dense& v) {
 template <typename Params>
 void set_z(NormSource& source, const Params& p) {
   const Geometry& g = p.geom;
-  source.n = g.n, source.channels = g.c_mid, source.h = g.h_out, source.w = g.w_out;
+  source.n = g.n, source.channels = g.c_mid, source.d = g.d_out, source.h = g.h_out, source.w = g.w_out;
   source.layout = p.x_layout;
   source.geom = g;
   source.x = p.x;
@@ -150,8 +154,8 @@ Folded fold(const char* op, const Params& p, const double* vectors, const Tensor
   NormPass pass{};
   set_z(pass.source, p);
   pass.vectors = vectors;
-  check_launch(op, DSCONV_BY_DTYPE(p.dtype, launch_norm_fold, pass, p.geom.kernel_h * p.geom.kernel_w,
-                                   folded.weight.mutable_data_ptr(), folded.bias.mutable_data_ptr(), device.stream()));
+  check_launch(op, DSCONV_BY_DTYPE(p.dtype, launch_norm_fold, pass, tap_count(p.geom), folded.weight.mutable_data_ptr(),
+                                   folded.bias.mutable_data_ptr(), device.stream()));
   return folded;
 }
 
@@ -203,32 +207,35 @@ struct TensorPass {
   DType dtype;
 };
 
+void check_dims(const char* op, const Tensor& v) {
+  STD_TORCH_CHECK(v.dim() == 4 || v.dim() == 5, op, ": input must have 4 dimensions, 5 in 3-D, got ", v.dim());
+}
+
 TensorPass pass_over(const char* op, const Tensor& v, const Bias& grad, const Tensor& vectors, int64_t act) {
-  STD_TORCH_CHECK(v.dim() == 4, op, ": input must have 4 dimensions, got ", v.dim());
+  check_dims(op, v);
   TensorPass of = {{}, dense_images(v), {}, dtype_of(op, v)};
   set_v(of.pass.source, of.v);
   of.pass.act = activation_of(op, "activation", act);
   of.pass.vectors = doubles_of(op, "vectors", vectors, kVectorRows, of.pass.source.channels);
   if (!grad.has_value()) return of;
   check_operand(op, "grad_output", *grad, v);
-  STD_TORCH_CHECK(grad->dim() == 4 && grad->size(0) == v.size(0) && grad->size(1) == v.size(1) &&
-                      grad->size(2) == v.size(2) && grad->size(3) == v.size(3),
-                  op, ": grad_output must have the shape of the output");
+  STD_TORCH_CHECK(same_sizes(*grad, v), op, ": grad_output must have the shape of the output");
   of.grad = dense_in(*grad, of.v.layout);
   of.pass.grad = of.grad->const_data_ptr();
   return of;
 }
 
 Tensor output_of(TensorPass& of, const Tensor& v) {
+  const NormSource& source = of.pass.source;
   const bool channels_last = of.v.layout == Layout::nhwc;
-  Tensor out = empty_4d(v, v.size(0), v.size(1), v.size(2), v.size(3), channels_last);
+  Tensor out = empty_images(v, source.n, source.channels, source.d, source.h, source.w, channels_last);
   of.pass.out = out.mutable_data_ptr();
   return out;
 }
 
 Tensor moments(Tensor v) {
   constexpr const char* op = "dsconv_cuda::moments";
-  STD_TORCH_CHECK(v.dim() == 4, op, ": input must have 4 dimensions, got ", v.dim());
+  check_dims(op, v);
   const CurrentDevice device(v);
   const Dense there = dense_images(v);
   NormPass pass{};
@@ -257,7 +264,7 @@ Tensor norm_act_grad(Tensor grad, Tensor v, Tensor vectors, Bias sums, double co
   const CurrentDevice device(v);
   TensorPass of = pass_over(op, v, grad, vectors, act);
   of.pass.sums = sums.has_value() ? doubles_of(op, "sums", *sums, 2, of.pass.source.channels) : nullptr;
-  of.pass.count = count == 0 ? static_cast<double>(v.size(0) * v.size(2) * v.size(3)) : count;
+  of.pass.count = count == 0 ? static_cast<double>(source_pixels(of.pass.source)) : count;
   Tensor out = output_of(of, v);
   run(op, of.pass, of.dtype, NormUse::backward, device);
   return out;
@@ -271,7 +278,7 @@ Tensor norm_act_grad(Tensor grad, Tensor v, Tensor vectors, Bias sums, double co
 int64_t du_elements(const Geometry& g) {
   constexpr int64_t kWidest = 64;
   const int64_t c_mid = g.multiplier == 1 ? ceil_div(g.c_mid, kWidest) * kWidest : g.c_mid;
-  return g.n * g.h_out * g.w_out * c_mid;
+  return output_pixels(g) * c_mid;
 }
 
 Tensor workspace_for(const Geometry& g, DType dtype, size_t bytes, const Tensor& x) {
@@ -375,7 +382,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_norm(Tensor grad, Bias y,
   const Tensor x = input_of(before, in_vectors, in_act);
   const Pointwise first = stage_pointwise(op, grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums,
                                           out_count, arguments, grad_mask, tf32);
-  const double count = static_cast<double>(grad.size(0) * grad.size(2) * grad.size(3));
+  const double count = static_cast<double>(grad.numel() / at_least_1(grad.size(1)));
   const auto [grad_x, grad_dw_weight] =
       stage_depthwise(op, first.du, x, dw_weight, pw_weight, dw_bias, vectors, first.sums, count, arguments, grad_mask);
   return {grad_x, grad_dw_weight, first.grad_pw_weight, first.grad_pw_bias, first.sums};

@@ -2,6 +2,7 @@
 
 find.py     which modules make a chain, and why others do not
 chain.py    what takes their place
+folded.py   BatchNorm folded into their weights, kept between calls
 measure.py  where it would be slower
 """
 

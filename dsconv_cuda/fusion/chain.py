@@ -30,8 +30,6 @@ few elements of the weights: of these the first and the last of each row are com
 """
 
 import functools
-import operator
-import threading
 import weakref
 from dataclasses import dataclass, field
 
@@ -39,31 +37,38 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from dsconv_cuda import _checks, _loader, batchnorm_training
-from dsconv_cuda.batchnorm import depthwise_separable_conv_bn2d, fold_norm
+from dsconv_cuda import _checks, _loader, batchnorm_training, compiled_folding
+from dsconv_cuda.batchnorm import block_of_chain
 from dsconv_cuda.batchnorm_module import arguments_of
-from dsconv_cuda.functional import depthwise_separable_conv2d
+from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separable_conv2d, depthwise_separable_conv3d
+from dsconv_cuda.fusion.folded import Folded, fold
 from dsconv_cuda.kept_weights import has_hooks
-from dsconv_cuda.modules import DepthwiseSeparableConv2d
 
 NONE, PAIR, ALL = 0, 1, 2  # see Chain.extent()
+
+# By the dimensions of an image.
+_FUNCTIONS = {1: depthwise_separable_conv1d, 2: depthwise_separable_conv2d, 3: depthwise_separable_conv3d}
 
 
 @dataclass(eq=False)
 class Chain:
     """depthwise -> [bn1] -> activation -> pointwise -> [bn2] -> out_activation"""
 
-    depthwise: nn.Conv2d
-    bn1: nn.BatchNorm2d | None
+    depthwise: nn.Module
+    bn1: nn.Module | None
     activation: str
-    pointwise: nn.Conv2d
-    bn2: nn.BatchNorm2d | None
+    pointwise: nn.Module
+    bn2: nn.Module | None
     out_activation: str
     places: list[tuple[nn.Module, str, nn.Module]]  # (parent, name of the child, child), of every module of the chain
     needs_rewriting: bool = False  # an activation is no module of its own: see rewrite.py
     rewritten: nn.Module | None = None  # the module of which the forward is rewritten then
-    _folded: "dict[int, _Folded]" = field(default_factory=dict, repr=False)
+    _folded: dict[int, Folded] = field(default_factory=dict, repr=False)
     _made: "tuple[weakref.ref, int] | None" = field(default=None, repr=False)  # the last result, and its extent
+
+    @property
+    def dims(self) -> int:
+        return len(self.depthwise.kernel_size)
 
     def start(self, x: Tensor) -> Tensor | None:
         """What the chain makes of the depthwise convolution's input; None where nothing of it is one operation."""
@@ -85,8 +90,6 @@ class Chain:
 
     def extent(self, x: Tensor | None = None) -> int:
         """How much of the chain one call of the op computes now."""
-        if isinstance(x, fx.Proxy):  # a tracer sees the modules
-            return NONE
         bn1, bn2 = self.bn1, self.bn2
         for module in (self.depthwise, bn1, self.pointwise, bn2):
             if module is not None:
@@ -101,11 +104,11 @@ class Chain:
             if trains1:
                 return NONE
             extent = PAIR
-        if torch.compiler.is_dynamo_compiling():
-            return extent
         for parent, name, child in self.places:
             if parent._modules.get(name) is not child or has_hooks(child):
                 return NONE
+        if torch.compiler.is_dynamo_compiling():
+            return extent
         weight = self.depthwise._parameters["weight"]
         return extent if weight.device.type in _checks.DEVICES and weight.dtype in _checks.DTYPES else NONE
 
@@ -122,11 +125,23 @@ class Chain:
             return self._train(x)
         bn1, bn2 = self.bn1, self.bn2 if extent == ALL else None
         normed = [bn for bn in (bn1, bn2) if bn is not None]
-        if torch.compiler.is_dynamo_compiling() or _transformed() or (normed and self._wants_gradients(normed)):
-            return self._call(x, extent, *self._operands(extent))
+        if normed and x.dim() != self.dims + 2:
+            # nn.BatchNorm1d takes an unbatched [C, L] for L channels of C images.
+            raise ValueError(f"expected {self.dims + 2}D input, a batch, before BatchNorm (got {x.dim()}D input)")
+        wants_gradients = bool(normed) and self._wants_gradients(normed)
+        out_activation = self.out_activation if extent == ALL else "identity"
+        if torch.compiler.is_dynamo_compiling():
+            if normed and not wants_gradients and compiled_folding.pays(x, self.depthwise, self.pointwise):
+                norms = (bn and arguments_of(bn, synchronised=False) for bn in (bn1, bn2))
+                activations = self.activation, out_activation
+                return compiled_folding.apply(x, self.depthwise, self.pointwise, *norms, *activations)
+            return self._unkept(x, bn2, out_activation)
+        if wants_gradients or _transformed():
+            return self._unkept(x, bn2, out_activation)
         folded = self._folded.get(extent)
         if folded is None:
-            folded = self._folded[extent] = _Folded(self, extent)
+            unkept = functools.partial(self._unkept, bn2=bn2, out_activation=out_activation)
+            folded = self._folded[extent] = Folded(self, bn2, out_activation, unkept)
         return folded(x)
 
     def _train(self, x: Tensor) -> Tensor:
@@ -141,7 +156,8 @@ class Chain:
             if y is not None:
                 return y
         arguments = [bn and arguments_of(bn, isinstance(bn, nn.SyncBatchNorm)) for bn in norms]
-        return depthwise_separable_conv_bn2d(
+        return block_of_chain(
+            self.dims,
             x,
             conv.weight,
             self.pointwise.weight,
@@ -162,27 +178,18 @@ class Chain:
         modules = (self.depthwise, self.pointwise, *normed)
         return any(p is not None and p.requires_grad for m in modules for p in m._parameters.values())
 
-    def _operands(self, extent: int) -> tuple:
-        dw_weight, dw_bias = fold(self.depthwise, self.bn1)
-        pw_weight, pw_bias = fold(self.pointwise, self.bn2 if extent == ALL else None)
-        return dw_weight, pw_weight, dw_bias, pw_bias
-
-    def _call(self, x: Tensor, extent: int, *operands) -> Tensor:
+    def _unkept(self, x: Tensor, bn2: nn.Module | None, out_activation: str) -> Tensor:
+        """With the norms folded for this call."""
         conv = self.depthwise
-        out_activation = self.out_activation if extent == ALL else "identity"
-        return depthwise_separable_conv2d(
+        dw_weight, dw_bias = fold(conv, self.bn1)
+        pw_weight, pw_bias = fold(self.pointwise, bn2)
+        operands = (dw_weight, pw_weight, dw_bias, pw_bias)
+        return _FUNCTIONS[self.dims](
             x, *operands, conv.stride, conv.padding, conv.dilation, self.activation, out_activation
         )
 
     def __getstate__(self):
         return {**self.__dict__, "_folded": {}, "_made": None}
-
-
-def fold(conv: nn.Conv2d, bn: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the convolution that computes bn(conv(x)), with bn in evaluation."""
-    if bn is None:
-        return conv.weight, conv.bias
-    return fold_norm(conv.weight, conv.bias, arguments_of(bn, synchronised=False))
 
 
 def _batch_norm_kernels(device_type: str) -> bool:
@@ -204,132 +211,20 @@ def _transformed() -> bool:
     )
 
 
-class _Folded:
-    """The chain for calls without gradients of what folds: a module of the folded weights, kept between calls."""
-
-    def __init__(self, chain: Chain, extent: int):
-        self.chain, self.extent = chain, extent
-        self.bn1, self.bn2 = chain.bn1, chain.bn2 if extent == ALL else None
-        self.sources = [m for m in (chain.depthwise, self.bn1, chain.pointwise, self.bn2) if m is not None]
-        self.tensors: list[Tensor] = []
-        self.versions: list[int] = []
-        self.seen: _Seen | None = None
-        self.lock = threading.Lock()
-        self.module = module = DepthwiseSeparableConv2d.__new__(DepthwiseSeparableConv2d)
-        nn.Module.__init__(module)
-        module.activation = chain.activation
-        module.out_activation = chain.out_activation if extent == ALL else "identity"
-        # Of the plain class, which modules.py asks for.
-        module.depthwise, module.pointwise = _shell(chain.depthwise), _shell(chain.pointwise)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        conv, mine = self.chain.depthwise, self.module.depthwise.__dict__
-        mine["stride"], mine["padding"], mine["dilation"] = conv.stride, conv.padding, conv.dilation
-        tensors = [
-            t
-            for module in self.sources
-            for group in (module._parameters, module._buffers)
-            for t in group.values()
-            if t is not None
-        ]
-        with self.lock:  # else another thread would take for folded what this one is folding
-            if len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors)):
-                if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
-                    return self.chain._call(x, self.extent, *self.chain._operands(self.extent))
-                self.tensors, self.seen = tensors, None
-            if self._changed():
-                self._fold_again()
-        return self.module.forward(x)
-
-    def _changed(self) -> bool:
-        """Whether to fold again; remembers what it saw."""
-        seen = self.seen
-        if self.bn1 is None and self.bn2 is None:  # nothing folds; modules.py looks after the weights themselves
-            self.seen = _Seen([], [])
-            return seen is None
-        versions = [t._version for t in self.tensors]
-        if seen is None:
-            vectors = [t for t in self.tensors if t.dim() == 1]
-            seen = self.seen = _Seen(vectors, [self.chain.depthwise.weight, self.chain.pointwise.weight])
-        same = seen.again() and versions == self.versions
-        self.versions = versions
-        return not same
-
-    def _fold_again(self) -> None:
-        pairs = (
-            (self.module.depthwise, self.chain.depthwise, self.bn1),
-            (self.module.pointwise, self.chain.pointwise, self.bn2),
-        )
-        for mine, conv, bn in pairs:
-            if bn is None:
-                mine._parameters.update(conv._parameters)
-            else:
-                with torch.no_grad():
-                    weight, bias = fold(conv, bn)
-                mine.weight, mine.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
-
-
-class _Seen:
-    """The values of vectors, and of the ends of the rows of matrices, as they were the last time."""
-
-    def __init__(self, vectors: list[Tensor], matrices: list[Tensor]):
-        self.vectors, self.matrices = vectors, matrices
-        self.values: Tensor | None = None
-
-    def again(self) -> bool:
-        """Whether they are the same still; no at first."""
-        return self._again_on_cpu() if _compares_itself(self.matrices[0].device.type) else self._again_by_pytorch()
-
-    def _again_on_cpu(self) -> bool:
-        compare = torch.ops.dsconv_cuda.seen_again.default
-        if self.values is not None and compare(self.vectors, self.matrices, self.values):
-            return True
-        count = sum(1 + t.numel() * t.element_size() for t in self.vectors)
-        count += sum(1 + 2 * t.shape[0] * t.element_size() for t in self.matrices)
-        self.values = torch.zeros(count, dtype=torch.uint8)
-        compare(self.vectors, self.matrices, self.values)
-        return False
-
-    def _again_by_pytorch(self) -> bool:
-        with torch.no_grad():
-            rows = [t.flatten(1) for t in self.matrices]
-            values = torch.cat([*self.vectors, *(w[:, i] for w in rows for i in (0, -1))])
-        old, self.values = self.values, values
-        return old is not None and (old.dtype, old.device) == (values.dtype, values.device) and torch.equal(values, old)
-
-
-def _compares_itself(device_type: str) -> bool:
-    """Whether the loaded library has the op that compares tensors of such devices."""
-    _loader.load_library()
-    return device_type == "cpu" and _loader.has_kernel("seen_again", "CPU")
-
-
-def _shell(conv: nn.Conv2d) -> nn.Conv2d:
-    shell = nn.Conv2d.__new__(nn.Conv2d)
-    nn.Module.__init__(shell)
-    for name in (
-        "in_channels",
-        "out_channels",
-        "kernel_size",
-        "stride",
-        "padding",
-        "dilation",
-        "groups",
-        "padding_mode",
-    ):
-        setattr(shell, name, getattr(conv, name))
-    shell.register_parameter("weight", None)
-    shell.register_parameter("bias", None)
-    return shell
-
-
 # ---- the classes of the modules of a chain --------------------------------------------------------------------------
+
+
+def _call_in_graph(module: nn.Module, x: fx.Proxy) -> fx.Proxy:
+    """A call of `module` in what torch.fx traces, which does so for the classes of torch.nn."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
 class _Fused:
     """The depthwise convolution of a chain."""
 
     def forward(self, x):
+        if isinstance(x, fx.Proxy):
+            return _call_in_graph(self, x)
         y = self._fused_chain.start(x)
         return super().forward(x) if y is None else y
 
@@ -352,6 +247,8 @@ class _Absorbed:
     """What comes after it, up to the pointwise convolution."""
 
     def forward(self, x):
+        if isinstance(x, fx.Proxy):
+            return _call_in_graph(self, x)
         return super().forward(x) if self._fused_chain.extent_at(x) == NONE else x
 
     def __reduce_ex__(self, protocol):
@@ -362,6 +259,8 @@ class _AbsorbedAfter:
     """What comes after the pointwise convolution."""
 
     def forward(self, x):
+        if isinstance(x, fx.Proxy):
+            return _call_in_graph(self, x)
         return x if self._fused_chain.extent_at(x) == ALL else super().forward(x)
 
     def __reduce_ex__(self, protocol):

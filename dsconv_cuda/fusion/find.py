@@ -20,13 +20,19 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from dsconv_cuda import activations
-from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN2d
+from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN
 from dsconv_cuda.fusion.chain import NONE, Chain, chain_of
 from dsconv_cuda.kept_weights import has_hooks
-from dsconv_cuda.modules import DepthwiseSeparableConv2d
+from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 
-FUSED_MODULES = (DepthwiseSeparableConv2d, DepthwiseSeparableConvBN2d)
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FUSED_MODULES = (
+    DepthwiseSeparableConv1d,
+    DepthwiseSeparableConv2d,
+    DepthwiseSeparableConv3d,
+    DepthwiseSeparableConvBN,
+)
+_BATCH_NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
+_CONVOLUTIONS = tuple(_BATCH_NORMS)
 
 
 @dataclass
@@ -117,11 +123,10 @@ def _named(activation: str) -> str | None:
 
 
 def _check_convolution(conv: nn.Module) -> None:
-    if isinstance(conv, (nn.Conv1d, nn.Conv3d)):
-        raise _No(f"{type(conv).__name__}: only 2-D convolutions are fused")
     _check_parameters(conv)
-    if type(conv) is not nn.Conv2d:
-        raise _No(f"{type(conv).__name__} may compute something else than nn.Conv2d")
+    if type(conv) not in _CONVOLUTIONS:
+        stock = next(kind.__name__ for kind in _CONVOLUTIONS if isinstance(conv, kind))
+        raise _No(f"{type(conv).__name__} may compute something else than nn.{stock}")
     if conv.padding_mode != "zeros":
         raise _No(f"padding_mode {conv.padding_mode!r}")
     dtype, device = conv.weight.dtype, conv.weight.device
@@ -152,8 +157,10 @@ def _check_batch_norm(module: nn.Module) -> None:
         raise _No("BatchNorm without running statistics")
 
 
-def _is_batch_norm(module: nn.Module) -> bool:
-    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or _has_activation(module)
+def _is_batch_norm(module: nn.Module, of: nn.Module) -> bool:
+    """For images of the convolution `of`."""
+    norm = _BATCH_NORMS[type(of)]
+    return type(module) in (norm, nn.SyncBatchNorm) or (norm is nn.BatchNorm2d and _has_activation(module))
 
 
 def _has_activation(module: nn.Module) -> bool:
@@ -166,19 +173,20 @@ def _has_activation(module: nn.Module) -> bool:
     )
 
 
-def _check_pointwise(conv: nn.Module) -> None:
+def _check_pointwise(conv: nn.Module, depthwise: nn.Module) -> None:
     _check_parameters(conv)
-    if type(conv) is not nn.Conv2d:
+    if type(conv) is not type(depthwise):
         raise _No(f"the convolution after it is a {type(conv).__name__}")
     if is_depthwise(conv):
         raise _No("another depthwise convolution follows")
     if set(conv.kernel_size) != {1}:
-        raise _No(f"the convolution after it is {'x'.join(map(str, conv.kernel_size))}, not 1x1")
+        one = "x".join("1" * len(conv.kernel_size))
+        raise _No(f"the convolution after it is {'x'.join(map(str, conv.kernel_size))}, not {one}")
     if conv.groups != 1:
         raise _No(f"the 1x1 convolution after it has {conv.groups} groups")
     if set(conv.stride) != {1}:
         raise _No("the 1x1 convolution after it is strided")
-    if conv.padding not in ((0, 0), "valid", "same"):
+    if conv.padding not in ("valid", "same") and any(conv.padding):
         raise _No("the 1x1 convolution after it pads")
 
 
@@ -327,7 +335,7 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
 # ---- chains ---------------------------------------------------------------------------------------------------------
 
 
-def _chain_in_every_mode(conv: nn.Conv2d, modes: list[_Mode], names: dict, places: dict) -> Chain:
+def _chain_in_every_mode(conv: nn.Module, modes: list[_Mode], names: dict, places: dict) -> Chain:
     chains = [chain for mode in modes if (chain := _chain_in(conv, mode, names, places)) is not None]
     if not chains:
         raise _No("forward does not call it")
@@ -339,7 +347,7 @@ def _chain_in_every_mode(conv: nn.Conv2d, modes: list[_Mode], names: dict, place
     return chains[0]
 
 
-def _chain_in(conv: nn.Conv2d, mode: _Mode, names: dict, places: dict) -> Chain | None:
+def _chain_in(conv: nn.Module, mode: _Mode, names: dict, places: dict) -> Chain | None:
     nodes = [(graph, node) for graph in mode.graphs for node in graph.calls.get(conv, ())]
     if len(nodes) > 1:
         raise _No(f"it is called {len(nodes)} times")
@@ -390,7 +398,7 @@ class Walk:
     def node(self) -> fx.Node:
         return self.nodes[-1]
 
-    def chain(self, conv: nn.Conv2d, places: dict) -> Chain:
+    def chain(self, conv: nn.Module, places: dict) -> Chain:
         bn1, activation = self._norm_and_activation(required=True)
         pointwise = self._pointwise()
         bn2, out_activation = self._norm_and_activation(required=False)
@@ -406,7 +414,12 @@ class Walk:
         while True:
             try:
                 node, module = self._next()
-                if module is not None and _is_batch_norm(module) and norm is None and activation is None:
+                if (
+                    module is not None
+                    and _is_batch_norm(module, self.members[0])
+                    and norm is None
+                    and activation is None
+                ):
                     _check_batch_norm(module)
                     self._check_single(module)
                     within = _activation_of_module(module.act) if _has_activation(module) else None
@@ -441,9 +454,9 @@ class Walk:
             raise _No("an activation that is called as a function or more than once")
         self.needs_rewriting = True
 
-    def _pointwise(self) -> nn.Conv2d:
+    def _pointwise(self) -> nn.Module:
         node, module = self._next()
-        _check_pointwise(module)
+        _check_pointwise(module, self.members[0])
         self._check_single(module)
         self.members.append(module)
         self.nodes.append(node)

@@ -12,7 +12,7 @@ using namespace dsconv;
 
 inline NormSource z_source(const ForwardParams& p) {
   const Geometry& g = p.geom;
-  return {g.n, g.c_mid, g.h_out, g.w_out, p.x_layout, nullptr, g, p.x, p.x_strides, p.dw_weight, nullptr};
+  return {g.n, g.c_mid, g.d_out, g.h_out, g.w_out, p.x_layout, nullptr, g, p.x, p.x_strides, p.dw_weight, nullptr};
 }
 
 // `make(name, bytes)` gives the memory of a tensor, `backward_of(p)` the backward of a forward; `phase(name)` is called
@@ -64,12 +64,13 @@ LaunchStatus step(const ForwardParams& call, const DeviceLimits& device, Make ma
   phase("forward");
 
   NormPass y{};
-  y.source.n = g.n, y.source.channels = g.c_out, y.source.h = g.h_out, y.source.w = g.w_out;
+  y.source.n = g.n, y.source.channels = g.c_out;
+  y.source.d = g.d_out, y.source.h = g.h_out, y.source.w = g.w_out;
   y.source.layout = call.y_layout;
   y.source.v = call.y;
   y.vectors = out_vectors;
   y.act = call.out_act;
-  const int64_t y_bytes = element * g.n * g.c_out * g.h_out * g.w_out;
+  const int64_t y_bytes = element * output_pixels(g) * g.c_out;
   y.out = make("out", y_bytes);
   run_pass(y, NormUse::forward, nullptr);
   phase("norm");
@@ -117,7 +118,7 @@ LaunchStatus every_launch(const ForwardParams& call, const DeviceLimits& device)
   for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
     for (const int64_t extent : {int64_t{3}, int64_t{4}}) {  // by elements, by vectors
       NormPass v{};
-      v.source.n = 1, v.source.channels = v.source.w = extent, v.source.h = 1;
+      v.source.n = 1, v.source.channels = v.source.w = extent, v.source.d = v.source.h = 1;
       v.source.layout = layout;
       v.source.v = call.x;
       every_use(v, false);

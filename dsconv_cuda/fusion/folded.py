@@ -1,0 +1,116 @@
+"""BatchNorm in evaluation folded into the weights of a chain, and kept from one call without gradients to the next.
+
+In graphs of torch.compile the op of compiled_folding.py does the same.
+"""
+
+import operator
+import threading
+
+import torch
+from torch import Tensor, nn
+
+from dsconv_cuda.batchnorm import fold_norm
+from dsconv_cuda.batchnorm_module import arguments_of
+from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
+from dsconv_cuda.seen import Seen
+
+# By the dimensions of an image.
+_MODULES = {1: DepthwiseSeparableConv1d, 2: DepthwiseSeparableConv2d, 3: DepthwiseSeparableConv3d}
+_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+
+
+def fold(conv: nn.Module, bn: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the convolution that computes bn(conv(x)), with bn in evaluation."""
+    if bn is None:
+        return conv.weight, conv.bias
+    return fold_norm(conv.weight, conv.bias, arguments_of(bn, synchronised=False))
+
+
+class Folded:
+    """A chain up to `bn2` and `out_activation` for calls without gradients: a module of the folded weights.
+
+    Where tensors are no plain ones, `unkept` makes the call instead.
+    """
+
+    def __init__(self, chain, bn2: nn.Module | None, out_activation: str, unkept):
+        self.chain, self.unkept = chain, unkept
+        self.bn1, self.bn2 = chain.bn1, bn2
+        self.sources = [m for m in (chain.depthwise, self.bn1, chain.pointwise, self.bn2) if m is not None]
+        self.tensors: list[Tensor] = []
+        self.versions: list[int] = []
+        self.seen: Seen | None = None
+        self.lock = threading.Lock()
+        kind = _MODULES[chain.dims]
+        self.module = module = kind.__new__(kind)
+        nn.Module.__init__(module)
+        module.causal = False  # of a 1-D one
+        module.activation = chain.activation
+        module.out_activation = out_activation
+        # Of the plain class, which modules.py asks for.
+        module.depthwise, module.pointwise = _shell(chain.depthwise), _shell(chain.pointwise)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        conv, mine = self.chain.depthwise, self.module.depthwise.__dict__
+        mine["stride"], mine["padding"], mine["dilation"] = conv.stride, conv.padding, conv.dilation
+        tensors = [
+            t
+            for module in self.sources
+            for group in (module._parameters, module._buffers)
+            for t in group.values()
+            if t is not None
+        ]
+        with self.lock:  # else another thread would take for folded what this one is folding
+            if len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors)):
+                if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
+                    return self.unkept(x)
+                self.tensors, self.seen = tensors, None
+            if self._changed():
+                self._fold_again()
+        return self.module.forward(x)
+
+    def _changed(self) -> bool:
+        """Whether to fold again; remembers what it saw."""
+        first = self.seen is None
+        if first:
+            self.seen = Seen()
+        if self.bn1 is None and self.bn2 is None:  # nothing folds; modules.py looks after the weights themselves
+            return first
+        versions = [t._version for t in self.tensors]
+        vectors = [t for t in self.tensors if t.dim() == 1]
+        same = self.seen.again(vectors, [self.chain.depthwise.weight, self.chain.pointwise.weight])
+        same = same and versions == self.versions
+        self.versions = versions
+        return not same
+
+    def _fold_again(self) -> None:
+        pairs = (
+            (self.module.depthwise, self.chain.depthwise, self.bn1),
+            (self.module.pointwise, self.chain.pointwise, self.bn2),
+        )
+        for mine, conv, bn in pairs:
+            if bn is None:
+                mine._parameters.update(conv._parameters)
+            else:
+                with torch.no_grad():
+                    weight, bias = fold(conv, bn)
+                mine.weight, mine.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
+
+
+def _shell(conv: nn.Module) -> nn.Module:
+    kind = _CONVOLUTIONS[len(conv.kernel_size)]
+    shell = kind.__new__(kind)
+    nn.Module.__init__(shell)
+    for name in (
+        "in_channels",
+        "out_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    ):
+        setattr(shell, name, getattr(conv, name))
+    shell.register_parameter("weight", None)
+    shell.register_parameter("bias", None)
+    return shell
