@@ -1,4 +1,4 @@
-"""Modules keep their packed weights between calls that need no gradient, on the CPU.
+"""Modules in 2-D and 3-D keep their packed weights between calls that need no gradient, on the CPU.
 
 The kernels read the weights in an order of their own. Packing takes as long as reading them, which for many channels
 on a small map is a fifth of the call; so a module that is called again with the same weights packs them once. What is
@@ -129,7 +129,7 @@ def keep(module: nn.Module, input: Tensor) -> None:
     if type(input) is not Tensor or not input.is_cpu or not nobody_watches() or not kept_kernels():
         return
     depthwise, pointwise = module._modules.get("depthwise"), module._modules.get("pointwise")
-    if type(depthwise) is not nn.Conv2d or type(pointwise) is not nn.Conv2d:
+    if type(depthwise) not in (nn.Conv2d, nn.Conv3d) or type(pointwise) is not type(depthwise):
         return
     if has_hooks(depthwise) or has_hooks(pointwise) or depthwise.padding_mode != "zeros":
         return
@@ -145,10 +145,10 @@ def keep(module: nn.Module, input: Tensor) -> None:
     if any(type(a) not in (tuple, str) for a in (call.stride, call.padding, call.dilation)):
         return  # could change in place
     call.activation, call.out_activation = module.activation, module.out_activation
-    op = "forward"
+    op, dims = "forward", call.dw_weight.dim() - 2
     stride, dilation = (
-        _checks.per_axis(op, "stride", call.stride, 1),
-        _checks.per_axis(op, "dilation", call.dilation, 1),
+        _checks.per_axis(op, "stride", call.stride, 1, dims),
+        _checks.per_axis(op, "dilation", call.dilation, 1, dims),
     )
     padding = _checks.padding(op, call.padding, call.dw_weight.shape[2:], stride, dilation)
     activations = activation_number(call.activation), activation_number(call.out_activation)

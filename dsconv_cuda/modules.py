@@ -97,7 +97,36 @@ class _DepthwiseSeparable(nn.Module):
         return f"activation={self.activation}, out_activation={self.out_activation}"
 
 
-class DepthwiseSeparableConv2d(_DepthwiseSeparable):
+class _KeepsWeights(_DepthwiseSeparable):
+    """A module whose next calls are quick (kept_weights.py)."""
+
+    _kept_call: kept_weights.KeptCall | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            return self._forward(input)
+        call = self._kept_call
+        if call is not None:
+            y = call(self, input)
+            if y is not None:
+                return y
+        y = self._forward(input)
+        if self._kept_call is None:
+            kept_weights.keep(self, input)
+        return y
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        state.pop("_kept_call", None)
+        return state
+
+    def _apply(self, *args, **kwargs):
+        # What moves or casts the parameters; the packed ones would only take up memory.
+        self.__dict__.pop("_kept_call", None)
+        return super()._apply(*args, **kwargs)
+
+
+class DepthwiseSeparableConv2d(_KeepsWeights):
     r"""Depthwise separable convolution, fused: see :func:`dsconv_cuda.depthwise_separable_conv2d`.
 
     Equivalent to::
@@ -132,8 +161,6 @@ class DepthwiseSeparableConv2d(_DepthwiseSeparable):
     Raises:
         ValueError: a channel_multiplier below 1, an unknown activation, and what nn.Conv2d refuses.
     """
-
-    _kept_call: kept_weights.KeptCall | None = None  # what makes the next call quick
 
     def __init__(
         self,
@@ -172,31 +199,8 @@ class DepthwiseSeparableConv2d(_DepthwiseSeparable):
             dtype=dtype,
         )
 
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_dynamo_compiling():
-            return self._forward(input)
-        call = self._kept_call
-        if call is not None:
-            y = call(self, input)
-            if y is not None:
-                return y
-        y = self._forward(input)
-        if self._kept_call is None:
-            kept_weights.keep(self, input)
-        return y
-
     def _forward(self, input: Tensor) -> Tensor:
         return self._call(depthwise_separable_conv2d, input, self.depthwise.padding)
-
-    def __getstate__(self):
-        state = self.__dict__.copy()
-        state.pop("_kept_call", None)
-        return state
-
-    def _apply(self, *args, **kwargs):
-        # What moves or casts the parameters; the packed ones would only take up memory.
-        self.__dict__.pop("_kept_call", None)
-        return super()._apply(*args, **kwargs)
 
 
 class DepthwiseSeparableConv1d(_DepthwiseSeparable):
@@ -263,7 +267,7 @@ class DepthwiseSeparableConv1d(_DepthwiseSeparable):
         return super().extra_repr() + (", padding=causal" if self.causal else "")
 
 
-class DepthwiseSeparableConv3d(_DepthwiseSeparable):
+class DepthwiseSeparableConv3d(_KeepsWeights):
     """Depthwise separable convolution in three dimensions: see :func:`dsconv_cuda.depthwise_separable_conv3d`.
 
     ``.depthwise`` and ``.pointwise`` are nn.Conv3d and hold the parameters, as in :class:`DepthwiseSeparableConv2d`.
@@ -311,7 +315,7 @@ class DepthwiseSeparableConv3d(_DepthwiseSeparable):
             dtype=dtype,
         )
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _forward(self, input: Tensor) -> Tensor:
         return self._call(depthwise_separable_conv3d, input, self.depthwise.padding)
 
 
