@@ -115,7 +115,7 @@ def test_xception_loads_older_names():
 
 
 def test_what_xception_keeps(isa, device):
-    """Of a training step at most 65 % of the bytes of stock layers: a residual block keeps what it adds up, and ReLU."""
+    """Of a training step at most 65 % of the bytes of stock layers: residual blocks keep what they add up, and ReLU."""
     if isa == "emulated":
         pytest.skip("says the same on every backend, and takes long on this one")
     model = models.xception(10).to(device)
