@@ -93,15 +93,31 @@ static ForwardPlan forward_of(const Geometry& g, DType dtype, int64_t multiproce
   return plan;
 }
 
+// Boxes cover every cell, lines every pixel of x that belongs to them, and two blocks fit.
+static void check_planes(const DepthwisePlanesPlan& plan, const BackwardParams& p, const DeviceLimits& device) {
+  const Geometry& g = p.geom;
+  const PixelBox& box = plan.box;
+  CHECK(plan.chunks * kPlaneChannels >= g.c_mid && (plan.chunks - 1) * kPlaneChannels < g.c_mid);
+  CHECK(plan.splits * plan.boxes_of_split >= box.tiles && (plan.splits - 1) * plan.boxes_of_split < box.tiles);
+  CHECK(box.tiles == ceil_div(g.n * plan.cells.d_out, box.n) * box.tiles_h * box.tiles_w);
+  CHECK(box.tiles_h * box.h * g.stride_h >= g.h_in && box.tiles_w * box.w * g.stride_w >= g.w_in);
+  CHECK(box.n * box.h * box.w <= kMostPlaneSlots && plan.strips * kStripPixels == box.n * box.h * box.w);
+  const int64_t rows = smaller(plan.region_h, g.h_in), columns = smaller(plan.region_w, g.w_in);
+  CHECK(plan.line_elements >= (plan.together ? kPlaneChannels * g.h_in * g.w_in : plan.whole ? rows * g.w_in : columns));
+  CHECK(plan.line_elements * (p.dtype == DType::f32 ? 4 : 2) % 16 == 0);
+  CHECK(2 * (plan.bytes + device.shared_reserved) <= device.shared_per_multiprocessor);
+}
+
 // `grads` are bits of GradBit.
 static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, int64_t multiprocessors, int64_t grads) {
-  static char somewhere;
+  alignas(16) static char somewhere;
   const auto asked = [&](GradBit bit) { return (grads & bit) != 0 ? &somewhere : nullptr; };
   BackwardParams p{};
   p.geom = g;
   p.dtype = dtype;
   p.x_layout = layout;
-  p.x_strides = dense_strides(layout, g.c_in, g.d_in, g.h_in, g.w_in);
+  p.x_strides = p.grad_x_strides = dense_strides(layout, g.c_in, g.d_in, g.h_in, g.w_in);
+  p.grad_x_layout = layout;
   p.grad_x = asked(kGradX);
   p.grad_dw_weight = asked(kGradDwWeight);
   p.grad_pw_weight = asked(kGradPwWeight);
@@ -123,9 +139,14 @@ static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, i
   if (tiles.sums) {
     CHECK(tiles.splits * tiles.boxes_of_split >= tiles.sum_box.tiles);
     CHECK((tiles.splits - 1) * tiles.boxes_of_split < tiles.sum_box.tiles);
+  } else if (plan.planes.sums) {
+    CHECK(plan.dw_split.count == plan.planes.splits && plan.dw_blocks == plan.planes.splits * plan.planes.chunks);
   } else {
     check_split(plan.dw_split, pixels);
   }
+  if (plan.planes.grad_x || plan.planes.sums) check_planes(plan.planes, p, DeviceLimits{multiprocessors});
+  if (layout == Layout::nhwc || dtype == DType::f64) CHECK(!plan.planes.grad_x && !plan.planes.sums);
+  if (layout == Layout::nchw) CHECK(!tiles.grad_x && !tiles.sums);
 
   // The parts of the workspace follow each other, and each has room for what is asked for.
   const int64_t begins[] = {(int64_t)plan.du_at, (int64_t)plan.pw_weight_at, (int64_t)plan.pw_bias_at,
@@ -243,6 +264,58 @@ int main() {
   CHECK(!forward_of(geometry(1, 1024, 1024, 7, 3), DType::f32, 132).wide);
 
   check_costs();
+
+  // Stage D with columns adjacent: one kernel for both gradients wherever the pixels of x can be taken together to
+  // cells; x in lines of whole images, of whole rows, of parts of rows; x as it is where it has gaps.
+  {
+    alignas(16) static char grad;
+    BackwardParams b{};
+    b.geom = geometry(32, 512, 512, 14, 3);
+    b.dtype = DType::f16;
+    b.x_strides = b.grad_x_strides = dense_strides(Layout::nchw, 512, 1, 14, 14);
+    b.grad_x = b.grad_dw_weight = b.grad_dw_bias = &grad;
+    const DeviceLimits& h100 = kGpus[4].limits;
+    DepthwisePlanesPlan planes = plan_backward(b, h100).planes;
+    CHECK(planes.grad_x && planes.sums && planes.x_staged && planes.together && planes.box.strips_down);
+    CHECK(planes.splits * planes.chunks >= 2 * h100.multiprocessors);
+    b.x_strides.n += 8;
+    CHECK(!plan_backward(b, h100).planes.x_staged && plan_backward(b, h100).planes.grad_x);
+    b.grad_x = &grad + 1;
+    CHECK(!plan_backward(b, h100).planes.grad_x && plan_backward(b, h100).planes.sums);
+    b.grad_x = &grad;
+    b.geom = geometry(4, 64, 64, 112, 3);
+    b.x_strides = b.grad_x_strides = dense_strides(Layout::nchw, 64, 1, 112, 112);
+    planes = plan_backward(b, h100).planes;
+    CHECK(planes.whole && !planes.together && planes.box.tiles_w == 1 && planes.box.tiles_h > 1);
+    b.geom = geometry(1, 64, 64, 9000, 3);
+    b.x_strides = b.grad_x_strides = dense_strides(Layout::nchw, 64, 1, 9000, 9000);
+    planes = plan_backward(b, h100).planes;
+    CHECK(planes.grad_x && !planes.whole && planes.lines == planes.box.n * planes.region_h);
+    b.geom = geometry(4, 64, 64, 28, 3);
+    b.x_strides = b.grad_x_strides = dense_strides(Layout::nchw, 64, 1, 28, 28);
+    b.geom.stride_h = b.geom.stride_w = 2;
+    b.geom.h_out = b.geom.w_out = 14;
+    planes = plan_backward(b, h100).planes;
+    CHECK(planes.cells.kernel_h == 2 && planes.cells.h_out == 15 && planes.region_h == 2 * planes.box.h);
+    b.geom.dilation_h = 2;  // and stride 2
+    planes = plan_backward(b, h100).planes;
+    CHECK(!planes.grad_x && !planes.sums);
+    b.geom = geometry(4, 64, 64, 28, 3);
+    b.geom.pad_top = 4;  // rows of du that belong to no pixel of x: the sum of the bias misses them
+    b.geom.h_out = 34;
+    planes = plan_backward(b, h100).planes;
+    CHECK(planes.grad_x && !planes.sums);
+    b.grad_dw_bias = nullptr;
+    CHECK(plan_backward(b, h100).planes.sums);
+    b.geom = geometry(4, 64, 64, 28, 3);
+    b.geom.multiplier = 2;
+    b.geom.c_in = 32;
+    planes = plan_backward(b, h100).planes;
+    CHECK(!planes.grad_x && planes.sums && !planes.together);
+    b.x_strides = b.grad_x_strides = dense_strides(Layout::nchw, 128, 1, 64, 64);
+    b.geom = geometry(1, 128, 128, 64, 31);  // its taps need no more room than those of others
+    CHECK(plan_backward(b, h100).planes.grad_x && plan_backward(b, h100).planes.sums);
+  }
 
   // Tensor cores by dtype and architecture, and in float32 where TF32 is allowed.
   ForwardParams p{};

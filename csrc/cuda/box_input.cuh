@@ -187,8 +187,8 @@ DSCONV_DEVICE void with_copy_bytes(int bytes, const F& f) {
 }
 
 // One chunk of x, channels c0 ..; x points to the first channel of the box's first image. The caller commits, waits and
-// puts the barriers.
-template <typename T, bool kAlongC>
+// puts the barriers. kChannels: of a chunk where columns lie together.
+template <typename T, bool kAlongC, int kChannels = kChunkChannels<T>>
 DSCONV_DEVICE void stage_x(const PixelBox& box, const DepthwiseInput<T>& in, const T* x, int32_t c0, const Span* spans,
                            unsigned char* staged) {
   constexpr int kElement = static_cast<int>(sizeof(T));
@@ -211,7 +211,7 @@ DSCONV_DEVICE void stage_x(const PixelBox& box, const DepthwiseInput<T>& in, con
       }
     } else {
 #pragma unroll 1
-      for (int k = thread / 32; k < kChunkChannels<T>; k += kBlockThreads / 32) {
+      for (int k = thread / 32; k < kChannels; k += kBlockThreads / 32) {
         const int32_t c = c0 + k;
         const T* plane = x + (multiplier == 1 ? c : c / multiplier) * in.strides.c;
         unsigned char* target = staged + k * box.channel_pitch;

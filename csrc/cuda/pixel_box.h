@@ -63,7 +63,8 @@ struct BoxSource {
   const void* x;
   Strides strides;
   Layout layout;
-  int64_t element;  // bytes
+  int64_t element;       // bytes
+  int64_t channels = 0;  // of a chunk, nchw; 0: kChunkBytes of them
 };
 
 // The widest piece, at most 16 bytes, that source and target can be copied by.
@@ -106,7 +107,7 @@ inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int
     row = in_w * s.element;
     channel = box_round_up(planes * in_h * row, 16);
     spans = planes * in_h * (in_w / piece);
-    bytes = channel * (kChunkBytes / s.element);
+    bytes = channel * (s.channels > 0 ? s.channels : kChunkBytes / s.element);
   }
   constexpr int64_t kLimit = int64_t{1} << 31;
   const auto reach = [](int64_t extent, int64_t stride) { return (extent - 1) * stride; };
