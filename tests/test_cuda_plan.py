@@ -344,6 +344,21 @@ int main() {
   p.geom.dilation_h = p.geom.dilation_w = 4000;
   CHECK(plan_forward(p, kGpus[4].limits).mma.box.kernel == BoxKernel::unstaged);
 
+  // Rows that pieces of 16 bytes do not fit come as runs; not where images are apart by less than these, or have gaps.
+  p.geom = geometry(8, 64, 64, 7, 3);
+  p.x_strides = dense_strides(p.x_layout, 64, 1, 7, 7);
+  const PixelBox narrow = plan_forward(p, kGpus[4].limits).mma.box;
+  CHECK(narrow.copy_bytes == 2 && narrow.run_bytes >= 2 * 49 + 14 && narrow.run_bytes % 16 == 0);
+  CHECK(narrow.stage_bytes >= narrow.runs_at + narrow.n * 32 * narrow.run_bytes && narrow.runs_at % 16 == 0);
+  CHECK(narrow.runs_at >= 32 * narrow.channel_pitch);
+  p.x_strides.h = 8;
+  CHECK(plan_forward(p, kGpus[4].limits).mma.box.run_bytes == 0);
+  p.x_strides = dense_strides(p.x_layout, 63, 1, 7, 7);
+  CHECK(plan_forward(p, kGpus[4].limits).mma.box.run_bytes == 0);
+  p.geom = geometry(8, 64, 64, 28, 3);
+  p.x_strides = dense_strides(p.x_layout, 64, 1, 28, 28);
+  CHECK(plan_forward(p, kGpus[4].limits).mma.box.run_bytes == 0);
+
   // Each slice of outputs has its planes of x staged; the taps of a plane stay unrolled.
   p.geom = volume(8, 54, 24, 16, 56, 3, 1);
   p.x_strides = dense_strides(p.x_layout, 54, 16, 56, 56);

@@ -469,15 +469,23 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
     const BoxPlace place = box_place(box, cells, first_box + b);
     const PlaneTile<T> tile{g, plan, place, c0, reinterpret_cast<T*>(shared + plan.tile), lines};
     __syncthreads();  // the box before has been read
-    fill_spans<false>(box, place, cells, du_strides, kElement, spans);
+    fill_spans<false>(box, place, cells, du_strides, kElement, spans, kPlaneChannels);
     fill_cell_strips(plan, place, kElement, strips);
     tile.fill_lines();
     __syncthreads();
-    stage_x<T, false, kPlaneChannels>(box, in, du + place.n * du_strides.n, c0, spans, shared);
+    if (box.run_bytes > 0) {
+      stage_runs<T, kPlaneChannels>(box, in, place, c0, shared);
+    } else {
+      stage_x<T, false, kPlaneChannels>(box, in, du + place.n * du_strides.n, c0, spans, shared);
+    }
     if (plan.x_staged && sums) tile.load(static_cast<const T*>(p.x));
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
+    if (box.run_bytes > 0) {
+      spread_runs<T, kPlaneChannels>(box, in, place, c0, spans, shared);
+      __syncthreads();
+    }
     if (there) {
       const unsigned char* own = shared + warp * box.channel_pitch;
       const auto pixels = StripPixels<T>::of(tile, static_cast<const T*>(p.x), p.x_strides, warp);
