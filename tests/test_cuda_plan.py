@@ -128,9 +128,10 @@ static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, i
   CHECK(plan.tensor_cores == (dtype == DType::f16 || dtype == DType::bf16));
   if (plan.tensor_cores) {
     const MmaBackwardPlan& mma = plan.mma;
-    CHECK(mma.splits * mma.boxes_of_split >= mma.box.tiles && (mma.splits - 1) * mma.boxes_of_split < mma.box.tiles);
+    CHECK(mma.splits * mma.boxes_of_split >= mma.sum_box.tiles && (mma.splits - 1) * mma.boxes_of_split < mma.sum_box.tiles);
     CHECK(int64_t{mma.mid_tiles} * kBackwardMid >= g.c_mid && int64_t{mma.out_tiles} * kBackwardOut >= g.c_out);
     CHECK(mma.box.n * mma.box.h * mma.box.w <= kBackwardPixels);
+    CHECK(plan.pw_split.count * plan.pw_split.pixels >= mma.sum_box.tiles * sum_pixels(mma_element_bytes(dtype)));
   } else {
     check_split(plan.pw_split, pixels);
   }
@@ -333,6 +334,23 @@ int main() {
       CHECK(plan_forward(p, gpu.limits).tensor_cores);
       p.dtype = DType::bf16;
       CHECK(plan_forward(p, gpu.limits).tensor_cores == ampere);
+    }
+  }
+  // Two blocks of the sums share a multiprocessor of any architecture, in TF32 too.
+  for (const Gpu& gpu : kGpus) {
+    if (gpu.limits.capability < 80) continue;
+    for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
+      BackwardParams b{};
+      b.geom = geometry(8, 64, 64, 28, 3);
+      b.dtype = DType::f32;
+      b.tf32 = true;
+      b.x_layout = layout;
+      b.x_strides = dense_strides(layout, 64, 1, 28, 28);
+      static char weight;
+      b.grad_pw_weight = &weight;
+      const BackwardPlan plan = plan_backward(b, gpu.limits);
+      CHECK(plan.tensor_cores && plan.mma.sum_box.n * plan.mma.sum_box.h * plan.mma.sum_box.w <= 64);
+      CHECK(2 * (plan.mma.sum_shared.bytes + gpu.limits.shared_reserved) <= gpu.limits.shared_per_multiprocessor);
     }
   }
   // A window that does not fit is read from global memory tap by tap; unequal strides loop over their taps.

@@ -321,7 +321,7 @@ inline BackwardPlan plan_backward(const BackwardParams& p, const DeviceLimits& d
     plan.du_blocks = plan.du_pixel_tiles * plan.du_channel_tiles;
     plan.pw_out_tiles = plan.mma.out_tiles;
     plan.pw_mid_tiles = p.grad_pw_weight != nullptr ? plan.mma.mid_tiles : 1;
-    plan.pw_split = {plan.mma.splits, plan.mma.boxes_of_split * kBackwardPixels};
+    plan.pw_split = {plan.mma.splits, plan.mma.boxes_of_split * sum_pixels(mma_element_bytes(p.dtype))};
     plan.pw_blocks = plan.pw_split.count * plan.pw_out_tiles * plan.pw_mid_tiles;
   }
 
