@@ -443,8 +443,10 @@ DSCONV_DEVICE void unrolled_patch(const unsigned char* x, int32_t row_pitch, con
 #pragma unroll 1
   for (int row = kStride; row < kKernel; ++row, x += row_pitch) {
     load_taps(row - kStride, lower);
+    // At stride 2 the row is read once for each row of outputs: the taps of both beside eleven values would spill.
+    if constexpr (kStride == 2) patch_row<false, true, T, kUnit, kKernel, kStride>(x, upper, lower, z);
     load_taps(row, upper);
-    patch_row<true, true, T, kUnit, kKernel, kStride>(x, upper, lower, z);
+    patch_row<true, kStride == 1, T, kUnit, kKernel, kStride>(x, upper, lower, z);
   }
 #pragma unroll 1
   for (int row = kKernel; row < kKernel + kStride; ++row, x += row_pitch) {

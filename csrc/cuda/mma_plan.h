@@ -126,7 +126,8 @@ inline double box_wavefronts(const PixelBox& box, const Geometry& g, Layout layo
   if (looped) {
     loads = taps * ((slides ? pixels / 4 : pixels) + unit);
   } else if (along_c) {
-    loads = (3 * g.stride_w + g.kernel_w) * (g.stride_h + g.kernel_h) +
+    const int64_t again = box.kernel == BoxKernel::k5s2 ? g.kernel_h - g.stride_h : 0;  // rows
+    loads = (3 * g.stride_w + g.kernel_w) * (g.stride_h + g.kernel_h + again) +
             (g.kernel_h == 3 ? taps : (2 * g.kernel_h) * g.kernel_w * unit);
   } else {
     loads = (3 * g.stride_h + g.kernel_h) * g.kernel_w + taps;
