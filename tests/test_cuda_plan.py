@@ -88,7 +88,8 @@ static ForwardPlan forward_of(const Geometry& g, DType dtype, int64_t multiproce
     return plan;
   }
   const ForwardTile tile = forward_tile(accumulator_bytes(dtype), plan.wide);
-  CHECK(plan.pixel_tiles * tile.pixels >= g.n * g.d_out * g.h_out * g.w_out && plan.channel_tiles * tile.channels >= g.c_out);
+  CHECK(plan.pixel_tiles * tile.pixels >= g.n * g.d_out * g.h_out * g.w_out);
+  CHECK(plan.channel_tiles * tile.channels >= g.c_out);
   CHECK(plan.blocks == plan.pixel_tiles * plan.channel_tiles);
   return plan;
 }
@@ -103,7 +104,8 @@ static void check_planes(const DepthwisePlanesPlan& plan, const BackwardParams& 
   CHECK(box.tiles_h * box.h * g.stride_h >= g.h_in && box.tiles_w * box.w * g.stride_w >= g.w_in);
   CHECK(box.n * box.h * box.w <= kMostPlaneSlots && plan.strips * kStripPixels == box.n * box.h * box.w);
   const int64_t rows = smaller(plan.region_h, g.h_in), columns = smaller(plan.region_w, g.w_in);
-  CHECK(plan.line_elements >= (plan.together ? kPlaneChannels * g.h_in * g.w_in : plan.whole ? rows * g.w_in : columns));
+  const int64_t images = kPlaneChannels * g.h_in * g.w_in;
+  CHECK(plan.line_elements >= (plan.together ? images : plan.whole ? rows * g.w_in : columns));
   CHECK(plan.line_elements * (p.dtype == DType::f32 ? 4 : 2) % 16 == 0);
   CHECK(2 * (plan.bytes + device.shared_reserved) <= device.shared_per_multiprocessor);
 }
@@ -128,7 +130,8 @@ static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, i
   CHECK(plan.tensor_cores == (dtype == DType::f16 || dtype == DType::bf16));
   if (plan.tensor_cores) {
     const MmaBackwardPlan& mma = plan.mma;
-    CHECK(mma.splits * mma.boxes_of_split >= mma.sum_box.tiles && (mma.splits - 1) * mma.boxes_of_split < mma.sum_box.tiles);
+    CHECK(mma.splits * mma.boxes_of_split >= mma.sum_box.tiles);
+    CHECK((mma.splits - 1) * mma.boxes_of_split < mma.sum_box.tiles);
     CHECK(int64_t{mma.mid_tiles} * kBackwardMid >= g.c_mid && int64_t{mma.out_tiles} * kBackwardOut >= g.c_out);
     CHECK(mma.box.n * mma.box.h * mma.box.w <= kBackwardPixels);
     CHECK(plan.pw_split.count * plan.pw_split.pixels >= mma.sum_box.tiles * sum_pixels(mma_element_bytes(dtype)));
