@@ -287,12 +287,12 @@ DSCONV_DEVICE void unrolled_cells(const DepthwisePlanesPlan& plan, const StripPi
   }
 }
 
-// The taps of one phase of the cells, those of dw_weight that its pixels meet: a along the strips, b across.
+// The taps of one phase of the cells, those of dw_weight that its pixels meet, against their order there.
 struct PhaseTaps {
-  int32_t d, h, w;                     // taps in each direction
-  StripSteps steps;                    // the strips' walk over du
-  int32_t first;                       // bytes from a strip's corner to the first of du that is met
-  int32_t weight, weight_d, weight_a;  // elements: of the tap there; from tap to tap (against the order of dw_weight)
+  int32_t d, h, w;           // taps in each direction
+  StripSteps steps;          // the strips' walk over du, a along the strips, b across
+  int32_t first;             // bytes from a strip's corner to the first of du that is met
+  int32_t weight, weight_d;  // elements of dw_weight: of the tap there; from a tap of the depth to the next
 };
 
 DSCONV_DEVICE PhaseTaps phase_taps(const DepthwisePlanesPlan& plan, const Geometry& g, int32_t pd, int32_t ph,
