@@ -94,15 +94,32 @@ static ForwardPlan forward_of(const Geometry& g, DType dtype, int64_t multiproce
   return plan;
 }
 
+// Boxes cover every cell, lines every pixel of x that belongs to them, and two blocks fit.
+static void check_planes(const DepthwisePlanesPlan& plan, const BackwardParams& p, const DeviceLimits& device) {
+  const Geometry& g = p.geom;
+  const PixelBox& box = plan.box;
+  CHECK(plan.chunks * kPlaneChannels >= g.c_mid && (plan.chunks - 1) * kPlaneChannels < g.c_mid);
+  CHECK(plan.splits * plan.boxes_of_split >= box.tiles && (plan.splits - 1) * plan.boxes_of_split < box.tiles);
+  CHECK(box.tiles == ceil_div(g.n * plan.cells.d_out, box.n) * box.tiles_h * box.tiles_w);
+  CHECK(box.tiles_h * box.h * g.stride_h >= g.h_in && box.tiles_w * box.w * g.stride_w >= g.w_in);
+  CHECK(box.n * box.h * box.w <= kMostPlaneSlots && plan.strips * kStripPixels == box.n * box.h * box.w);
+  const int64_t rows = smaller(plan.region_h, g.h_in), columns = smaller(plan.region_w, g.w_in);
+  const int64_t images = kPlaneChannels * g.h_in * g.w_in;
+  CHECK(plan.line_elements >= (plan.together ? images : plan.whole ? rows * g.w_in : columns));
+  CHECK(plan.line_elements * (p.dtype == DType::f32 ? 4 : 2) % 16 == 0);
+  CHECK(2 * (plan.bytes + device.shared_reserved) <= device.shared_per_multiprocessor);
+}
+
 // `grads` are bits of GradBit.
 static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, int64_t multiprocessors, int64_t grads) {
-  static char somewhere;
+  alignas(16) static char somewhere;
   const auto asked = [&](GradBit bit) { return (grads & bit) != 0 ? &somewhere : nullptr; };
   BackwardParams p{};
   p.geom = g;
   p.dtype = dtype;
   p.x_layout = layout;
-  p.x_strides = dense_strides(layout, g.c_in, g.d_in, g.h_in, g.w_in);
+  p.x_strides = p.grad_x_strides = dense_strides(layout, g.c_in, g.d_in, g.h_in, g.w_in);
+  p.grad_x_layout = layout;
   p.grad_x = asked(kGradX);
   p.grad_dw_weight = asked(kGradDwWeight);
   p.grad_pw_weight = asked(kGradPwWeight);
@@ -113,9 +130,11 @@ static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, i
   CHECK(plan.tensor_cores == (dtype == DType::f16 || dtype == DType::bf16));
   if (plan.tensor_cores) {
     const MmaBackwardPlan& mma = plan.mma;
-    CHECK(mma.splits * mma.boxes_of_split >= mma.box.tiles && (mma.splits - 1) * mma.boxes_of_split < mma.box.tiles);
+    CHECK(mma.splits * mma.boxes_of_split >= mma.sum_box.tiles);
+    CHECK((mma.splits - 1) * mma.boxes_of_split < mma.sum_box.tiles);
     CHECK(int64_t{mma.mid_tiles} * kBackwardMid >= g.c_mid && int64_t{mma.out_tiles} * kBackwardOut >= g.c_out);
     CHECK(mma.box.n * mma.box.h * mma.box.w <= kBackwardPixels);
+    CHECK(plan.pw_split.count * plan.pw_split.pixels >= mma.sum_box.tiles * sum_pixels(mma_element_bytes(dtype)));
   } else {
     check_split(plan.pw_split, pixels);
   }
@@ -124,9 +143,14 @@ static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, i
   if (tiles.sums) {
     CHECK(tiles.splits * tiles.boxes_of_split >= tiles.sum_box.tiles);
     CHECK((tiles.splits - 1) * tiles.boxes_of_split < tiles.sum_box.tiles);
+  } else if (plan.planes.sums) {
+    CHECK(plan.dw_split.count == plan.planes.splits && plan.dw_blocks == plan.planes.splits * plan.planes.chunks);
   } else {
     check_split(plan.dw_split, pixels);
   }
+  if (plan.planes.grad_x || plan.planes.sums) check_planes(plan.planes, p, DeviceLimits{multiprocessors});
+  if (layout == Layout::nhwc || dtype == DType::f64) CHECK(!plan.planes.grad_x && !plan.planes.sums);
+  if (layout == Layout::nchw) CHECK(!tiles.grad_x && !tiles.sums);
 
   // The parts of the workspace follow each other, and each has room for what is asked for.
   const int64_t begins[] = {(int64_t)plan.du_at, (int64_t)plan.pw_weight_at, (int64_t)plan.pw_bias_at,
@@ -245,6 +269,58 @@ int main() {
 
   check_costs();
 
+  // Stage D with columns adjacent: one kernel for both gradients wherever the pixels of x can be taken together to
+  // cells; x in lines of whole images, of whole rows, of parts of rows; x as it is where it has gaps.
+  {
+    alignas(16) static char grad;
+    BackwardParams b{};
+    b.geom = geometry(32, 512, 512, 14, 3);
+    b.dtype = DType::f16;
+    b.x_strides = b.grad_x_strides = dense_strides(Layout::nchw, 512, 1, 14, 14);
+    b.grad_x = b.grad_dw_weight = b.grad_dw_bias = &grad;
+    const DeviceLimits& h100 = kGpus[4].limits;
+    DepthwisePlanesPlan planes = plan_backward(b, h100).planes;
+    CHECK(planes.grad_x && planes.sums && planes.x_staged && planes.together && planes.box.strips_down);
+    CHECK(planes.splits * planes.chunks >= 2 * h100.multiprocessors);
+    b.x_strides.n += 8;
+    CHECK(!plan_backward(b, h100).planes.x_staged && plan_backward(b, h100).planes.grad_x);
+    b.grad_x = &grad + 1;
+    CHECK(!plan_backward(b, h100).planes.grad_x && plan_backward(b, h100).planes.sums);
+    b.grad_x = &grad;
+    b.geom = geometry(4, 64, 64, 112, 3);
+    b.x_strides = b.grad_x_strides = dense_strides(Layout::nchw, 64, 1, 112, 112);
+    planes = plan_backward(b, h100).planes;
+    CHECK(planes.whole && !planes.together && planes.box.tiles_w == 1 && planes.box.tiles_h > 1);
+    b.geom = geometry(1, 64, 64, 9000, 3);
+    b.x_strides = b.grad_x_strides = dense_strides(Layout::nchw, 64, 1, 9000, 9000);
+    planes = plan_backward(b, h100).planes;
+    CHECK(planes.grad_x && !planes.whole && planes.lines == planes.box.n * planes.region_h);
+    b.geom = geometry(4, 64, 64, 28, 3);
+    b.x_strides = b.grad_x_strides = dense_strides(Layout::nchw, 64, 1, 28, 28);
+    b.geom.stride_h = b.geom.stride_w = 2;
+    b.geom.h_out = b.geom.w_out = 14;
+    planes = plan_backward(b, h100).planes;
+    CHECK(planes.cells.kernel_h == 2 && planes.cells.h_out == 15 && planes.region_h == 2 * planes.box.h);
+    b.geom.dilation_h = 2;  // and stride 2
+    planes = plan_backward(b, h100).planes;
+    CHECK(!planes.grad_x && !planes.sums);
+    b.geom = geometry(4, 64, 64, 28, 3);
+    b.geom.pad_top = 4;  // rows of du that belong to no pixel of x: the sum of the bias misses them
+    b.geom.h_out = 34;
+    planes = plan_backward(b, h100).planes;
+    CHECK(planes.grad_x && !planes.sums);
+    b.grad_dw_bias = nullptr;
+    CHECK(plan_backward(b, h100).planes.sums);
+    b.geom = geometry(4, 64, 64, 28, 3);
+    b.geom.multiplier = 2;
+    b.geom.c_in = 32;
+    planes = plan_backward(b, h100).planes;
+    CHECK(!planes.grad_x && planes.sums && !planes.together);
+    b.x_strides = b.grad_x_strides = dense_strides(Layout::nchw, 128, 1, 64, 64);
+    b.geom = geometry(1, 128, 128, 64, 31);  // its taps need no more room than those of others
+    CHECK(plan_backward(b, h100).planes.grad_x && plan_backward(b, h100).planes.sums);
+  }
+
   // Tensor cores by dtype and architecture, and in float32 where TF32 is allowed.
   ForwardParams p{};
   p.geom = geometry(8, 64, 64, 28, 3);
@@ -263,6 +339,23 @@ int main() {
       CHECK(plan_forward(p, gpu.limits).tensor_cores == ampere);
     }
   }
+  // Two blocks of the sums share a multiprocessor of any architecture, in TF32 too.
+  for (const Gpu& gpu : kGpus) {
+    if (gpu.limits.capability < 80) continue;
+    for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
+      BackwardParams b{};
+      b.geom = geometry(8, 64, 64, 28, 3);
+      b.dtype = DType::f32;
+      b.tf32 = true;
+      b.x_layout = layout;
+      b.x_strides = dense_strides(layout, 64, 1, 28, 28);
+      static char weight;
+      b.grad_pw_weight = &weight;
+      const BackwardPlan plan = plan_backward(b, gpu.limits);
+      CHECK(plan.tensor_cores && plan.mma.sum_box.n * plan.mma.sum_box.h * plan.mma.sum_box.w <= 64);
+      CHECK(2 * (plan.mma.sum_shared.bytes + gpu.limits.shared_reserved) <= gpu.limits.shared_per_multiprocessor);
+    }
+  }
   // A window that does not fit is read from global memory tap by tap; unequal strides loop over their taps.
   p.dtype = DType::f16;
   CHECK(plan_forward(p, kGpus[4].limits).mma.box.kernel == BoxKernel::k3s1);
@@ -271,6 +364,21 @@ int main() {
   p.geom = geometry(1, 64, 64, 9, 3);
   p.geom.dilation_h = p.geom.dilation_w = 4000;
   CHECK(plan_forward(p, kGpus[4].limits).mma.box.kernel == BoxKernel::unstaged);
+
+  // Rows that pieces of 16 bytes do not fit come as runs; not where images are apart by less than these, or have gaps.
+  p.geom = geometry(8, 64, 64, 7, 3);
+  p.x_strides = dense_strides(p.x_layout, 64, 1, 7, 7);
+  const PixelBox narrow = plan_forward(p, kGpus[4].limits).mma.box;
+  CHECK(narrow.copy_bytes == 2 && narrow.run_bytes >= 2 * 49 + 14 && narrow.run_bytes % 16 == 0);
+  CHECK(narrow.stage_bytes >= narrow.runs_at + narrow.n * 32 * narrow.run_bytes && narrow.runs_at % 16 == 0);
+  CHECK(narrow.runs_at >= 32 * narrow.channel_pitch);
+  p.x_strides.h = 8;
+  CHECK(plan_forward(p, kGpus[4].limits).mma.box.run_bytes == 0);
+  p.x_strides = dense_strides(p.x_layout, 63, 1, 7, 7);
+  CHECK(plan_forward(p, kGpus[4].limits).mma.box.run_bytes == 0);
+  p.geom = geometry(8, 64, 64, 28, 3);
+  p.x_strides = dense_strides(p.x_layout, 64, 1, 28, 28);
+  CHECK(plan_forward(p, kGpus[4].limits).mma.box.run_bytes == 0);
 
   // Each slice of outputs has its planes of x staged; the taps of a plane stay unrolled.
   p.geom = volume(8, 54, 24, 16, 56, 3, 1);

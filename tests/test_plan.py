@@ -1,6 +1,7 @@
 """What Python can ask the planners: dsconv_cuda.plan(), and cpu_plan() and cuda_plan() of the extension."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -128,6 +129,19 @@ def test_a_backward_without_activation_needs_no_z():
     assert plain.kernels[0].name == bent.kernels[0].name == "du"
     assert plain.kernels[0].dram_bytes < bent.kernels[0].dram_bytes
     assert plain.chosen.workspace_bytes > 0
+
+
+def test_columns_that_are_adjacent_have_both_depthwise_gradients_from_one_kernel():
+    plan = functools.partial(
+        dsconv_cuda.plan, [32, 144, 56, 56], 24, 3, padding=1, dtype=torch.float16, backward=True, arch="sm_90"
+    )
+    found = {kernel.name: kernel for kernel in plan().kernels}
+    assert not {"grad_x", "depthwise_sum"} & set(found)
+    tensor = 2 * 32 * 144 * 56 * 56
+    assert 3 * tensor < found["depthwise_planes"].dram_bytes < 3.1 * tensor  # x, du, grad_x
+    last = {kernel.name for kernel in plan(memory_format=torch.channels_last).kernels}
+    assert {"grad_x_tile", "depthwise_sum_tile"} < last
+    assert "depthwise_planes" not in last
 
 
 def test_plans_can_be_read():

@@ -19,13 +19,14 @@
 // and all taps of a kd of a 3x3 or 5x5 kernel at once, in registers, else kTapGroup of them. The lanes of a warp are
 // then added by shuffles (along w), the warps through shared memory: always the same tree. One partial sum a split, see
 // reduce.cuh. Shared memory: 8 x 32 accumulators, 1024 or 2048 bytes.
-// Both are for du and x with columns adjacent in memory, for double, and for what does not fit a tile:
-// backward_depthwise_tiles.cuh is the way otherwise.
+// Both are for double, for a channel multiplier's grad_x and for what does not fit a box: the way otherwise is
+// backward_depthwise_tiles.cuh where channels, backward_depthwise_planes.cuh where columns are adjacent in memory.
 //
 // Global traffic: grad_x reads du and writes grad_x once; depthwise_sum reads du and x once a tap group.
 // Preconditions: grad_x is dense, x as in forward.cuh.
 #pragma once
 
+#include "backward_depthwise_planes.cuh"
 #include "backward_depthwise_tiles.cuh"
 #include "depthwise.cuh"
 #include "reduce.cuh"
@@ -198,23 +199,27 @@ LaunchStatus launch_depthwise_kernels(const BackwardParams& p, const BackwardPla
   using Acc = acc_t<T>;
   const Geometry& g = p.geom;
   const T* du = at_byte<const T>(workspace, plan.du_at);
+  Acc* weight = p.grad_dw_weight != nullptr ? at_byte<Acc>(workspace, plan.dw_weight_at) : nullptr;
+  Acc* bias = p.grad_dw_bias != nullptr ? at_byte<Acc>(workspace, plan.dw_bias_at) : nullptr;
   LaunchStatus status;
   if constexpr (sizeof(T) < 8) {
     if (plan.tiles.grad_x) status = launch_grad_x_tiles<T>(p, plan.tiles, du, plan.du_strides, stream);
+    if (plan.planes.grad_x || plan.planes.sums) {
+      status = launch_depthwise_planes<T>(p, plan.planes, du, plan.du_strides, plan.planes.sums ? weight : nullptr,
+                                          plan.planes.sums ? bias : nullptr, stream);
+    }
   }
-  if (p.grad_x != nullptr && !plan.tiles.grad_x) {
+  if (p.grad_x != nullptr && !plan.tiles.grad_x && !plan.planes.grad_x && status.error == 0) {
     status = launch_blocks("grad_x", grad_x_kernel<T, kKernel>, plan.grad_x_blocks, 0, stream, p, du, plan.du_strides);
   }
   if (plan.dw_sums && status.error == 0) {
-    Acc* weight = p.grad_dw_weight != nullptr ? at_byte<Acc>(workspace, plan.dw_weight_at) : nullptr;
-    Acc* bias = p.grad_dw_bias != nullptr ? at_byte<Acc>(workspace, plan.dw_bias_at) : nullptr;
-    if (!plan.tiles.sums) {
+    if (!plan.tiles.sums && !plan.planes.sums) {
       status = launch_blocks("depthwise_sum", depthwise_sum_kernel<T, kKernel>, plan.dw_blocks, 0, stream, p, du,
                              plan.du_strides, weight, bias, plan.dw_split.pixels,
                              static_cast<unsigned>(plan.dw_channel_tiles), static_cast<unsigned>(plan.dw_tap_groups));
     }
     if constexpr (sizeof(T) < 8) {
-      if (plan.tiles.sums && status.error == 0) {
+      if (plan.tiles.sums) {
         status = launch_depthwise_sum_tiles<T>(p, plan.tiles, du, plan.du_strides, weight, bias, stream);
       }
     }

@@ -156,8 +156,8 @@ template <typename T_, bool kAlongC_>
 struct PointwiseSumMmaTraits {
   using T = T_;
   static constexpr bool kAlongC = kAlongC_;  // of x
-  static constexpr int kPixels = kBackwardPixels, kOut = kBackwardOut, kMid = kBackwardMid;
   static constexpr int kElement = static_cast<int>(sizeof(T));
+  static constexpr int kPixels = sum_pixels(kElement), kOut = kBackwardOut, kMid = kBackwardMid;
   static constexpr int kWarpColumns = kMid / 16;
   static_assert(kOut / 32 * kWarpColumns == kWarpsOfBlock, "the warps tile the block");
   using Input = BoxInput<T, kAlongC, kPixels>;
@@ -178,7 +178,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   DSCONV_DYNAMIC_SHARED(unsigned char, shared);
   const MmaSumShared& at = plan.sum_shared;
   const Geometry& g = p.geom;
-  const PixelBox& box = plan.box;
+  const PixelBox& box = plan.sum_box;
   const unsigned mid_tiles = weight_partial != nullptr ? static_cast<unsigned>(plan.mid_tiles) : 1;
   const unsigned tile = blockIdx.x % (static_cast<unsigned>(plan.out_tiles) * mid_tiles);
   const int64_t split = blockIdx.x / (static_cast<unsigned>(plan.out_tiles) * mid_tiles);

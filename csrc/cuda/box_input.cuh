@@ -85,9 +85,10 @@ DSCONV_DEVICE int32_t first_column(const PixelBox& box, const BoxPlace& place, c
   return column & ~(box.copy_bytes / element - 1);
 }
 
+// channels: of a chunk, where columns lie together.
 template <bool kAlongC>
 DSCONV_DEVICE void fill_spans(const PixelBox& box, const BoxPlace& place, const Geometry& g, const Strides& strides,
-                              int element, Span* spans) {
+                              int element, Span* spans, int channels = 0) {
   const int32_t piece = kAlongC ? 1 : box.copy_bytes / element;  // columns
   const unsigned pieces = static_cast<unsigned>(box.in_w / piece), kernel_d = static_cast<unsigned>(g.kernel_d);
   const int32_t row0 = place.row * static_cast<int32_t>(g.stride_h) - static_cast<int32_t>(g.pad_top);
@@ -108,7 +109,12 @@ DSCONV_DEVICE void fill_spans(const PixelBox& box, const BoxPlace& place, const 
     const int bytes = exists ? clamped(int64_t{g.w_in - column} * element, box.copy_bytes) : 0;
     const int32_t target =
         static_cast<int32_t>(plane) * box.plane_pitch + r * box.row_pitch + column_in_box * box.column_pitch;
-    const int64_t source = (slice.n - place.n) * strides.n + depth * strides.d + row * strides.h + column * strides.w;
+    int64_t source = (slice.n - place.n) * strides.n + depth * strides.d + row * strides.h + column * strides.w;
+    if (!kAlongC && box.run_bytes > 0) {  // in a channel's run
+      const int32_t first_row = row0 > 0 ? row0 : 0;
+      source = (row - first_row) * static_cast<int32_t>(g.w_in) + column;
+      if (in_box > 0) source += int64_t{in_box} * box.run_bytes / element * channels;
+    }
     spans[i] = {exists ? static_cast<int32_t>(source) : -1, target * 32 + bytes};
   }
 }
@@ -187,8 +193,8 @@ DSCONV_DEVICE void with_copy_bytes(int bytes, const F& f) {
 }
 
 // One chunk of x, channels c0 ..; x points to the first channel of the box's first image. The caller commits, waits and
-// puts the barriers.
-template <typename T, bool kAlongC>
+// puts the barriers. kChannels: of a chunk where columns lie together.
+template <typename T, bool kAlongC, int kChannels = kChunkChannels<T>>
 DSCONV_DEVICE void stage_x(const PixelBox& box, const DepthwiseInput<T>& in, const T* x, int32_t c0, const Span* spans,
                            unsigned char* staged) {
   constexpr int kElement = static_cast<int>(sizeof(T));
@@ -211,7 +217,7 @@ DSCONV_DEVICE void stage_x(const PixelBox& box, const DepthwiseInput<T>& in, con
       }
     } else {
 #pragma unroll 1
-      for (int k = thread / 32; k < kChunkChannels<T>; k += kBlockThreads / 32) {
+      for (int k = thread / 32; k < kChannels; k += kBlockThreads / 32) {
         const int32_t c = c0 + k;
         const T* plane = x + (multiplier == 1 ? c : c / multiplier) * in.strides.c;
         unsigned char* target = staged + k * box.channel_pitch;
@@ -225,6 +231,73 @@ DSCONV_DEVICE void stage_x(const PixelBox& box, const DepthwiseInput<T>& in, con
       }
     }
   });
+}
+
+// One chunk of x in runs (pixel_box.h), in place of stage_x: spread_runs() puts their elements where they belong.
+template <typename T, int kChannels = kChunkChannels<T>>
+DSCONV_DEVICE void stage_runs(const PixelBox& box, const DepthwiseInput<T>& in, const BoxPlace& place, int32_t c0,
+                              unsigned char* staged) {
+  constexpr int kVec = kVecWidth<T>;
+  const Geometry& g = in.geom;
+  const int32_t row0 = place.row * static_cast<int32_t>(g.stride_h) - static_cast<int32_t>(g.pad_top);
+  const int32_t first_row = row0 > 0 ? row0 : 0, h_in = static_cast<int32_t>(g.h_in);
+  const int32_t end_row = row0 + box.in_h < h_in ? row0 + box.in_h : h_in;
+  const int32_t length = (end_row - first_row) * static_cast<int32_t>(g.w_in);
+  const unsigned pieces = static_cast<unsigned>(box.run_bytes) / 16,
+                 count = static_cast<unsigned>(box.n) * kChannels * pieces;
+  unsigned char* runs = staged + box.runs_at;
+#pragma unroll 1
+  for (unsigned i = static_cast<unsigned>(thread_here()); i < count; i += kBlockThreads) {
+    const unsigned run = i / pieces, image = run / kChannels;
+    const int32_t c = c0 + static_cast<int32_t>(run % kChannels);
+    const int64_t n = place.n + image;
+    if (n >= g.n || c >= g.c_in) continue;
+    const int64_t start = n * in.strides.n + c * in.strides.c + int64_t{first_row} * g.w_in;
+    const int32_t skipped = static_cast<int32_t>(start % kVec), first = static_cast<int32_t>(i - run * pieces) * kVec;
+    const int32_t left = skipped + length - first;
+    if (left <= 0) continue;
+    cp_async<16>(runs + i * 16, in.x + (start - skipped + first),
+                 (left < kVec ? left : kVec) * static_cast<int>(sizeof(T)));
+  }
+}
+
+// The caller puts barriers before and behind it.
+template <typename T, int kChannels = kChunkChannels<T>>
+DSCONV_DEVICE void spread_runs(const PixelBox& box, const DepthwiseInput<T>& in, const BoxPlace& place, int32_t c0,
+                               const Span* spans, unsigned char* staged) {
+  const Geometry& g = in.geom;
+  const int32_t row0 = place.row * static_cast<int32_t>(g.stride_h) - static_cast<int32_t>(g.pad_top);
+  const int64_t first = int64_t{row0 > 0 ? row0 : 0} * g.w_in;
+  const int thread = thread_here();
+  const auto spread = [&](auto piece) {
+    using Piece = decltype(piece);
+    constexpr int kElements = static_cast<int>(sizeof(Piece) / sizeof(T));
+#pragma unroll 1
+    for (int k = thread / 32; k < kChannels; k += kBlockThreads / 32) {
+      const int32_t c = c0 + k;
+      const int32_t skipped = static_cast<int32_t>((c * in.strides.c + first) % kVecWidth<T>);
+      const T* run = reinterpret_cast<const T*>(staged + box.runs_at + k * box.run_bytes) + skipped;
+      unsigned char* target = staged + k * box.channel_pitch;
+#pragma unroll 2
+      for (int i = thread % 32; i < box.spans; i += 32) {
+        const Span span = spans[i];
+        Piece value = {};
+        if (span.source >= 0 && c < g.c_mid) {
+          if (span.target % 32 == static_cast<int>(sizeof(Piece))) {
+            value = *reinterpret_cast<const Piece*>(run + span.source);
+          } else if constexpr (kElements > 1) {
+            value.v[0] = run[span.source];
+          }
+        }
+        *reinterpret_cast<Piece*>(target + (span.target >> 5)) = value;
+      }
+    }
+  };
+  if (box.copy_bytes == static_cast<int32_t>(sizeof(T))) {
+    spread(Vec<T, 1>{});
+  } else {
+    spread(Vec<T, 4 / sizeof(T)>{});
+  }
 }
 
 // A run of `count` elements, and zeros behind them to `room`, a multiple of 16 bytes.
@@ -370,8 +443,10 @@ DSCONV_DEVICE void unrolled_patch(const unsigned char* x, int32_t row_pitch, con
 #pragma unroll 1
   for (int row = kStride; row < kKernel; ++row, x += row_pitch) {
     load_taps(row - kStride, lower);
+    // At stride 2 the row is read once for each row of outputs: the taps of both beside eleven values would spill.
+    if constexpr (kStride == 2) patch_row<false, true, T, kUnit, kKernel, kStride>(x, upper, lower, z);
     load_taps(row, upper);
-    patch_row<true, true, T, kUnit, kKernel, kStride>(x, upper, lower, z);
+    patch_row<true, kStride == 1, T, kUnit, kKernel, kStride>(x, upper, lower, z);
   }
 #pragma unroll 1
   for (int row = kKernel; row < kKernel + kStride; ++row, x += row_pitch) {
@@ -491,21 +566,31 @@ struct BoxInput {
   // The caller puts a barrier behind it.
   DSCONV_DEVICE void fill_tables(const Strides& offset_strides) const {
     constexpr int kElement = static_cast<int>(sizeof(T));
-    if (box.staged) fill_spans<kAlongC>(box, place, in.geom, in.strides, kElement, spans());
+    if (box.staged) fill_spans<kAlongC>(box, place, in.geom, in.strides, kElement, spans(), kChunkChannels<T>);
     fill_strips<kAlongC, kSlots>(box, place, in.geom, kElement, strips());
     fill_offsets<kSlots>(box, place, in.geom, offset_strides, offsets());
   }
 
   DSCONV_DEVICE void stage(int32_t c0, unsigned char* staged, unsigned char* taps) const {
     if (!box.staged) return;
-    stage_x<T, kAlongC>(box, in, in.x + place.n * in.strides.n, c0, spans(), staged);
+    if (!kAlongC && box.run_bytes > 0) {
+      stage_runs<T>(box, in, place, c0, staged);
+    } else {
+      stage_x<T, kAlongC>(box, in, in.x + place.n * in.strides.n, c0, spans(), staged);
+    }
     if (box.tap_bytes > 0) stage_taps(in, c0, reinterpret_cast<T*>(taps));
   }
 
   // Slots without a pixel become zero where kZeroed; else they hold anything.
   template <bool kZeroed>
-  DSCONV_DEVICE void compute(Middle middle, int32_t c0, const unsigned char* staged, const unsigned char* taps,
+  DSCONV_DEVICE void compute(Middle middle, int32_t c0, unsigned char* staged, const unsigned char* taps,
                              unsigned char* tile) const {
+    if constexpr (!kAlongC) {
+      if (box.run_bytes > 0) {
+        spread_runs<T>(box, in, place, c0, spans(), staged);
+        __syncthreads();
+      }
+    }
     const int thread = thread_here();
     constexpr int kItemsAtOnce = kAlongC ? kBlockThreads / (kChunkBytes / 4) : kBlockThreads / kStrips;
     constexpr int kItems = kAlongC ? kStrips : kChunkChannels<T>;

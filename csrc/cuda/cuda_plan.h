@@ -7,6 +7,7 @@
 
 #include "../params.h"
 #include "cuda_cost.h"
+#include "depthwise_planes_plan.h"
 #include "depthwise_tiles_plan.h"
 #include "mma_plan.h"
 
@@ -280,7 +281,9 @@ struct BackwardPlan {
   PixelSplit dw_split;
   int64_t dw_channel_tiles, dw_tap_groups, dw_blocks;
 
-  DepthwiseTilesPlan tiles;  // in place of the kernels that grad_x_blocks and dw_blocks are for, where it says so
+  // In place of the kernels that grad_x_blocks and dw_blocks are for, where they say so.
+  DepthwiseTilesPlan tiles;
+  DepthwisePlanesPlan planes;
 
   bool tensor_cores;  // stage P is backward_mma.cuh, by `mma`; du_pixel_tiles and pw_split count boxes and their slots
   MmaBackwardPlan mma;
@@ -323,7 +326,7 @@ inline BackwardPlan plan_backward(const BackwardParams& p, const DeviceLimits& d
     plan.du_blocks = plan.du_pixel_tiles * plan.du_channel_tiles;
     plan.pw_out_tiles = plan.mma.out_tiles;
     plan.pw_mid_tiles = p.grad_pw_weight != nullptr ? plan.mma.mid_tiles : 1;
-    plan.pw_split = {plan.mma.splits, plan.mma.boxes_of_split * kBackwardPixels};
+    plan.pw_split = {plan.mma.splits, plan.mma.boxes_of_split * sum_pixels(mma_element_bytes(p.dtype))};
     plan.pw_blocks = plan.pw_split.count * plan.pw_out_tiles * plan.pw_mid_tiles;
   }
 
@@ -341,6 +344,15 @@ inline BackwardPlan plan_backward(const BackwardParams& p, const DeviceLimits& d
     plan.dw_channel_tiles = plan.tiles.chunks;
     plan.dw_tap_groups = 1;
     plan.dw_blocks = plan.tiles.splits * plan.tiles.chunks;
+  }
+  plan.planes = plan_depthwise_planes(p, plan.du_strides, plan.dw_sums, device);
+  if (plan.planes.grad_x) plan.grad_x_blocks = plan.planes.splits * plan.planes.chunks;
+  if (plan.planes.sums) {
+    plan.dw_split = {plan.planes.splits,
+                     plan.planes.boxes_of_split * plan.planes.box.n * plan.planes.box.h * plan.planes.box.w};
+    plan.dw_channel_tiles = plan.planes.chunks;
+    plan.dw_tap_groups = 1;
+    plan.dw_blocks = plan.planes.splits * plan.planes.chunks;
   }
 
   size_t at = 0;

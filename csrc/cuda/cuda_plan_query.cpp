@@ -20,11 +20,13 @@ ForwardParams forward_params(const PlanQuery& query) {
 
 // Every gradient; where they lie does not matter to the planner.
 BackwardParams backward_params(const PlanQuery& query) {
-  static char grad;
+  alignas(256) static char grad;
   BackwardParams p{};
   p.geom = geometry_of(query);
   p.dtype = dtype_of(query);
   p.x_layout = p.dy_layout = p.grad_x_layout = layout_of(query);
+  p.x_strides = dense_strides(p.x_layout, p.geom.c_in, p.geom.d_in, p.geom.h_in, p.geom.w_in);
+  p.grad_x_strides = p.x_strides;
   p.act = middle_of(query);
   p.grad_x = p.grad_dw_weight = p.grad_pw_weight = p.grad_dw_bias = p.grad_pw_bias = &grad;
   return p;

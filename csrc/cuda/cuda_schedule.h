@@ -119,10 +119,9 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
       sum.name = "pointwise_sum_mma";
       sum.tile_rows = kBackwardOut;
       sum.tile_columns = kBackwardMid;
-      sum.tile_depth = kBackwardPixels;
+      sum.tile_depth = sum_pixels(bytes.element);
       sum.shared_bytes = plan.mma.sum_shared.bytes;
-      sum.multiply_adds = mma_work(plan.pw_blocks * plan.mma.boxes_of_split * kBackwardPixels * kBackwardMid,
-                                   kBackwardOut, 2 * taps + 8);
+      sum.multiply_adds = mma_work(plan.pw_blocks * plan.pw_split.pixels * kBackwardMid, kBackwardOut, 2 * taps + 8);
     }
     schedule.add(sum);
     if (p.grad_pw_weight != nullptr) {
@@ -130,7 +129,21 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
     }
     if (p.grad_pw_bias != nullptr) schedule.add(sum_of("sum_partials, pw_bias", plan.pw_split.count, g.c_out, bytes));
   }
-  if (p.grad_x != nullptr) {
+  const DepthwisePlanesPlan& planes = plan.planes;
+  if (planes.grad_x || planes.sums) {
+    KernelCost both = plain_kernel("depthwise_planes", planes.splits * planes.chunks);
+    both.rate = rate;
+    both.stages = 1;
+    both.shared_bytes = planes.bytes;
+    const int64_t made = (planes.grad_x ? 1 : 0) + (planes.sums ? 1 : 0), read = planes.sums ? bytes.x : 0;
+    const int64_t partial = planes.sums ? planes.splits * g.c_mid * taps * bytes.accumulator : 0;
+    both.multiply_adds = static_cast<double>(made * pixels * g.c_mid) * static_cast<double>(2 * taps);
+    both.dram_bytes = bytes.z + read + (planes.grad_x ? bytes.x : 0) + bytes.dw_weight + partial;
+    both.l2_bytes =
+        both.dram_bytes - bytes.z + planes.box.tiles * g.c_mid * box_elements(planes.box, planes.cells) * bytes.element;
+    schedule.add(both);
+  }
+  if (p.grad_x != nullptr && !planes.grad_x) {
     KernelCost grad_x = plain_kernel("grad_x", plan.grad_x_blocks);
     grad_x.rate = rate;
     grad_x.multiply_adds = static_cast<double>(pixels * g.c_mid) * static_cast<double>(2 * taps);
@@ -145,7 +158,7 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
     }
     schedule.add(grad_x);
   }
-  if (plan.dw_sums) {
+  if (plan.dw_sums && !planes.sums) {
     KernelCost sum = plain_kernel("depthwise_sum", plan.dw_blocks);
     sum.shared_bytes = kBlockThreads * bytes.accumulator;
     sum.rate = rate;
@@ -161,6 +174,8 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
           bytes.z + plan.tiles.sum_box.tiles * g.c_mid * box_elements(plan.tiles.sum_box, g) * bytes.element + partial;
     }
     schedule.add(sum);
+  }
+  if (plan.dw_sums) {
     if (p.grad_dw_weight != nullptr) {
       schedule.add(sum_of("sum_partials, dw_weight", plan.dw_split.count, g.c_mid * taps, bytes));
     }

@@ -51,7 +51,14 @@ inline Geometry cells_of(const Geometry& g) {
   axis(g.w_in, g.w_out, g.kernel_w, g.stride_w, g.pad_left, g.dilation_w, cells.w_in, cells.w_out, cells.kernel_w,
        cells.stride_w, cells.pad_left);
   cells.c_in = g.c_mid;
+  cells.multiplier = 1;
   return cells;
+}
+
+// Whether the pixels of x can be taken together to cells.
+inline bool have_cells(const Geometry& g) {
+  return (g.stride_d == 1 || g.dilation_d == 1) && (g.stride_h == 1 || g.dilation_h == 1) &&
+         (g.stride_w == 1 || g.dilation_w == 1);
 }
 
 // 3 or 5 for square kernels of that extent at stride 1 or 2, with or without a depth: their taps of a kd are unrolled.
@@ -91,9 +98,7 @@ inline DepthwiseTilesPlan plan_depthwise_tiles(const BackwardParams& p, const St
     s.bytes = static_cast<int32_t>(at);
     return s;
   };
-  if (p.grad_x != nullptr && p.grad_x_layout == Layout::nhwc && g.multiplier == 1 &&
-      (g.stride_d == 1 || g.dilation_d == 1) && (g.stride_h == 1 || g.dilation_h == 1) &&
-      (g.stride_w == 1 || g.dilation_w == 1)) {
+  if (p.grad_x != nullptr && p.grad_x_layout == Layout::nhwc && g.multiplier == 1 && have_cells(g)) {
     plan.cells = cells_of(g);
     plan.cell_box = plan_box(plan.cells, {nullptr, du_strides, Layout::nhwc, element}, kTilePixels, most / 2);
     plan.cell_shared = shared_of(plan.cell_box, 0);

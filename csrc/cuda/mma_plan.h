@@ -126,7 +126,8 @@ inline double box_wavefronts(const PixelBox& box, const Geometry& g, Layout layo
   if (looped) {
     loads = taps * ((slides ? pixels / 4 : pixels) + unit);
   } else if (along_c) {
-    loads = (3 * g.stride_w + g.kernel_w) * (g.stride_h + g.kernel_h) +
+    const int64_t again = box.kernel == BoxKernel::k5s2 ? g.kernel_h - g.stride_h : 0;  // rows
+    loads = (3 * g.stride_w + g.kernel_w) * (g.stride_h + g.kernel_h + again) +
             (g.kernel_h == 3 ? taps : (2 * g.kernel_h) * g.kernel_w * unit);
   } else {
     loads = (3 * g.stride_h + g.kernel_h) * g.kernel_w + taps;
@@ -153,8 +154,12 @@ inline double mma_forward_wavefronts(const ForwardParams& p, const MmaForwardPla
 
 // ---------------------------------------------------------------------------------------------------------- backward
 
-// Both backward kernels: pixels of a box, mid channels and (grad_pw_weight) output channels of a block.
+// Backward: pixels of a box of the kernel of du, mid channels and (grad_pw_weight) output channels of a block.
 constexpr int kBackwardPixels = 128, kBackwardMid = 64, kBackwardOut = 64;
+
+// Pixels of a box of the kernel of grad_pw_weight: with floats half as many, so that two blocks share the 100 KiB of
+// sm_86, sm_89 and sm_120.
+constexpr int sum_pixels(int64_t element) { return element == 4 ? kBackwardPixels / 2 : kBackwardPixels; }
 
 struct MmaDuShared {
   int32_t weights, scratch, taps, dy_offsets, saved_offsets, bytes;  // g is at 0, two stages
@@ -167,7 +172,7 @@ struct MmaSumShared {
 };
 
 struct MmaBackwardPlan {
-  PixelBox box;
+  PixelBox box, sum_box;  // of the two kernels
   int32_t mid_tiles, out_tiles;
   int64_t splits, boxes_of_split;  // of grad_pw_weight and grad_pw_bias
   MmaDuShared du_shared;
@@ -177,20 +182,26 @@ struct MmaBackwardPlan {
 inline MmaBackwardPlan plan_mma_backward(const BackwardParams& p, const DeviceLimits& device) {
   const Geometry& g = p.geom;
   const int64_t element = mma_element_bytes(p.dtype);
-  const int64_t products = kBackwardPixels * (kBackwardOut + kBackwardMid) * element;
+  const int64_t pixels_of_sum = sum_pixels(element);
   MmaBackwardPlan plan{};
   // Room beside the products' tiles for a chunk of x, its table of spans (an eighth of it) and the other tables.
-  const int64_t room = (device.shared_per_block - products - 14 * 1024) * 8 / 9, most = device.shared_per_block * 2 / 5;
-  plan.box = plan_box(g, box_source(p), kBackwardPixels, room < most ? room : most);
+  const auto box_of = [&](int64_t pixels) {
+    const int64_t products = pixels * (kBackwardOut + kBackwardMid) * element;
+    const int64_t room = (device.shared_per_block - products - 14 * 1024) * 8 / 9;
+    const int64_t most = device.shared_per_block * 2 / 5;
+    return plan_box(g, box_source(p), pixels, room < most ? room : most);
+  };
+  plan.box = box_of(kBackwardPixels);
+  plan.sum_box = pixels_of_sum == kBackwardPixels ? plan.box : box_of(pixels_of_sum);
   plan.mid_tiles = static_cast<int32_t>(box_ceil_div(g.c_mid, kBackwardMid));
   plan.out_tiles = static_cast<int32_t>(box_ceil_div(g.c_out, kBackwardOut));
 
   // Two waves of blocks, none without a box.
   const int64_t tiles = int64_t{plan.out_tiles} * (p.grad_pw_weight != nullptr ? plan.mid_tiles : 1);
   const int64_t wanted = box_ceil_div(4 * device.multiprocessors, tiles > 0 ? tiles : 1);
-  const int64_t splits = wanted < plan.box.tiles ? wanted : plan.box.tiles;
-  plan.boxes_of_split = box_ceil_div(plan.box.tiles, splits > 0 ? splits : 1);
-  plan.splits = box_ceil_div(plan.box.tiles, plan.boxes_of_split > 0 ? plan.boxes_of_split : 1);
+  const int64_t splits = wanted < plan.sum_box.tiles ? wanted : plan.sum_box.tiles;
+  plan.boxes_of_split = box_ceil_div(plan.sum_box.tiles, splits > 0 ? splits : 1);
+  plan.splits = box_ceil_div(plan.sum_box.tiles, plan.boxes_of_split > 0 ? plan.boxes_of_split : 1);
 
   int64_t at = 0;
   const auto take = [&](int64_t bytes) {
@@ -198,11 +209,11 @@ inline MmaBackwardPlan plan_mma_backward(const BackwardParams& p, const DeviceLi
     at += box_round_up(bytes, 16);
     return static_cast<int32_t>(begin);
   };
-  const auto take_tables = [&](BoxTables& tables, int32_t& saved) {
-    tables.spans = take(8 * int64_t{plan.box.spans});
-    tables.strips = take(8 * kBackwardPixels / kStripPixels);
-    tables.offsets = take(8 * kBackwardPixels);
-    saved = take(8 * kBackwardPixels);
+  const auto take_tables = [&](const PixelBox& box, int64_t pixels, BoxTables& tables, int32_t& saved) {
+    tables.spans = take(8 * int64_t{box.spans});
+    tables.strips = take(8 * pixels / kStripPixels);
+    tables.offsets = take(8 * pixels);
+    saved = take(8 * pixels);
   };
   const int64_t slices = kWarpsOfBlock * slice_bytes({0, 0, 32, 32});
   MmaDuShared& du = plan.du_shared;
@@ -211,15 +222,15 @@ inline MmaBackwardPlan plan_mma_backward(const BackwardParams& p, const DeviceLi
   du.scratch = take(plan.box.stage_bytes > slices ? plan.box.stage_bytes : slices);
   du.taps = take(plan.box.tap_bytes);
   du.dy_offsets = take(8 * kBackwardPixels);
-  take_tables(du.tables, du.saved_offsets);
+  take_tables(plan.box, kBackwardPixels, du.tables, du.saved_offsets);
   du.bytes = static_cast<int32_t>(at);
   at = 0;
   MmaSumShared& sum = plan.sum_shared;
-  take(kBackwardPixels * kBackwardOut * element);
-  sum.z = take(kBackwardPixels * kBackwardMid * element);
-  sum.scratch = take(plan.box.stage_bytes);
-  sum.taps = take(plan.box.tap_bytes);
-  take_tables(sum.tables, sum.saved_offsets);
+  take(pixels_of_sum * kBackwardOut * element);
+  sum.z = take(pixels_of_sum * kBackwardMid * element);
+  sum.scratch = take(plan.sum_box.stage_bytes);
+  sum.taps = take(plan.sum_box.tap_bytes);
+  take_tables(plan.sum_box, pixels_of_sum, sum.tables, sum.saved_offsets);
   sum.bytes = static_cast<int32_t>(at);
   return plan;
 }

@@ -14,6 +14,9 @@
 // A chunk is kChunkBytes of channels. In shared memory x lies as in global memory, with pitches of its own: channels of
 // a pixel together (nhwc), or columns of a row together (nchw); there the staged columns start at a multiple of the
 // copied piece, so that source and target have the same alignment.
+//
+// Where rows are so short or so unaligned that a piece is four bytes or less (nchw, boxes of whole rows, 2-D), the rows
+// of a channel and image, adjacent in memory, come 16 bytes at a time as one run, and go from there to their places.
 #pragma once
 
 #include <cstddef>
@@ -46,8 +49,10 @@ struct PixelBox {
   int32_t copy_bytes;                                           // of one copy; the size of an element: one by one
   int32_t column_pitch, row_pitch, plane_pitch, channel_pitch;  // bytes
   int32_t spans;                                                // pixels (nhwc) or pieces of rows (nchw) staged
-  int32_t stage_bytes;                                          // of one chunk of x
-  int32_t tap_bytes;                                            // of one chunk of dw_weight and dw_bias; 0: not staged
+  int32_t stage_bytes;                                          // of one chunk of x, runs behind what is read
+  int32_t run_bytes;  // of a channel's rows of an image as they are in memory, with their alignment; 0: no runs
+  int32_t runs_at;    // byte in the staged chunk: [image][channel] runs
+  int32_t tap_bytes;  // of one chunk of dw_weight and dw_bias; 0: not staged
 };
 
 constexpr int64_t box_ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -63,7 +68,8 @@ struct BoxSource {
   const void* x;
   Strides strides;
   Layout layout;
-  int64_t element;  // bytes
+  int64_t element;       // bytes
+  int64_t channels = 0;  // of a chunk, nchw; 0: kChunkBytes of them
 };
 
 // The widest piece, at most 16 bytes, that source and target can be copied by.
@@ -83,16 +89,23 @@ inline int32_t box_copy_bytes(const Geometry& g, const BoxSource& s) {
   return static_cast<int32_t>(s.element);
 }
 
-// Fills in what follows from n, h, w, strips_down and flat; `staged` stays false where 32 bits do not hold a box's
-// offsets.
-inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int32_t copy_bytes, int64_t most_bytes) {
+// Whether rows follow each other without a gap, and every image begins at a multiple of 16 bytes.
+inline bool has_runs(const Geometry& g, const BoxSource& s) {
+  return reinterpret_cast<uintptr_t>(s.x) % 16 == 0 && g.d_in == 1 && g.d_out == 1 && g.multiplier == 1 &&
+         (g.n == 1 || s.strides.n * s.element % 16 == 0) && (g.h_in == 1 || s.strides.h == g.w_in);
+}
+
+// Fills in what follows from n, h, w, strips_down and flat, rows row_pad bytes further apart (nchw); `staged` stays
+// false where 32 bits do not hold a box's offsets.
+inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int32_t copy_bytes, int64_t most_bytes,
+                       int64_t row_pad = 0) {
   box.tiles_h = box_ceil_div(g.h_out, box.h);
   box.tiles_w = box_ceil_div(g.w_out, box.w);
   box.tiles = box_ceil_div(output_slices(g), box.n) * box.tiles_h * box.tiles_w;
   const int64_t in_h = (box.h - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
   int64_t in_w = (box.w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1;
   const int64_t planes = box.n * g.kernel_d;
-  int64_t column = kChunkBytes, row = 0, channel = s.element, spans = 0, bytes = 0;
+  int64_t column = kChunkBytes, row = 0, channel = s.element, spans = 0, bytes = 0, run = 0, runs_at = 0;
   if (s.layout == Layout::nhwc) {
     row = in_w * kChunkBytes;
     // Neighbouring half warps read two output rows further on: from the other half of the banks.
@@ -103,10 +116,16 @@ inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int
     column = s.element;
     const int64_t piece = copy_bytes / s.element;
     in_w = box_round_up(in_w + piece - 1, piece);
-    row = in_w * s.element;
+    row = in_w * s.element + row_pad;
     channel = box_round_up(planes * in_h * row, 16);
     spans = planes * in_h * (in_w / piece);
-    bytes = channel * (kChunkBytes / s.element);
+    const int64_t channels = s.channels > 0 ? s.channels : kChunkBytes / s.element;
+    bytes = runs_at = channel * channels;
+    if (copy_bytes <= 4 && box.tiles_w == 1 && has_runs(g, s)) {
+      const int64_t rows = in_h < g.h_in ? in_h : g.h_in;
+      run = box_round_up(rows * g.w_in * s.element, 16) + 16;
+      bytes += box.n * channels * run;
+    }
   }
   constexpr int64_t kLimit = int64_t{1} << 31;
   const auto reach = [](int64_t extent, int64_t stride) { return (extent - 1) * stride; };
@@ -136,6 +155,50 @@ inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int
   box.channel_pitch = static_cast<int32_t>(channel);
   box.spans = static_cast<int32_t>(spans);
   box.stage_bytes = static_cast<int32_t>(box_round_up(bytes, 16));
+  box.run_bytes = static_cast<int32_t>(run);
+  box.runs_at = static_cast<int32_t>(runs_at);
+}
+
+// Wavefronts of shared memory that the first warps of an nchw box's strips, down its columns, take for a value each.
+// A channel has so many strips that whole warps, or a part of one, are its.
+inline int64_t strip_wavefronts(const PixelBox& box, const Geometry& g, int64_t strips, int64_t element) {
+  const int64_t height = box.h / kStripPixels, used = box.n * height * box.w;
+  int64_t wavefronts = 0;
+  for (int64_t first = 0; first < 64; first += 32) {
+    for (int64_t shift = 0; shift < 4; shift += element) {
+      int64_t words[32] = {}, in_bank[32] = {}, most = 0;
+      for (int64_t lane = 0; lane < 32; ++lane) {
+        const int64_t channel = (first + lane) / strips, strip = first + lane - channel * strips;
+        const int64_t line = strip / box.w, column = strip - line * box.w;
+        const int64_t slice = line / height, row = (line - slice * height) * kStripPixels;
+        const int64_t byte = channel * box.channel_pitch + slice * g.kernel_d * box.plane_pitch +
+                             row * g.stride_h * box.row_pitch + column * g.stride_w * element + shift;
+        words[lane] = strip < used ? byte / 4 : -1;
+        bool found = strip >= used;
+        for (int64_t other = 0; other < lane; ++other) found = found || words[other] == words[lane];
+        if (!found && ++in_bank[byte / 4 % 32] > most) most = in_bank[byte / 4 % 32];
+      }
+      wavefronts += most;
+    }
+  }
+  return wavefronts;
+}
+
+// Puts the rows of an nchw box so far apart that its strips are in different banks, as far as that can be.
+inline void spread_rows(PixelBox& box, const Geometry& g, const BoxSource& s, int64_t slots, int64_t most_bytes) {
+  const int64_t strips = slots / kStripPixels;
+  if (!box.staged || !box.strips_down) return;
+  PixelBox padded = box;
+  int64_t least = strip_wavefronts(box, g, strips, s.element);
+  const int64_t conflict_free = 2 * 4 / s.element;
+  for (int64_t pad = box.copy_bytes; pad < 64 && least > conflict_free; pad += box.copy_bytes) {
+    finish_box(padded, g, s, box.copy_bytes, most_bytes, pad);
+    if (!padded.staged) return;
+    const int64_t found = strip_wavefronts(padded, g, strips, s.element);
+    if (found >= least) continue;
+    least = found;
+    box = padded;
+  }
 }
 
 // Elements of one channel of x that a box reads: its rows and the halo around them, inside the image; each plane as
@@ -201,6 +264,7 @@ inline PixelBox plan_box(const Geometry& g, const BoxSource& s, int64_t slots, i
     }
     if (parts >= 16 && best.n != 0 && (best.staged || w <= columns_step)) break;
   }
+  spread_rows(best, g, s, slots, most_bytes);
   return best;
 }
 
