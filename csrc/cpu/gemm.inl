@@ -153,8 +153,8 @@ static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& ta
 }
 
 // The next smaller of the register blocks that fewer rows are cut into: a half, then 4, 2 and 1, and above that `fine`
-// every even number down to 8. Columns of output channels are seldom a multiple of kMicroRows, and a block of less than 8
-// accumulators waits for its additions.
+// every even number down to 8. Columns of output channels are seldom a multiple of kMicroRows, and a block of less than
+// 8 accumulators waits for its additions.
 constexpr int next_micro_rows(int rows, bool fine) {
   if (fine && rows > 8) return rows - 2;
   return rows == kMicroRows && rows > 8 ? rows / 2 : (rows > 4 ? (rows > 7 ? 7 : 4) : rows / 2);
