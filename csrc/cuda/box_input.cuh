@@ -571,26 +571,36 @@ struct BoxInput {
     fill_offsets<kSlots>(box, place, in.geom, offset_strides, offsets());
   }
 
-  DSCONV_DEVICE void stage(int32_t c0, unsigned char* staged, unsigned char* taps) const {
+  // x alone, which spread() makes ready once it is there.
+  DSCONV_DEVICE void stage_input(int32_t c0, unsigned char* staged) const {
     if (!box.staged) return;
     if (!kAlongC && box.run_bytes > 0) {
       stage_runs<T>(box, in, place, c0, staged);
     } else {
       stage_x<T, kAlongC>(box, in, in.x + place.n * in.strides.n, c0, spans(), staged);
     }
+  }
+
+  DSCONV_DEVICE void stage(int32_t c0, unsigned char* staged, unsigned char* taps) const {
+    stage_input(c0, staged);
     if (box.tap_bytes > 0) stage_taps(in, c0, reinterpret_cast<T*>(taps));
   }
 
-  // Slots without a pixel become zero where kZeroed; else they hold anything.
-  template <bool kZeroed>
-  DSCONV_DEVICE void compute(Middle middle, int32_t c0, unsigned char* staged, const unsigned char* taps,
-                             unsigned char* tile) const {
+  // Behind a barrier; ends with one where it does anything.
+  DSCONV_DEVICE void spread(int32_t c0, unsigned char* staged) const {
     if constexpr (!kAlongC) {
       if (box.run_bytes > 0) {
         spread_runs<T>(box, in, place, c0, spans(), staged);
         __syncthreads();
       }
     }
+  }
+
+  // Slots without a pixel become zero where kZeroed; else they hold anything.
+  template <bool kZeroed>
+  DSCONV_DEVICE void compute(Middle middle, int32_t c0, unsigned char* staged, const unsigned char* taps,
+                             unsigned char* tile) const {
+    spread(c0, staged);
     const int thread = thread_here();
     constexpr int kItemsAtOnce = kAlongC ? kBlockThreads / (kChunkBytes / 4) : kBlockThreads / kStrips;
     constexpr int kItems = kAlongC ? kStrips : kChunkChannels<T>;

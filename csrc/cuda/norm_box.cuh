@@ -111,10 +111,11 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) norm_box_kernel(NormPass pass
     const Input input{box, in, place, shared, plan.tables};
     input.fill_tables(plan.strides);
     __syncthreads();
-    if (box.staged) stage_x<T, kAlongC>(box, in, in.x + place.n * in.strides.n, c0, input.spans(), staged);
+    input.stage_input(c0, staged);
     cp_async_commit();
     cp_async_wait<0>();
     __syncthreads();
+    input.spread(c0, staged);
     make_z<T, kAlongC>(input, c0, staged, taps, shared);
     __syncthreads();
 #pragma unroll
