@@ -13,6 +13,7 @@ of summation.
 
 import argparse
 import copy
+import itertools
 import statistics
 import sys
 from collections import defaultdict
@@ -66,7 +67,7 @@ CHANNELS_LAST = {1: (), 2: (torch.channels_last,), 3: (torch.channels_last_3d,)}
 def stock_in_several_orders(plain: nn.Module, x: Tensor, dy: Tensor):
     for memory_format in (torch.contiguous_format, *CHANNELS_LAST[x.dim() - 2]):
         yield results(plain, x.contiguous(memory_format=memory_format), dy)
-    # Channels in the other order, images in the other order, pixels in the other order of both axes.
+    # Channels in the other order, images in the other order, pixels in every order of two axes.
     other = copy.deepcopy(plain)
     flips = {"depthwise.weight": 0, "depthwise.bias": 0, "pointwise.weight": 1}
     flips |= {f"bn1.{name}": 0 for name in ("weight", "bias", "running_mean", "running_var")}
@@ -79,17 +80,23 @@ def stock_in_several_orders(plain: nn.Module, x: Tensor, dy: Tensor):
     yield {name: value.flip(dims[name]) if name in dims else value for name, value in found.items()}
     found = results(plain, x.flip(0), dy.flip(0))
     yield {name: value.flip(0) if name in ("out", "grad x") else value for name, value in found.items()}
-    if x.dim() == 3:  # has no other axis
-        return
-    turned = copy.deepcopy(plain)
-    convolution = turned.depthwise
-    convolution.weight = nn.Parameter(convolution.weight.detach().mT.contiguous())
-    for attribute in ("stride", "padding", "dilation"):
-        given = getattr(convolution, attribute)
-        if given != "same":
-            setattr(convolution, attribute, (*given[:-2], *given[:-3:-1]))
-    found = results(turned, x.mT, dy.mT)
-    yield {n: v.mT if n in ("out", "grad x", "grad depthwise.weight") else v for n, v in found.items()}
+    for axes in itertools.combinations(range(2, x.dim()), 2):
+        turned = copy.deepcopy(plain)
+        convolution = turned.depthwise
+        convolution.weight = nn.Parameter(convolution.weight.detach().transpose(*axes).contiguous())
+        for attribute in ("stride", "padding", "dilation"):
+            given = getattr(convolution, attribute)
+            if given != "same":
+                setattr(convolution, attribute, exchanged(given, *(axis - 2 for axis in axes)))
+        found = results(turned, x.transpose(*axes), dy.transpose(*axes))
+        images = ("out", "grad x", "grad depthwise.weight")
+        yield {name: value.transpose(*axes) if name in images else value for name, value in found.items()}
+
+
+def exchanged(values: tuple, i: int, j: int) -> tuple:
+    values = list(values)
+    values[i], values[j] = values[j], values[i]
+    return tuple(values)
 
 
 @dataclass(frozen=True)
