@@ -115,14 +115,15 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) forward_mma_kernel(ForwardPar
   start_x(0);
   cp_async_commit();
   int32_t chunk = 0, tile = 0;
-  int stage = 0;
+  // Of the weights' two places that which this step reads.
+  const auto weight_stage = [&] { return (tile * chunks + chunk) & 1; };
 #pragma unroll 1
   while (tile < tiles) {
     cp_async_wait<0>();
     __syncthreads();
     const bool last = chunk + 1 == chunks;
     const int32_t next_chunk = last ? 0 : chunk + 1, next_tile = last ? tile + 1 : tile;
-    if (next_tile < tiles) start_weights(first_o + next_tile * Traits::kChannels, next_chunk, stage ^ 1);
+    if (next_tile < tiles) start_weights(first_o + next_tile * Traits::kChannels, next_chunk, weight_stage() ^ 1);
     if (tile == 0 && !last && plan.x_stages == 2) start_x(next_chunk);
     cp_async_commit();
 
@@ -145,7 +146,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) forward_mma_kernel(ForwardPar
     const auto z_at = Traits::ZFragments::of_a(m0);
     const auto weight_at = RowFragments<T, kChunkBytes>::of_b(n0);
     if (chunk == 0) own.clear();
-    const unsigned char* weight = weights + stage * Traits::kChannels * kChunkBytes;
+    const unsigned char* weight = weights + weight_stage() * Traits::kChannels * kChunkBytes;
 #pragma unroll
     for (int step = 0; step < kChunkBytes / 32; ++step) {
       own.template multiply<T, false, true>(z_at, z, weight_at, weight, step);
@@ -172,7 +173,6 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) forward_mma_kernel(ForwardPar
     }
     chunk = next_chunk;
     tile = next_tile;
-    stage ^= 1;
   }
   cp_async_wait<0>();
 }
