@@ -88,6 +88,7 @@ SHAPES = [
     (1, 3, 1, 5, 40, 50, 7, 3, 0, 0),
     (5, 64, 1, 64, 28, 28, 3, 1, 2, 2),
     (11, 250, 1, 220, 7, 7, 3, 1, 4, 2),
+    (1, 300, 1, 250, 7, 7, 3, 1, 2, 2),  # so few pixels that two and three threads share the output channels out
 ]
 
 

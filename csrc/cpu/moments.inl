@@ -182,7 +182,11 @@ static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scr
   T* memory = z + plan.tile_pixels * plan.mid_ld;
   double* mean = ctx.partial + group * 2 * c_mid + k;
   double* m2 = mean + c_mid;
-  for (int64_t i = 0; i < g.c_mid; i += 8) __builtin_prefetch(mean + i, 1, 3), __builtin_prefetch(m2 + i, 1, 3);
+  // Who merged the last call's has these lines still; they come while the first z is made.
+  constexpr int64_t kDoublesALine = kCacheLine / static_cast<int64_t>(sizeof(double));
+  const int lines = static_cast<int>(ceil_div(g.c_mid, kDoublesALine));
+  ask_for_lines(mean, kDoublesALine, lines);
+  ask_for_lines(m2, kDoublesALine, lines);
   const DepthwiseInput<S> in = {&g,
                                 &plan,
                                 static_cast<const S*>(ctx.x.data) + k * ctx.x.strides.c,
