@@ -29,6 +29,7 @@ namespace {
 constexpr int64_t kMaxGroups = 32;         // partial sums of a pass
 constexpr int64_t kZTileBytes = 48 << 10;  // z of the statistics pass: read twice after it is made
 constexpr int64_t kNormTileBytes = 16 << 10;
+constexpr int64_t kLeastPlane = 32;  // pixels
 using Ints = std::vector<int64_t>;
 
 // Chan's formula over the groups, in their order, into the first of them. to: [2][channels], mean and variance.
@@ -184,14 +185,31 @@ Tensor empty_output(NormCall& call, const Tensor& like) {
   return out;
 }
 
+// By planes where all tensors have them, and long enough for vectors of pixels.
+void choose_planes(NormCall& call) {
+  NormContext& ctx = call.ctx;
+  const int64_t plane = ctx.d * ctx.h * ctx.w, planes = ctx.n * ctx.channels;
+  const auto has_planes = [&](const ImageTensor& t) {
+    return t.layout == Layout::nchw && t.strides.w == 1 && t.strides.h == ctx.w &&
+           (ctx.d == 1 || t.strides.d == ctx.h * ctx.w);
+  };
+  ctx.planes = has_planes(ctx.v) && (ctx.grad.data == nullptr || has_planes(ctx.grad)) &&
+               (ctx.out == nullptr || ctx.out_layout == Layout::nchw) && plane >= kLeastPlane;
+  if (!ctx.planes) return;
+  const int64_t bytes = planes * plane * call.element;
+  ctx.groups = clamp64(ceil_div(bytes, kNormTileBytes), 1, planes < kMaxGroups ? planes : kMaxGroups);
+}
+
 void run_norm(NormCall& call, const double* vectors, const double* sums, double count, bool partial,
               void (*kernel)(const NormContext&, int64_t, void*), double* to) {
   NormContext& ctx = call.ctx;
+  if (vectors != nullptr) choose_planes(call);
+  const int64_t partials = ctx.planes ? ctx.n : ctx.groups;
   Workspace workspace(1);
   void* rows = nullptr;
   if (vectors != nullptr) workspace.reserve(&rows, kNormRows * ctx.ld * call.element);
   if (partial) {
-    workspace.reserve(reinterpret_cast<void**>(&ctx.partial), ctx.groups * 2 * ctx.channels * sizeof(double));
+    workspace.reserve(reinterpret_cast<void**>(&ctx.partial), partials * 2 * ctx.channels * sizeof(double));
   }
   workspace.allocate();
   if (vectors != nullptr) fill_norm_rows(call.element, ctx.channels, ctx.ld, vectors, sums, count, rows);
@@ -209,7 +227,7 @@ void run_norm(NormCall& call, const double* vectors, const double* sums, double 
   }
   for (int64_t i = 0; i < 2 * ctx.channels; ++i) {
     to[i] = 0;
-    for (int64_t group = 0; group < ctx.groups; ++group) to[i] += ctx.partial[group * 2 * ctx.channels + i];
+    for (int64_t part = 0; part < partials; ++part) to[i] += ctx.partial[part * 2 * ctx.channels + i];
   }
 }
 

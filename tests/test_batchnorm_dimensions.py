@@ -125,7 +125,9 @@ def test_any_strides(view, device):
     dy = torch.randn(2, 10, 17, 6, 7, device=device).transpose(1, 2)[:, :, ::2]
     for name, value in results(block, x, dy).items():
         expected = results(block, x.contiguous(), dy.contiguous())[name]
-        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-5)
+        # Dense planes are summed in another order.
+        rounding = 16 * torch.finfo(value.dtype).eps * max(1.0, expected.abs().max().item())
+        torch.testing.assert_close(value, expected, rtol=0, atol=rounding)
 
 
 @pytest.mark.one_isa

@@ -39,6 +39,7 @@ namespace avx512 {
 #include "depthwise.inl"
 #include "moments.inl"
 #include "norm.inl"
+#include "norm_planes.inl"
 #include "forward.inl"
 #include "turned.inl"
 #include "backward_norm.inl"

@@ -26,6 +26,7 @@ namespace generic {
 #include "depthwise.inl"
 #include "moments.inl"
 #include "norm.inl"
+#include "norm_planes.inl"
 #include "forward.inl"
 #include "turned.inl"
 #include "backward_norm.inl"

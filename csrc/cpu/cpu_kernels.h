@@ -99,8 +99,9 @@ struct NormContext {
   void* out;  // dense
   Layout out_layout;
   bool beyond_cache;    // v and out come from and go to DRAM
+  bool planes;          // all tensors are nchw with dense planes; groups are ranges of the n * channels planes
   const void* vectors;  // compute type, [7][ld]: mean, invstd, gamma, beta, scale, along, across
-  double* partial;      // [groups][2][channels]
+  double* partial;      // [groups][2][channels], of planes [n][2][channels]
 };
 
 struct DTypeKernels {

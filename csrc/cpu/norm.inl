@@ -7,7 +7,7 @@
 //   norm_backward  out = scale * g + along * vhat + across
 //
 // Tiles of some pixels, pixel-major. A tile is the tensor itself where it lies that way in the compute type and in
-// whole vectors, else a copy.
+// whole vectors, else a copy. nchw tensors whose planes are dense need no tiles: norm_planes.inl.
 #ifndef DSCONV_ISA
 #error "norm.inl belongs inside an ISA region"
 #endif
@@ -21,6 +21,24 @@ template <typename T>
 DSCONV_INLINE NormVectors<T> norm_vectors(const void* vectors, int64_t ld) {
   const T* rows = static_cast<const T*>(vectors);
   const NormVectors<T> v = {rows, rows + ld, rows + 2 * ld, rows + 3 * ld, rows + 4 * ld, rows + 5 * ld, rows + 6 * ld};
+  return v;
+}
+
+// Those of one vector of values: of as many channels, or one channel's in every lane.
+template <typename T>
+struct NormOf {
+  typename Vec<T>::type mean, invstd, gamma, beta, scale, along, across;
+};
+template <typename T>
+DSCONV_INLINE NormOf<T> channels_at(const NormVectors<T>& of, int64_t c) {
+  const NormOf<T> v = {vload(of.mean + c),  vload(of.invstd + c), vload(of.gamma + c), vload(of.beta + c),
+                       vload(of.scale + c), vload(of.along + c),  vload(of.across + c)};
+  return v;
+}
+template <typename T>
+DSCONV_INLINE NormOf<T> channel_at(const NormVectors<T>& of, int64_t c) {
+  const NormOf<T> v = {vset(of.mean[c]),  vset(of.invstd[c]), vset(of.gamma[c]), vset(of.beta[c]),
+                       vset(of.scale[c]), vset(of.along[c]),  vset(of.across[c])};
   return v;
 }
 
@@ -52,18 +70,19 @@ struct NormTile {
 constexpr int kNormRows = 4;
 
 struct NormForward {
+  template <Activation A, typename T, typename V>
+  DSCONV_INLINE V value(const NormOf<T>& of, V v) {
+    return act_value<A, T>(vfma(of.gamma, (v - of.mean) * of.invstd, of.beta));
+  }
   template <Activation A, int R, typename T>
   DSCONV_INLINE void rows(const NormTile<T>& t, int64_t row) {
-    typedef typename Vec<T>::type V;
     const T* v = t.v + row * t.v_ld;
     T* out = t.out + row * t.out_ld;
     for (int64_t c = 0; c < t.channels; c += Vec<T>::n) {
-      const V mean = vload(t.of.mean + c), invstd = vload(t.of.invstd + c);
-      const V gamma = vload(t.of.gamma + c), beta = vload(t.of.beta + c);
+      const NormOf<T> of = channels_at(t.of, c);
       DSCONV_UNROLL
       for (int i = 0; i < R; ++i) {
-        const V hat = (load_and_ask(v + i * t.v_ld + c, t.v_ahead) - mean) * invstd;
-        vstore_as(t.stores, out + i * t.out_ld + c, act_value<A, T>(vfma(gamma, hat, beta)));
+        vstore_as(t.stores, out + i * t.out_ld + c, value<A>(of, load_and_ask(v + i * t.v_ld + c, t.v_ahead)));
       }
     }
   }
@@ -75,22 +94,32 @@ struct NormForward {
   }
 };
 
+// g, and vhat to `hat`.
+template <Activation A, typename T, typename V>
+DSCONV_INLINE V through_activation(const NormOf<T>& of, V v, V grad, V& hat) {
+  hat = (v - of.mean) * of.invstd;
+  return grad * act_derivative<A, T>(vfma(of.gamma, hat, of.beta));
+}
+
 struct NormBackward {
+  template <Activation A, typename T, typename V>
+  DSCONV_INLINE V value(const NormOf<T>& of, V v, V grad) {
+    V hat;
+    const V g = through_activation<A>(of, v, grad, hat);
+    return vfma(of.scale, g, vfma(of.along, hat, of.across));
+  }
   template <Activation A, int R, typename T>
   DSCONV_INLINE void rows(const NormTile<T>& t, int64_t row) {
-    typedef typename Vec<T>::type V;
     const T* v = t.v + row * t.v_ld;
     const T* grad = t.grad + row * t.grad_ld;
     T* out = t.out + row * t.out_ld;
     for (int64_t c = 0; c < t.channels; c += Vec<T>::n) {
-      const V mean = vload(t.of.mean + c), invstd = vload(t.of.invstd + c);
-      const V gamma = vload(t.of.gamma + c), beta = vload(t.of.beta + c);
-      const V scale = vload(t.of.scale + c), along = vload(t.of.along + c), across = vload(t.of.across + c);
+      const NormOf<T> of = channels_at(t.of, c);
       DSCONV_UNROLL
       for (int i = 0; i < R; ++i) {
-        const V hat = (load_and_ask(v + i * t.v_ld + c, t.v_ahead) - mean) * invstd;
-        const V g = load_and_ask(grad + i * t.grad_ld + c, t.grad_ahead) * act_derivative<A, T>(vfma(gamma, hat, beta));
-        vstore_as(t.stores, out + i * t.out_ld + c, vfma(scale, g, vfma(along, hat, across)));
+        vstore_as(t.stores, out + i * t.out_ld + c,
+                  value<A>(of, load_and_ask(v + i * t.v_ld + c, t.v_ahead),
+                           load_and_ask(grad + i * t.grad_ld + c, t.grad_ahead)));
       }
     }
   }
@@ -109,12 +138,12 @@ struct NormSums {
   DSCONV_INLINE void vectors(const NormTile<T>& t, int64_t c) {
     typedef typename Vec<T>::type V;
     constexpr int n = Vec<T>::n;
-    V sum[U], lost[U], paired[U], paired_lost[U], mean[U], invstd[U], gamma[U], beta[U];
+    V sum[U], lost[U], paired[U], paired_lost[U];
+    NormOf<T> of[U];
     DSCONV_UNROLL
     for (int u = 0; u < U; ++u) {
       sum[u] = lost[u] = paired[u] = paired_lost[u] = vset(T(0));
-      mean[u] = vload(t.of.mean + c + u * n), invstd[u] = vload(t.of.invstd + c + u * n);
-      gamma[u] = vload(t.of.gamma + c + u * n), beta[u] = vload(t.of.beta + c + u * n);
+      of[u] = channels_at(t.of, c + u * n);
     }
     for (int64_t first = 0; first < t.rows; first += kSumBlock) {
       const int64_t last = first + kSumBlock < t.rows ? first + kSumBlock : t.rows;
@@ -125,9 +154,9 @@ struct NormSums {
         DSCONV_UNROLL
         for (int u = 0; u < U; ++u) {
           const int64_t k = c + u * n;
-          const V hat = (load_and_ask(t.v + i * t.v_ld + k, t.v_ahead) - mean[u]) * invstd[u];
-          const V g = load_and_ask(t.grad + i * t.grad_ld + k, t.grad_ahead) *
-                      act_derivative<A, T>(vfma(gamma[u], hat, beta[u]));
+          V hat;
+          const V g = through_activation<A>(of[u], load_and_ask(t.v + i * t.v_ld + k, t.v_ahead),
+                                            load_and_ask(t.grad + i * t.grad_ld + k, t.grad_ahead), hat);
           if constexpr (Keep) vstore(t.out + i * t.out_ld + k, g);
           block[u] = block[u] + g;
           block_paired[u] = vfma(g, hat, block_paired[u]);
@@ -251,16 +280,4 @@ struct OutputPass {
 template <typename S, typename T>
 static void norm_moments(const NormContext& ctx, int64_t group, void* scratch) {
   norm_pass<S, T>(ctx, group, scratch, MomentsPass{});
-}
-template <typename S, typename T>
-static void norm_forward(const NormContext& ctx, int64_t group, void* scratch) {
-  norm_pass<S, T>(ctx, group, scratch, OutputPass<NormForward>{});
-}
-template <typename S, typename T>
-static void norm_sums(const NormContext& ctx, int64_t group, void* scratch) {
-  norm_pass<S, T>(ctx, group, scratch, SumsPass{});
-}
-template <typename S, typename T>
-static void norm_backward(const NormContext& ctx, int64_t group, void* scratch) {
-  norm_pass<S, T>(ctx, group, scratch, OutputPass<NormBackward>{});
 }
