@@ -153,6 +153,12 @@ inline MicroTile micro_of(const KernelTable& table, DType dtype) {
   return dtype == DType::f64 ? table.micro_f64 : table.micro_f32;
 }
 
+// Whether forward takes the way of cpu/forward_planes.inl.
+inline bool goes_by_planes(const ForwardParams& p, const DTypeKernels& kernels) {
+  return p.x_layout == Layout::nchw && p.y_layout == Layout::nchw && p.pre == nullptr && is_clamp(p.out_act) &&
+         kernels.by_planes && planes_pay(p.geom, kernels.bytes.compute);
+}
+
 inline const KernelTable& active_table(const char* op) {
   try {
     return active_kernels();

@@ -28,8 +28,9 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
   ForwardContext ctx{};
   ctx.p = p;
-  ctx.plan =
-      plan_forward(p.geom, p.x_layout, micro_of(table, p.dtype), kernels.bytes, torch::stable::get_num_threads());
+  const MicroTile micro = micro_of(table, p.dtype);
+  ctx.plan = plan_forward(p.geom, p.x_layout, micro, kernels.bytes, torch::stable::get_num_threads(), false,
+                          goes_by_planes(p, kernels));
   const CpuPlan& plan = ctx.plan;
 
   Workspace weights(plan.element);

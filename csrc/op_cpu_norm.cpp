@@ -309,8 +309,9 @@ Tensor z_moments(const char* op, const Tensor& x, const Tensor& dw_weight, const
   const int64_t element = element_bytes(p.dtype);
   MomentsContext ctx{};
   ctx.geom = g;
+  const bool by_planes = !in_vectors.has_value() && p.x_layout == Layout::nchw && kernels.by_planes;
   ctx.plan = plan_moments(g, in_vectors.has_value() ? Layout::nchw : p.x_layout, micro_of(table, p.dtype), element,
-                          kZTileBytes);
+                          kZTileBytes, by_planes && planes_pay_for_moments(g, element));
   ctx.x = {p.x, p.x_strides, p.x_layout};
   ctx.groups = ctx.plan.tiles < kMaxGroups ? ctx.plan.tiles : kMaxGroups;
   const CpuPlan& plan = ctx.plan;
@@ -353,8 +354,9 @@ std::tuple<Tensor, Tensor> fwd_norm(const char* op, const Tensor& x, const Tenso
   ctx.p = p;
   // Sums follow the tiles, and these then not the threads.
   const int64_t granule = want_moments ? 4 : static_cast<int64_t>(torch::stable::get_num_threads());
-  ctx.plan = plan_forward(g, in_vectors.has_value() ? Layout::nchw : p.x_layout, micro_of(table, p.dtype),
-                          kernels.bytes, granule, want_moments);
+  const MicroTile micro = micro_of(table, p.dtype);
+  ctx.plan = plan_forward(g, in_vectors.has_value() ? Layout::nchw : p.x_layout, micro, kernels.bytes, granule,
+                          want_moments, !in_vectors.has_value() && goes_by_planes(p, kernels));
   ctx.plan.tap_pairs = 0;  // the norm is folded into weights in the compute type
   const CpuPlan& plan = ctx.plan;
   Workspace workspace(1), weights(plan.element);

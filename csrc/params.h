@@ -36,6 +36,11 @@ constexpr bool derivative_from_output(Activation a) {
          a == Activation::sigmoid || a == Activation::tanh;
 }
 
+// Those that are a clamp of the value, and cost a kernel next to nothing.
+constexpr bool is_clamp(Activation a) {
+  return a == Activation::identity || a == Activation::relu || a == Activation::relu6;
+}
+
 // The dimension along which an activation tensor has unit stride.
 enum class Layout : int32_t {
   nchw,  // unit stride along w

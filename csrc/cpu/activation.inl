@@ -21,9 +21,6 @@ DSCONV_INLINE Clamp<T> clamp_of(Activation a) {
   if (a == Activation::relu6) c.hi = 6;
   return c;
 }
-DSCONV_INLINE bool is_clamp(Activation a) {
-  return a == Activation::identity || a == Activation::relu || a == Activation::relu6;
-}
 
 // (1 + tanh u) / 2 is sigmoid(2 u), which loses no digits where tanh u is near -1: e^(-2 u) of gelu_tanh.
 template <typename T, typename V>

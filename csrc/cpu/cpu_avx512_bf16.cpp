@@ -43,7 +43,9 @@ namespace avx512_bf16 {
 #include "input_norm.inl"
 #include "depthwise.inl"
 #include "depthwise_bf16.inl"
+#include "depthwise_planes.inl"
 #include "moments.inl"
+#include "forward_planes.inl"
 #include "forward.inl"
 // clang-format on
 

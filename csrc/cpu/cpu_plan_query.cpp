@@ -11,18 +11,21 @@ PlanNumbers cpu_plan(const PlanQuery& query, int64_t threads) {
   const DType dtype = dtype_of(query);
   const KernelTable& table = active_kernels();
   const MicroTile micro = dtype == DType::f64 ? table.micro_f64 : table.micro_f32;
-  const ElementBytes bytes = table.by_dtype[static_cast<int>(dtype)].bytes;
+  const DTypeKernels& kernels = table.by_dtype[static_cast<int>(dtype)];
+  const ElementBytes bytes = kernels.bytes;
   BackwardParams p{};
   p.dtype = dtype;
   p.x_layout = layout_of(query);
+  const bool by_planes = p.x_layout == Layout::nchw && kernels.by_planes && planes_pay(g, bytes.compute);
   const CpuPlan plan = query.backward
                            ? plan_backward(g, walked_in_place(p) ? Layout::nhwc : Layout::nchw, micro, bytes.compute)
-                           : plan_forward(g, p.x_layout, micro, bytes, threads > 0 ? threads : 1);
+                           : plan_forward(g, p.x_layout, micro, bytes, threads > 0 ? threads : 1, false, by_planes);
   return {{"micro_rows", micro.rows},
           {"micro_columns", micro.columns},
           {"pixels", plan.pixels},
           {"tiles", plan.tiles},
           {"tile_pixels", plan.tile_pixels},
+          {"by_planes", plan.by_planes ? 1 : 0},
           {"pointwise_groups", plan.pointwise_groups},
           {"scratch_bytes", plan.scratch_bytes}};
 }

@@ -1,5 +1,7 @@
 // Forward of one tile of output pixels.
 //
+// nchw x and y of some shapes go by planes (forward_planes.inl). All else:
+//
 //   x --depthwise, act--> z [pixels][c_mid] in L2 --GEMM with a packed panel, bias, out_act in registers--> y
 //                                                 --GEMM--> out [pixels][columns] in L1 --> y (and pre)
 //
@@ -56,6 +58,11 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
   const ForwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
+#if DSCONV_ISA == DSCONV_ISA_AVX512
+  if constexpr (sizeof(S) == sizeof(T) && sizeof(M) == sizeof(T)) {
+    if (plan.by_planes) return forward_planes<T>(ctx, tile, scratch);
+  }
+#endif
   typedef typename Factor<M>::type F;
   constexpr int64_t columns = kMicroVecs * Vec<T>::n, per_factor = Factor<M>::channels;
   const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
@@ -134,6 +141,11 @@ static void merge_output_moments(const ForwardContext& ctx, int64_t pixel, int64
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const ForwardParams& p = ctx.p;
   const Geometry& g = p.geom;
+#if DSCONV_ISA == DSCONV_ISA_AVX512
+  if constexpr (sizeof(S) == sizeof(T)) {
+    if (ctx.plan.by_planes) return merge_plane_moments<T>(ctx, pixel, count, before, mean, m2);
+  }
+#endif
   for (int64_t channel = 0; channel < g.c_out; channel += columns) {
     const int64_t width = g.c_out - channel < columns ? g.c_out - channel : columns;
     const S* y = static_cast<const S*>(p.y) + channel * p.y_strides.c;

@@ -27,8 +27,8 @@ struct SumTarget {
   int64_t ld;
   bool accumulate;
 
-  inline __attribute__((always_inline)) typename Vec<T>::type start(int) const { return vset(T(0)); }
-  inline __attribute__((always_inline)) typename Vec<T>::half start_half(int) const { return vset_half(T(0)); }
+  inline __attribute__((always_inline)) typename Vec<T>::type start(int64_t, int) const { return vset(T(0)); }
+  inline __attribute__((always_inline)) typename Vec<T>::half start_half(int64_t, int) const { return vset_half(T(0)); }
   // Another core may have read the partial sums of the call before.
   template <int NV>
   inline __attribute__((always_inline)) void expect(int64_t row) const {
@@ -45,20 +45,25 @@ struct SumTarget {
   SumTarget below(int64_t rows) const { return {c + rows * ld, ld, accumulate}; }
 };
 
+// What the bias follows: the columns of C where these are output channels, else the rows.
+enum class BiasOf { column, row };
+
 // y = clamp(sums + bias), `columns` of them; with `partial` what earlier chains have summed is added first.
-template <typename S, typename T>
+template <typename S, typename T, BiasOf Of = BiasOf::column>
 struct OutputTarget {
   const T* partial;
   int64_t partial_ld;
-  const T* bias;  // whole vectors
+  const T* bias;  // of columns: whole vectors
   Clamp<T> clamp;
   S* y;
   int64_t ld, columns;
   bool stream;
 
-  inline __attribute__((always_inline)) typename Vec<T>::type start(int j) const { return vload(bias + j * Vec<T>::n); }
-  inline __attribute__((always_inline)) typename Vec<T>::half start_half(int j) const {
-    return vload_half(bias + j * Vec<T>::n);
+  inline __attribute__((always_inline)) typename Vec<T>::type start(int64_t row, int j) const {
+    return Of == BiasOf::row ? vset(bias[row]) : vload(bias + j * Vec<T>::n);
+  }
+  inline __attribute__((always_inline)) typename Vec<T>::half start_half(int64_t row, int j) const {
+    return Of == BiasOf::row ? vset_half(bias[row]) : vload_half(bias + j * Vec<T>::n);
   }
   // Lines of y that are not in cache arrive while the sums are made.
   template <int NV>
@@ -102,6 +107,7 @@ struct OutputTarget {
   OutputTarget below(int64_t rows) const {
     OutputTarget t = *this;
     if (partial != nullptr) t.partial += rows * partial_ld;
+    if (Of == BiasOf::row) t.bias += rows;
     t.y += rows * ld;
     return t;
   }
@@ -109,7 +115,8 @@ struct OutputTarget {
 
 // NV vectors, and Half: half a vector more.
 template <typename T, int R, int NV, bool Half, bool AlongK, int Lines, typename Target>
-static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& target, Asked asked) {
+static __attribute__((noinline)) void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& target,
+                                                   Asked asked) {
   typedef typename ComputeOf<T>::type Sum;
   constexpr int n = Vec<T>::n;
   typename Vec<Sum>::type acc[R][NV + 1];
@@ -117,8 +124,8 @@ static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& ta
   DSCONV_UNROLL
   for (int i = 0; i < R; ++i) {
     DSCONV_UNROLL
-    for (int j = 0; j < NV; ++j) acc[i][j] = target.start(j);
-    if constexpr (Half) rest[i] = target.start_half(NV);
+    for (int j = 0; j < NV; ++j) acc[i][j] = target.start(i, j);
+    if constexpr (Half) rest[i] = target.start_half(i, NV);
     target.template expect<NV + Half>(i);
   }
   const T* ap = a.data;
@@ -145,10 +152,12 @@ static void micro_kernel(int64_t k, Operand<T> a, Operand<T> b, const Target& ta
     ap += AlongK ? 1 : a.stride;
     bp += b.stride;
   }
+  // A copy that nothing else can point to: what it says need not be read again after every store.
+  const Target out = target;
   DSCONV_UNROLL
   for (int i = 0; i < R; ++i) {
     if constexpr (Half) acc[i][NV] = vextend(rest[i]);
-    target.template take<NV + Half>(i, acc[i]);
+    out.template take<NV + Half>(i, acc[i]);
   }
 }
 
@@ -170,7 +179,7 @@ static void micro_kernel_rest(int rows, int64_t k, Operand<T> a, Operand<T> b, c
   if constexpr (R > 1) {
     const Operand<T> below = {a.data + done * (AlongK ? a.stride : 1), a.stride};
     if (done < rows) {
-      constexpr int next = next_micro_rows(R, NV == kMicroVecs && !AlongK);
+      constexpr int next = next_micro_rows(R, NV == kMicroVecs);
       micro_kernel_rest<T, NV, Half, AlongK, next>(rows - done, k, below, b, target.below(done));
     }
   }
@@ -181,7 +190,7 @@ DSCONV_INLINE void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<
   if (rows == kMicroRows) {
     micro_kernel<T, kMicroRows, NV, Half, AlongK, 0>(k, a, b, target, {});
   } else {
-    constexpr int next = next_micro_rows(kMicroRows, NV == kMicroVecs && !AlongK);
+    constexpr int next = next_micro_rows(kMicroRows, NV == kMicroVecs);
     micro_kernel_rest<T, NV, Half, AlongK, next>(rows, k, a, b, target);
   }
 }
@@ -266,9 +275,9 @@ DSCONV_INLINE void gemm_panel(int64_t rows, int64_t columns, int64_t k, Operand<
 }
 
 // The same into outputs; `sums` [rows][micro columns] holds what chains before the last one have summed.
-template <typename S, typename T, typename F>
+template <typename S, typename T, typename F, BiasOf Of>
 DSCONV_INLINE void gemm_panel_outputs(int64_t rows, int64_t columns, int64_t k, Operand<F> a, Operand<F> b, T* sums,
-                                      OutputTarget<S, T> target, Ahead& ahead) {
+                                      OutputTarget<S, T, Of> target, Ahead& ahead) {
   constexpr int64_t ld = kMicroVecs * Vec<T>::n;
   const int64_t last = chains_of(k) - 1;
   for (int64_t chain = 0; chain < last; ++chain) {

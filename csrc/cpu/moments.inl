@@ -170,6 +170,98 @@ static void merge_tile_moments(const T* tile, int64_t ld, int64_t rows, int64_t 
   }
 }
 
+// The sum over U vectors, which have lost what `lost` says, and over their lanes.
+template <int U, typename V>
+DSCONV_INLINE double lanes_total(const V (&sum)[U], const V (&lost)[U]) {
+  V total = sum[0], total_lost = lost[0];
+  DSCONV_UNROLL
+  for (int u = 1; u < U; ++u) total = total + sum[u], total_lost = total_lost + lost[u];
+  return vsum(total - total_lost);
+}
+
+// Sums of v - shift and of its square, of one channel whose pixels are neighbours.
+struct RowSums {
+  double sum, squares;
+};
+template <typename T>
+static RowSums row_sums_about(const T* v, int64_t count, T about) {
+  typedef typename Vec<T>::type V;
+  constexpr int n = Vec<T>::n, U = kSumVectors;
+  const V shift = vset(about);
+  V sum[U], lost[U], squares[U], squares_lost[U];
+  DSCONV_UNROLL
+  for (int u = 0; u < U; ++u) sum[u] = lost[u] = squares[u] = squares_lost[u] = vset(T(0));
+  const int64_t whole = count - count % (U * n);
+  for (int64_t first = 0; first < whole; first += kSumBlock * U * n) {
+    const int64_t last = first + kSumBlock * U * n < whole ? first + kSumBlock * U * n : whole;
+    V block[U], block_squares[U];
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) block[u] = block_squares[u] = vset(T(0));
+    for (int64_t i = first; i < last; i += U * n) {
+      DSCONV_UNROLL
+      for (int u = 0; u < U; ++u) {
+        const V d = vload(v + i + u * n) - shift;
+        block[u] = block[u] + d;
+        block_squares[u] = vfma(d, d, block_squares[u]);
+      }
+    }
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) {
+      add_compensated(sum[u], lost[u], block[u]);
+      add_compensated(squares[u], squares_lost[u], block_squares[u]);
+    }
+  }
+  int64_t i = whole;
+  DSCONV_UNROLL
+  for (int u = 0; u < U - 1; ++u) {
+    if (i + n > count) break;
+    const V d = vload(v + i) - shift;
+    add_compensated(sum[u], lost[u], d);
+    add_compensated(squares[u], squares_lost[u], d * d);
+    i += n;
+  }
+  RowSums total = {lanes_total<U>(sum, lost), lanes_total<U>(squares, squares_lost)};
+  for (; i < count; ++i) {
+    const double d = static_cast<double>(v[i]) - static_cast<double>(about);
+    total.sum += d;
+    total.squares += d * d;
+  }
+  return total;
+}
+
+// merge_tile_moments of one channel whose pixels are neighbours. The first stretch is summed about the mean of its
+// first vector: how far that is from the stretch's own mean is in the stretch's variance too, so squares about it are
+// no more than count / lanes times those about the mean.
+template <typename T>
+DSCONV_INLINE void merge_row_moments(const T* v, int64_t count, int64_t before, double& mean, double& m2) {
+  const double pixels = static_cast<double>(count), share = pixels / static_cast<double>(before + count);
+  const int lanes = lanes_left(count, Vec<T>::n);
+  const T about = static_cast<T>(before >= count ? mean : vsum(vload(v, lanes)) / lanes);
+  const RowSums of = row_sums_about(v, count, about);
+  const double tile_mean = of.sum / pixels, delta = static_cast<double>(about) + tile_mean - mean;
+  mean += delta * share;
+  m2 += of.squares - of.sum * tile_mean + delta * delta * static_cast<double>(before) * share;
+}
+
+#if DSCONV_ISA == DSCONV_ISA_AVX512
+// Those of a tile's z, made by planes into `z`, with the memory of depthwise_planes() behind it.
+template <typename T>
+static void merge_z_planes(const DepthwiseInput<T>& in, int64_t pixel, int64_t count, int64_t before, T* z,
+                           double* mean, double* m2) {
+  const CpuPlan& plan = *in.plan;
+  const int64_t channels = in.g->c_in;
+  for (const int64_t last = pixel + count; pixel < last;) {
+    const int64_t image = pixel / plan.image_pixels, image_end = (image + 1) * plan.image_pixels;
+    const int64_t run = (last < image_end ? last : image_end) - pixel, begin = pixel % plan.image_pixels;
+    depthwise_planes(in, image, begin, begin + run, clamp_of<T>(Activation::identity), z, plan.strip_ld,
+                     z + plan.mid_ld * plan.strip_ld);
+    for (int64_t c = 0; c < channels; ++c) merge_row_moments(z + c * plan.strip_ld, run, before, mean[c], m2[c]);
+    before += run;
+    pixel += run;
+  }
+}
+#endif
+
 // Moments of z, which is made a tile at a time and forgotten: a panel of plan.mid_ld channels at a time, as if they
 // were all there are, so that a tile has pixels enough. A multiplier takes all channels together.
 template <typename S, typename T>
@@ -198,8 +290,16 @@ static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scr
   const int64_t first_tile = plan.tiles * group / ctx.groups, first = tile_begin(plan, first_tile);
   for (int64_t tile = first_tile; tile < plan.tiles * (group + 1) / ctx.groups; ++tile) {
     const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
-    depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), z, memory);
     for (int64_t i = 0; tile == first_tile && i < g.c_mid; ++i) mean[i] = m2[i] = 0;
+#if DSCONV_ISA == DSCONV_ISA_AVX512
+    if constexpr (sizeof(S) == sizeof(T)) {
+      if (plan.by_planes) {
+        merge_z_planes(in, pixel, count, pixel - first, z, mean, m2);
+        continue;
+      }
+    }
+#endif
+    depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), z, memory);
     Ahead ahead = {};
     // Of a panel the rows hold the other channels too, whose turn is another time.
     if (plan.beyond_cache && ctx.panels == 1 && in.layout == Layout::nhwc) {

@@ -20,15 +20,7 @@ struct NormPlane {
   double *sum, *paired;
 };
 
-// fn(i, lanes) for every vector of `count` elements; the last may have fewer lanes.
-template <typename T, typename Fn>
-DSCONV_INLINE void for_each_vector(int64_t count, const Fn& fn) {
-  constexpr int n = Vec<T>::n;
-  int64_t i = 0;
-  for (; i + n <= count; i += n) fn(i, n);
-  if (i < count) fn(i, static_cast<int>(count - i));
-}
-
+// A vector of the plane, the last one shorter.
 template <typename S>
 DSCONV_INLINE auto load_left(const S* p, int lanes) {
   typedef typename ComputeOf<S>::type T;
@@ -44,18 +36,20 @@ DSCONV_INLINE void store_left(const NormPlane<S, typename ComputeOf<S>::type>& p
 struct PlaneForward {
   template <Activation A, typename S, typename T>
   static void run(const NormPlane<S, T>& p) {
-    for_each_vector<T>(p.count, [&](int64_t i, int lanes) {
+    for (int64_t i = 0; i < p.count; i += Vec<T>::n) {
+      const int lanes = lanes_left(p.count - i, Vec<T>::n);
       store_left(p, i, NormForward::value<A>(p.of, load_left(p.v + i, lanes)), lanes);
-    });
+    }
   }
 };
 
 struct PlaneBackward {
   template <Activation A, typename S, typename T>
   static void run(const NormPlane<S, T>& p) {
-    for_each_vector<T>(p.count, [&](int64_t i, int lanes) {
+    for (int64_t i = 0; i < p.count; i += Vec<T>::n) {
+      const int lanes = lanes_left(p.count - i, Vec<T>::n);
       store_left(p, i, NormBackward::value<A>(p.of, load_left(p.v + i, lanes), load_left(p.grad + i, lanes)), lanes);
-    });
+    }
   }
 };
 
@@ -67,54 +61,41 @@ struct PlaneSums {
     V sum[U], lost[U], paired[U], paired_lost[U];
     DSCONV_UNROLL
     for (int u = 0; u < U; ++u) sum[u] = lost[u] = paired[u] = paired_lost[u] = vset(T(0));
-    const auto add = [&](int64_t i, int lanes, V& block, V& block_paired) {
-      V hat;
-      const V g = through_activation<A>(p.of, load_left(p.v + i, lanes), load_left(p.grad + i, lanes), hat);
-      block = block + g;
-      block_paired = vfma(g, hat, block_paired);
-    };
-    const auto close = [&](int u, V block, V block_paired) {
-      add_compensated(sum[u], lost[u], block);
-      add_compensated(paired[u], paired_lost[u], block_paired);
-    };
-    const int64_t whole = p.count - p.count % (U * n);
-    for (int64_t first = 0; first < whole; first += kSumBlock * U * n) {
-      const int64_t last = first + kSumBlock * U * n < whole ? first + kSumBlock * U * n : whole;
+    for (int64_t first = 0; first < p.count; first += kSumBlock * U * n) {
       V block[U], block_paired[U];
       DSCONV_UNROLL
       for (int u = 0; u < U; ++u) block[u] = block_paired[u] = vset(T(0));
-      for (int64_t i = first; i < last; i += U * n) {
+      const int64_t last = first + kSumBlock * U * n < p.count ? first + kSumBlock * U * n : p.count;
+      int64_t i = first;
+      for (; i + U * n <= last; i += U * n) {
         DSCONV_UNROLL
-        for (int u = 0; u < U; ++u) add(i + u * n, n, block[u], block_paired[u]);
+        for (int u = 0; u < U; ++u) add<A>(p, i + u * n, n, block[u], block_paired[u]);
       }
+      for (; i < last; i += n) add<A>(p, i, lanes_left(last - i, n), block[0], block_paired[0]);
       DSCONV_UNROLL
-      for (int u = 0; u < U; ++u) close(u, block[u], block_paired[u]);
+      for (int u = 0; u < U; ++u) {
+        add_compensated(sum[u], lost[u], block[u]);
+        add_compensated(paired[u], paired_lost[u], block_paired[u]);
+      }
     }
-    V block = vset(T(0)), block_paired = block;
-    for_each_vector<T>(p.count - whole, [&](int64_t i, int lanes) { add(whole + i, lanes, block, block_paired); });
-    close(0, block, block_paired);
-    *p.sum = lanes_of<U>(sum, lost);
-    *p.paired = lanes_of<U>(paired, paired_lost);
+    *p.sum = lanes_total<U>(sum, lost);
+    *p.paired = lanes_total<U>(paired, paired_lost);
   }
 
  private:
-  // Pairwise: a chain of additions would be longer than the sums of a small plane.
-  template <int U, typename V>
-  static double lanes_of(const V (&sum)[U], const V (&lost)[U]) {
-    constexpr int n = sizeof(V) / sizeof(sum[0][0]);
-    double total[n];
-    for (int i = 0; i < n; ++i) {
-      total[i] = 0;
-      DSCONV_UNROLL
-      for (int u = 0; u < U; ++u) total[i] += static_cast<double>(sum[u][i]) - static_cast<double>(lost[u][i]);
-    }
-    DSCONV_UNROLL
-    for (int half = n / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) total[i] += total[i + half];
-    }
-    return total[0];
+  template <Activation A, typename S, typename T, typename V>
+  DSCONV_INLINE void add(const NormPlane<S, T>& p, int64_t i, int lanes, V& block, V& block_paired) {
+    V hat;
+    const V g = through_activation<A>(p.of, load_left(p.v + i, lanes), load_left(p.grad + i, lanes), hat);
+    block = block + g;
+    block_paired = vfma(g, hat, block_paired);
   }
 };
+
+template <typename S>
+DSCONV_INLINE const S* plane_at(const ImageTensor& t, int64_t n, int64_t c) {
+  return static_cast<const S*>(t.data) + n * t.strides.n + c * t.strides.c;
+}
 
 // The task's range of planes.
 template <typename Pass, typename S, typename T>
@@ -126,13 +107,10 @@ static void plane_pass(const NormContext& ctx, int64_t group) {
   S* const out = static_cast<S*>(ctx.out);
   const uint64_t misaligned = reinterpret_cast<uint64_t>(out) | static_cast<uint64_t>(p.count) * sizeof(S);
   p.stream = ctx.beyond_cache && out != nullptr && misaligned % kCacheLine == 0;
-  const auto plane_of = [](const ImageTensor& t, int64_t n, int64_t c) {
-    return static_cast<const S*>(t.data) + n * t.strides.n + c * t.strides.c;
-  };
   for (int64_t plane = planes * group / ctx.groups; plane < planes * (group + 1) / ctx.groups; ++plane) {
     const int64_t n = plane / ctx.channels, c = plane % ctx.channels;
-    p.v = plane_of(ctx.v, n, c);
-    if (ctx.grad.data != nullptr) p.grad = plane_of(ctx.grad, n, c);
+    p.v = plane_at<S>(ctx.v, n, c);
+    if (ctx.grad.data != nullptr) p.grad = plane_at<S>(ctx.grad, n, c);
     if (out != nullptr) p.out = out + plane * p.count;
     if (ctx.partial != nullptr) {
       p.sum = ctx.partial + n * 2 * ctx.channels + c;

@@ -99,6 +99,14 @@ DSCONV_INLINE __m256 vpow2(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
 }
 
+DSCONV_INLINE double vsum(__m256d a) {
+  const __m128d half = _mm256_castpd256_pd128(a) + _mm256_extractf128_pd(a, 1);
+  return half[0] + half[1];
+}
+DSCONV_INLINE double vsum(__m256 a) {
+  return vsum(_mm256_cvtps_pd(_mm256_castps256_ps128(a)) + _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)));
+}
+
 // Lanes 0, 2, 4, ... of a, then of b.
 DSCONV_INLINE __m256 veven(__m256 a, __m256 b) {
   const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0x88));

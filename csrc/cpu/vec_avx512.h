@@ -10,12 +10,14 @@ template <>
 struct Vec<float> {
   typedef __m512 type;
   typedef __m256 half;
+  typedef __mmask16 mask;
   static constexpr int n = 16;
 };
 template <>
 struct Vec<double> {
   typedef __m512d type;
   typedef __m256d half;
+  typedef __mmask8 mask;
   static constexpr int n = 8;
 };
 constexpr int kMicroRows = 14;
@@ -25,6 +27,11 @@ constexpr bool kHalfVectors = true;
 DSCONV_INLINE __mmask16 first16(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 DSCONV_INLINE __mmask8 first8(int n) { return static_cast<__mmask8>((1u << n) - 1); }
 
+template <typename T>
+DSCONV_INLINE typename Vec<T>::mask lanes_between(int from, int to) {
+  return static_cast<typename Vec<T>::mask>(first16(to) & ~first16(from));
+}
+
 DSCONV_INLINE __m512 vset(float x) { return _mm512_set1_ps(x); }
 DSCONV_INLINE __m512d vset(double x) { return _mm512_set1_pd(x); }
 
@@ -32,6 +39,9 @@ DSCONV_INLINE __m512 vload(const float* p) { return _mm512_loadu_ps(p); }
 DSCONV_INLINE __m512d vload(const double* p) { return _mm512_loadu_pd(p); }
 DSCONV_INLINE __m512 vload(const float* p, int n) { return _mm512_maskz_loadu_ps(first16(n), p); }
 DSCONV_INLINE __m512d vload(const double* p, int n) { return _mm512_maskz_loadu_pd(first8(n), p); }
+// Lanes that are not in the mask are zeros, and what they stand for is not read.
+DSCONV_INLINE __m512 vload_lanes(const float* p, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, p); }
+DSCONV_INLINE __m512d vload_lanes(const double* p, __mmask8 lanes) { return _mm512_maskz_loadu_pd(lanes, p); }
 DSCONV_INLINE void vstore(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
 DSCONV_INLINE void vstore(double* p, __m512d v) { _mm512_storeu_pd(p, v); }
 DSCONV_INLINE void vstore(float* p, __m512 v, int n) { _mm512_mask_storeu_ps(p, first16(n), v); }
@@ -93,12 +103,26 @@ DSCONV_INLINE __m512 vpow2(__m512 n) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23));
 }
 
+DSCONV_INLINE double vsum(__m512d a) { return _mm512_reduce_add_pd(a); }
+DSCONV_INLINE double vsum(__m512 a) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(a)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1));
+  return vsum(low + high);
+}
+
 // Lanes 0, 2, 4, ... of a, then of b.
 DSCONV_INLINE __m512d veven(__m512d a, __m512d b) {
   return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), b);
 }
 DSCONV_INLINE __m512 veven(__m512 a, __m512 b) {
   return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), b);
+}
+
+// Lanes 1, 3, 5, ... of a, then of b.
+DSCONV_INLINE __m512d vodd(__m512d a, __m512d b) {
+  return _mm512_permutex2var_pd(a, _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15), b);
+}
+DSCONV_INLINE __m512 vodd(__m512 a, __m512 b) {
+  return _mm512_permutex2var_ps(a, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31), b);
 }
 
 // Transposes 4 x 4 blocks of 128 bits, r[i] block j <-> r[j] block i, where r[i] stands for every `step`-th vector.

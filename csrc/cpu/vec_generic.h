@@ -8,6 +8,7 @@
 //   vfma(a, b, c)              a * b + c
 //   vmax(a, b), vmin(a, b)     b where either is NaN
 //   vround(v), vpow2(v)        floats: nearest integer; 2^v for integral v in [-126, 127]
+//   vsum(a)                    the sum of the lanes, in double
 //   veven(a, b)                lanes 0, 2, 4, ... of a, then of b
 //   vtranspose(r[n])           n x n lanes
 //   kHalfVectors               whether there are half vectors too: vset_half(x), vload_half(p), vfma on them, and
@@ -146,6 +147,11 @@ DSCONV_INLINE v4f vpow2(v4f n) {
   return r;
 }
 
+DSCONV_INLINE double vsum(v2d a) { return a[0] + a[1]; }
+DSCONV_INLINE double vsum(v4f a) {
+  return static_cast<double>(a[0]) + static_cast<double>(a[1]) +
+         (static_cast<double>(a[2]) + static_cast<double>(a[3]));
+}
 DSCONV_INLINE v4f veven(v4f a, v4f b) { return v4f{a[0], a[2], b[0], b[2]}; }
 DSCONV_INLINE v2d veven(v2d a, v2d b) { return v2d{a[0], b[0]}; }
 

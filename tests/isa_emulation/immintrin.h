@@ -52,6 +52,24 @@ DSCONV_EMULATED V extend(H h) {
   return v;
 }
 
+// The part of a vector from lane `first` on.
+template <typename H, typename V>
+DSCONV_EMULATED H part(V v, int first) {
+  H h = {};
+  for (uint64_t i = 0; i < sizeof h / sizeof h[0]; ++i) h[i] = v[first + i];
+  return h;
+}
+DSCONV_EMULATED __m512d widen(__m256 h) {
+  __m512d v = {};
+  for (int i = 0; i < 8; ++i) v[i] = h[i];
+  return v;
+}
+DSCONV_EMULATED double sum(__m512d v) {
+  double total = 0;
+  for (int i = 0; i < 8; ++i) total += v[i];
+  return total;
+}
+
 // The second operand where either is NaN or both are zero, as the instructions have it.
 template <typename V>
 DSCONV_EMULATED V max_of(V a, V b) {
@@ -297,6 +315,14 @@ DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
 #define _mm512_setr_epi32(...) (::dsconv_emulation::Ints{__VA_ARGS__})
 #undef _mm512_setr_epi64
 #define _mm512_setr_epi64(...) (__m512i{__VA_ARGS__})
+#undef _mm512_castps512_ps256
+#define _mm512_castps512_ps256(v) ::dsconv_emulation::part<__m256>(v, 0)
+#undef _mm512_extractf32x8_ps
+#define _mm512_extractf32x8_ps(v, half) ::dsconv_emulation::part<__m256>(v, 8 * (half))
+#undef _mm512_cvtps_pd
+#define _mm512_cvtps_pd(h) ::dsconv_emulation::widen(h)
+#undef _mm512_reduce_add_pd
+#define _mm512_reduce_add_pd(v) ::dsconv_emulation::sum(v)
 #undef _mm512_permutex2var_ps
 #define _mm512_permutex2var_ps(a, index, b) ::dsconv_emulation::permute_two<__m512>(a, index, b, 16)
 #undef _mm512_permutex2var_pd

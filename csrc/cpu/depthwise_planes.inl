@@ -1,0 +1,191 @@
+// z of a tile of whole rows where x is nchw and z is kept as it is, [channel][pixels]: lanes are pixels, nothing turns.
+//
+// A block is R rows of U vectors of outputs: each of its (R - 1) * step + K rows of x is loaded K times, a column
+// further each time, for all the outputs that it meets. Columns outside the image are lanes masked off, rows outside
+// are a row of zeros. So x is read where it lies; while a channel is summed, the lines of one to come are asked for.
+//
+// For kernels of K x K, K = 3 or 5, step 1 or 2, no dilation, no multiplier (cpu_plan.h: planes_pay), and AVX-512,
+// whose masks cost nothing.
+#ifndef DSCONV_ISA
+#error "depthwise_planes.inl belongs inside an ISA region"
+#endif
+
+// One channel of a tile: `count` rows of `columns` outputs, densely to `out`.
+template <typename T>
+struct PlaneRows {
+  const T** row;               // what the outputs' first taps lie in, and all rows after it; zeros outside the image
+  int64_t in_w, first_column;  // of x, and of the first output's first tap
+  int64_t count, columns;
+  int64_t to_next;  // to the plane of the channel that comes next, whose lines are asked for
+  T weight[25];
+  T start;
+  Clamp<T> clamp;
+  T* out;
+};
+
+// Which lanes of the vectors that a block loads of a row lie inside the image.
+template <int K, int Step, int U, typename T>
+struct ColumnMasks {
+  typename Vec<T>::mask at[K][U * Step];  // by tap (of step 2: the even ones, whose vectors have the odd ones too)
+};
+template <int K, int Step, int U, typename T>
+DSCONV_INLINE void fill_masks(int64_t column, int64_t width, ColumnMasks<K, Step, U, T>& masks) {
+  constexpr int n = Vec<T>::n;
+  for (int j = 0; j < K; j += Step) {
+    for (int v = 0; v < U * Step; ++v) {
+      const int64_t at = column + j + v * n, before = at < 0 ? -at : 0, inside = width > at ? width - at : 0;
+      masks.at[j][v] = lanes_between<T>(lanes_left(before, n), lanes_left(inside, n));
+    }
+  }
+}
+
+template <int K, int Step, int U, bool Edge, typename T>
+DSCONV_INLINE typename Vec<T>::type load_column(const T* row, const ColumnMasks<K, Step, U, T>& masks, int j, int v) {
+  const T* at = row + j + v * Vec<T>::n;
+  if constexpr (Edge) return vload_lanes(at, masks.at[j][v]);
+  return vload(at);
+}
+
+// Vectors of the taps j and j + 1 of a row. row: the first output's first tap.
+template <int K, int Step, int U, bool Edge, typename T>
+DSCONV_INLINE void load_taps(const T* row, const ColumnMasks<K, Step, U, T>& masks, int j,
+                             typename Vec<T>::type (&x)[2][U]) {
+  typedef typename Vec<T>::type V;
+  DSCONV_UNROLL
+  for (int u = 0; u < U; ++u) {
+    if constexpr (Step == 1) {
+      x[0][u] = load_column<K, Step, U, Edge>(row, masks, j, u);
+      if (j + 1 < K) x[1][u] = load_column<K, Step, U, Edge>(row, masks, j + 1, u);
+    } else {
+      const V low = load_column<K, Step, U, Edge>(row, masks, j, 2 * u);
+      const V high = load_column<K, Step, U, Edge>(row, masks, j, 2 * u + 1);
+      x[0][u] = veven(low, high);
+      if (j + 1 < K) x[1][u] = vodd(low, high);
+    }
+  }
+}
+
+// last: lanes in use of the last vector.
+template <int K, int Step, int R, int U, bool Edge, typename T>
+DSCONV_INLINE void convolve_block(const PlaneRows<T>& p, int64_t row, int64_t column,
+                                  const ColumnMasks<K, Step, U, T>& masks, int last) {
+  typedef typename Vec<T>::type V;
+  constexpr int n = Vec<T>::n;
+  V acc[R][U];
+  DSCONV_UNROLL
+  for (int r = 0; r < R; ++r) {
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) acc[r][u] = vset(p.start);
+  }
+  const T* const* const from = p.row + row * Step;
+  const int64_t in_column = p.first_column + column * Step;
+  DSCONV_UNROLL
+  for (int i = 0; i < (R - 1) * Step + K; ++i) {
+    const T* in = from[i] + in_column;
+    DSCONV_UNROLL
+    for (int v = 0; v < U * Step; ++v) __builtin_prefetch(in + p.to_next + v * n, 0, 3);
+    DSCONV_UNROLL
+    for (int j = 0; j < K; j += 2) {
+      V x[2][U];
+      load_taps<K, Step, U, Edge>(in, masks, j, x);
+      DSCONV_UNROLL
+      for (int right = 0; right < 2 && j + right < K; ++right) {
+        DSCONV_UNROLL
+        for (int r = 0; r < R; ++r) {
+          const int tap = i - r * Step;
+          if (tap < 0 || tap >= K) continue;
+          const V w = vset(p.weight[tap * K + j + right]);
+          DSCONV_UNROLL
+          for (int u = 0; u < U; ++u) acc[r][u] = vfma(w, x[right][u], acc[r][u]);
+        }
+      }
+    }
+  }
+  T* out = p.out + row * p.columns + column;
+  DSCONV_UNROLL
+  for (int r = 0; r < R; ++r) {
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) {
+      const V v = vmin(vset(p.clamp.hi), vmax(vset(p.clamp.lo), acc[r][u]));
+      if (u < U - 1 || last == n) {
+        vstore(out + u * n, v);
+      } else {
+        vstore(out + u * n, v, last);
+      }
+    }
+    advance(out, p.columns);
+  }
+}
+
+// All rows of U vectors of outputs.
+template <int K, int Step, int U, bool Edge, typename T>
+static void convolve_columns(const PlaneRows<T>& p, int64_t column) {
+  constexpr int kRows = 4;  // what is unrolled: kRows * K * K * U multiply-adds
+  ColumnMasks<K, Step, U, T> masks;
+  if constexpr (Edge) fill_masks(p.first_column + column * Step, p.in_w, masks);
+  const int last = lanes_left(p.columns - column - (U - 1) * Vec<T>::n, Vec<T>::n);
+  int64_t row = 0;
+  for (; row + kRows <= p.count; row += kRows) convolve_block<K, Step, kRows, U, Edge>(p, row, column, masks, last);
+  for (; row < p.count; ++row) convolve_block<K, Step, 1, U, Edge>(p, row, column, masks, last);
+}
+
+template <int K, int Step, typename T>
+static void convolve_plane_rows(const PlaneRows<T>& p) {
+  constexpr int n = Vec<T>::n;
+  for (int64_t c = 0; c < p.columns; c += 2 * n) {
+    const int64_t begin = p.first_column + c * Step, end = begin + 2 * n * Step + K - 1;
+    if (p.columns - c <= n) {
+      convolve_columns<K, Step, 1, true>(p, c);
+    } else if (begin >= 0 && end <= p.in_w) {
+      convolve_columns<K, Step, 2, false>(p, c);
+    } else {
+      convolve_columns<K, Step, 2, true>(p, c);
+    }
+  }
+}
+
+template <typename T>
+static void convolve_plane_rows(const Geometry& g, const PlaneRows<T>& p) {
+  switch (g.kernel_w * 2 + g.stride_w - 1) {
+#define DSCONV_CASE(K, Step) \
+  case K * 2 + Step - 1:     \
+    return convolve_plane_rows<K, Step>(p);
+    DSCONV_CASE(3, 1)
+    DSCONV_CASE(3, 2)
+    DSCONV_CASE(5, 1)
+    DSCONV_CASE(5, 2)
+#undef DSCONV_CASE
+  }
+}
+
+// z[k][i] of the outputs [begin, end) of an image, whole rows, i from 0 on and z_ld elements from one k to the next.
+// memory: plan_detail::planes_memory() elements, for a row of zeros and a pointer to each row that the tile reads.
+template <typename T>
+static void depthwise_planes(const DepthwiseInput<T>& of, int64_t image, int64_t begin, int64_t end, Clamp<T> clamp,
+                             T* z, int64_t z_ld, T* memory) {
+  // Of outputs: a plane is asked for while as many are summed as take longer than memory does.
+  constexpr int64_t kAhead = 512, kMostAhead = 4;
+  const Geometry& g = *of.g;
+  const T* const x = of.x + image * of.stride.n;
+  T* const zeros = memory;
+  zero_fill(zeros, g.w_in);
+  PlaneRows<T> rows = {};
+  rows.row = reinterpret_cast<const T**>(memory + round_up(g.w_in, Vec<T>::n));
+  rows.in_w = g.w_in, rows.first_column = -g.pad_left;
+  rows.count = (end - begin) / g.w_out, rows.columns = g.w_out;
+  rows.clamp = clamp;
+  const int64_t top = begin / g.w_out * g.stride_h - g.pad_top;
+  const int64_t in_rows = (rows.count - 1) * g.stride_h + g.kernel_h;
+  const Range inside = valid_taps(top, 1, g.h_in, in_rows);
+  const int64_t ahead = clamp64(ceil_div(kAhead, end - begin), 1, kMostAhead);
+  for (int64_t i = 0; i < in_rows; ++i) rows.row[i] = zeros;
+  for (int64_t k = 0; k < g.c_in; ++k) {
+    const T* const plane = x + k * of.stride.c + top * of.stride.h;
+    for (int64_t i = inside.begin; i < inside.end; ++i) rows.row[i] = plane + i * of.stride.h;
+    rows.to_next = k + ahead < g.c_in ? ahead * of.stride.c : 0;
+    for (int64_t t = 0; t < of.plan->taps; ++t) rows.weight[t] = of.weight[t * of.plan->mid_columns + k];
+    rows.start = of.bias[k];
+    rows.out = z + k * z_ld;
+    convolve_plane_rows(g, rows);
+  }
+}

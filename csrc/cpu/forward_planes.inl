@@ -1,0 +1,88 @@
+// Forward of one tile of output pixels where x and y are nchw and z is kept as they are: nothing turns.
+//
+//   x --depthwise_planes.inl, act--> z [c_mid][pixels] in L2 --GEMM, bias and out_act in registers--> y
+//
+//             z   c_mid rows, a panel of kMicroVecs vectors of pixels
+//             |
+//   pw_weight --> y   kMicroRows output channels, the same pixels      (gemm.inl: A is pw_weight as it lies, B is z)
+//
+// A block of kMicroRows output channels goes over all panels of the tile, so that y is written in stretches of a tile.
+// Bytes moved: x once and K - step rows of each tile again, y once; z once a block of output channels, out of L2.
+// For what depthwise_planes.inl is for, and an out_act that is a clamp.
+#ifndef DSCONV_ISA
+#error "forward_planes.inl belongs inside an ISA region"
+#endif
+
+template <typename T>
+static void forward_planes(const ForwardContext& ctx, int64_t tile, void* scratch) {
+  const ForwardParams& p = ctx.p;
+  const Geometry& g = p.geom;
+  const CpuPlan& plan = ctx.plan;
+  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
+  T* z = static_cast<T*>(scratch);
+  T* sums = z + g.c_mid * plan.strip_ld;  // of chains: [kMicroRows][columns]
+  T* memory = sums + kMicroRows * columns;
+  const DepthwiseInput<T> in = {&g,
+                                &plan,
+                                static_cast<const T*>(p.x),
+                                p.x_strides,
+                                p.x_layout,
+                                static_cast<const T*>(ctx.packed.dw_weight),
+                                static_cast<const T*>(ctx.packed.dw_bias),
+                                ctx.in_norm};
+  const int64_t tile_end = tile_begin(plan, tile + 1);
+  const uint64_t misaligned = reinterpret_cast<uint64_t>(p.y) | static_cast<uint64_t>(plan.image_pixels) * sizeof(T);
+  for (int64_t pixel = tile_begin(plan, tile), end; pixel < tile_end; pixel = end) {
+    const int64_t image = pixel / plan.image_pixels, begin = pixel % plan.image_pixels;
+    end = tile_end < (image + 1) * plan.image_pixels ? tile_end : (image + 1) * plan.image_pixels;
+    const int64_t count = end - pixel;
+    depthwise_planes(in, image, begin, begin + count, clamp_of<T>(p.act), z, plan.strip_ld, memory);
+    for (int64_t k = 0; k < g.c_mid && !is_clamp(p.act); ++k) {
+      activation_pass<ActivateInPlace, T>(p.act, count, z + k * plan.strip_ld, nullptr);
+    }
+    const bool stream = plan.beyond_cache && ctx.partial == nullptr &&
+                        (misaligned | static_cast<uint64_t>(begin) * sizeof(T)) % kCacheLine == 0;
+    Ahead ahead = {};
+    if (plan.beyond_cache) add_rows(ahead, static_cast<const T*>(p.x), p.x_strides, p.x_layout, g, end, count);
+    share_out(ahead, ceil_div(g.c_out, kMicroRows) * ceil_div(count, columns) * chains_of(g.c_mid));
+    for (int64_t c = 0; c < g.c_out; c += kMicroRows) {
+      const int64_t rows = g.c_out - c < kMicroRows ? g.c_out - c : kMicroRows;
+      for (int64_t i = 0; i < count; i += columns) {
+        OutputTarget<T, T, BiasOf::row> target = {};
+        target.bias = static_cast<const T*>(ctx.packed.pw_bias) + c;
+        target.clamp = clamp_of<T>(p.out_act);
+        target.columns = count - i < columns ? count - i : columns;
+        target.y = static_cast<T*>(p.y) + (image * g.c_out + c) * plan.image_pixels + begin + i;
+        target.ld = plan.image_pixels;
+        target.stream = stream && target.columns == columns;
+        const Operand<T> weights = {static_cast<const T*>(p.pw_weight) + c * g.c_mid, g.c_mid},
+                         panel = {z + i, plan.strip_ld};
+        gemm_panel_outputs(rows, target.columns, g.c_mid, weights, panel, sums, target, ahead);
+      }
+    }
+    if (stream) vstream_fence();
+  }
+}
+
+// The moments of a tile's y (forward.inl), a channel's stretch of pixels at a time.
+template <typename T>
+static void merge_plane_moments(const ForwardContext& ctx, int64_t pixel, int64_t count, int64_t before, double* mean,
+                                double* m2) {
+  const ForwardParams& p = ctx.p;
+  const CpuPlan& plan = ctx.plan;
+  for (const int64_t last = pixel + count; pixel < last;) {
+    const int64_t image = pixel / plan.image_pixels, image_end = (image + 1) * plan.image_pixels;
+    const int64_t run = (last < image_end ? last : image_end) - pixel;
+    const T* y = static_cast<const T*>(p.y) + image * p.y_strides.n + pixel % plan.image_pixels;
+    for (int64_t c = 0; c < p.geom.c_out; ++c, y += p.y_strides.c) {
+      // In L2 since the tile was made; the channels lie too far apart for a prefetcher to follow.
+      const T* const next = y + (c + 1 < p.geom.c_out ? p.y_strides.c : 0);
+      for (int64_t i = 0; i < run; i += kCacheLine / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(next + i, 0, 3);
+      }
+      merge_row_moments(y, run, before, mean[c], m2[c]);
+    }
+    before += run;
+    pixel += run;
+  }
+}

@@ -1,0 +1,109 @@
+"""nchw by planes (csrc/cpu/depthwise_planes.inl, forward_planes.inl): the forward, the statistics of z and of y, around
+the ends of vectors, blocks of rows and tiles. Whatever instruction set runs, the result is that of the oracle."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import check
+from shapes import Case
+
+from dsconv_cuda import _loader, depthwise_separable_conv2d
+
+pytestmark = pytest.mark.usefixtures("isa")
+
+SHAPES = [
+    *(Case(n=2, c=5, c_out=15, h=9, w=w) for w in (28, 31, 32, 33, 48, 49, 63, 64, 65, 97)),
+    *(Case(n=2, c=3, c_out=14, h=h, w=60, stride=(2, 2)) for h in (3, 8, 13, 30)),
+    *(Case(n=1, c=4, c_out=29, h=11, w=w, stride=(2, 2)) for w in (56, 57, 63, 64, 66, 129)),
+    *(Case(n=1, c=4, c_out=3, h=h, w=58, kernel=(5, 5), stride=(2, 2), padding=(2, 2)) for h in (5, 12, 19)),
+    Case(n=3, c=2, c_out=33, h=5, w=29),  # tiles of several images
+    Case(n=2, c=2, c_out=5, h=40, w=30, padding=(0, 0)),
+    Case(n=1, c=2, c_out=5, h=7, w=32, padding=(4, 5)),  # rows and columns of nothing but padding
+    Case(n=1, c=2, c_out=5, h=7, w=61, stride=(2, 2), padding=(3, 6)),
+    Case(n=2, c=300, c_out=17, h=3, w=28),  # two chains of additions
+    Case(n=1, c=64, c_out=70, h=57, w=57),
+    Case(n=1, c=3, c_out=9, h=8, w=40, activation="silu", out_activation="relu"),
+    Case(n=1, c=3, c_out=9, h=8, w=40, dw_bias=False, pw_bias=False),
+]
+
+
+def _plans(case: Case, dtype: torch.dtype) -> dict:
+    kernel, padding = case.kernel, [*case.padding, *case.padding]
+    return _loader.load_library().module.cpu_plan(
+        [case.n, case.c, case.h, case.w], [case.c, 1, *kernel], case.c_out, stride=case.stride, padding=padding,
+        dtype=str(dtype).removeprefix("torch."),
+    )  # fmt: skip
+
+
+def _goes_by_planes(case: Case, dtype: torch.dtype) -> None:
+    if _loader.load_library().module.isa_active() == "avx512":
+        assert _plans(case, dtype)["by_planes"], case
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_forward(case, dtype, device):
+    if device.type == "cpu":
+        _goes_by_planes(case, dtype)
+    check(case.tensors(dtype, device), case.kwargs)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_any_strides_and_nothing_outside_is_read(stride, device):
+    """Rows, channels and images apart from one another, with values around them that would be seen."""
+    case = Case(n=2, c=5, c_out=9, h=9, w=62, stride=(stride, stride))
+    x, *rest = case.tensors(torch.float32, device)
+    around = torch.full((3, 8, 15, 75), float("nan"), device=device)
+    view = around[:2, 1:6, 3:12, 7:69].copy_(x)
+    assert torch.equal(
+        depthwise_separable_conv2d(view, *rest, **case.kwargs), depthwise_separable_conv2d(x, *rest, **case.kwargs)
+    )
+    assert around.isnan().sum() == around.numel() - x.numel()
+
+
+@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[10], Case(n=2, c=8, c_out=40, h=56, w=56)], ids=str)
+def test_the_same_bits_for_any_number_of_threads(case, device):
+    tensors, before = case.tensors(torch.float32, device), torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(depthwise_separable_conv2d(*tensors, **case.kwargs))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("size", [(448, 448), (450, 449)], ids=str)
+def test_more_than_the_caches_hold(size, device):
+    """Whole lines of y are written past the caches where they are lines."""
+    if device.type != "cpu":
+        pytest.skip("of the CPU kernels")
+    case = Case(n=1, c=8, c_out=16, h=size[0], w=size[1], out_activation="relu6")
+    _goes_by_planes(case, torch.float32)
+    check(case.tensors(torch.float32, device), case.kwargs)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1e4])
+@pytest.mark.parametrize("case", [SHAPES[6], Case(n=3, c=18, c_out=20, h=57, w=60), SHAPES[11]], ids=str)
+def test_statistics_of_z_and_y(case, mean, device):
+    """Against float64, of z as stock PyTorch computes it in float32: E[z^2] - E[z]^2 would have no digit left."""
+    ops = torch.ops.dsconv_cuda
+    geometry = (list(case.stride), [*case.padding, *case.padding], list(case.dilation))
+    x, dw, pw, *_ = case.tensors(torch.float32, device)
+    dw = dw / dw.sum((2, 3), keepdim=True) if mean else dw
+    x = x * 1e-2 + mean
+    moments = ops.z_moments(x, dw, pw, None, *geometry)
+    vectors = ops.norm_vectors(moments, None, None, 1e-5)
+    y, y_moments = ops.fwd_norm(x, dw, pw, None, None, vectors, *geometry, 0, True)
+    z = F.conv2d(x.cpu(), dw.cpu(), None, case.stride, case.padding, groups=case.c)
+    for found, of in ((moments, z), (y_moments, y.cpu())):
+        oracle = torch.stack((of.double().mean((0, 2, 3)), of.double().var((0, 2, 3), unbiased=False)))
+        stock = torch.stack((of.mean((0, 2, 3)), of.var((0, 2, 3), unbiased=False)))
+        eps = torch.finfo(torch.float32).eps
+        # What z is rounded to, which differs by the order of the taps, moves a variance by its deviation times that.
+        rounding = eps * oracle[1].sqrt() * of.abs().max() * 4
+        budget = 2 * (stock - oracle).abs().amax(1) + eps * torch.stack((of.abs().max(), oracle[1].max())).double()
+        for row, extra in ((0, 0 * rounding), (1, rounding)):
+            difference = (found[row].cpu() - oracle[row]).abs()
+            assert (difference <= budget[row] + extra).all(), f"{row}: {difference.max():.3g} of {budget[row]:.3g}"
