@@ -277,14 +277,18 @@ def apply(
 ) -> Tensor:
     """Calls the op, through a Function only where a derivative or a transform may need it."""
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias)
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling or _tracer() is not None:
         if torch.onnx.is_in_onnx_export():
             return decompositions.fwd(*tensors, *config.arguments())
-        # Graphs hold the bare op; its gradients are registered in ops.py.
-        differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        # Graphs hold the bare op; its gradients are registered in ops.py. Those of torch.jit.trace, which checks them
+        # against a trace of parameters that need no gradient, hold the same one for all.
+        differentiable = (
+            compiling and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        )
         if differentiable and not derivative_from_output(config.out_act):
             return torch.ops.dsconv_cuda.fwd_with_pre(*tensors, *config.arguments(), *config.precision())[0]
-        if not differentiable and compiled_weights.pay(*tensors[:3]):
+        if compiling and not differentiable and compiled_weights.pay(*tensors[:3]):
             return torch.ops.dsconv_cuda.fwd_packed(*tensors, *config.arguments())
         return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments(), *config.precision())
     if not _derivatives_may_follow(tensors):

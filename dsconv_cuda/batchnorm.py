@@ -260,7 +260,8 @@ def block_of_chain(
         for t in ((bn.weight, bn.bias) if batch else (None, None))
     ]
     in_vectors = before.vectors if before else None
-    if torch.compiler.is_dynamo_compiling() and not _shared(block):
+    graph = torch.compiler.is_dynamo_compiling() or torch._C._get_tracing_state() is not None
+    if graph and not _shared(block):
         out, vectors, *moments = batchnorm_graph.apply((*tensors, *affine, in_vectors), block)
         with torch.no_grad():
             for batch, of_batch in zip((block.batch1, block.batch2), moments, strict=True):
