@@ -168,6 +168,48 @@ def test_gradients_that_are_not_dense(dtype, device):
 
 
 @numerical
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=identify)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(c=4, c_out=3, h=9, w=10, activation="identity", **geometry)
+        for geometry in (
+            {},
+            {"stride": (2, 2)},
+            {"kernel": (5, 5), "padding": (2, 2)},
+            {"kernel": (5, 5), "padding": (2, 2), "stride": (2, 2)},
+            {"kernel": (7, 7), "padding": (3, 3)},
+            {"kernel": (2, 3), "padding": (1, 2), "stride": (1, 2)},
+            {"padding": (2, 3), "dilation": (2, 3)},
+        )
+    ],
+    ids=identify,
+)
+def test_an_infinite_input_reaches_the_taps_that_meet_it_and_no_other(case, dtype, channels_last, device):
+    """What a kernel pads with zeros, of du and of its own tiles, has no product with an infinite x."""
+    for row, column in ((0, 0), (0, -1), (-1, 0), (-1, -1), (4, -2)):
+        x, *weights = case.tensors(dtype, device, channels_last)
+        x[1, 2, row, column] = torch.inf
+        results = []
+        for of in (dtype, torch.float64):
+            dw_weight = weights[0].to(of).requires_grad_()
+            arguments = [x.to(of), dw_weight, *(t.to(of) for t in weights[1:])]
+            if of == dtype:
+                y = depthwise_separable_conv2d(*arguments, **case.kwargs)
+                dy = torch.randn_like(y)
+            else:
+                geometry = (case.stride, case.padding, case.dilation)
+                z = torch.nn.functional.conv2d(*(t.cpu() for t in arguments[:2]), arguments[3].cpu(), *geometry, case.c)
+                y = torch.nn.functional.conv2d(z, arguments[2].cpu(), arguments[4].cpu())
+            (grad,) = torch.autograd.grad(y, dw_weight, dy.to(y))
+            results.append(grad.cpu().double())
+        grad, expected = results
+        assert torch.equal(grad.isfinite(), expected.isfinite()), (row, column)
+        assert not grad[expected.isinf()].isnan().any(), (row, column)
+
+
+@numerical
 def test_gradients_accumulate_in_shared_and_repeated_use(device):
     """One weight in two calls, and .grad accumulating over two backward passes."""
     tensors = Case(c=7, c_out=7).tensors(torch.float64, device, requires_grad=True)

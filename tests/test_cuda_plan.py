@@ -110,6 +110,35 @@ static void check_planes(const DepthwisePlanesPlan& plan, const BackwardParams& 
   CHECK(2 * (plan.bytes + device.shared_reserved) <= device.shared_per_multiprocessor);
 }
 
+// Tiles cover every channel, boxes and splits every pixel; what the kernels put over each other has been read before.
+static void check_mma_backward(const BackwardPlan& plan, const BackwardParams& p, const DeviceLimits& device) {
+  const Geometry& g = p.geom;
+  const int64_t element = mma_element_bytes(p.dtype);
+  const MmaDuPlan& du = plan.mma.du;
+  const MmaSumPlan& sum = plan.mma.sum;
+  const MmaDuTile du_of = du_tile(du.kind);
+  const MmaSumTile sum_of = sum_tile(sum.kind, element);
+  CHECK(has_du_tile(du.kind, element) && has_sum_tile(sum.kind, element));
+  CHECK(int64_t{du.mid_tiles} * du_of.mid >= g.c_mid && int64_t{du.mid_tiles - 1} * du_of.mid < g.c_mid);
+  CHECK(int64_t{sum.mid_tiles} * kSumMid >= g.c_mid && int64_t{sum.out_tiles} * sum_of.out >= g.c_out);
+  CHECK(du.box.n * du.box.h * du.box.w <= du_of.pixels && sum.box.n * sum.box.h * sum.box.w <= sum_of.pixels);
+  CHECK(sum.splits * sum.boxes_of_split >= sum.box.tiles);
+  CHECK((sum.splits - 1) * sum.boxes_of_split < sum.box.tiles);
+  CHECK(plan.pw_split.count * plan.pw_split.pixels >= sum.box.tiles * sum_of.pixels);
+  CHECK(sum.splits == 1 || plan.pw_blocks <= 4 * device.multiprocessors);
+  CHECK(du.shared.bytes <= device.shared_per_block && sum.shared.bytes <= device.shared_per_block);
+  const bool bent = p.act != Activation::identity;
+  CHECK(du.shared.grad >= (bent ? du_of.pixels * du_of.mid * element : 0));
+  CHECK(du.shared.weights >= du.shared.grad + 2 * du_of.pixels * kChunkBytes);
+  CHECK(du.shared.dy_offsets >= du.shared.weights + 2 * du_of.mid * kChunkBytes);
+  CHECK(!bent || du.shared.taps >= du.shared.staged + du.x_stages * du.box.stage_bytes);
+  CHECK(!bent || du.shared.dy_offsets >= du.shared.taps + du.x_stages * du.box.tap_bytes);
+  CHECK(du.shared.dy_offsets >= du.shared.slices + kWarpsOfBlock * slice_bytes({0, 0, 32, 0}));
+  CHECK(sum.shared.z >= sum_of.pixels * sum_of.out * element);
+  CHECK(sum.shared.staged >= sum.shared.z + sum_of.pixels * kSumMid * element);
+  CHECK(sum.shared.taps >= sum.shared.staged + sum.x_stages * sum.box.stage_bytes);
+}
+
 // `grads` are bits of GradBit.
 static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, int64_t multiprocessors, int64_t grads) {
   alignas(16) static char somewhere;
@@ -125,16 +154,12 @@ static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, i
   p.grad_pw_weight = asked(kGradPwWeight);
   p.grad_dw_bias = asked(kGradDwBias);
   p.grad_pw_bias = asked(kGradPwBias);
+  p.act = (g.c_mid + g.n) % 2 == 0 ? Activation::relu6 : Activation::identity;
   const BackwardPlan plan = plan_backward(p, DeviceLimits{multiprocessors});
   const int64_t pixels = g.n * g.d_out * g.h_out * g.w_out, accumulator = accumulator_bytes(dtype);
   CHECK(plan.tensor_cores == (dtype == DType::f16 || dtype == DType::bf16));
   if (plan.tensor_cores) {
-    const MmaBackwardPlan& mma = plan.mma;
-    CHECK(mma.splits * mma.boxes_of_split >= mma.sum_box.tiles);
-    CHECK((mma.splits - 1) * mma.boxes_of_split < mma.sum_box.tiles);
-    CHECK(int64_t{mma.mid_tiles} * kBackwardMid >= g.c_mid && int64_t{mma.out_tiles} * kBackwardOut >= g.c_out);
-    CHECK(mma.box.n * mma.box.h * mma.box.w <= kBackwardPixels);
-    CHECK(plan.pw_split.count * plan.pw_split.pixels >= mma.sum_box.tiles * sum_pixels(mma_element_bytes(dtype)));
+    check_mma_backward(plan, p, DeviceLimits{multiprocessors});
   } else {
     check_split(plan.pw_split, pixels);
   }
@@ -339,22 +364,66 @@ int main() {
       CHECK(plan_forward(p, gpu.limits).tensor_cores == ampere);
     }
   }
-  // Two blocks of the sums share a multiprocessor of any architecture, in TF32 too.
+  // Two blocks of either kernel of backward share a multiprocessor of any architecture, by tiles that are as wide as it
+  // has shared memory for.
   for (const Gpu& gpu : kGpus) {
     if (gpu.limits.capability < 80) continue;
+    const bool large = gpu.limits.shared_per_multiprocessor > 128 << 10;
     for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
-      BackwardParams b{};
-      b.geom = geometry(8, 64, 64, 28, 3);
-      b.dtype = DType::f32;
-      b.tf32 = true;
-      b.x_layout = layout;
-      b.x_strides = dense_strides(layout, 64, 1, 28, 28);
-      static char weight;
-      b.grad_pw_weight = &weight;
-      const BackwardPlan plan = plan_backward(b, gpu.limits);
-      CHECK(plan.tensor_cores && plan.mma.sum_box.n * plan.mma.sum_box.h * plan.mma.sum_box.w <= 64);
-      CHECK(2 * (plan.mma.sum_shared.bytes + gpu.limits.shared_reserved) <= gpu.limits.shared_per_multiprocessor);
+      for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+        for (const Activation act : {Activation::identity, Activation::relu6}) {
+          static char weight;
+          BackwardParams b{};
+          b.geom = geometry(64, 512, 512, 14, 3);
+          b.dtype = dtype;
+          b.tf32 = true;
+          b.act = act;
+          b.x_layout = layout;
+          b.x_strides = dense_strides(layout, 512, 1, 14, 14);
+          b.grad_pw_weight = b.grad_dw_bias = &weight;
+          const auto two_fit = [&](int64_t bytes) {
+            return 2 * (bytes + gpu.limits.shared_reserved) <= gpu.limits.shared_per_multiprocessor;
+          };
+          const BackwardPlan plan = plan_backward(b, gpu.limits);
+          const MmaDuPlan& du = plan.mma.du;
+          const MmaSumPlan& sum = plan.mma.sum;
+          const bool bent = act != Activation::identity, floats = dtype == DType::f32;
+          CHECK(plan.tensor_cores && two_fit(du.shared.bytes) && two_fit(sum.shared.bytes));
+          CHECK(sum.kind == (large ? MmaSumTileKind::wide : floats ? MmaSumTileKind::narrow : MmaSumTileKind::small));
+          const bool room = large || !bent;
+          CHECK(du.kind == (floats ? room ? MmaDuTileKind::narrow : MmaDuTileKind::small
+                                   : room ? MmaDuTileKind::wide : MmaDuTileKind::narrow));
+          CHECK(plan.pw_blocks <= 2 * 2 * gpu.limits.multiprocessors && plan.pw_blocks > gpu.limits.multiprocessors);
+
+          // Few channels leave wide tiles empty.
+          b.geom = geometry(64, 64, 64, 14, 3);
+          b.x_strides = dense_strides(layout, 64, 1, 14, 14);
+          const BackwardPlan few = plan_backward(b, gpu.limits);
+          CHECK(few.mma.du.kind != MmaDuTileKind::wide && few.mma.sum.kind == MmaSumTileKind::narrow);
+          CHECK(few.mma.sum.out_tiles == 1 && few.mma.du.mid_tiles == 1);
+
+          // Few pixels: narrow tiles of mid channels are twice as many.
+          b.geom = geometry(1, 512, 512, 7, 3);
+          b.x_strides = dense_strides(layout, 512, 1, 7, 7);
+          CHECK(plan_backward(b, gpu.limits).mma.du.kind != MmaDuTileKind::wide);
+        }
+      }
     }
+  }
+  // A second chunk of x while the first is made z of, where two blocks have room for it.
+  {
+    static char weight;
+    BackwardParams b{};
+    b.geom = geometry(64, 64, 64, 28, 3);
+    b.dtype = DType::f16;
+    b.act = Activation::relu6;
+    b.x_layout = Layout::nhwc;
+    b.x_strides = dense_strides(Layout::nhwc, 64, 1, 28, 28);
+    b.grad_pw_weight = &weight;
+    CHECK(plan_backward(b, kGpus[4].limits).mma.sum.x_stages == 2);
+    CHECK(plan_backward(b, kGpus[3].limits).mma.sum.x_stages == 1);
+    b.geom = geometry(64, 64, 64, 28, 31);
+    CHECK(plan_backward(b, kGpus[4].limits).mma.sum.x_stages == 1);
   }
   // A window that does not fit is read from global memory tap by tap; unequal strides loop over their taps.
   p.dtype = DType::f16;

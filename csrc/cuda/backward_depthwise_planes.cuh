@@ -228,6 +228,34 @@ struct StripPixels {
   }
 };
 
+// Where a strip's first tap is in du. What is not there is staged as zero, and its product with x is left out: x may be
+// infinite there.
+struct DuPlace {
+  int32_t row, column, height, width;
+
+  template <typename T>
+  DSCONV_DEVICE static DuPlace of(const PlaneTile<T>& tile, int32_t row, int32_t column) {
+    const Geometry& cells = tile.plan.cells;
+    return {tile.place.row + row - static_cast<int32_t>(cells.pad_top),
+            tile.place.column + column - static_cast<int32_t>(cells.pad_left), static_cast<int32_t>(cells.h_in),
+            static_cast<int32_t>(cells.w_in)};
+  }
+  DSCONV_DEVICE bool has(int32_t down, int32_t along) const {
+    return inside(row + down, height) && inside(column + along, width);
+  }
+  // Bits of the next 16 rows and, above them, columns, in one register.
+  template <int kRows, int kColumns>
+  DSCONV_DEVICE unsigned bits() const {
+    static_assert(kRows <= 16 && kColumns <= 16, "a bit each");
+    unsigned result = 0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) result |= inside(row + i, height) ? 1u << i : 0u;
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) result |= inside(column + i, width) ? 1u << (16 + i) : 0u;
+    return result;
+  }
+};
+
 // Strips down a column, of a square kernel and its stride, known to the compiler: taps and sums in registers.
 template <typename T, int kKernel, int kStride>
 DSCONV_DEVICE void unrolled_cells(const DepthwisePlanesPlan& plan, const StripPixels<T>& pixels, bool sums,
@@ -254,11 +282,14 @@ DSCONV_DEVICE void unrolled_cells(const DepthwisePlanesPlan& plan, const StripPi
       }
     }
     const unsigned char* from = du + strip.corner;
+    const unsigned there =
+        DuPlace::of(pixels.tile, strip.row, strip.column).template bits<kStripPixels + kReach - 1, kReach>();
 #pragma unroll
     for (int row = 0; row < kStripPixels + kReach - 1; ++row, from += box.row_pitch) {
 #pragma unroll
       for (int b = 0; b < kReach; ++b) {
         const float value = to_acc(*reinterpret_cast<const T*>(from + b * static_cast<int>(sizeof(T))));
+        const bool exists = (there >> row & there >> (16 + b) & 1) != 0;
 #pragma unroll
         for (int cell = 0; cell < kStripPixels; ++cell) {
           const int a = row - cell;
@@ -270,7 +301,7 @@ DSCONV_DEVICE void unrolled_cells(const DepthwisePlanesPlan& plan, const StripPi
             if (kh >= kKernel || kw >= kKernel) continue;
             const int tap = kh * kKernel + kw;
             grad[cell][phase] = fused_multiply_add(value, taps[tap], grad[cell][phase]);
-            weight[tap] = fused_multiply_add(value, x[cell][phase], weight[tap]);
+            if (exists) weight[tap] = fused_multiply_add(value, x[cell][phase], weight[tap]);
           }
         }
       }
@@ -292,6 +323,7 @@ struct PhaseTaps {
   int32_t d, h, w;           // taps in each direction
   StripSteps steps;          // the strips' walk over du, a along the strips, b across
   int32_t first;             // bytes from a strip's corner to the first of du that is met
+  int32_t at_d, at_h, at_w;  // the same in slices, rows and columns of du
   int32_t weight, weight_d;  // elements of dw_weight: of the tap there; from a tap of the depth to the next
 };
 
@@ -310,9 +342,11 @@ DSCONV_DEVICE PhaseTaps phase_taps(const DepthwisePlanesPlan& plan, const Geomet
   const int32_t stride_h = static_cast<int32_t>(g.stride_h), stride_w = static_cast<int32_t>(g.stride_w);
   const int32_t stride_d = static_cast<int32_t>(g.stride_d);
   const int32_t dilation_h = static_cast<int32_t>(g.dilation_h), dilation_w = static_cast<int32_t>(g.dilation_w);
-  t.first = (static_cast<int32_t>(plan.cells.kernel_d) - t.d) * box.plane_pitch +
-            (static_cast<int32_t>(plan.cells.kernel_h) - t.h) * dilation_h * box.row_pitch +
-            (static_cast<int32_t>(plan.cells.kernel_w) - t.w) * dilation_w * box.column_pitch;
+  t.at_d = (static_cast<int32_t>(plan.cells.kernel_d) - t.d) * static_cast<int32_t>(g.dilation_d);
+  t.at_h = (static_cast<int32_t>(plan.cells.kernel_h) - t.h) * dilation_h;
+  t.at_w = (static_cast<int32_t>(plan.cells.kernel_w) - t.w) * dilation_w;
+  t.first = (static_cast<int32_t>(plan.cells.kernel_d) - t.d) * box.plane_pitch + t.at_h * box.row_pitch +
+            t.at_w * box.column_pitch;
   t.weight = (pd + stride_d * (t.d - 1)) * plane + (ph + stride_h * (t.h - 1)) * kernel_w + pw + stride_w * (t.w - 1);
   t.weight_d = -stride_d * plane;
   t.steps = strip_steps(box, g);
@@ -348,7 +382,7 @@ DSCONV_DEVICE void looped_cells(const DepthwisePlanesPlan& plan, const StripPixe
         const int32_t slice = strip.slice * stride_d + pd;
         if (strip.corner < 0 || !pixels.has(slice)) continue;
         const bool in_tile = plan.whole && (plan.grad_x || pixels.staged);
-        f(strip.corner, in_tile ? pixels.tile.corner_of(slice, 0, pixels.k) : 0, slice, strip.row * stride_h + ph,
+        f(strip, in_tile ? pixels.tile.corner_of(slice, 0, pixels.k) : 0, slice, strip.row * stride_h + ph,
           strip.column * stride_w + pw);
       }
     };
@@ -361,8 +395,16 @@ DSCONV_DEVICE void looped_cells(const DepthwisePlanesPlan& plan, const StripPixe
           const int32_t last = s.taps_a - 1;
           const int32_t step = s.dilation_a * s.pitch_a;
           float sum[4] = {};
-          for_strips([&](int32_t at, int32_t corner, int32_t slice, int32_t row, int32_t column) {
-            const unsigned char* from = du + at + t.first + a_d * box.plane_pitch + b * s.pitch_b;
+          for_strips([&](const CellStrip& strip, int32_t corner, int32_t slice, int32_t row, int32_t column) {
+            const int32_t depth = pixels.tile.place.slice_at(strip.slice, plan.cells).depth + t.at_d +
+                                  a_d * static_cast<int32_t>(g.dilation_d) - static_cast<int32_t>(plan.cells.pad_front);
+            if (!inside(depth, static_cast<int32_t>(g.d_out))) return;
+            const DuPlace place = DuPlace::of(pixels.tile, strip.row + t.at_h, strip.column + t.at_w);
+            const auto exists = [&](int32_t along_a) {
+              return down != 0 ? place.has(along_a, b * static_cast<int32_t>(g.dilation_w))
+                               : place.has(b * static_cast<int32_t>(g.dilation_h), along_a);
+            };
+            const unsigned char* from = du + strip.corner + t.first + a_d * box.plane_pitch + b * s.pitch_b;
             float x[kStripPixels];
 #pragma unroll
             for (int i = 0; i < kStripPixels; ++i) {
@@ -371,22 +413,28 @@ DSCONV_DEVICE void looped_cells(const DepthwisePlanesPlan& plan, const StripPixe
             if (s.dilation_a == 1) {
               // The last taps of a group may be beyond the last one: what they sum up is not kept.
               float window[kStripPixels + 3];
+              unsigned there = 0;
 #pragma unroll
               for (int i = 0; i < kStripPixels + 3; ++i) {
                 const int32_t of = a + i < last + kStripPixels ? a + i : last + kStripPixels - 1;
                 window[i] = to_acc(*reinterpret_cast<const T*>(from + of * s.pitch_a));
+                there |= exists(of) ? 1u << i : 0u;
               }
 #pragma unroll
               for (int j = 0; j < 4; ++j) {
 #pragma unroll
-                for (int i = 0; i < kStripPixels; ++i) sum[j] = fused_multiply_add(window[i + j], x[i], sum[j]);
+                for (int i = 0; i < kStripPixels; ++i) {
+                  if ((there >> (i + j) & 1) != 0) sum[j] = fused_multiply_add(window[i + j], x[i], sum[j]);
+                }
               }
             } else {
 #pragma unroll
               for (int j = 0; j < 4; ++j) {
-                const unsigned char* own = from + (a + j < last ? a + j : last) * step;
+                const int32_t tap = a + j < last ? a + j : last;
+                const unsigned char* own = from + tap * step;
 #pragma unroll
                 for (int i = 0; i < kStripPixels; ++i) {
+                  if (!exists(i + tap * s.dilation_a)) continue;
                   sum[j] = fused_multiply_add(to_acc(*reinterpret_cast<const T*>(own + i * s.pitch_a)), x[i], sum[j]);
                 }
               }
@@ -403,13 +451,13 @@ DSCONV_DEVICE void looped_cells(const DepthwisePlanesPlan& plan, const StripPixe
       }
     }
     if (!plan.grad_x) continue;
-    for_strips([&](int32_t at, int32_t corner, int32_t slice, int32_t row, int32_t column) {
+    for_strips([&](const CellStrip& strip, int32_t corner, int32_t slice, int32_t row, int32_t column) {
       float grad[kStripPixels] = {};
 #pragma unroll 1
       for (int32_t a_d = 0; a_d < t.d; ++a_d) {
         if (t.h == 0 || t.w == 0) break;
-        looped_item<T, 1, 1>(du + at + t.first + a_d * box.plane_pitch, 0, taps + t.weight + a_d * t.weight_d, 0, s,
-                             grad);
+        looped_item<T, 1, 1>(du + strip.corner + t.first + a_d * box.plane_pitch, 0, taps + t.weight + a_d * t.weight_d,
+                             0, s, grad);
       }
 #pragma unroll
       for (int i = 0; i < kStripPixels; ++i) {

@@ -170,10 +170,12 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
 
     const StripPlace strip = strips[thread / 16];
     float grad[kPatchPixels][kUnit] = {};
+    unsigned there = 0;  // a bit a pixel: where there is none, x may be anything
     if (strip.corner >= 0) {
 #pragma unroll
       for (int i = 0; i < kPatchPixels; ++i) {
         const int64_t at = offsets[strip.template slot_of<true>(i)];
+        there |= at >= 0 ? 1u << i : 0u;
         const T* from = du + at + c0 + k;
         if (at >= 0 && channels >= kUnit && is_aligned(from, sizeof(Vec<T, kUnit>))) {
           const Vec<T, kUnit> loaded = *reinterpret_cast<const Vec<T, kUnit>*>(from);
@@ -204,7 +206,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
 #pragma unroll
           for (int i = 0; i < kPatchPixels; ++i) {
             const int kh = row - i / 4 * kStride, kw = column - i % 4 * kStride;
-            if (kh < 0 || kh >= kKernel || kw < 0 || kw >= kKernel) continue;
+            if (kh < 0 || kh >= kKernel || kw < 0 || kw >= kKernel || (there >> i & 1) == 0) continue;
 #pragma unroll
             for (int u = 0; u < kUnit; ++u) {
               float& sum = sums[(kh * kKernel + kw) * kUnit + u];
@@ -225,6 +227,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
         for (int i = 0; i < kPatchPixels; ++i) {
           float value[kUnit];
           load_unit<T, kUnit>(at + i / 4 * run_pitch + i % 4 * steps.stride_a * steps.pitch_a, value);
+          if ((there >> i & 1) == 0) continue;
 #pragma unroll
           for (int u = 0; u < kUnit; ++u) sum[u] = fused_multiply_add(value[u], grad[i][u], sum[u]);
         }

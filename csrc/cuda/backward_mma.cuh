@@ -1,29 +1,33 @@
 // Backward, stage P, on tensor cores: the formulas of backward_pointwise.cuh for Half, BFloat16, and for float in TF32.
 //
-// du_mma kernel: a block of 8 warps owns a box of kPixels pixels x kMid mid channels and walks c_out in chunks:
+// du_mma kernel: a block of 8 warps owns a box of kPixels pixels x kMid mid channels. First act'(z) of the box, a chunk
+// of channels at a time (box_input); where act is the identity there is none, and x is not read. Then it walks c_out in
+// chunks:
 //
 //   dy chunk ----------- g [kPixels x 64 bytes] --------+
 //                                                       +--ldmatrix--> mma.sync --> da in registers
 //   pw_weight --cp.async--> [chunk of c_out][kMid] -----+
 //
-//   Both have two stages, filled a step ahead. At the end act'(z) of the box, a chunk of channels at a time
-//   (box_input), goes over g, and da * act'(z) leaves as forward's outputs do. Where act is the identity x is not read.
+//   and da * act'(z) leaves as forward's outputs do.
+//   Both have two stages, filled a step ahead. In this order the depthwise stage has the registers that the product's
+//   accumulators need afterwards, and shared memory holds one after the other but for act'(z), of type T.
 //
-// pointwise_sum_mma kernel (grad_pw_weight, grad_pw_bias): a block owns kOut output channels x kMid mid channels of one
-// split of the boxes; the pixels of a box are what the product runs over:
+// pointwise_sum_mma kernel (grad_pw_weight, grad_pw_bias): a block owns kOut output channels x kSumMid mid channels of
+// one split of the boxes; the pixels of a box are what the product runs over:
 //
-//   g [kPixels x kOut]  .  act(z) [kPixels x kMid]  -->  accumulators over all boxes of the split --> one partial sum
+//   g [kPixels x kOut]  .  act(z) [kPixels x kSumMid]  -->  accumulators over all boxes of the split --> a partial sum
 //
-//   Slots without a pixel are zero in both. Blocks of the first kMid tile also sum g, compensated. sum_partials adds
+//   Slots without a pixel are zero in both. Blocks of the first mid channels also sum g, compensated. sum_partials adds
 //   the partial sums in the order of the splits.
 //
-// Shared memory as planned (mma_plan.h). Registers: 128 at most, two blocks share a multiprocessor.
+// Shared memory and tiles as planned (mma_backward_plan.h). Registers: 128 at most, two blocks share a multiprocessor.
 // Global traffic: du_mma reads dy (and saved) once a kMid tile, pw_weight once a box, x once, and writes du once;
-// pointwise_sum_mma reads dy once a kMid tile and x once a kOut tile. Preconditions: those of forward.cuh.
+// pointwise_sum_mma reads dy once a kSumMid tile and x once a kOut tile. Preconditions: those of forward.cuh.
 #pragma once
 
 #include "cuda_launch.h"
 #include "launch_blocks.cuh"
+#include "mma_backward_plan.h"
 #include "mma_tile_io.cuh"
 #include "reduce.cuh"
 
@@ -31,28 +35,98 @@ namespace dsconv {
 
 // ---------------------------------------------------------------------------------------------------------------- du
 
-template <typename T_, bool kAlongC_>
+template <typename T_, MmaDuTileKind kKind_, bool kAlongC_>
 struct DuMmaTraits {
   using T = T_;
   static constexpr bool kAlongC = kAlongC_;  // of x, and so of du
-  static constexpr int kPixels = kBackwardPixels, kMid = kBackwardMid, kElement = static_cast<int>(sizeof(T));
-  static constexpr int kWarpColumns = kMid / 32;
+  static constexpr MmaDuTile kTile = du_tile(kKind_);
+  static constexpr int kPixels = kTile.pixels, kMid = kTile.mid, kWarpMid = kTile.warp_mid;
+  static constexpr int kElement = static_cast<int>(sizeof(T)), kWarpColumns = kMid / kWarpMid;
   static_assert(kPixels / 32 * kWarpColumns == kWarpsOfBlock, "the warps tile the block");
   using Input = BoxInput<T, kAlongC, kPixels>;
-  using Warp = WarpTile<32, 32>;
+  using Warp = WarpTile<32, kWarpMid>;
   static constexpr int kWeightRowBytes = kMid * kElement, kWeightBytes = kWeightRowBytes * kChunkChannels<T>;
   static constexpr int kGradBytes = kPixels * kChunkBytes;
-  static_assert(kWeightBytes == kBackwardMid * kChunkBytes, "as planned");
+  static_assert(kWeightBytes == kMid * kChunkBytes, "as planned");
 };
+
+// Calls compute(chunk) for `chunks` of x, start(chunk) having begun to copy one of them, to place chunk % stages: as
+// many ahead as there are places. All that was committed before is there too at the first call.
+template <typename Start, typename Compute>
+DSCONV_DEVICE void walk_chunks(int chunks, int stages, const Start& start, const Compute& compute) {
+  int next = 0;
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const int ahead = chunk + stages < chunks ? chunk + stages : chunks;
+    if (chunk > 0 && next < ahead) __syncthreads();  // the chunk that lay there has been read
+#pragma unroll 1
+    for (; next < ahead; ++next) {
+      start(next);
+      cp_async_commit();
+    }
+    if (next > chunk + 1) {
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
+    __syncthreads();
+    compute(chunk);
+  }
+}
+
+// act'(z) of the box and the block's mid channels, [chunk] tiles of box_input, those behind the last channel left out.
+template <class Traits>
+DSCONV_DEVICE void make_slope(const typename Traits::Input& input, const MmaDuPlan& plan, int32_t c0, int32_t c_mid,
+                              unsigned char* shared) {
+  constexpr int kChunk = kChunkChannels<typename Traits::T>;
+  const auto place = [&](int chunk) { return chunk & (plan.x_stages - 1); };
+  const auto staged = [&](int chunk) { return shared + plan.shared.staged + place(chunk) * input.box.stage_bytes; };
+  const auto taps = [&](int chunk) { return shared + plan.shared.taps + place(chunk) * input.box.tap_bytes; };
+  const int32_t left = (c_mid - c0 + kChunk - 1) / kChunk;
+  walk_chunks(
+      left < Traits::kMid / kChunk ? left : Traits::kMid / kChunk, plan.x_stages,
+      [&](int chunk) { input.stage(c0 + chunk * kChunk, staged(chunk), taps(chunk)); },
+      [&](int chunk) {
+        input.template compute<false>(Middle::derivative, c0 + chunk * kChunk, staged(chunk), taps(chunk),
+                                      shared + plan.shared.slope + chunk * Traits::Input::kTileBytes);
+      });
+  __syncthreads();  // what follows takes the place of x
+}
+
+// acc *= act'(z), of the warp's pixels from m0 on and mid channels from n0 on.
+template <class Traits>
+DSCONV_DEVICE void multiply_by_slope(typename Traits::Warp& own, int m0, int n0, int32_t channels,
+                                     const unsigned char* slope) {
+  using T = typename Traits::T;
+  using Input = typename Traits::Input;
+  constexpr int kChunk = kChunkChannels<T>;
+  const int lane = thread_here() % 32, row0 = m0 + lane / 4, column0 = lane % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < Traits::kWarpMid / 8; ++j) {
+    const int column = n0 + 8 * j;
+    if (column / kChunk * kChunk >= channels) continue;
+    const unsigned char* tile = slope + column / kChunk * Input::kTileBytes;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int r = 0; r < 4; ++r) {
+        const int pixel = row0 + 16 * i + r / 2 * 8, channel = column % kChunk + column0 + r % 2;
+        const int byte = Traits::kAlongC ? at_row<T, Input::kRowBytes>(pixel, channel)
+                                         : at_row<T, Input::kRowBytes, true>(channel, pixel);
+        own.acc[i][j][r] *= to_acc(*reinterpret_cast<const T*>(tile + byte));
+      }
+    }
+  }
+}
 
 template <class Traits>
 DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
-    du_mma_kernel(BackwardParams p, MmaBackwardPlan plan, void* du, Strides du_strides) {
+    du_mma_kernel(BackwardParams p, MmaDuPlan plan, void* du, Strides du_strides) {
   using T = typename Traits::T;
   using Input = typename Traits::Input;
   constexpr int kChunk = kChunkChannels<T>;
   DSCONV_DYNAMIC_SHARED(unsigned char, shared);
-  const MmaDuShared& at = plan.du_shared;
+  const MmaDuShared& at = plan.shared;
   const Geometry& g = p.geom;
   const PixelBox& box = plan.box;
   const BoxPlace place = box_place(box, g, blockIdx.x / static_cast<unsigned>(plan.mid_tiles));
@@ -66,6 +140,8 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   fill_offsets<Traits::kPixels>(box, place, g, p.dy_strides, dy_at);
   if (p.saved != nullptr) fill_offsets<Traits::kPixels>(box, place, g, p.saved_strides, saved_at);
   __syncthreads();
+  const bool bent = p.act != Activation::identity;
+  if (bent) make_slope<Traits>(input, plan, c0, c_mid, shared);
 
   const bool dy_along_c = p.dy_layout == Layout::nhwc;
   const bool dy_runs = !dy_along_c && slots_are_runs<T>(box, g, p.dy_strides, p.dy);
@@ -74,7 +150,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   const auto start = [&](int32_t o0, int stage) {
     stage_matrix<T, kChunk, Traits::kWeightRowBytes, true>(pw_weight, c_out, c_mid, o0, c0, weight_bytes,
                                                            shared + at.weights + stage * Traits::kWeightBytes);
-    unsigned char* grad = shared + stage * Traits::kGradBytes;
+    unsigned char* grad = shared + at.grad + stage * Traits::kGradBytes;
     if (dy_along_c) {
       stage_gradient<T, true, false, Traits::kPixels, kChunk>(p, dy_runs, o0, dy_at, saved_at, grad);
     } else {
@@ -84,19 +160,20 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   };
 
   const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int m0 = warp / Traits::kWarpColumns * 32, n0 = warp % Traits::kWarpColumns * 32;
+  const int m0 = warp / Traits::kWarpColumns * 32, n0 = warp % Traits::kWarpColumns * Traits::kWarpMid;
+  const bool works = c0 + n0 < c_mid;
   const auto weight_at = ColumnFragments<T, Traits::kWeightRowBytes>::of_b(n0);
   typename Traits::Warp own;
   own.clear();
-  start(0, 0);
-  int stage = 0;
+  const int32_t chunks = (c_out + kChunk - 1) / kChunk;
 #pragma unroll 1
-  for (int32_t o0 = 0; o0 < c_out; o0 += kChunk) {
+  for (int32_t chunk = -1; chunk < chunks; ++chunk) {  // the first step only starts a copy
     cp_async_wait<0>();
     __syncthreads();
-    if (o0 + kChunk < c_out) start(o0 + kChunk, stage ^ 1);
-    const unsigned char* grad = shared + stage * Traits::kGradBytes;
-    const unsigned char* weight = shared + at.weights + stage * Traits::kWeightBytes;
+    if (chunk + 1 < chunks) start((chunk + 1) * kChunk, (chunk + 1) & 1);
+    if (chunk < 0 || !works) continue;
+    const unsigned char* grad = shared + at.grad + (chunk & 1) * Traits::kGradBytes;
+    const unsigned char* weight = shared + at.weights + (chunk & 1) * Traits::kWeightBytes;
 #pragma unroll
     for (int step = 0; step < kChunkBytes / 32; ++step) {
       if (dy_along_c) {
@@ -106,38 +183,10 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
                                              weight_at, weight, step);
       }
     }
-    stage ^= 1;
   }
-
-  if (p.act != Activation::identity) {
-    unsigned char* slope = shared;
-#pragma unroll 1
-    for (int k0 = 0; k0 < Traits::kMid && c0 + k0 < c_mid; k0 += kChunk) {
-      input.stage(c0 + k0, shared + at.scratch, shared + at.taps);
-      cp_async_commit();
-      cp_async_wait<0>();
-      __syncthreads();  // x is there, and the last products and slopes have been read
-      input.template compute<false>(Middle::derivative, c0 + k0, shared + at.scratch, shared + at.taps, slope);
-      __syncthreads();
-      const int lane = thread_here() % 32, row0 = m0 + lane / 4, column0 = lane % 4 * 2;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const int column = n0 + 8 * j - k0;
-        if (column < 0 || column >= kChunk) continue;
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-#pragma unroll
-          for (int r = 0; r < 4; ++r) {
-            const int pixel = row0 + 16 * i + r / 2 * 8, channel = column + column0 + r % 2;
-            const int byte = Traits::kAlongC ? at_row<T, Input::kRowBytes>(pixel, channel)
-                                             : at_row<T, Input::kRowBytes, true>(channel, pixel);
-            own.acc[i][j][r] *= to_acc(*reinterpret_cast<const T*>(slope + byte));
-          }
-        }
-      }
-    }
-  }
-  __syncthreads();  // what follows takes the place of x
+  __syncthreads();  // what follows takes the place of the product's tiles
+  if (!works) return;
+  if (bent) multiply_by_slope<Traits>(own, m0, n0, c_mid - c0, shared + at.slope);
   const Outputs<T> outputs{nullptr,
                            nullptr,
                            Activation::identity,
@@ -146,24 +195,25 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
                            du_strides.c,
                            slots_are_runs<T>(box, g, du_strides, du)};
   store_warp_tile<Traits::kAlongC>(outputs, own, input.offsets() + m0, c0 + n0,
-                                   shared + at.scratch + warp * 4 * 32 * kSliceChannels);
+                                   shared + at.slices + warp * 4 * 32 * kSliceChannels);
 }
 
 // ------------------------------------------------------------------------------------------------- grad_pw_weight,
 // _bias
 
-template <typename T_, bool kAlongC_>
+template <typename T_, MmaSumTileKind kKind_, bool kAlongC_>
 struct PointwiseSumMmaTraits {
   using T = T_;
   static constexpr bool kAlongC = kAlongC_;  // of x
   static constexpr int kElement = static_cast<int>(sizeof(T));
-  static constexpr int kPixels = sum_pixels(kElement), kOut = kBackwardOut, kMid = kBackwardMid;
-  static constexpr int kWarpColumns = kMid / 16;
-  static_assert(kOut / 32 * kWarpColumns == kWarpsOfBlock, "the warps tile the block");
+  static constexpr MmaSumTile kTile = sum_tile(kKind_, kElement);
+  static constexpr int kPixels = kTile.pixels, kOut = kTile.out, kWarpOut = kTile.warp_out, kWarpMid = kTile.warp_mid;
+  static constexpr int kWarpColumns = kSumMid / kWarpMid;
+  static_assert(kOut / kWarpOut * kWarpColumns == kWarpsOfBlock, "the warps tile the block");
+  static_assert(kChunkChannels<T> % kWarpMid == 0, "a warp's mid channels are in one chunk");
   using Input = BoxInput<T, kAlongC, kPixels>;
-  using Warp = WarpTile<32, 16>;
-  static constexpr int kChunks = kMid / kChunkChannels<T>;
-  static constexpr int kGradBytes = kPixels * kOut * kElement;
+  using Warp = WarpTile<kWarpOut, kWarpMid>;
+  static constexpr int kChunks = kSumMid / kChunkChannels<T>;
   using ZFragments =
       std::conditional_t<kAlongC, ColumnFragments<T, Input::kRowBytes, false>, RowFragments<T, Input::kRowBytes, true>>;
 };
@@ -171,31 +221,32 @@ struct PointwiseSumMmaTraits {
 // Partial sums of one split: weight_partial [splits][c_out][c_mid], bias_partial [splits][c_out]; either may be null.
 template <class Traits>
 DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
-    pointwise_sum_mma_kernel(BackwardParams p, MmaBackwardPlan plan, float* weight_partial, float* bias_partial) {
+    pointwise_sum_mma_kernel(BackwardParams p, MmaSumPlan plan, float* weight_partial, float* bias_partial) {
   using T = typename Traits::T;
   using Input = typename Traits::Input;
   constexpr int kChunk = kChunkChannels<T>;
   DSCONV_DYNAMIC_SHARED(unsigned char, shared);
-  const MmaSumShared& at = plan.sum_shared;
+  const MmaSumShared& at = plan.shared;
   const Geometry& g = p.geom;
-  const PixelBox& box = plan.sum_box;
+  const PixelBox& box = plan.box;
   const unsigned mid_tiles = weight_partial != nullptr ? static_cast<unsigned>(plan.mid_tiles) : 1;
   const unsigned tile = blockIdx.x % (static_cast<unsigned>(plan.out_tiles) * mid_tiles);
   const int64_t split = blockIdx.x / (static_cast<unsigned>(plan.out_tiles) * mid_tiles);
   const int32_t o0 = static_cast<int32_t>(tile / mid_tiles) * Traits::kOut;
-  const int32_t c0 = static_cast<int32_t>(tile % mid_tiles) * Traits::kMid;
+  const int32_t c0 = static_cast<int32_t>(tile % mid_tiles) * kSumMid;
   const int64_t first_box = split * plan.boxes_of_split, boxes_left = box.tiles - first_box;
   const int32_t boxes = static_cast<int32_t>(boxes_left < plan.boxes_of_split ? boxes_left : plan.boxes_of_split);
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
-  const bool sums_bias = bias_partial != nullptr && c0 == 0 && thread < Traits::kOut;
+  const bool sums_bias = bias_partial != nullptr && c0 == 0;
   const bool dy_along_c = p.dy_layout == Layout::nhwc;
   const bool dy_runs = !dy_along_c && slots_are_runs<T>(box, g, p.dy_strides, p.dy);
   const DepthwiseInput<T> in = depthwise_input<T>(p);
   int64_t* saved_at = reinterpret_cast<int64_t*>(shared + at.saved_offsets);
-  unsigned char* z = shared + at.z;
-
-  const int m0 = warp / Traits::kWarpColumns * 32, n0 = warp % Traits::kWarpColumns * 16;
-  const auto z_at = Traits::ZFragments::of_b(n0 % kChunk);
+  // Made anew for each box: the depthwise stage needs the registers.
+  const auto first_out = [] { return thread_here() / 32 / Traits::kWarpColumns * Traits::kWarpOut; };
+  const auto first_mid = [] { return thread_here() / 32 % Traits::kWarpColumns * Traits::kWarpMid; };
+  const auto works = [&] {
+    return weight_partial != nullptr && o0 + first_out() < g.c_out && c0 + first_mid() / kChunk * kChunk < g.c_mid;
+  };
   typename Traits::Warp own;
   own.clear();
   CompensatedSum<float> bias_sum;
@@ -212,19 +263,25 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
       stage_gradient<T, false, true, Traits::kPixels, Traits::kOut>(p, dy_runs, o0, dy_at, saved_at, shared);
     }
     cp_async_commit();
-    if (weight_partial != nullptr) {
-#pragma unroll 1
-      for (int chunk = 0; chunk < Traits::kChunks; ++chunk) {
-        const int32_t c = c0 + chunk * kChunk;
-        input.stage(c, shared + at.scratch, shared + at.taps);
-        cp_async_commit();
-        cp_async_wait<0>();
-        __syncthreads();
-        input.template compute<true>(Middle::value, c, shared + at.scratch, shared + at.taps,
-                                     z + chunk * Input::kTileBytes);
-        __syncthreads();
-      }
-      const unsigned char* z_chunk = z + n0 / kChunk * Input::kTileBytes;
+    const auto place = [&](int chunk) { return chunk & (plan.x_stages - 1); };
+    const auto staged = [&](int chunk) { return shared + at.staged + place(chunk) * box.stage_bytes; };
+    const auto taps = [&](int chunk) { return shared + at.taps + place(chunk) * box.tap_bytes; };
+    const int32_t chunks_left = (static_cast<int32_t>(g.c_mid) - c0 + kChunk - 1) / kChunk;
+    const int32_t chunks = weight_partial == nullptr       ? 0
+                           : chunks_left < Traits::kChunks ? chunks_left
+                                                           : Traits::kChunks;
+    walk_chunks(
+        chunks, plan.x_stages, [&](int chunk) { input.stage(c0 + chunk * kChunk, staged(chunk), taps(chunk)); },
+        [&](int chunk) {
+          input.template compute<true>(Middle::value, c0 + chunk * kChunk, staged(chunk), taps(chunk),
+                                       shared + at.z + chunk * Input::kTileBytes);
+        });
+    cp_async_wait<0>();
+    __syncthreads();
+    if (works()) {
+      const int m0 = first_out(), n0 = first_mid();
+      const auto z_at = Traits::ZFragments::of_b(n0 % kChunk);
+      const unsigned char* z_chunk = shared + at.z + n0 / kChunk * Input::kTileBytes;
 #pragma unroll 2
       for (int step = 0; step < Traits::kPixels * Traits::kElement / 32; ++step) {
         if (dy_along_c) {
@@ -235,11 +292,9 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
                                                 shared, z_at, z_chunk, step);
         }
       }
-    } else {
-      cp_async_wait<0>();
-      __syncthreads();
     }
-    if (sums_bias) {
+    const int thread = thread_here();
+    if (sums_bias && thread < Traits::kOut) {
 #pragma unroll 1
       for (int pixel = 0; pixel < Traits::kPixels; ++pixel) {
         const int byte = dy_along_c ? at_row<T, Traits::kOut * Traits::kElement, true>(pixel, thread)
@@ -249,22 +304,31 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
     }
   }
 
-  if (sums_bias && o0 + thread < g.c_out) bias_partial[split * g.c_out + o0 + thread] = bias_sum.sum;
-  if (weight_partial == nullptr) return;
-  const int lane = thread % 32;
+  const int thread = thread_here();
+  if (sums_bias && thread < Traits::kOut && o0 + thread < g.c_out) {
+    bias_partial[split * g.c_out + o0 + thread] = bias_sum.sum;
+  }
+  if (!works()) return;
+  const int lane = thread % 32, m0 = first_out(), n0 = first_mid();
+  const int32_t channels = static_cast<int32_t>(g.c_mid) - c0;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+  for (int i = 0; i < Traits::kWarpOut / 16; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int32_t o = o0 + m0 + 16 * i + lane / 4 + 8 * half;
       if (o >= g.c_out) continue;
-      float* row = weight_partial + (split * g.c_out + o) * g.c_mid;
+      float* row = weight_partial + (split * g.c_out + o) * g.c_mid + c0;
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
+      for (int j = 0; j < Traits::kWarpMid / 8; ++j) {
+        const int32_t c = n0 + 8 * j + lane % 4 * 2;
+        const float (&pair)[4] = own.acc[i][j];
+        if (channels % 2 == 0 && c < channels) {
+          *reinterpret_cast<Vec<float, 2>*>(row + c) = {pair[2 * half], pair[2 * half + 1]};
+        } else {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int32_t c = c0 + n0 + 8 * j + lane % 4 * 2 + e;
-          if (c < g.c_mid) row[c] = own.acc[i][j][2 * half + e];
+          for (int e = 0; e < 2; ++e) {
+            if (c + e < channels) row[c + e] = pair[2 * half + e];
+          }
         }
       }
     }
@@ -273,32 +337,48 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
 
 // ----------------------------------------------------------------------------------------------------------- launcher
 
+// Calls f with the kind known to the compiler, one of those that T has.
+template <typename Kind, int kKinds, bool kHas(Kind, int64_t), typename T, typename F, int kAt = 0>
+LaunchStatus with_tile_kind(Kind kind, const F& f) {
+  constexpr Kind kThis = static_cast<Kind>(kAt);
+  if constexpr (kHas(kThis, sizeof(T))) {
+    if (kind == kThis) return f(std::integral_constant<Kind, kThis>{});
+  }
+  if constexpr (kAt + 1 < kKinds) return with_tile_kind<Kind, kKinds, kHas, T, F, kAt + 1>(kind, f);
+  return {};
+}
+
 template <DType kType>
 LaunchStatus launch_backward_mma(const BackwardParams& p, const BackwardPlan& plan, void* workspace, void* stream) {
   using T = storage_t<kType>;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   const MmaBackwardPlan& mma = plan.mma;
+  const auto launch_du = [&](auto kind, auto along_c) {
+    using Traits = DuMmaTraits<T, decltype(kind)::value, decltype(along_c)::value>;
+    return launch_blocks("du_mma", du_mma_kernel<Traits>, plan.du_blocks, static_cast<size_t>(mma.du.shared.bytes),
+                         cuda_stream, p, mma.du, at_byte<void>(workspace, plan.du_at), plan.du_strides);
+  };
+  float* weight = p.grad_pw_weight != nullptr ? at_byte<float>(workspace, plan.pw_weight_at) : nullptr;
+  float* bias = p.grad_pw_bias != nullptr ? at_byte<float>(workspace, plan.pw_bias_at) : nullptr;
+  const auto launch_sum = [&](auto kind, auto along_c) {
+    using Traits = PointwiseSumMmaTraits<T, decltype(kind)::value, decltype(along_c)::value>;
+    return launch_blocks("pointwise_sum_mma", pointwise_sum_mma_kernel<Traits>, plan.pw_blocks,
+                         static_cast<size_t>(mma.sum.shared.bytes), cuda_stream, p, mma.sum, weight, bias);
+  };
   const auto launch_kernels = [&](auto along_c) {
-    constexpr bool kAlongC = decltype(along_c)::value;
     LaunchStatus status;
     if (plan.du) {
-      status = launch_blocks("du_mma", du_mma_kernel<DuMmaTraits<T, kAlongC>>, plan.du_blocks,
-                             static_cast<size_t>(mma.du_shared.bytes), cuda_stream, p, mma,
-                             at_byte<void>(workspace, plan.du_at), plan.du_strides);
+      status = with_tile_kind<MmaDuTileKind, kMmaDuTileKinds, has_du_tile, T>(
+          mma.du.kind, [&](auto kind) { return launch_du(kind, along_c); });
     }
-    if (plan.pw_sums && status.error == 0) {
-      float* weight = p.grad_pw_weight != nullptr ? at_byte<float>(workspace, plan.pw_weight_at) : nullptr;
-      float* bias = p.grad_pw_bias != nullptr ? at_byte<float>(workspace, plan.pw_bias_at) : nullptr;
-      status =
-          launch_blocks("pointwise_sum_mma", pointwise_sum_mma_kernel<PointwiseSumMmaTraits<T, kAlongC>>,
-                        plan.pw_blocks, static_cast<size_t>(mma.sum_shared.bytes), cuda_stream, p, mma, weight, bias);
-      if (status.error == 0) {
-        status =
-            sum_partials<T>(weight, plan.pw_split.count, p.geom.c_out * p.geom.c_mid, p.grad_pw_weight, cuda_stream);
-      }
-      if (status.error == 0) {
-        status = sum_partials<T>(bias, plan.pw_split.count, p.geom.c_out, p.grad_pw_bias, cuda_stream);
-      }
+    if (!plan.pw_sums || status.error != 0) return status;
+    status = with_tile_kind<MmaSumTileKind, kMmaSumTileKinds, has_sum_tile, T>(
+        mma.sum.kind, [&](auto kind) { return launch_sum(kind, along_c); });
+    if (status.error == 0) {
+      status = sum_partials<T>(weight, plan.pw_split.count, p.geom.c_out * p.geom.c_mid, p.grad_pw_weight, cuda_stream);
+    }
+    if (status.error == 0) {
+      status = sum_partials<T>(bias, plan.pw_split.count, p.geom.c_out, p.grad_pw_bias, cuda_stream);
     }
     return status;
   };

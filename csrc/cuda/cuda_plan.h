@@ -9,6 +9,7 @@
 #include "cuda_cost.h"
 #include "depthwise_planes_plan.h"
 #include "depthwise_tiles_plan.h"
+#include "mma_backward_plan.h"
 #include "mma_plan.h"
 
 namespace dsconv {
@@ -318,15 +319,16 @@ inline BackwardPlan plan_backward(const BackwardParams& p, const DeviceLimits& d
   if (has_tensor_cores(p.dtype, p.tf32, device.capability)) {
     plan.mma = plan_mma_backward(p, device);
     const int64_t most = device.shared_per_block;
-    plan.tensor_cores = plan.mma.du_shared.bytes <= most && plan.mma.sum_shared.bytes <= most;
+    plan.tensor_cores = plan.mma.du.shared.bytes <= most && plan.mma.sum.shared.bytes <= most;
   }
   if (plan.tensor_cores) {
-    plan.du_pixel_tiles = plan.mma.box.tiles;
-    plan.du_channel_tiles = plan.mma.mid_tiles;
+    const MmaSumPlan& sum = plan.mma.sum;
+    plan.du_pixel_tiles = plan.mma.du.box.tiles;
+    plan.du_channel_tiles = plan.mma.du.mid_tiles;
     plan.du_blocks = plan.du_pixel_tiles * plan.du_channel_tiles;
-    plan.pw_out_tiles = plan.mma.out_tiles;
-    plan.pw_mid_tiles = p.grad_pw_weight != nullptr ? plan.mma.mid_tiles : 1;
-    plan.pw_split = {plan.mma.splits, plan.mma.boxes_of_split * sum_pixels(mma_element_bytes(p.dtype))};
+    plan.pw_out_tiles = sum.out_tiles;
+    plan.pw_mid_tiles = p.grad_pw_weight != nullptr ? sum.mid_tiles : 1;
+    plan.pw_split = {sum.splits, sum.boxes_of_split * sum_tile(sum.kind, mma_element_bytes(p.dtype)).pixels};
     plan.pw_blocks = plan.pw_split.count * plan.pw_out_tiles * plan.pw_mid_tiles;
   }
 

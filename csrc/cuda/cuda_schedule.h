@@ -68,16 +68,11 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
   const bool bent = p.act != Activation::identity;
   const auto depth_padded = [&](int64_t extent) { return ceil_div(extent, tiles.depth) * tiles.depth; };
 
-  // `values` of a product of `depth` each on tensor cores, in multiply-adds outside of them, and `others` there.
-  const double mma_rate = p.dtype == DType::f32 ? device.mma_tf32 : device.mma_f16;
-  const auto mma_work = [&](int64_t values, int64_t depth, int64_t others) {
-    const double share = mma_rate > 0 ? rate / mma_rate : 1;
-    return static_cast<double>(values) * (static_cast<double>(depth) * share + static_cast<double>(others));
-  };
-
   Schedule schedule;
   schedule.workspace_bytes = static_cast<int64_t>(plan.workspace_bytes);
-  if (plan.du) {
+  if (plan.du && plan.tensor_cores) {
+    schedule.add(du_mma_cost(p, plan.mma.du, device));
+  } else if (plan.du) {
     KernelCost du = plain_kernel("du", plan.du_blocks);
     du.tile_rows = tiles.du_channels;
     du.tile_columns = tiles.du_pixels;
@@ -91,18 +86,11 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
     du.dram_bytes = bytes.y + bytes.pw_weight + bytes.z + (bent ? bytes.x + bytes.dw_weight : 0);
     du.l2_bytes = plan.du_channel_tiles * bytes.y + plan.du_pixel_tiles * bytes.pw_weight + bytes.z;
     if (bent) du.l2_bytes += plan.du_pixel_tiles * g.c_in * window_elements(g, tiles.du_pixels) * bytes.element;
-    if (plan.tensor_cores) {
-      du.name = "du_mma";
-      du.tile_rows = kBackwardPixels;
-      du.tile_columns = kBackwardMid;
-      du.tile_depth = kChunkBytes / bytes.element;
-      du.stages = 2;
-      du.shared_bytes = plan.mma.du_shared.bytes;
-      du.multiply_adds = mma_work(plan.du_blocks * kBackwardPixels * kBackwardMid, g.c_out, bent ? 2 * taps + 8 : 0);
-    }
     schedule.add(du);
   }
-  if (plan.pw_sums) {
+  if (plan.pw_sums && plan.tensor_cores) {
+    schedule.add(sum_mma_cost(p, plan.mma.sum, device));
+  } else if (plan.pw_sums) {
     KernelCost sum = plain_kernel("pointwise_sum", plan.pw_blocks);
     sum.tile_rows = tiles.weight_out;
     sum.tile_columns = tiles.weight_mid;
@@ -115,15 +103,9 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
     const int64_t partial = plan.pw_split.count * g.c_out * g.c_mid * bytes.accumulator;
     sum.dram_bytes = bytes.x + bytes.y + bytes.dw_weight + partial;
     sum.l2_bytes = plan.pw_mid_tiles * bytes.y + plan.pw_out_tiles * bytes.x + partial;
-    if (plan.tensor_cores) {
-      sum.name = "pointwise_sum_mma";
-      sum.tile_rows = kBackwardOut;
-      sum.tile_columns = kBackwardMid;
-      sum.tile_depth = sum_pixels(bytes.element);
-      sum.shared_bytes = plan.mma.sum_shared.bytes;
-      sum.multiply_adds = mma_work(plan.pw_blocks * plan.pw_split.pixels * kBackwardMid, kBackwardOut, 2 * taps + 8);
-    }
     schedule.add(sum);
+  }
+  if (plan.pw_sums) {
     if (p.grad_pw_weight != nullptr) {
       schedule.add(sum_of("sum_partials, pw_weight", plan.pw_split.count, g.c_out * g.c_mid, bytes));
     }

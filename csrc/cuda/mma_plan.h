@@ -1,4 +1,4 @@
-// What the tensor-core kernels will do for a call: plain host C++, like cuda_plan.h.
+// What the tensor-core kernels will do for a call: plain host C++, like cuda_plan.h. Backward: mma_backward_plan.h.
 //
 // Forward: a block owns a box of pixels (pixel_box.h) and a group of output channel tiles. It computes act(z) of its
 // box once, a chunk of channels at a time; where the group has more than one tile, all chunks stay in shared memory.
@@ -150,89 +150,6 @@ inline double mma_forward_wavefronts(const ForwardParams& p, const MmaForwardPla
   const double outputs = tile.pixels * tile.channels * (2 * 4.0 + 1) / 128;
   return chunks * box_wavefronts(plan.box, p.geom, p.x_layout, tile.pixels, element) +
          static_cast<double>(plan.tiles_of_group) * (chunks * (product + weights) + outputs);
-}
-
-// ---------------------------------------------------------------------------------------------------------- backward
-
-// Backward: pixels of a box of the kernel of du, mid channels and (grad_pw_weight) output channels of a block.
-constexpr int kBackwardPixels = 128, kBackwardMid = 64, kBackwardOut = 64;
-
-// Pixels of a box of the kernel of grad_pw_weight: with floats half as many, so that two blocks share the 100 KiB of
-// sm_86, sm_89 and sm_120.
-constexpr int sum_pixels(int64_t element) { return element == 4 ? kBackwardPixels / 2 : kBackwardPixels; }
-
-struct MmaDuShared {
-  int32_t weights, scratch, taps, dy_offsets, saved_offsets, bytes;  // g is at 0, two stages
-  BoxTables tables;
-};
-
-struct MmaSumShared {
-  int32_t z, scratch, taps, saved_offsets, bytes;  // g is at 0
-  BoxTables tables;
-};
-
-struct MmaBackwardPlan {
-  PixelBox box, sum_box;  // of the two kernels
-  int32_t mid_tiles, out_tiles;
-  int64_t splits, boxes_of_split;  // of grad_pw_weight and grad_pw_bias
-  MmaDuShared du_shared;
-  MmaSumShared sum_shared;
-};
-
-inline MmaBackwardPlan plan_mma_backward(const BackwardParams& p, const DeviceLimits& device) {
-  const Geometry& g = p.geom;
-  const int64_t element = mma_element_bytes(p.dtype);
-  const int64_t pixels_of_sum = sum_pixels(element);
-  MmaBackwardPlan plan{};
-  // Room beside the products' tiles for a chunk of x, its table of spans (an eighth of it) and the other tables.
-  const auto box_of = [&](int64_t pixels) {
-    const int64_t products = pixels * (kBackwardOut + kBackwardMid) * element;
-    const int64_t room = (device.shared_per_block - products - 14 * 1024) * 8 / 9;
-    const int64_t most = device.shared_per_block * 2 / 5;
-    return plan_box(g, box_source(p), pixels, room < most ? room : most);
-  };
-  plan.box = box_of(kBackwardPixels);
-  plan.sum_box = pixels_of_sum == kBackwardPixels ? plan.box : box_of(pixels_of_sum);
-  plan.mid_tiles = static_cast<int32_t>(box_ceil_div(g.c_mid, kBackwardMid));
-  plan.out_tiles = static_cast<int32_t>(box_ceil_div(g.c_out, kBackwardOut));
-
-  // Two waves of blocks, none without a box.
-  const int64_t tiles = int64_t{plan.out_tiles} * (p.grad_pw_weight != nullptr ? plan.mid_tiles : 1);
-  const int64_t wanted = box_ceil_div(4 * device.multiprocessors, tiles > 0 ? tiles : 1);
-  const int64_t splits = wanted < plan.sum_box.tiles ? wanted : plan.sum_box.tiles;
-  plan.boxes_of_split = box_ceil_div(plan.sum_box.tiles, splits > 0 ? splits : 1);
-  plan.splits = box_ceil_div(plan.sum_box.tiles, plan.boxes_of_split > 0 ? plan.boxes_of_split : 1);
-
-  int64_t at = 0;
-  const auto take = [&](int64_t bytes) {
-    const int64_t begin = at;
-    at += box_round_up(bytes, 16);
-    return static_cast<int32_t>(begin);
-  };
-  const auto take_tables = [&](const PixelBox& box, int64_t pixels, BoxTables& tables, int32_t& saved) {
-    tables.spans = take(8 * int64_t{box.spans});
-    tables.strips = take(8 * pixels / kStripPixels);
-    tables.offsets = take(8 * pixels);
-    saved = take(8 * pixels);
-  };
-  const int64_t slices = kWarpsOfBlock * slice_bytes({0, 0, 32, 32});
-  MmaDuShared& du = plan.du_shared;
-  take(2 * kBackwardPixels * kChunkBytes);
-  du.weights = take(2 * kBackwardMid * kChunkBytes);
-  du.scratch = take(plan.box.stage_bytes > slices ? plan.box.stage_bytes : slices);
-  du.taps = take(plan.box.tap_bytes);
-  du.dy_offsets = take(8 * kBackwardPixels);
-  take_tables(plan.box, kBackwardPixels, du.tables, du.saved_offsets);
-  du.bytes = static_cast<int32_t>(at);
-  at = 0;
-  MmaSumShared& sum = plan.sum_shared;
-  take(pixels_of_sum * kBackwardOut * element);
-  sum.z = take(pixels_of_sum * kBackwardMid * element);
-  sum.scratch = take(plan.sum_box.stage_bytes);
-  sum.taps = take(plan.sum_box.tap_bytes);
-  take_tables(plan.sum_box, pixels_of_sum, sum.tables, sum.saved_offsets);
-  sum.bytes = static_cast<int32_t>(at);
-  return plan;
 }
 
 }  // namespace dsconv

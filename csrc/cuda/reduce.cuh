@@ -18,7 +18,8 @@ struct CompensatedSum {
   DSCONV_DEVICE void add(Acc value) {
     const Acc corrected = value - lost;
     const Acc next = sum + corrected;
-    lost = (next - sum) - corrected;
+    // What a sum beyond all bounds has lost is no number, and must not meet what is added to it.
+    lost = next - next == 0 ? (next - sum) - corrected : Acc(0);
     sum = next;
   }
 };
