@@ -150,7 +150,9 @@ static void recompute_z(const BackwardContext& ctx, const ChannelsLast<const X>&
                                   x.strides(),
                                   Layout::nhwc,
                                   z_weight<T>(ctx) + k,
-                                  static_cast<const T*>(ctx.packed.dw_bias) + k};
+                                  static_cast<const T*>(ctx.packed.dw_bias) + k,
+                                  {},
+                                  x.end};
     depthwise_nhwc(in, pixel, count, clamp_of<T>(Activation::identity), z + j);
   }
 }

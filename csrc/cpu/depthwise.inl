@@ -19,6 +19,7 @@ struct DepthwiseInput {
   const typename ComputeOf<S>::type* weight;  // PackedWeights
   const typename ComputeOf<S>::type* bias;
   InputNorm norm;
+  const S* end;  // of the memory of x, where vectors past the last channel may be read and written to z; else null
 };
 
 // All but where x and the weights are.
@@ -39,6 +40,13 @@ DSCONV_INLINE ChannelRow<S> channel_row(const Geometry& g, const CpuPlan& plan) 
   return row;
 }
 
+// Of x in nhwc: behind the last channel of its last pixel. Null where z keeps planes of channels one behind another.
+template <typename S>
+DSCONV_INLINE const S* end_of_channels(const Geometry& g, const S* x, const Strides& s, int64_t channels) {
+  if (g.multiplier != 1) return nullptr;
+  return x + (g.n - 1) * s.n + (g.d_in - 1) * s.d + (g.h_in - 1) * s.h + (g.w_in - 1) * s.w + channels;
+}
+
 // Points the row to the slices of x that the output slice reads. Returns the first tap along the depth.
 template <typename S>
 DSCONV_INLINE int64_t read_slices(const DepthwiseInput<S>& in, int64_t slice, ChannelRow<S>& row) {
@@ -53,6 +61,8 @@ static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
   ChannelRow<S> row = channel_row<S>(g, *in.plan);
   row.row_step = in.stride.h;
   row.column_step = in.stride.w;
+  row.end = in.end;
+  row.padded = in.end != nullptr;
   for (int64_t p = 0; p < count;) {
     const PixelRun run = run_at(pixel + p, count - p, g.h_out, g.w_out, false);
     int64_t rows = run.length == g.w_out ? (count - p) / g.w_out : 1;

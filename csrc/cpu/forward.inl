@@ -71,7 +71,8 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
                                 p.x_layout,
                                 static_cast<const T*>(ctx.packed.dw_weight),
                                 static_cast<const T*>(ctx.packed.dw_bias),
-                                ctx.in_norm};
+                                ctx.in_norm,
+                                end_of_channels(g, static_cast<const S*>(p.x), p.x_strides, g.c_in)};
   depthwise_tile(in, pixel, count, clamp_of<T>(p.act), z, memory);
   if (!is_clamp(p.act)) {
     for (int64_t i = 0; i < count; ++i) {

@@ -194,7 +194,8 @@ static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scr
                                 ctx.x.layout,
                                 static_cast<const T*>(ctx.packed.dw_weight) + k,
                                 static_cast<const T*>(ctx.packed.dw_bias) + k,
-                                norm_from<T>(ctx.in_norm, k)};
+                                norm_from<T>(ctx.in_norm, k),
+                                end_of_channels(ctx.geom, static_cast<const S*>(ctx.x.data), ctx.x.strides, ctx.geom.c_in)};
   const int64_t first_tile = plan.tiles * group / ctx.groups, first = tile_begin(plan, first_tile);
   for (int64_t tile = first_tile; tile < plan.tiles * (group + 1) / ctx.groups; ++tile) {
     const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
