@@ -273,7 +273,7 @@ static void correlate_rows(const BackwardContext& ctx, const ChannelsLast<const 
   in.du = du;
   in.du_row = g.w_out * ctx.plan.du_width;
   in.du_column = ctx.plan.du_width;
-  const int64_t width = block.column_end - block.column, rows_at_once = width < kLongestSum ? kLongestSum / width : 1;
+  const int64_t width = block.column_end - block.column, rows_at_once = rows_of_a_chain(width, correlates_pairs(g));
   const int64_t pieces = ceil_div(width, kLongestSum), depth = slice % g.d_out * g.stride_d - g.pad_front;
   const Range taps = valid_taps(depth, g.dilation_d, g.d_in, g.kernel_d);
   for (int64_t row = block.row; row < block.row_end; row += rows_at_once) {
@@ -302,7 +302,7 @@ static void correlate_run(const BackwardContext& ctx, const ChannelsLast<const X
   constexpr int n = Vec<T>::n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
-  const int64_t per_plane = ceil_div(g.c_in, n), rows_at_once = g.w_out < kLongestSum ? kLongestSum / g.w_out : 1;
+  const int64_t per_plane = ceil_div(g.c_in, n), rows_at_once = rows_of_a_chain(g.w_out, correlates_pairs(g));
   for (int64_t pixel = begin; pixel < end;) {
     const PixelRun run = run_at(pixel, end - pixel, g.h_out, g.w_out, false);
     int64_t rows = run.length == g.w_out ? (end - pixel) / g.w_out : 1;
