@@ -260,8 +260,8 @@ DSCONV_INLINE bool reads_whole_vectors(const Geometry& g, const ChannelsLast<con
 }
 
 // sums[tap][lanes] of the vector of channels that x begins with += the correlation over rows [row, row_end), columns
-// [column, column_end) of a slice, in blocks of about kLongestSum pixels. du is the slice's. Sums of lanes past the last
-// channel may be made too.
+// [column, column_end) of a slice, in blocks of about kLongestSum pixels. du is the slice's. Sums of lanes past the
+// last channel may be made too.
 template <typename X, typename T>
 static void correlate_rows(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t slice, PixelBlock block,
                            int64_t channels, const T* du, T* sums) {
@@ -294,24 +294,23 @@ DSCONV_INLINE int64_t depthwise_vectors(const Geometry& g) {
   return g.multiplier * ceil_div(g.c_in, Vec<T>::n);
 }
 
-// partial[vector of channels][tap][lanes] += the correlation over pixels [begin, end) of du. Few rows at a time meet
+// partial[vector of channels][tap][lanes] += the correlation over these pixels of du. Few rows at a time meet
 // all channels: they stay in cache, and within few pages.
 template <typename X, typename T>
-static void correlate_run(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t begin, int64_t end,
-                          T* partial) {
+static void correlate_run(const BackwardContext& ctx, const ChannelsLast<const X>& x, const Range& pixels, T* partial) {
   constexpr int n = Vec<T>::n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
   const int64_t per_plane = ceil_div(g.c_in, n), rows_at_once = rows_of_a_chain(g.w_out, correlates_pairs(g));
-  for (int64_t pixel = begin; pixel < end;) {
-    const PixelRun run = run_at(pixel, end - pixel, g.h_out, g.w_out, false);
-    int64_t rows = run.length == g.w_out ? (end - pixel) / g.w_out : 1;
+  for (int64_t pixel = pixels.begin; pixel < pixels.end;) {
+    const PixelRun run = run_at(pixel, pixels.end - pixel, g.h_out, g.w_out, false);
+    int64_t rows = run.length == g.w_out ? (pixels.end - pixel) / g.w_out : 1;
     if (rows > rows_at_once) rows = rows_at_once;
     if (rows > g.h_out - run.oh) rows = g.h_out - run.oh;
     for (int64_t v = 0; v < depthwise_vectors<T>(g); ++v) {
       const int64_t c = v % per_plane * n;
-      correlate_rows(ctx, channels_from(x, c), run.slice, {run.oh, run.oh + rows, run.ow, run.ow + run.length}, g.c_in - c,
-                     du_at<T>(ctx, run.slice * plan.slice_pixels, v / per_plane * g.c_in + c),
+      correlate_rows(ctx, channels_from(x, c), run.slice, {run.oh, run.oh + rows, run.ow, run.ow + run.length},
+                     g.c_in - c, du_at<T>(ctx, run.slice * plan.slice_pixels, v / per_plane * g.c_in + c),
                      partial + v * plan.taps * n);
     }
     pixel += rows * run.length;

@@ -137,8 +137,8 @@ static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int6
     for (int64_t d = 0; ctx.p.grad_dw_weight != nullptr && d < g.d_out; ++d) {
       const T* du_slice = du + d * plan.slice_pixels * columns;
       for (int64_t c = 0; c < t.width; c += n) {
-        correlate_rows(ctx, channels_from(x, c), image * g.d_out + d, {0, g.h_out, 0, g.w_out}, t.width - c, du_slice + c,
-                       memory.dw_sums + c * plan.taps);
+        correlate_rows(ctx, channels_from(x, c), image * g.d_out + d, {0, g.h_out, 0, g.w_out}, t.width - c,
+                       du_slice + c, memory.dw_sums + c * plan.taps);
       }
     }
     for (int64_t d = 0; ctx.p.grad_x != nullptr && d < g.d_in; ++d) {

@@ -11,8 +11,8 @@
 //
 // In 3-D the taps are some such planes of taps: an outer loop over the slices of x that they read.
 //
-// With dilation, or strides above 2, tap by tap: P + 1 loads for P multiply-adds. Columns outside the image are loads of
-// a vector of zeros, rows outside are left out of the loop.
+// With dilation, or strides above 2, tap by tap: P + 1 loads for P multiply-adds. Columns outside the image are loads
+// of a vector of zeros, rows outside are left out of the loop.
 //
 // The channels left of a last vector are computed as a whole one, whose other lanes are dropped: they hold the first
 // channels of the next pixel. Only where that would be read beyond the end of x, masks read what there is.
@@ -35,6 +35,7 @@ struct ChannelRow {
   int64_t weight_row, weight_column;  // may be negative: a kernel walked backwards
   int64_t slices;                     // that are read: planes of taps inside the image
   int64_t slice_step, weight_slice;   // from one to the next
+  int64_t wrap = 0, wrap_back = 0;    // after slice number `wrap` x goes back by that much: slices of a ring
   const T* start;                     // bias, with start_step 0, or what to add to
   int64_t start_step;                 // per pixel
   int64_t channels;
@@ -42,6 +43,12 @@ struct ChannelRow {
   const S* end = nullptr;  // of the memory of x; null: no lane past the last channel may be read
   bool padded = false;     // outputs have room for whole vectors
 };
+
+// From slice number `slice` to the next.
+template <typename S>
+DSCONV_INLINE int64_t next_slice(const ChannelRow<S>& row, int64_t slice) {
+  return row.slice_step - (slice + 1 == row.wrap ? row.wrap_back : 0);
+}
 
 template <bool Tail, typename S>
 DSCONV_INLINE auto load_lanes(const S* p, int left) {
@@ -221,7 +228,8 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
         x_row += row.dilation_h * row.row_step;
         weight_row += row.weight_row;
       }
-      x_slice += row.slice_step;
+      if (slice + 1 == row.slices) break;
+      x_slice += next_slice(row, slice);
       weight_slice += row.weight_slice;
     }
     M* to = out;
@@ -280,7 +288,8 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
             add_tap_row_pair<Step, P, Where>(row, x_row, w, w_lower, range, upper, lower);
           }
         }
-        x_slice += row.slice_step;
+        if (slice + 1 == row.slices) break;
+        x_slice += next_slice(row, slice);
         weight_slice += row.weight_slice;
       }
       T* to = out;

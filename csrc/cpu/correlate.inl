@@ -122,8 +122,8 @@ DSCONV_INLINE void correlate_run_of_pixels(const Correlation<S, T>& in, const S*
   }
 }
 
-// P pixels of each of two rows of du, of taps 3 x 3 and stride 1: row i of x meets taps of row i for the upper pixels and
-// of row i - 1 for the lower.
+// P pixels of each of two rows of du, of taps 3 x 3 and stride 1: row i of x meets taps of row i for the upper pixels
+// and of row i - 1 for the lower.
 template <int P, Columns Where, typename S, typename T, typename V>
 DSCONV_INLINE void correlate_pixel_pairs(const S* x_row, int64_t row_step, int64_t column_step, const T* du,
                                          int64_t du_row, int64_t du_step, const Range& rows, const ColumnRange& range,

@@ -23,6 +23,8 @@ PlanNumbers cpu_plan(const PlanQuery& query, int64_t threads) {
           {"pixels", plan.pixels},
           {"tiles", plan.tiles},
           {"tile_pixels", plan.tile_pixels},
+          {"walks_depth", walks_depth(plan.order)},
+          {"ring_elements", plan.ring},
           {"pointwise_groups", plan.pointwise_groups},
           {"scratch_bytes", plan.scratch_bytes}};
 }

@@ -10,8 +10,8 @@
 //
 //   lower half: a[i] * B[last half]    upper half: a[i + 1] * B[last half]
 //
-// which costs one FMA for both, and a blend of two broadcasts, which other units do than those that multiply (Zen). B is
-// read in whole vectors. Where C goes is the target's: sums of a tile, or outputs of the layer with bias and clamp
+// which costs one FMA for both, and a blend of two broadcasts, which other units do than those that multiply (Zen). B
+// is read in whole vectors. Where C goes is the target's: sums of a tile, or outputs of the layer with bias and clamp
 // applied while they are in registers. T may be a pair of 16-bit numbers (bf16x2): then k counts pairs, vfma adds both
 // products, and C is fp32.
 #ifndef DSCONV_ISA
@@ -174,7 +174,7 @@ static void micro_kernel_rest(int rows, int64_t k, Operand<T> a, Operand<T> b, c
   if constexpr (R > 1) {
     const Operand<T> below = {a.data + done * (AlongK ? a.stride : 1), a.stride};
     if (done < rows) {
-      constexpr int next = next_micro_rows(R, NV == kMicroVecs && !AlongK);
+      constexpr int next = next_micro_rows(R, (NV == kMicroVecs || Half) && !AlongK);
       micro_kernel_rest<T, NV, Half, AlongK, next>(rows - done, k, below, b, target.below(done));
     }
   }
@@ -185,7 +185,7 @@ DSCONV_INLINE void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<
   if (rows == kMicroRows) {
     micro_kernel<T, kMicroRows, NV, Half, AlongK, 0>(k, a, b, target, {});
   } else {
-    constexpr int next = next_micro_rows(kMicroRows, NV == kMicroVecs && !AlongK);
+    constexpr int next = next_micro_rows(kMicroRows, (NV == kMicroVecs || Half) && !AlongK);
     micro_kernel_rest<T, NV, Half, AlongK, next>(rows, k, a, b, target);
   }
 }
