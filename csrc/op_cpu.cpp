@@ -40,7 +40,7 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
 
   const KeptKey key = kept != nullptr ? key_of(p, plan, kernels, version) : KeptKey{};
   KeptUse use(kept, key, weights.bytes());
-  const int64_t tasks = plan.tiles * plan.parts, panels = plan.out_columns / plan.micro.columns;
+  const int64_t tasks = forward_tasks(plan), panels = plan.out_columns / plan.micro.columns;
   const auto pack = [&](const ForwardContext& own, int64_t begin, int64_t end) {
     // All tasks of one tile need but their own parts of the output channels.
     const Range part = plan.tiles == 1 ? Range{panels * begin / tasks, panels * end / tasks} : Range{0, panels};
@@ -92,7 +92,7 @@ void run_backward(const char* op, const BackwardParams& p) {
   stage.run(kernels, ctx);
 
   if (p.grad_x != nullptr) {
-    for_each_task(g.n * g.d_in * ceil_div(g.h_in, plan.grad_rows),
+    for_each_task(g.n * g.d_in * ceil_div(g.h_in, plan.task_rows),
                   [&](int64_t task) { kernels.backward_x(ctx, task, thread_scratch(plan.scratch_bytes)); });
   }
   if (p.grad_dw_weight != nullptr) {

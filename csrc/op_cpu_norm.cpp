@@ -59,8 +59,8 @@ void merge_moments(double* partial, int64_t groups, int64_t channels, const Coun
 // Of the groups that plan.tiles are cut into.
 auto pixels_of_groups(const CpuPlan& plan, int64_t groups) {
   return [&plan, groups](int64_t group) {
-    const auto begin = [&](int64_t i) { return tile_begin(plan, plan.tiles * i / groups); };
-    return static_cast<double>(begin(group + 1) - begin(group));
+    const int64_t first = plan.tiles * group / groups, last = plan.tiles * (group + 1) / groups;
+    return static_cast<double>(pixels_of_tiles(plan.order, first, last));
   };
 }
 
@@ -375,7 +375,7 @@ std::tuple<Tensor, Tensor> fwd_norm(const char* op, const Tensor& x, const Tenso
              {0, plan.out_columns / plan.micro.columns}, kernels.pack_pointwise_forward);
     fold_norm(g, plan, of, Fold::affine, own.packed.dw_weight, own.packed.dw_weight, own.packed.dw_bias);
   };
-  run_with_copies(ctx, weights, plan.pixels, want_moments ? ctx.groups : plan.tiles * plan.parts, pack,
+  run_with_copies(ctx, weights, plan.pixels, want_moments ? ctx.groups : forward_tasks(plan), pack,
                   want_moments ? kernels.forward_moments : kernels.forward);
   if (want_moments) {
     merge_moments(

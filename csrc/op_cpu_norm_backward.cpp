@@ -175,7 +175,7 @@ struct Run {
                     [&](int64_t vector) { kernels->reduce_depthwise(ctx, vector); });
     }
     if (p.grad_x != nullptr) {
-      each(input_slices(g) * ceil_div(g.h_in, plan.grad_rows), kernels->backward_x, plan.scratch_bytes);
+      each(input_slices(g) * ceil_div(g.h_in, plan.task_rows), kernels->backward_x, plan.scratch_bytes);
     }
   }
 };

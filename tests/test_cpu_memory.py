@@ -33,6 +33,45 @@ with torch.no_grad():
     y = layer(x)
     print(1024 * (kilobytes("VmHWM") - before) - y.nbytes)
 """
+# Vectors of channels reach past the last one: into the next pixel, but not past the end of x. Here x ends where a page
+# does that may not be read.
+READ_AT_A_PAGE = """
+import ctypes, mmap, sys
+import torch
+import dsconv_cuda
+from dsconv_cuda import _loader
+
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+kept = []
+
+def before_a_page(t, memory_format):
+    size = -(-t.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
+    kept.append(memory)
+    flat = torch.frombuffer(memory, dtype=t.dtype, count=size // t.itemsize)[-t.numel():]
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    assert libc.mprotect(address + size, mmap.PAGESIZE, 0) == 0
+    strides = t.contiguous(memory_format=memory_format).stride()
+    return flat.as_strided(t.shape, strides).copy_(t)
+
+_loader.load_library().module.set_isa(sys.argv[1])
+for dims, last in ((2, torch.channels_last), (3, torch.channels_last_3d)):
+    convolve = getattr(dsconv_cuda, f"depthwise_separable_conv{dims}d")
+    block = getattr(dsconv_cuda, f"DepthwiseSeparableConvBN{dims}d")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for c, width, stride, dilation in ((5, 15, 1, 1), (19, 9, 1, 1), (54, 7, 2, 1), (33, 14, 1, 2), (17, 3, 3, 1)):
+            for memory_format in (last, torch.contiguous_format):
+                x = before_a_page(torch.randn(2, c, *[5] * (dims - 1), width).to(dtype), memory_format).requires_grad_()
+                dw_weight = torch.randn(c, 1, *[3] * dims).to(dtype).requires_grad_()
+                pw_weight = torch.randn(6, c, *[1] * dims).to(dtype).requires_grad_()
+                y = convolve(x, dw_weight, pw_weight, None, None, stride, 1, dilation, activation="relu")
+                grads = torch.autograd.grad(y, (x, dw_weight, pw_weight), torch.ones_like(y))
+                assert all(g.isfinite().all() for g in grads)
+                if dtype == torch.float32:
+                    block(c, 6, 3, stride, 1, dilation=dilation)(x).sum().backward()
+print("no fault")
+"""
 LIBRARY_PAGES = 2 << 20  # code and tables that the larger call touches first
 
 
@@ -69,3 +108,12 @@ def test_a_forward_takes_no_more_than_its_output_and_its_scratch(tmp_path, memor
         pytest.skip("this system does not measure the peak of a part of a process")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 2 * SCRATCH + LIBRARY_PAGES
+
+
+def test_nothing_is_read_behind_the_input(isa, tmp_path):
+    if _loader.load_library().module is None:
+        pytest.skip("the kernels of this backend come without the switch of instruction sets")
+    script = tmp_path / "read.py"
+    script.write_text(READ_AT_A_PAGE)
+    done = run([sys.executable, script, isa], package=ROOT, check=False)
+    assert done.stdout.strip() == "no fault", (done.returncode, done.stderr)

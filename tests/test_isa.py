@@ -131,20 +131,44 @@ def test_the_same_bits_for_any_number_of_threads_and_every_run(shape, dtype, cha
 
 
 PLANNER = r"""
+#include <algorithm>
 #include <cstdio>
 #include <initializer_list>
+#include <vector>
 #include "cpu/cpu_plan.h"
 using namespace dsconv;
 
-// Every pixel in exactly one tile, no tile above tile_pixels, scratch within its bound.
+// Every pixel in exactly one tile, no tile above tile_pixels or outside its column, columns enough for the groups,
+// scratch within its bound.
 static int check(const Geometry& g, MicroTile micro, ElementBytes bytes, const CpuPlan& plan) {
-  int64_t pixel = 0;
-  bool ok = tile_begin(plan, 0) == 0 && tile_begin(plan, plan.tiles) == plan.pixels;
-  for (int64_t tile = 0; tile < plan.tiles; ++tile, pixel = tile_begin(plan, tile)) {
-    const int64_t next = tile_begin(plan, tile + 1);
-    ok = ok && next > pixel && next - pixel <= plan.tile_pixels;
+  const TileOrder& order = plan.order;
+  const int64_t columns = columns_of(order, plan.tiles);
+  bool ok = first_tile(order, 0) == 0 && first_tile(order, columns) == plan.tiles;
+  int64_t covered = 0;
+  std::vector<Range> tiles;
+  for (int64_t tile = 0; ok && tile < plan.tiles; ++tile) {
+    const Range pixels = tile_range(order, tile);
+    ok = pixels.begin < pixels.end && pixels.end - pixels.begin <= plan.tile_pixels;
+    if (!walks_depth(order)) {
+      ok = ok && pixels.begin == covered;
+      covered = pixels.end;
+      continue;
+    }
+    tiles.push_back(pixels);
+    for (const int64_t pixel : {pixels.begin, pixels.end - 1}) {
+      const int64_t column = column_of(order, pixel);
+      ok = ok && first_tile(order, column) <= tile && tile < first_tile(order, column + 1);
+    }
   }
-  ok = ok && plan.pointwise_groups <= plan.tiles;
+  const auto before = [](const Range& a, const Range& b) { return a.begin < b.begin; };
+  std::sort(tiles.begin(), tiles.end(), before);
+  for (const Range& pixels : tiles) {
+    ok = ok && pixels.begin == covered;
+    covered = pixels.end;
+  }
+  ok = ok && covered == plan.pixels;
+  if (walks_depth(order)) ok = ok && pixels_of_tiles(order, 0, plan.tiles) == plan.pixels;
+  ok = ok && plan.pointwise_groups <= columns;
   if (g.c_mid <= 8192 && g.c_out <= 8192 && plan.taps <= 1024) ok = ok && plan.scratch_bytes <= kScratchBytes;
   if (!ok) {
     std::printf("n %ld c_mid %ld c_out %ld h %ld w %ld rows %ld middle %ld: tiles %ld scratch %ld\n", (long)g.n,
@@ -183,11 +207,47 @@ int main() {
               for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
                 for (const int64_t threads : {1, 2, 7}) {
                   bad += check(g, micro, bytes, plan_forward(g, layout, micro, bytes, threads));
+                  if (layout == Layout::nhwc || !planes_pay(g, bytes.compute)) continue;
+                  bad += check(g, micro, bytes, plan_forward(g, layout, micro, bytes, threads, false, true));
+                }
+                if (layout == Layout::nchw && planes_pay(g, bytes.compute)) {
+                  bad += check(g, micro, bytes, plan_moments(g, layout, micro, bytes.compute, 48 << 10, true));
                 }
                 bad += check(g, micro, bytes, plan_backward(g, layout, micro, bytes.compute));
               }
             }
-  return bad != 0;
+  int64_t along_depth = 0, rings = 0;
+  for (const auto& [micro, bytes] : forms)
+    for (const int64_t c_mid : {3, 54, 113, 728, 8192})
+      for (const int64_t n : {1, 3, 20})
+        for (const int64_t depth : {1, 2, 9})
+          for (const int64_t height : {1, 28, 57})
+            for (const int64_t width : {9, 56, 300})
+              for (const int64_t kernel : {1, 3}) {
+                Geometry g{};
+                g.n = n;
+                g.c_in = g.c_mid = c_mid;
+                g.multiplier = 1;
+                g.c_out = 24;
+                g.d_in = g.d_out = depth;
+                g.h_in = g.h_out = height;
+                g.w_in = g.w_out = width;
+                g.kernel_d = g.kernel_h = g.kernel_w = kernel;
+                g.stride_d = g.stride_h = g.stride_w = g.dilation_d = g.dilation_h = g.dilation_w = 1;
+                g.pad_front = g.pad_top = g.pad_left = kernel / 2;
+                for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
+                  for (const int64_t threads : {1, 7}) {
+                    const CpuPlan plan = plan_forward(g, layout, micro, bytes, threads);
+                    bad += check(g, micro, bytes, plan);
+                    rings += plan.ring > 0;
+                  }
+                  bad += check(g, micro, bytes, plan_moments(g, layout, micro, bytes.compute, 64 << 10));
+                  const CpuPlan backward = plan_backward(g, layout, micro, bytes.compute);
+                  bad += check(g, micro, bytes, backward);
+                  along_depth += walks_depth(backward.order);
+                }
+              }
+  return bad != 0 || along_depth == 0 || rings == 0;
 }
 """
 

@@ -88,6 +88,16 @@ SHAPES = [
     Volume(n=1, c=300, c_out=400, size=(3, 4, 4)),  # backward by panels of channels
     Volume(n=3, c=260, c_out=300, size=(4, 4, 4), stride=(2, 2, 2)),
 ]
+# Slices that are so large that tiles follow the depth.
+DEEP = [
+    Volume(n=1, c=54, c_out=24, size=(5, 57, 60)),  # X3D: groups are bands of rows in parts of the depth
+    Volume(n=1, c=70, c_out=24, size=(9, 43, 50), stride=(2, 2, 2)),
+    Volume(n=2, c=70, c_out=9, size=(5, 41, 50), kernel=(5, 3, 3), stride=(1, 2, 2), padding=(2, 1, 1)),
+    Volume(n=1, c=70, c_out=9, size=(7, 41, 50), dilation=(2, 2, 2)),
+    Volume(n=1, c=70, c_out=9, size=(7, 43, 50), stride=(3, 4, 2), padding=(2, 1, 1)),  # rows that nothing reads
+    Volume(n=17, c=40, c_out=6, size=(2, 47, 59), kernel=(2, 3, 3), padding=(1, 1, 1)),  # more images than groups
+    Volume(n=1, c=35, multiplier=2, c_out=6, size=(3, 47, 59), padding=(1, 2, 1)),
+]
 # Windows of x that cannot be held as a whole: the rows, the columns or the taps are cut.
 WINDOWS = [
     Volume(n=1, c=17, c_out=2, size=(2, 61, 110), padding=(1, 30, 2), dilation=(1, 30, 2)),
@@ -99,6 +109,45 @@ WINDOWS = [
 @pytest.mark.parametrize("volume", SHAPES, ids=str)
 def test_forward_and_backward(volume, channels_last, device):
     tensors = volume.tensors(torch.float32, device, channels_last)
+    check(tensors, volume.kwargs, True, depthwise_separable_conv3d)
+
+
+def is_deep(volume, channels_last, backward):
+    """Whether the CPU's tiles follow the depth, and whether forward keeps turned slices; None for other kernels."""
+    module = _loader.load_library().module
+    if module is None:
+        return None
+    plan = module.cpu_plan(
+        input=[volume.n, volume.c, *volume.size],
+        dw_weight=[volume.c * volume.multiplier, 1, *volume.kernel],
+        c_out=volume.c_out,
+        stride=volume.stride,
+        padding=[*volume.padding] * 2,
+        dilation=volume.dilation,
+        channels_last=channels_last,
+        backward=backward,
+    )
+    return bool(plan["walks_depth"]), plan["ring_elements"] > 0
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("volume", DEEP, ids=str)
+def test_along_the_depth(volume, channels_last, device):
+    for backward in (False, True):
+        walks, keeps = is_deep(volume, channels_last, backward) or (True, None)
+        assert walks
+        if volume == DEEP[0]:
+            assert keeps in (None, not channels_last and not backward)
+    volume = replace(volume, activation="silu")  # no kink, on whose sides 32 and 64 bits may stand
+    tensors = volume.tensors(torch.float32, device, channels_last)
+    check(tensors, volume.kwargs, True, depthwise_separable_conv3d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_along_the_depth_in_other_types(channels_last, dtype, device):
+    volume = Volume(n=1, c=65, c_out=10, size=(4, 47, 61), activation="silu")
+    tensors = volume.tensors(dtype, device, channels_last)
     check(tensors, volume.kwargs, True, depthwise_separable_conv3d)
 
 
@@ -224,11 +273,11 @@ def test_one_slice_is_a_2d_convolution(device):
 
 @pytest.mark.one_isa
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_any_number_of_threads_gives_the_same_bits(channels_last, device):
-    volume = Volume(c=24, c_out=40, size=(7, 20, 20), stride=(1, 2, 1))
+@pytest.mark.parametrize("volume", [Volume(c=24, c_out=40, size=(7, 20, 20), stride=(1, 2, 1)), DEEP[0]], ids=str)
+def test_any_number_of_threads_gives_the_same_bits(volume, channels_last, device):
     tensors = volume.tensors(device=device, channels_last=channels_last, requires_grad=True)
     threads, results = torch.get_num_threads(), []
-    dy = torch.randn(2, 40, 7, 10, 20)
+    dy = torch.randn_like(depthwise_separable_conv3d(*tensors, **volume.kwargs))
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)

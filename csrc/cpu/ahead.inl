@@ -76,29 +76,33 @@ DSCONV_INLINE void add_stretch(Ahead& ahead, const S* begin, const S* end, int64
                              (end - begin) * size, step * size, runs - 1};
 }
 
-// The `count` pixels of an output from `pixel` on, where all its pixels lie in one line.
+// The pixels `of` an output, where all its pixels lie in one line.
 template <typename S>
 DSCONV_INLINE void add_pixels(Ahead& ahead, const S* data, const Strides& s, Layout layout, const Geometry& g,
-                              int64_t pixel, int64_t count) {
-  const int64_t pixels = g.n * g.d_out * g.h_out * g.w_out;
+                              const Range& of) {
   if (data == nullptr || layout != Layout::nhwc || s.h != g.w_out * s.w || s.n != g.d_out * g.h_out * s.h) return;
-  if (count > pixels - pixel) count = pixels - pixel;
-  add_stretch(ahead, data + pixel * s.w, data + (pixel + count) * s.w);
+  add_stretch(ahead, data + of.begin * s.w, data + of.end * s.w);
 }
 
-// The rows of x that the `count` pixels from `pixel` on read and those before it do not; in nchw of every channel.
+// The rows of x that these pixels read and those before them do not, in nchw of every channel. Before them: the pixels
+// above, or along the depth those of the same rows on the slice before.
 template <typename S>
-DSCONV_INLINE void add_rows(Ahead& ahead, const S* x, const Strides& s, Layout layout, const Geometry& g, int64_t pixel,
-                            int64_t count) {
-  const int64_t slice_pixels = g.h_out * g.w_out, last = pixel - 1;
-  int64_t slice = last / slice_pixels;
-  int64_t row = last % slice_pixels / g.w_out * g.stride_h - g.pad_top + (g.kernel_h - 1) * g.dilation_h + 1;
-  if (pixel == (slice + 1) * slice_pixels) ++slice, row = 0;
-  const int64_t image = slice / g.d_out;
+DSCONV_INLINE void add_rows(Ahead& ahead, const S* x, const Strides& s, Layout layout, const Geometry& g,
+                            const Range& pixels, bool along_depth) {
+  const int64_t slice_pixels = g.h_out * g.w_out, slice = pixels.begin / slice_pixels, image = slice / g.d_out;
+  const int64_t oh = pixels.begin % slice_pixels / g.w_out, reach = (g.kernel_h - 1) * g.dilation_h + 1;
+  int64_t row = oh * g.stride_h - g.pad_top, rows = ceil_div(pixels.end - pixels.begin, g.w_out) * g.stride_h;
+  if (along_depth) {
+    rows += reach - g.stride_h;
+  } else if (pixels.begin % slice_pixels == 0) {
+    row = 0;
+  } else {
+    row = (pixels.begin - 1) % slice_pixels / g.w_out * g.stride_h - g.pad_top + reach;
+  }
+  if (along_depth && row < 0) rows += row, row = 0;
   // In 3-D on the last slice that is read; those before it have been read for the slice above.
   const int64_t depth = slice % g.d_out * g.stride_d - g.pad_front + (g.kernel_d - 1) * g.dilation_d;
-  if (image >= g.n || row < 0 || row >= g.h_in || depth < 0 || depth >= g.d_in) return;
-  int64_t rows = ceil_div(count, g.w_out) * g.stride_h;
+  if (row < 0 || row >= g.h_in || depth < 0 || depth >= g.d_in) return;
   if (rows > g.h_in - row) rows = g.h_in - row;
   const S* begin = x + image * s.n + depth * s.d + row * s.h;
   if (layout == Layout::nhwc) {

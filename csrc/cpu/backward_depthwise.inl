@@ -82,6 +82,7 @@ static void backward_x_plain(const BackwardContext& ctx, int64_t first_row, int6
   row.start_step = 0;
   row.channels = channels;
   row.stores = stores;
+  row.end = du + plan.image_pixels * plan.du_width;
   convolve_rows<true>(row, 1, ih + g.pad_top - (g.kernel_h - 1) * g.dilation_h,
                       g.pad_left - (g.kernel_w - 1) * g.dilation_w, rows, g.w_in, clamp_of<T>(Activation::identity),
                       grad, step, out_row);
@@ -247,8 +248,20 @@ static void backward_x_rows(const BackwardContext& ctx, int64_t row, int64_t row
   }
 }
 
+// Whether whole vectors of x may be read for output rows before `row_end` where it reads this slice. Those of du may
+// wherever x tells its end.
+template <typename X>
+DSCONV_INLINE bool reads_whole_vectors(const Geometry& g, const ChannelsLast<const X>& x, const X* slice,
+                                       int64_t row_end) {
+  const int64_t bottom = (row_end - 1) * g.stride_h - g.pad_top + (g.kernel_h - 1) * g.dilation_h;
+  const int64_t last_row = bottom < g.h_in ? bottom : g.h_in - 1;
+  const int64_t last_pixel = last_row * x.row + (g.w_in - 1) * x.column;
+  return x.end != nullptr && last_pixel + Vec<typename ComputeOf<X>::type>::n <= x.end - slice;
+}
+
 // sums[tap][lanes] of the vector of channels that x begins with += the correlation over rows [row, row_end), columns
-// [column, column_end) of a slice, in blocks of about kLongestSum pixels. du is the slice's.
+// [column, column_end) of a slice, in blocks of about kLongestSum pixels. du is the slice's. Sums of lanes past the
+// last channel may be made too.
 template <typename X, typename T>
 static void correlate_rows(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t slice, PixelBlock block,
                            int64_t channels, const T* du, T* sums) {
@@ -260,8 +273,7 @@ static void correlate_rows(const BackwardContext& ctx, const ChannelsLast<const 
   in.du = du;
   in.du_row = g.w_out * ctx.plan.du_width;
   in.du_column = ctx.plan.du_width;
-  in.left = lanes_left(channels, Vec<T>::n);
-  const int64_t width = block.column_end - block.column, rows_at_once = width < kLongestSum ? kLongestSum / width : 1;
+  const int64_t width = block.column_end - block.column, rows_at_once = rows_of_a_chain(width, correlates_pairs(g));
   const int64_t pieces = ceil_div(width, kLongestSum), depth = slice % g.d_out * g.stride_d - g.pad_front;
   const Range taps = valid_taps(depth, g.dilation_d, g.d_in, g.kernel_d);
   for (int64_t row = block.row; row < block.row_end; row += rows_at_once) {
@@ -269,6 +281,7 @@ static void correlate_rows(const BackwardContext& ctx, const ChannelsLast<const 
     for (int64_t tap = taps.begin; tap < taps.end; ++tap) {
       in.x = x.data + slice / g.d_out * x.image + (depth + tap * g.dilation_d) * x.slice;
       in.sums = sums + tap * ctx.plan.slice_taps * Vec<T>::n;
+      in.left = reads_whole_vectors(g, x, in.x, last) ? Vec<T>::n : lanes_left(channels, Vec<T>::n);
       for (int64_t i = 0; i < pieces; ++i) {
         correlate_vector(in, {row, last, block.column + width * i / pieces, block.column + width * (i + 1) / pieces});
       }
@@ -281,25 +294,23 @@ DSCONV_INLINE int64_t depthwise_vectors(const Geometry& g) {
   return g.multiplier * ceil_div(g.c_in, Vec<T>::n);
 }
 
-// partial[vector of channels][tap][lanes] += the correlation over pixels [begin, end) of du. Few rows at a time meet
+// partial[vector of channels][tap][lanes] += the correlation over these pixels of du. Few rows at a time meet
 // all channels: they stay in cache, and within few pages.
 template <typename X, typename T>
-static void correlate_run(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t begin, int64_t end,
-                          T* partial) {
+static void correlate_run(const BackwardContext& ctx, const ChannelsLast<const X>& x, const Range& pixels, T* partial) {
   constexpr int n = Vec<T>::n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
-  const int64_t per_plane = ceil_div(g.c_in, n), rows_at_once = g.w_out < kLongestSum ? kLongestSum / g.w_out : 1;
-  for (int64_t pixel = begin; pixel < end;) {
-    const PixelRun run = run_at(pixel, end - pixel, g.h_out, g.w_out, false);
-    int64_t rows = run.length == g.w_out ? (end - pixel) / g.w_out : 1;
+  const int64_t per_plane = ceil_div(g.c_in, n), rows_at_once = rows_of_a_chain(g.w_out, correlates_pairs(g));
+  for (int64_t pixel = pixels.begin; pixel < pixels.end;) {
+    const PixelRun run = run_at(pixel, pixels.end - pixel, g.h_out, g.w_out, false);
+    int64_t rows = run.length == g.w_out ? (pixels.end - pixel) / g.w_out : 1;
     if (rows > rows_at_once) rows = rows_at_once;
     if (rows > g.h_out - run.oh) rows = g.h_out - run.oh;
     for (int64_t v = 0; v < depthwise_vectors<T>(g); ++v) {
       const int64_t c = v % per_plane * n;
-      const ChannelsLast<const X> from = {x.data + c, x.image, x.slice, x.row, x.column};
-      correlate_rows(ctx, from, run.slice, {run.oh, run.oh + rows, run.ow, run.ow + run.length}, g.c_in - c,
-                     du_at<T>(ctx, run.slice * plan.slice_pixels, v / per_plane * g.c_in + c),
+      correlate_rows(ctx, channels_from(x, c), run.slice, {run.oh, run.oh + rows, run.ow, run.ow + run.length},
+                     g.c_in - c, du_at<T>(ctx, run.slice * plan.slice_pixels, v / per_plane * g.c_in + c),
                      partial + v * plan.taps * n);
     }
     pixel += rows * run.length;

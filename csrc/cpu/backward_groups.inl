@@ -3,7 +3,7 @@
 //   per tile of pixels:       g loaded, and its column sums
 //     per panel of channels:  stage P (backward_pointwise.inl)
 //     stage D                 of what is ready: the weight gradient of the tile's pixels, and the rows of grad_x all of
-//                             whose du lies in the group and is done. du and x are in cache still.
+//                             whose du lies in the group and is done (backward_rows.inl). du and x are in cache still.
 //   after all groups:         the rows of grad_x between groups (backward_depthwise.inl), and the sums of the groups
 //
 // Where a norm's sums stand between the stages, stage D goes over the groups a second time, in the same way. x may be
@@ -15,42 +15,6 @@
 #error "backward_groups.inl belongs inside an ISA region"
 #endif
 
-DSCONV_INLINE int64_t group_tile(const CpuPlan& plan, int64_t group) {
-  return plan.tiles * group / plan.pointwise_groups;
-}
-DSCONV_INLINE int64_t group_pixel(const CpuPlan& plan, int64_t group) {
-  return tile_begin(plan, group_tile(plan, group));
-}
-
-// The pixels of z that row `row` of grad_x (n * d_in * h_in of them) reads; in 3-D whole slices, so that rows are ready
-// in the order of their numbers.
-DSCONV_INLINE Range pixels_for_row(const Geometry& g, int64_t row) {
-  if (has_depth(g)) {
-    const int64_t back = row / g.h_in % g.d_in + g.pad_front, before = back - (g.kernel_d - 1) * g.dilation_d;
-    const int64_t first = before > 0 ? ceil_div(before, g.stride_d) : 0, last = back / g.stride_d;
-    const int64_t slice = row / g.h_in / g.d_in * g.d_out, pixels = g.h_out * g.w_out;
-    const Range r = {(slice + first) * pixels, (slice + (last < g.d_out ? last + 1 : g.d_out)) * pixels};
-    return r;
-  }
-  const int64_t bottom = row % g.h_in + g.pad_top, above = bottom - (g.kernel_h - 1) * g.dilation_h;
-  const int64_t first = above > 0 ? ceil_div(above, g.stride_h) : 0, last = bottom / g.stride_h;
-  const int64_t image = row / g.h_in * g.h_out;
-  const Range r = {(image + first) * g.w_out, (image + (last < g.h_out ? last + 1 : g.h_out)) * g.w_out};
-  return r;
-}
-
-// Whether a group has done the row, where stage D joins stage P.
-static bool done_in_group(const BackwardContext& ctx, int64_t row) {
-  const CpuPlan& plan = ctx.plan;
-  const Range pixels = pixels_for_row(ctx.p.geom, row);
-  for (int64_t group = 0; plan.joined && pixels.begin < pixels.end && group < plan.pointwise_groups; ++group) {
-    if (pixels.begin >= group_pixel(plan, group) && pixels.end <= group_pixel(plan, group + 1)) {
-      return true;
-    }
-  }
-  return false;
-}
-
 template <typename T>
 struct GroupMemory {
   T *g, *saved;  // [tile_pixels][out_ld]
@@ -60,13 +24,14 @@ struct GroupMemory {
 
 // Stage P of a tile.
 template <typename S, typename X, typename T>
-static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t pixel,
-                                int64_t count, const GroupMemory<T>& memory, ChannelPanel<T> t, T* pw_partial,
-                                T* bias_partial) {
+static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t tile,
+                                const GroupMemory<T>& memory, ChannelPanel<T> t, T* pw_partial, T* bias_partial) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
+  const Range pixels = tile_range(plan.order, tile);
+  const int64_t pixel = pixels.begin, count = pixels.end - pixel;
   int64_t ld = 0;
   const T* dy = gradient_in_place<S, T>(ctx, pixel, ld);
   if (dy == nullptr) {
@@ -78,7 +43,7 @@ static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<c
   const GradTile<T> grad = {dy, kMicroRows, ld, dy, kMicroRows * ld, ld, true};
   T* du = static_cast<T*>(ctx.du);
   const bool panels = du != nullptr && plan.du_width == columns;
-  Ahead ahead = next_tile<S>(ctx, x, pixel + count, count);
+  Ahead ahead = next_tile<S>(ctx, x, tile, count);
   ChannelPanel<T> z = t;
   for (int64_t block = 0; block < g.c_mid; block += plan.z_channels) {
     z.k = block;
@@ -99,28 +64,6 @@ static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<c
       }
     }
   }
-}
-
-// Rows of grad_x from `row` on that are ready once the pixels of the group up to `done` are; returns the first that is
-// not.
-template <typename S, typename T>
-static int64_t backward_ready_rows(const BackwardContext& ctx, int64_t row, int64_t begin, int64_t done, T* tile) {
-  const Geometry& g = ctx.p.geom;
-  const int64_t rows = g.n * g.d_in * g.h_in;
-  while (row < rows) {
-    const int64_t first = row;
-    for (; row < rows && row - first < ctx.plan.grad_rows && row / g.h_in == first / g.h_in; ++row) {
-      const Range pixels = pixels_for_row(g, row);
-      if (pixels.begin < begin || pixels.begin >= pixels.end || pixels.end > done) break;
-    }
-    if (row > first) {
-      backward_x_rows<S>(ctx, first, row, tile);
-      continue;
-    }
-    if (pixels_for_row(g, row).end > done) break;
-    ++row;  // another group's, or no pixel reaches it
-  }
-  return row;
 }
 
 // The group's partial sums of the depthwise weight gradient, null where it is not needed.
@@ -158,14 +101,13 @@ static void backward_group_of(const BackwardContext& ctx, const ChannelsLast<con
   const bool joined = plan.joined && ctx.norm == nullptr;
   T* dw_partial = joined ? zero_depthwise_partial<T>(ctx, group) : nullptr;
 
-  const int64_t begin = group_pixel(plan, group);
-  int64_t row = begin / plan.image_pixels * g.d_in * g.h_in;
-  for (int64_t tile = group_tile(plan, group); tile < group_tile(plan, group + 1); ++tile) {
-    const int64_t pixel = tile_begin(plan, tile), end = tile_begin(plan, tile + 1);
-    t.add_to_sums = pixel > begin;
-    backward_group_tile<S>(ctx, x, pixel, end - pixel, memory, t, pw_partial, bias_partial);
-    if (dw_partial != nullptr) correlate_run(ctx, x, pixel, end, dw_partial);
-    if (joined && ctx.p.grad_x != nullptr) row = backward_ready_rows<S>(ctx, row, begin, end, memory.tile);
+  const Range tiles = group_tiles(plan, group);
+  int64_t row = first_row_of_group(ctx, tiles);
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+    t.add_to_sums = tile > tiles.begin;
+    backward_group_tile<S>(ctx, x, tile, memory, t, pw_partial, bias_partial);
+    if (dw_partial != nullptr) correlate_run(ctx, x, tile_range(plan.order, tile), dw_partial);
+    if (joined && ctx.p.grad_x != nullptr) row = backward_rows_of_tile<S>(ctx, tiles, tile, row, memory.tile);
   }
 }
 
@@ -209,13 +151,13 @@ static void backward_norm_group_of(const BackwardContext& ctx, const ChannelsLas
   const CpuPlan& plan = ctx.plan;
   T* grad_tile = zhat + 2 * plan.tile_pixels * plan.z_ld;
   T* dw_partial = zero_depthwise_partial<T>(ctx, group);
-  const int64_t begin = group_pixel(plan, group);
-  int64_t row = begin / plan.image_pixels * ctx.p.geom.d_in * ctx.p.geom.h_in;
-  for (int64_t tile = group_tile(plan, group); tile < group_tile(plan, group + 1); ++tile) {
-    const int64_t pixel = tile_begin(plan, tile), end = tile_begin(plan, tile + 1);
-    tile_du_to_dz(ctx, x, pixel, end - pixel, zhat);
-    if (dw_partial != nullptr) correlate_run(ctx, x, pixel, end, dw_partial);
-    if (plan.joined && ctx.p.grad_x != nullptr) row = backward_ready_rows<S>(ctx, row, begin, end, grad_tile);
+  const Range tiles = group_tiles(plan, group);
+  int64_t row = first_row_of_group(ctx, tiles);
+  for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+    const Range pixels = tile_range(plan.order, tile);
+    tile_du_to_dz(ctx, x, pixels.begin, pixels.end - pixels.begin, zhat);
+    if (dw_partial != nullptr) correlate_run(ctx, x, pixels, dw_partial);
+    if (plan.joined && ctx.p.grad_x != nullptr) row = backward_rows_of_tile<S>(ctx, tiles, tile, row, grad_tile);
   }
 }
 
@@ -228,29 +170,31 @@ static void backward_norm_group(const BackwardContext& ctx, int64_t group, void*
   }
 }
 
-// Rows of grad_x, plan.grad_rows of a slice, but for those that the groups have done.
+// Rows of grad_x, plan.task_rows of a slice, but for those that the groups have done.
 template <typename S, typename T>
 static void backward_x(const BackwardContext& ctx, int64_t task, void* scratch) {
   const Geometry& g = ctx.p.geom;
-  const int64_t tasks = ceil_div(g.h_in, ctx.plan.grad_rows), slice = task / tasks;
-  const int64_t begin = task % tasks * ctx.plan.grad_rows;
-  const int64_t end = g.h_in - begin < ctx.plan.grad_rows ? g.h_in : begin + ctx.plan.grad_rows;
+  const int64_t at_once = ctx.plan.grad_rows, of_task = ctx.plan.task_rows;
+  const int64_t tasks = ceil_div(g.h_in, of_task), slice = task / tasks, begin = task % tasks * of_task;
+  const int64_t end = g.h_in - begin < of_task ? g.h_in : begin + of_task;
   for (int64_t row = slice * g.h_in + begin, last = slice * g.h_in + end; row < last;) {
     int64_t row_end = row;
-    while (row_end < last && !done_in_group(ctx, row_end)) ++row_end;
+    while (row_end < last && row_end - row < at_once && !done_in_group(ctx, row_end)) ++row_end;
     if (row_end > row) backward_x_rows<S>(ctx, row, row_end, static_cast<T*>(scratch));
-    row = row_end + 1;
+    row = row_end > row ? row_end : row + 1;
   }
 }
 
-// The depthwise weight gradient of a group's pixels, where stage D comes after.
+// The depthwise weight gradient of a group's pixels, where stage D comes after, in their order.
 template <typename S, typename T>
 static void backward_dw(const BackwardContext& ctx, int64_t group) {
-  const int64_t begin = group_pixel(ctx.plan, group), end = group_pixel(ctx.plan, group + 1);
+  const TileOrder& order = ctx.plan.order;
+  const Range tiles = group_tiles(ctx.plan, group);
+  const Range pixels = {tile_range(order, tiles.begin).begin, tile_range(order, tiles.end - 1).end};
   T* partial = zero_depthwise_partial<T>(ctx, group);
   if (ctx.x_turned != nullptr) {
-    correlate_run(ctx, x_turned<T>(ctx), begin, end, partial);
+    correlate_run(ctx, x_turned<T>(ctx), pixels, partial);
   } else {
-    correlate_run(ctx, x_as_given<S>(ctx), begin, end, partial);
+    correlate_run(ctx, x_as_given<S>(ctx), pixels, partial);
   }
 }

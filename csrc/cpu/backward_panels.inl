@@ -137,9 +137,8 @@ static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int6
     for (int64_t d = 0; ctx.p.grad_dw_weight != nullptr && d < g.d_out; ++d) {
       const T* du_slice = du + d * plan.slice_pixels * columns;
       for (int64_t c = 0; c < t.width; c += n) {
-        const ChannelsLast<const T> from = {x.data + c, x.image, x.slice, x.row, x.column};
-        correlate_rows(ctx, from, image * g.d_out + d, {0, g.h_out, 0, g.w_out}, t.width - c, du_slice + c,
-                       memory.dw_sums + c * plan.taps);
+        correlate_rows(ctx, channels_from(x, c), image * g.d_out + d, {0, g.h_out, 0, g.w_out}, t.width - c,
+                       du_slice + c, memory.dw_sums + c * plan.taps);
       }
     }
     for (int64_t d = 0; ctx.p.grad_x != nullptr && d < g.d_in; ++d) {
@@ -207,14 +206,14 @@ static void backward_panel(const BackwardContext& ctx, int64_t task, void* scrat
         const Strides& to = p.grad_x_strides;
         ChannelsLast<const T> x = x_as_given<S>(ctx);
         x.data += first * x.image + t.k;
-        const ChannelsLast<T> grad = {static_cast<T*>(p.grad_x) + first * to.n + t.k, to.n, to.d, to.h, to.w};
+        const ChannelsLast<T> grad = {static_cast<T*>(p.grad_x) + first * to.n + t.k, to.n, to.d, to.h, to.w, nullptr};
         backward_panel_chunk(ctx, chunk, images, x, grad, t, memory);
         continue;
       }
     }
     turn_x<S>(ctx, t.k, t.width, first * image_pixels, images * image_pixels, memory.x, columns);
-    backward_panel_chunk(ctx, chunk, images, dense_lanes(g, static_cast<const T*>(memory.x), columns),
-                         dense_lanes(g, memory.x, columns), t, memory);
+    backward_panel_chunk(ctx, chunk, images, dense_lanes(g, images, static_cast<const T*>(memory.x), columns),
+                         dense_lanes(g, images, memory.x, columns), t, memory);
     if (p.grad_x == nullptr) continue;
     turn_grad_x_back<S>(ctx, memory.x, columns, t.k, t.width, first * image_pixels, images * image_pixels);
   }

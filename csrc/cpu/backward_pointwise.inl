@@ -52,13 +52,16 @@ DSCONV_INLINE void add_column_sums_exactly(const T* tile, int64_t ld, int64_t ro
   for (int u = 0; u < U; ++u) vstore(sums + u * n, sum[u]), vstore(lost + u * n, error[u]);
 }
 
-// Four vectors at a time hide the latency of the chain of four additions.
+// Some vectors at a time, four where there are, hide the latency of the chain of four additions.
 template <typename T>
 static void add_columns_exactly(const T* tile, int64_t ld, int64_t rows, int64_t columns, T* sums, T* lost) {
   constexpr int n = Vec<T>::n;
   int64_t c = 0;
   for (; c + 3 * n < columns; c += 4 * n) add_column_sums_exactly<4>(tile + c, ld, rows, sums + c, lost + c);
-  for (; c < columns; c += n) add_column_sums_exactly<1>(tile + c, ld, rows, sums + c, lost + c);
+  const int64_t left = ceil_div(columns - c, n);
+  if (left == 3) add_column_sums_exactly<3>(tile + c, ld, rows, sums + c, lost + c);
+  if (left == 2) add_column_sums_exactly<2>(tile + c, ld, rows, sums + c, lost + c);
+  if (left == 1) add_column_sums_exactly<1>(tile + c, ld, rows, sums + c, lost + c);
 }
 
 // g of `count` pixels into g[pixel][out_ld]: dy through out_act, and through the norm before it where there is one.
@@ -150,7 +153,10 @@ static void recompute_z(const BackwardContext& ctx, const ChannelsLast<const X>&
                                   x.strides(),
                                   Layout::nhwc,
                                   z_weight<T>(ctx) + k,
-                                  static_cast<const T*>(ctx.packed.dw_bias) + k};
+                                  static_cast<const T*>(ctx.packed.dw_bias) + k,
+                                  {},
+                                  x.end,
+                                  nullptr};
     depthwise_nhwc(in, pixel, count, clamp_of<T>(Activation::identity), z + j);
   }
 }
@@ -166,17 +172,20 @@ static void recompute_panel(const BackwardContext& ctx, const ChannelsLast<const
   if (!linear) activation_pass<ActivateAndDerive, T>(p.act, count * t.ld, t.derivative, t.a);
 }
 
-// What the tile behind `end` will read of dy, of what was saved, and of x, in parts for the calls of this one's panels.
+// What the tile after `tile`, of `count` pixels, will read of dy, of what was saved, and of x, in parts for the calls
+// of this one's panels.
 template <typename S, typename X>
-DSCONV_INLINE Ahead next_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t end, int64_t count) {
+DSCONV_INLINE Ahead next_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t tile, int64_t count) {
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const int64_t blocks = ceil_div(g.c_out, kMicroRows) + chains_of(g.c_out) * ceil_div(count, kMicroRows);
   const int64_t calls = blocks * ceil_div(g.c_mid, kMicroVecs * Vec<typename ComputeOf<S>::type>::n);
   Ahead ahead = {};
-  add_pixels(ahead, static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g, end, count);
-  add_pixels(ahead, static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g, end, count);
-  if (needs_z(ctx)) add_rows(ahead, x.data, x.strides(), Layout::nhwc, g, end, count);
+  if (tile + 1 == ctx.plan.tiles) return ahead;
+  const Range next = tile_range(ctx.plan.order, tile + 1);
+  add_pixels(ahead, static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g, next);
+  add_pixels(ahead, static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g, next);
+  if (needs_z(ctx)) add_rows(ahead, x.data, x.strides(), Layout::nhwc, g, next, walks_depth(ctx.plan.order));
   share_out(ahead, calls);
   return ahead;
 }

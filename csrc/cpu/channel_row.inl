@@ -11,9 +11,11 @@
 //
 // In 3-D the taps are some such planes of taps: an outer loop over the slices of x that they read.
 //
-// With dilation, or strides above 2, tap by tap: P + 1 loads for P multiply-adds; and so where masks are slow for the
-// channels left of a last vector. Columns outside the image are loads of a vector of zeros, rows outside are left out
-// of the loop.
+// With dilation, or strides above 2, tap by tap: P + 1 loads for P multiply-adds. Columns outside the image are loads
+// of a vector of zeros, rows outside are left out of the loop.
+//
+// The channels left of a last vector are computed as a whole one, whose other lanes are dropped: they hold the first
+// channels of the next pixel. Only where that would be read beyond the end of x, masks read what there is.
 #ifndef DSCONV_ISA
 #error "channel_row.inl belongs inside an ISA region"
 #endif
@@ -33,11 +35,20 @@ struct ChannelRow {
   int64_t weight_row, weight_column;  // may be negative: a kernel walked backwards
   int64_t slices;                     // that are read: planes of taps inside the image
   int64_t slice_step, weight_slice;   // from one to the next
+  int64_t wrap = 0, wrap_back = 0;    // after slice number `wrap` x goes back by that much: slices of a ring
   const T* start;                     // bias, with start_step 0, or what to add to
   int64_t start_step;                 // per pixel
   int64_t channels;
-  Stores stores;  // of pairs of rows, where these are compiled to ask (Far)
+  Stores stores;           // of pairs of rows, where these are compiled to ask (Far)
+  const S* end = nullptr;  // of the memory of x; null: no lane past the last channel may be read
+  bool padded = false;     // outputs have room for whole vectors
 };
+
+// From slice number `slice` to the next.
+template <typename S>
+DSCONV_INLINE int64_t next_slice(const ChannelRow<S>& row, int64_t slice) {
+  return row.slice_step - (slice + 1 == row.wrap ? row.wrap_back : 0);
+}
 
 template <bool Tail, typename S>
 DSCONV_INLINE auto load_lanes(const S* p, int left) {
@@ -49,11 +60,11 @@ DSCONV_INLINE auto load_lanes(const S* p, int left) {
 }
 
 // Where the columns of a group of pixels lie: all inside the image, or some of them outside; rest: and these are the
-// last channels, fewer than a vector.
+// last channels, fewer than a vector, read by masks.
 enum class Columns { inside, edge, rest };
 struct ColumnRange {
   int64_t column, in_w;  // input column of the first tap of the group's first pixel, columns of the image
-  int left;              // channels, for Columns::rest
+  int left;              // lanes of the last vector that are stored, and for Columns::rest read
 };
 
 template <typename S>
@@ -217,14 +228,15 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
         x_row += row.dilation_h * row.row_step;
         weight_row += row.weight_row;
       }
-      x_slice += row.slice_step;
+      if (slice + 1 == row.slices) break;
+      x_slice += next_slice(row, slice);
       weight_slice += row.weight_slice;
     }
     M* to = out;
     DSCONV_UNROLL
     for (int p = 0; p < P; ++p) {
       const V v = vmin(hi, vmax(lo, acc[p]));
-      if constexpr (Where == Columns::rest) {
+      if (Where == Columns::rest || (vector + 1 == vectors && range.left < Vec<T>::n)) {
         vstore(to, v, range.left);
       } else {
         vstore(to, v);
@@ -276,14 +288,22 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
             add_tap_row_pair<Step, P, Where>(row, x_row, w, w_lower, range, upper, lower);
           }
         }
-        x_slice += row.slice_step;
+        if (slice + 1 == row.slices) break;
+        x_slice += next_slice(row, slice);
         weight_slice += row.weight_slice;
       }
       T* to = out;
+      const bool part = Far && vector + 1 == vectors && range.left < Vec<T>::n;
       DSCONV_UNROLL
       for (int p = 0; p < P; ++p) {
-        vstore_as(stores, to, vmin(hi, vmax(lo, upper[p])));
-        vstore_as(stores, to + out_row, vmin(hi, vmax(lo, lower[p])));
+        const V up = vmin(hi, vmax(lo, upper[p])), low = vmin(hi, vmax(lo, lower[p]));
+        if (part) {
+          vstore(to, up, range.left);
+          vstore(to + out_row, low, range.left);
+        } else {
+          vstore_as(stores, to, up);
+          vstore_as(stores, to + out_row, low);
+        }
         advance(to, ld);
       }
       x += Vec<T>::n;
@@ -317,12 +337,31 @@ DSCONV_INLINE int group_pixels(int64_t left) {
   return left == 5 || left == 8 ? 5 : 3;
 }
 
+// The channels that are computed as whole vectors for outputs whose last tap reads row `bottom` of x.
+template <typename S>
+DSCONV_INLINE int64_t whole_channels(const ChannelRow<S>& row, int64_t bottom) {
+  constexpr int n = Vec<typename ComputeOf<S>::type>::n;
+  const int64_t padded = round_up(row.channels, n), whole = row.channels / n * n;
+  if (whole == row.channels || row.end == nullptr) return whole;
+  const int64_t last_row = bottom < row.in_h ? bottom : row.in_h - 1;
+  const int64_t last_pixel =
+      (row.slices - 1) * row.slice_step + last_row * row.row_step + (row.in_w - 1) * row.column_step;
+  return last_pixel + padded <= row.end - row.x ? padded : whole;
+}
+
+// Lanes that are stored of the last of `vectors` vectors.
+template <typename S>
+DSCONV_INLINE int last_lanes(const ChannelRow<S>& row, int64_t vectors) {
+  constexpr int n = Vec<typename ComputeOf<S>::type>::n;
+  return row.padded ? n : lanes_left(row.channels - (vectors - 1) * n, n);
+}
+
 template <int Step, typename S, typename T, typename M>
 static void convolve_row_steps(const ChannelRow<S>& row, int64_t top, int64_t left, int64_t count, Clamp<T> clamp,
                                M* out, int64_t ld) {
   constexpr int n = Vec<T>::n;
   constexpr int kRestStep = DSCONV_ISA == DSCONV_ISA_AVX512 ? Step : 0;  // masks cost little there
-  const int64_t vectors = row.channels / n, rest = vectors * n;
+  const int64_t rest = whole_channels(row, top + (row.taps_h - 1) * row.dilation_h), vectors = rest / n;
   const Range taps = valid_taps(top, row.dilation_h, row.in_h, row.taps_h);
   const int64_t tap_rows = row.taps_w > 0 && taps.begin < taps.end ? taps.end - taps.begin : 0;
   const S* x = row.x + (top + taps.begin * row.dilation_h) * row.row_step + left * row.column_step;
@@ -332,7 +371,7 @@ static void convolve_row_steps(const ChannelRow<S>& row, int64_t top, int64_t le
   const int64_t inside_end = valid_outputs(left + (row.taps_w - 1) * row.dilation_w, row.step_w, row.in_w, count).end;
   for (int64_t p = 0; p < count;) {
     const int pixels = group_pixels(count - p);
-    const ColumnRange range = {left + p * row.step_w, row.in_w, lanes_left(row.channels - rest, n)};
+    const ColumnRange range = {left + p * row.step_w, row.in_w, last_lanes(row, vectors)};
     const S* from = x + p * row.step_w * row.column_step;
     const T* start = row.start + p * row.start_step;
     M* to = out + p * ld;
@@ -342,26 +381,26 @@ static void convolve_row_steps(const ChannelRow<S>& row, int64_t top, int64_t le
       convolve_pixels<Step, Columns::edge>(pixels, row, tap_rows, vectors, from, weight, start, range, clamp, to, ld);
     }
     if (rest < row.channels) {
+      const ColumnRange masked = {range.column, row.in_w, lanes_left(row.channels - rest, n)};
       convolve_pixels<kRestStep, Columns::rest>(pixels, row, tap_rows, 1, from + rest, weight + rest, start + rest,
-                                                range, clamp, to + rest, ld);
+                                                masked, clamp, to + rest, ld);
     }
     p += pixels;
   }
 }
 
-// Two rows of `count` pixels, a multiple of kPairPixels; channels beyond whole vectors are left out.
+// `vectors` vectors of two rows of `count` pixels, a multiple of kPairPixels.
 constexpr int kPairPixels = 7;
 template <int Step, bool Far, typename S, typename T>
-static void convolve_row_pair(const ChannelRow<S>& row, int64_t apart, int64_t top, int64_t left, int64_t count,
-                              Clamp<T> clamp, T* out, int64_t ld, int64_t out_row) {
+static void convolve_row_pair(const ChannelRow<S>& row, int64_t vectors, int64_t apart, int64_t top, int64_t left,
+                              int64_t count, Clamp<T> clamp, T* out, int64_t ld, int64_t out_row) {
   constexpr int P = kPairPixels;
-  const int64_t vectors = row.channels / Vec<T>::n;
   const Range rows = valid_taps(top, 1, row.in_h, row.taps_h + apart);
   const S* x = row.x + top * row.row_step + left * row.column_step;
   const int64_t inside_begin = valid_outputs(left, row.step_w, row.in_w, count).begin;
   const int64_t inside_end = valid_outputs(left + row.taps_w - 1, row.step_w, row.in_w, count).end;
   for (int64_t p = 0; p < count;) {
-    const ColumnRange range = {left + p * row.step_w, row.in_w, 0};
+    const ColumnRange range = {left + p * row.step_w, row.in_w, last_lanes(row, vectors)};
     const S* from = x + p * row.step_w * row.column_step;
     const int64_t groups = p >= inside_begin && p < inside_end ? (inside_end - p) / P : 0;
     if (groups > 0) {
@@ -424,17 +463,19 @@ static void convolve_rows(const ChannelRow<S>& row, int64_t apart, int64_t top, 
   // Twice the sums need the 32 registers of AVX-512. Rows that are stored as bf16 have a form of their own
   // (depthwise_bf16.inl), and go this way in rare cases only.
   if constexpr (DSCONV_ISA == DSCONV_ISA_AVX512 && sizeof(M) == sizeof(T)) {
-    const int64_t paired = count / kPairPixels * kPairPixels, vectors = row.channels / Vec<T>::n * Vec<T>::n;
+    const int64_t paired = count / kPairPixels * kPairPixels;
     const bool pairs = row.dilation_w == 1 && row.dilation_h == 1 && row.taps_w >= 3 && row.taps_w <= 5 &&
-                       apart < row.taps_h && row.step_w <= 2 && paired > 0 && vectors > 0;
-    const ChannelRow<S> rest = channels_from(row, vectors);
+                       apart < row.taps_h && row.step_w <= 2 && paired > 0;
     for (; pairs && done + 2 <= rows; done += 2) {
-      const int64_t in = top + done * apart;
+      const int64_t in = top + done * apart, whole = whole_channels(row, in + apart + row.taps_h - 1);
+      if (whole == 0) break;
+      const int64_t vectors = whole / Vec<T>::n;
+      const ChannelRow<S> rest = channels_from(row, whole);
       T* const to = out + done * out_row;
       if (row.step_w == 1) {
-        convolve_row_pair<1, Far>(row, apart, in, left, paired, clamp, to, ld, out_row);
+        convolve_row_pair<1, Far>(row, vectors, apart, in, left, paired, clamp, to, ld, out_row);
       } else {
-        convolve_row_pair<2, Far>(row, apart, in, left, paired, clamp, to, ld, out_row);
+        convolve_row_pair<2, Far>(row, vectors, apart, in, left, paired, clamp, to, ld, out_row);
       }
       for (int64_t i = 0; i < 2; ++i) {
         if (paired < count) {
@@ -442,7 +483,7 @@ static void convolve_rows(const ChannelRow<S>& row, int64_t apart, int64_t top, 
                        to + i * out_row + paired * ld, ld);
         }
         if (rest.channels > 0) {
-          convolve_row(rest, in + i * apart, left, paired, clamp, to + i * out_row + vectors, ld);
+          convolve_row(rest, in + i * apart, left, paired, clamp, to + i * out_row + whole, ld);
         }
       }
     }

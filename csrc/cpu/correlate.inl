@@ -11,6 +11,9 @@
 //        . . . . . . . .      are loads of a vector of zeros.
 //   du   . D D D D . . .
 //
+// With AVX-512, 3 x 3 taps and stride 1 take two rows of du together, each with sums of its own: a value of x meets the
+// taps of both. Nine sums alone would wait for one another's additions.
+//
 // Without such neighbours (dilation, stride above 2, a rest of channels) a pixel at a time: one load a multiply-add.
 #ifndef DSCONV_ISA
 #error "correlate.inl belongs inside an ISA region"
@@ -31,6 +34,12 @@ constexpr int correlate_pixels_at_once(int cols) { return DSCONV_ISA == DSCONV_I
 
 // The longest chain of additions, in pixels: rounding errors grow with it.
 constexpr int64_t kLongestSum = 128;
+
+// Rows whose sums make a chain: two rows are two.
+DSCONV_INLINE int64_t rows_of_a_chain(int64_t width, bool pairs) {
+  const int64_t rows = width < kLongestSum ? kLongestSum / width : 1;
+  return pairs && width <= kLongestSum && rows % 2 != 0 ? rows + 1 : rows;
+}
 
 // Output pixels [row, row_end) x [column, column_end) of an image.
 struct PixelBlock {
@@ -113,6 +122,92 @@ DSCONV_INLINE void correlate_run_of_pixels(const Correlation<S, T>& in, const S*
   }
 }
 
+// P pixels of each of two rows of du, of taps 3 x 3 and stride 1: row i of x meets taps of row i for the upper pixels
+// and of row i - 1 for the lower.
+template <int P, Columns Where, typename S, typename T, typename V>
+DSCONV_INLINE void correlate_pixel_pairs(const S* x_row, int64_t row_step, int64_t column_step, const T* du,
+                                         int64_t du_row, int64_t du_step, const Range& rows, const ColumnRange& range,
+                                         V (&upper)[3][3], V (&lower)[3][3]) {
+  DSCONV_UNROLL
+  for (int i = 0; i < 4; ++i, x_row += row_step) {
+    if (i < rows.begin || i >= rows.end) continue;
+    const S* x = x_row;
+    const T* d = du;
+    V du_upper[P], du_lower[P];
+    DSCONV_UNROLL
+    for (int column = 0; column < P + 2; ++column) {
+      if (column < P) {
+        if (i < 3) du_upper[column < P ? column : 0] = vload(d);
+        if (i > 0) du_lower[column < P ? column : 0] = vload(d + du_row);
+        advance(d, du_step);
+      }
+      const V v = load_column<Where>(x, range, column);
+      advance(x, column_step);
+      DSCONV_UNROLL
+      for (int j = 0; j < 3; ++j) {
+        const int p = column - j;
+        if (p < 0 || p >= P) continue;
+        if (i < 3) upper[i < 3 ? i : 0][j] = vfma(v, du_upper[p], upper[i < 3 ? i : 0][j]);
+        if (i > 0) lower[i > 0 ? i - 1 : 0][j] = vfma(v, du_lower[p], lower[i > 0 ? i - 1 : 0][j]);
+      }
+    }
+  }
+}
+
+// Two rows of pixels, as correlate_run_of_pixels().
+template <int P, typename S, typename T, typename V>
+DSCONV_INLINE void correlate_run_of_pairs(const Correlation<S, T>& in, const S* x, int64_t row_step, int64_t offset,
+                                          const T* du, const Range& pixels, const Range& inside, const Range& rows,
+                                          V (&upper)[3][3], V (&lower)[3][3]) {
+  int64_t ow = pixels.begin;
+  for (; ow + P <= pixels.end; ow += P) {
+    const S* from = x + ow * in.x_column;
+    const T* d = du + ow * in.du_column;
+    const ColumnRange range = {offset + ow, in.g->w_in, 0};
+    if (ow >= inside.begin && ow + P <= inside.end) {
+      correlate_pixel_pairs<P, Columns::inside>(from, row_step, in.x_column, d, in.du_row, in.du_column, rows, range,
+                                                upper, lower);
+    } else {
+      correlate_pixel_pairs<P, Columns::edge>(from, row_step, in.x_column, d, in.du_row, in.du_column, rows, range,
+                                              upper, lower);
+    }
+  }
+  if constexpr (P > 1) {
+    if (ow < pixels.end) {
+      correlate_run_of_pairs<(P > 4 ? 4 : P / 2)>(in, x, row_step, offset, du, {ow, pixels.end}, inside, rows, upper,
+                                                  lower);
+    }
+  }
+}
+
+DSCONV_INLINE bool correlates_pairs(const Geometry& g) {
+  return DSCONV_ISA == DSCONV_ISA_AVX512 && g.kernel_h == 3 && g.kernel_w == 3 && g.stride_h == 1 && g.stride_w == 1 &&
+         g.dilation_h == 1 && g.dilation_w == 1;
+}
+
+// 3 x 3 taps for an even number of rows.
+template <typename S, typename T>
+static void correlate_row_pairs(const Correlation<S, T>& in, const PixelBlock& block) {
+  typedef typename Vec<T>::type V;
+  constexpr int n = Vec<T>::n;
+  const Geometry& g = *in.g;
+  const Range inside = {valid_outputs(-g.pad_left, 1, g.w_in, block.column_end).begin,
+                        valid_outputs(2 - g.pad_left, 1, g.w_in, block.column_end).end};
+  V upper[3][3], lower[3][3];
+  DSCONV_UNROLL
+  for (int i = 0; i < 9; ++i) upper[i / 3][i % 3] = lower[i / 3][i % 3] = vset(T(0));
+  for (int64_t oh = block.row; oh < block.row_end; oh += 2) {
+    const int64_t top = oh - g.pad_top;
+    const Range rows = valid_taps(top, 1, g.h_in, 4);
+    correlate_run_of_pairs<7>(in, in.x + top * in.x_row - g.pad_left * in.x_column, in.x_row, -g.pad_left,
+                              in.du + oh * in.du_row, {block.column, block.column_end}, inside, rows, upper, lower);
+  }
+  DSCONV_UNROLL
+  for (int i = 0; i < 9; ++i) {
+    vstore(in.sums + i * n, vload(in.sums + i * n) + (upper[i / 3][i % 3] + lower[i / 3][i % 3]));
+  }
+}
+
 // Step > 0: stride_w, no dilation along w; 0: whatever they are.
 template <int Cols, int Step, bool Tail, typename S, typename T>
 static void correlate_taps_block(const Correlation<S, T>& in, const PixelBlock& block) {
@@ -179,7 +274,15 @@ static void correlate_columns(Correlation<S, T>& in, const PixelBlock& block) {
 
 // All taps: in.sums += the correlation over the block's pixels.
 template <typename S, typename T>
-static void correlate_vector(Correlation<S, T>& in, const PixelBlock& block) {
+static void correlate_vector(Correlation<S, T>& in, PixelBlock block) {
+  if constexpr (DSCONV_ISA == DSCONV_ISA_AVX512) {
+    const int64_t paired = (block.row_end - block.row) / 2 * 2;
+    if (paired > 0 && in.left == Vec<T>::n && correlates_pairs(*in.g)) {
+      correlate_row_pairs(in, {block.row, block.row + paired, block.column, block.column_end});
+      block.row += paired;
+      if (block.row == block.row_end) return;
+    }
+  }
   const int64_t taps = in.g->kernel_w;
   for (in.tap_column = 0; in.tap_column < taps;) {
     const int64_t left = taps - in.tap_column;

@@ -38,6 +38,7 @@ namespace avx2 {
 #include "correlate.inl"
 #include "grad_row.inl"
 #include "backward_depthwise.inl"
+#include "backward_rows.inl"
 #include "backward_groups.inl"
 #include "backward_panels.inl"
 #include "table.inl"

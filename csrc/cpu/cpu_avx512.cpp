@@ -49,6 +49,7 @@ namespace avx512 {
 #include "correlate.inl"
 #include "grad_row.inl"
 #include "backward_depthwise.inl"
+#include "backward_rows.inl"
 #include "backward_groups.inl"
 #include "backward_panels.inl"
 #include "table.inl"

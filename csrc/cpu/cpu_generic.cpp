@@ -34,6 +34,7 @@ namespace generic {
 #include "correlate.inl"
 #include "grad_row.inl"
 #include "backward_depthwise.inl"
+#include "backward_rows.inl"
 #include "backward_groups.inl"
 #include "backward_panels.inl"
 #include "table.inl"

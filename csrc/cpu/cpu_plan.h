@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../params.h"
+#include "tile_order.h"
 
 namespace dsconv {
 
@@ -16,13 +17,14 @@ constexpr int64_t kTileBytes = 96 << 10;             // z of one tile: leaves ha
 constexpr int64_t kPlanesTileBytes = 256 << 10;      // the same by planes, where weights need not stay
 constexpr int64_t kLeastPlaneWidth = 28;
 constexpr int64_t kTurnedBytes = 192 << 10;  // x of some rows and one vector of channels, turned from nchw
+constexpr int64_t kRingBytes = 384 << 10;    // the same of all channels, where the next tile reads it again
 constexpr int64_t kWindowBytes = 32 << 10;   // one channel's part of x: most of an L1
 constexpr int64_t kSharedCacheBytes =
     16 << 20;  // more than this a call does not find in cache from one layer to the next
+// Of x, and in backward of du, more than this in the slices that a tile reads does not stay in an L2 beside the rest.
+constexpr int64_t kNearSliceBytes = 512 << 10;
 constexpr int64_t kCacheLine = 64;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t clamp64(int64_t x, int64_t lo, int64_t hi) { return x < lo ? lo : (x > hi ? hi : x); }
 
 // The register block of an ISA for one compute type, in elements.
@@ -46,31 +48,27 @@ struct CpuPlan {
   int64_t mid_ld, out_ld;            // row strides of tiles, elements: no multiple of 128 bytes, against set conflicts
   int64_t tap_pairs;                 // forward: pairs of taps that the depthwise multiplies at a time; 0: single taps
   int64_t strip_ld;                  // row stride of the channel strips that nchw goes through
-  int64_t block;                     // pixels a tile is made of: micro.rows, an image row in nchw, fewer if need be
-  int64_t blocks, tiles;             // tiles of whole blocks, whose numbers differ by one at most
-  int64_t tile_pixels;               // of the largest tile
-  bool by_planes;                    // forward: z is [c_mid][strip_ld] (forward_planes.inl)
-  int64_t parts;                     // forward: tasks of a tile, each a part of the output channels
-  int64_t pointwise_groups;          // partial sums of the backward
-  int64_t du_width;                  // channels of a panel of du
-  int64_t z_channels, z_ld;          // of z at a time, and their row stride
-  bool joined;                       // stage D runs within the groups as far as it can
-  int64_t grad_pixels;               // pixels of a tile of grad_x
-  int64_t grad_rows;                 // rows of grad_x a task
-  int64_t x_ld, turned_pixels;       // of an nchw x as it is turned: elements a pixel, and pixels a task
+  TileOrder order;
+  int64_t tiles;
+  int64_t tile_pixels;           // of the largest tile
+  bool by_planes;                // forward: z is [c_mid][strip_ld] (forward_planes.inl)
+  int64_t parts;                 // forward: tasks of a tile, each a part of the output channels
+  int64_t pointwise_groups;      // partial sums of the backward
+  int64_t du_width;              // channels of a panel of du
+  int64_t z_channels, z_ld;      // of z at a time, and their row stride
+  bool joined;                   // stage D runs within the groups as far as it can
+  int64_t grad_pixels;           // pixels of a tile of grad_x
+  int64_t grad_rows, task_rows;  // rows of grad_x at a time, and of those that groups have not done a task
+  int64_t x_ld, turned_pixels;   // of an nchw x as it is turned: elements a pixel, and pixels a task
   // Backward by panels of channels (backward_panels.inl); panels == 0 where it goes by groups of tiles.
   int64_t panels, panel_tile;                  // panel_tile: pixels at a time, a multiple of micro.rows
   int64_t chunks, chunk_images, chunk_pixels;  // of whole images: du of a chunk stays with its task
   int64_t window;                              // elements of the windows of plane.inl, nchw
   int64_t scratch_bytes;                       // per thread
   int64_t turned;                              // elements of the windows of depthwise.inl that nchw is turned into
+  int64_t ring;                                // elements that all channels of a tile's slices are turned into, or 0
   bool beyond_cache;                           // x and y, in backward x and grad_x, come from and go to DRAM
 };
-
-constexpr int64_t tile_begin(const CpuPlan& plan, int64_t tile) {
-  const int64_t pixel = (plan.blocks / plan.tiles * tile + plan.blocks % plan.tiles * tile / plan.tiles) * plan.block;
-  return pixel < plan.pixels ? pixel : plan.pixels;
-}
 
 // What plane.inl keeps beside the strips: the window, its lists of positions and taps.
 constexpr int64_t plane_bytes(const CpuPlan& plan) {
@@ -90,7 +88,8 @@ constexpr int64_t tap_pairs_of(const Geometry& g) {
 // What the depthwise stage of a tile needs beside z.
 constexpr int64_t depthwise_scratch(const CpuPlan& plan) {
   const int64_t strips = plan.micro.lanes * plan.strip_ld * plan.element + plane_bytes(plan);
-  return strips > plan.turned * plan.element ? strips : plan.turned * plan.element;
+  const int64_t turned = plan.ring > plan.turned ? plan.ring : plan.turned;
+  return strips > turned * plan.element ? strips : turned * plan.element;
 }
 
 // nchw: output columns of a piece of one row that is turned into lanes of channels (depthwise.inl), 0 where a window
@@ -133,16 +132,60 @@ inline CpuPlan base(const Geometry& g, Layout x_layout, MicroTile micro, int64_t
   return plan;
 }
 
-// Tiles of at most max_pixels, a multiple of `granule` of them where there are enough blocks. In nchw, whole rows of
-// the image: rows that belong together are turned with one halo.
+// `pixels` into strips of at most max_pixels, a multiple of `granule` of them where there are enough blocks.
+inline void cut_strips(CpuPlan& plan, int64_t pixels, int64_t block, int64_t max_pixels, int64_t granule) {
+  TileOrder& order = plan.order;
+  order.pixels = pixels;
+  order.block = block;
+  order.blocks = ceil_div(pixels, block);
+  order.strips = clamp64(round_up(ceil_div(order.blocks, max_pixels / block), granule), 1, order.blocks);
+  plan.tile_pixels = ceil_div(order.blocks, order.strips) * block;
+  plan.strip_ld = skewed(round_up(plan.tile_pixels, plan.micro.lanes) + plan.micro.lanes, plan.element);
+}
+
+// Tiles in the order of the pixels, of blocks of micro.rows, or fewer if need be. In nchw, whole rows of the image:
+// rows that belong together are turned with one halo.
 inline void cut(CpuPlan& plan, const Geometry& g, Layout x_layout, int64_t max_pixels, int64_t granule) {
   const bool rows = x_layout == Layout::nchw && g.w_out <= max_pixels;
-  plan.block = rows ? g.w_out : clamp64(max_pixels, 1, plan.micro.rows);
-  if (!rows && 2 * g.w_out <= max_pixels && 2 * g.w_out % plan.micro.rows == 0) plan.block = 2 * g.w_out;
-  plan.blocks = ceil_div(plan.pixels, plan.block);
-  plan.tiles = clamp64(round_up(ceil_div(plan.blocks, max_pixels / plan.block), granule), 1, plan.blocks);
-  plan.tile_pixels = ceil_div(plan.blocks, plan.tiles) * plan.block;
-  plan.strip_ld = skewed(round_up(plan.tile_pixels, plan.micro.lanes) + plan.micro.lanes, plan.element);
+  int64_t block = rows ? g.w_out : clamp64(max_pixels, 1, plan.micro.rows);
+  if (!rows && 2 * g.w_out <= max_pixels && 2 * g.w_out % plan.micro.rows == 0) block = 2 * g.w_out;
+  cut_strips(plan, plan.pixels, block, max_pixels, granule);
+  plan.order.depth = plan.order.part_depth = 1;
+  plan.tiles = plan.order.strips;
+}
+
+// Tiles along the depth, of pairs of rows where two fit.
+inline void cut_along_depth(CpuPlan& plan, const Geometry& g, int64_t max_pixels, int64_t bands, int64_t part_depth) {
+  cut_strips(plan, plan.slice_pixels, 2 * g.w_out <= max_pixels ? 2 * g.w_out : g.w_out, max_pixels, bands);
+  plan.order.depth = g.d_out;
+  plan.order.part_depth = part_depth;
+  plan.tiles = g.n * g.d_out * plan.order.strips;
+}
+
+// slice_bytes: of x, and in backward of du, that one slice holds.
+constexpr bool gains_by_depth(const Geometry& g, int64_t slice_bytes, int64_t max_pixels) {
+  return g.kernel_d > 1 && g.d_out > 1 && g.w_out <= max_pixels && g.kernel_d * slice_bytes > kNearSliceBytes;
+}
+
+// Elements of the slices that a tile along the depth reads, 0 where that is too much to keep.
+inline int64_t ring_elements(const CpuPlan& plan, const Geometry& g) {
+  const int64_t reach = (plan.tile_pixels / g.w_out - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1;
+  const int64_t rows = reach < g.h_in ? reach : g.h_in, channels = round_up(g.c_in, plan.micro.lanes);
+  const int64_t elements = g.kernel_d * channels * rows * g.w_in;
+  const bool whole_rows = turned_columns_of(g, plan) == g.w_out;
+  return whole_rows && g.dilation_d == 1 && elements * plan.element <= kRingBytes ? elements : 0;
+}
+
+// Columns of tiles are the tasks: four a thread.
+inline void cut_forward(CpuPlan& plan, const Geometry& g, Layout x_layout, int64_t max_pixels, int64_t threads,
+                        int64_t stored) {
+  if (!gains_by_depth(g, g.h_in * g.w_in * g.c_in * stored, max_pixels)) {
+    return cut(plan, g, x_layout, max_pixels, plan.parts > 1 ? 1 : threads);
+  }
+  cut_along_depth(plan, g, max_pixels, 1, g.d_out);
+  const int64_t parts = clamp64(4 * threads / (g.n * plan.order.strips), 1, ceil_div(g.d_out, 2 * g.kernel_d));
+  plan.order.part_depth = ceil_div(g.d_out, parts);
+  if (x_layout == Layout::nchw && plan.tap_pairs == 0) plan.ring = ring_elements(plan, g);
 }
 
 inline int64_t pixels_within(int64_t bytes, int64_t bytes_per_pixel) {
@@ -169,14 +212,16 @@ inline void cut_planes(CpuPlan& plan, const Geometry& g, int64_t channels, int64
     const double cost = static_cast<double>((sums + in_rows * g.w_in * kAgain) * round_up(tiles, granule));
     if (rows == 1 || cost < least) best = rows, least = cost;
   }
+  const int64_t block = best * g.w_out;
+  cut_strips(plan, plan.pixels, block, block, 1);
+  plan.order.depth = plan.order.part_depth = 1;
+  plan.tiles = plan.order.strips;
   plan.by_planes = true;
   plan.parts = 1;
-  plan.block = plan.tile_pixels = best * g.w_out;
-  plan.blocks = plan.tiles = ceil_div(plan.pixels, plan.block);
-  plan.strip_ld = skewed(round_up(plan.block, plan.micro.columns), plan.element);
-  const int64_t block = plan.micro.rows * plan.micro.columns;  // of the GEMM
+  plan.strip_ld = skewed(round_up(block, plan.micro.columns), plan.element);
+  const int64_t sums_block = plan.micro.rows * plan.micro.columns;  // of the GEMM
   plan.scratch_bytes =
-      (channels * plan.strip_ld + block + planes_memory(plan, g, best)) * plan.element + 4 * kCacheLine;
+      (channels * plan.strip_ld + sums_block + planes_memory(plan, g, best)) * plan.element + 4 * kCacheLine;
 }
 
 }  // namespace plan_detail
@@ -226,16 +271,19 @@ inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro,
   const int64_t wanted = clamp64(plan_detail::pixels_within(kTileBytes, mid_bytes), 8 * micro.rows, 256);
   const int64_t fits = plan_detail::pixels_within(kScratchBytes - depthwise_scratch(plan) - (8 << 10), per_pixel);
   plan.parts = whole ? 1 : parts_of(g, plan, threads);
-  plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, plan.parts > 1 ? 1 : threads);
-  plan.scratch_bytes =
-      plan.tile_pixels * (mid_bytes + micro.columns * element) + depthwise_scratch(plan) + 4 * kCacheLine;
+  plan_detail::cut_forward(plan, g, x_layout, wanted < fits ? wanted : fits, threads, bytes.stored);
+  const int64_t tile_bytes = plan.tile_pixels * (mid_bytes + micro.columns * element) + 4 * kCacheLine;
+  if (tile_bytes + depthwise_scratch(plan) > kScratchBytes) plan.ring = 0;
+  plan.scratch_bytes = tile_bytes + depthwise_scratch(plan);
   return plan;
 }
+
+constexpr int64_t forward_tasks(const CpuPlan& plan) { return columns_of(plan.order, plan.tiles) * plan.parts; }
 
 // The statistics of z: sums follow the tiles, as in backward. A tile is read twice more while it is near, so it is
 // smaller, of few channels (mid_ld) on many pixels.
 inline CpuPlan plan_moments(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element, int64_t tile_bytes,
-                            bool by_planes) {
+                            bool by_planes = false) {
   CpuPlan plan = plan_detail::base(g, x_layout, micro, element, element);
   if (by_planes) {
     constexpr int64_t kPanelChannels = 16;
@@ -248,9 +296,11 @@ inline CpuPlan plan_moments(const Geometry& g, Layout x_layout, MicroTile micro,
   const int64_t wanted = clamp64(plan_detail::pixels_within(tile_bytes, plan.mid_ld * element), 16, 256);
   const int64_t fits =
       plan_detail::pixels_within(kScratchBytes - depthwise_scratch(plan), (plan.mid_ld + micro.lanes) * element);
-  plan_detail::cut(plan, g, x_layout, wanted < fits ? wanted : fits, 4);
+  plan_detail::cut_forward(plan, g, x_layout, wanted < fits ? wanted : fits, 4, element);
   plan.beyond_cache = g.n * g.c_in * g.d_in * g.h_in * g.w_in * element > kSharedCacheBytes;
-  plan.scratch_bytes = plan.tile_pixels * plan.mid_ld * element + depthwise_scratch(plan) + 4 * kCacheLine;
+  const int64_t tile = plan.tile_pixels * plan.mid_ld * element + 4 * kCacheLine;
+  if (tile + depthwise_scratch(plan) > kScratchBytes) plan.ring = 0;
+  plan.scratch_bytes = tile + depthwise_scratch(plan);
   return plan;
 }
 
@@ -259,6 +309,28 @@ inline CpuPlan plan_moments(const Geometry& g, Layout x_layout, MicroTile micro,
 enum class BetweenStages { nothing, sums, caller };
 
 namespace plan_detail {
+
+// Groups of tiles along the depth: as many as are affordable, but so that five eighths of the rows of grad_x at least
+// have all of their du within one. An image's groups are bands of its rows in parts of its depth.
+inline void cut_groups_along_depth(CpuPlan& plan, const Geometry& g, int64_t max_pixels, int64_t affordable) {
+  const int64_t reach_h = (g.kernel_h - 1) * g.dilation_h / g.stride_h;
+  const int64_t reach_d = (g.kernel_d - 1) * g.dilation_d / g.stride_d;
+  int64_t groups = affordable / g.n, best_parts = 1, best = 0;
+  for (; groups > 1; groups /= 2) {
+    best = 0;
+    for (int64_t parts = 1; parts <= groups && parts <= g.d_out; ++parts) {
+      if (groups % parts != 0 || ceil_div(g.d_out, ceil_div(g.d_out, parts)) != parts) continue;
+      const int64_t rows = g.h_out - (groups / parts - 1) * reach_h, slices = g.d_out - (parts - 1) * reach_d;
+      const int64_t inside = rows > 0 && slices > 0 ? rows * slices : 0;
+      if (inside > best) best = inside, best_parts = parts;
+    }
+    if (8 * best >= 5 * g.h_out * g.d_out) break;
+  }
+  const bool whole_images = groups <= 1;
+  cut_along_depth(plan, g, max_pixels, whole_images ? 1 : groups / best_parts,
+                  whole_images ? g.d_out : ceil_div(g.d_out, best_parts));
+  plan.pointwise_groups = clamp64(whole_images ? affordable : g.n * groups, 1, columns_of(plan.order, plan.tiles));
+}
 
 // By panels where they are tasks enough, all images of a chunk (all there are, for sums between the stages) have du
 // within the scratch, and a panel's pass over dy
@@ -307,12 +379,19 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   plan.z_ld = skewed(plan.z_channels, element);
   const int64_t per_pixel = (2 * plan.z_ld + micro.columns + 2 * plan.out_ld) * element;
   const int64_t fits = plan_detail::pixels_within(kScratchBytes - fixed, per_pixel);
-  plan_detail::cut(plan, g, x_layout, fits < 256 ? fits : 256, 4);
-
+  const int64_t max_pixels = fits < 256 ? fits : 256;
   const int64_t partial_bytes = (g.c_out + plan.taps) * plan.mid_columns * element;
   const int64_t affordable = clamp64(kPartialBytes / partial_bytes, 2, kMaxGroups);
-  plan.pointwise_groups = clamp64(plan.tiles / 2, 1, affordable);
-  if (plan.tiles > 1 && plan.pointwise_groups == 1) plan.pointwise_groups = 2;
+  // x and du of a slice, and half of them for the rest.
+  const int64_t slice_bytes = (g.h_in * g.w_in * g.c_in + plan.slice_pixels * plan.mid_columns) * element;
+  const bool along_depth = plan_detail::gains_by_depth(g, slice_bytes / 2, max_pixels);
+  if (along_depth) {
+    plan_detail::cut_groups_along_depth(plan, g, max_pixels, affordable);
+  } else {
+    plan_detail::cut(plan, g, x_layout, max_pixels, 4);
+    plan.pointwise_groups = clamp64(plan.tiles / 2, 1, affordable);
+    if (plan.tiles > 1 && plan.pointwise_groups == 1) plan.pointwise_groups = 2;
+  }
 
   plan.beyond_cache = 2 * g.n * g.c_in * g.d_in * g.h_in * g.w_in * element > kSharedCacheBytes;
   plan.du_width = g.multiplier == 1 ? micro.columns : g.c_mid;
@@ -320,8 +399,9 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   // Rows of du that a row of grad_x reads; in 3-D whole slices (backward_groups.inl).
   int64_t reach = (g.kernel_h - 1) * g.dilation_h / g.stride_h;
   if (has_depth(g)) reach = ((g.kernel_d - 1) * g.dilation_d / g.stride_d + 1) * g.h_out;
+  plan.task_rows = along_depth ? g.h_in : plan.grad_rows;
   // Else no row of grad_x lies in a group.
-  plan.joined = group_rows > reach;
+  plan.joined = along_depth || group_rows > reach;
   const int64_t panels_bytes =
       between != BetweenStages::caller ? plan_detail::cut_panels(plan, g, x_layout, between) : 0;
   plan.scratch_bytes = panels_bytes > 0 ? panels_bytes : fixed + plan.tile_pixels * per_pixel;
@@ -329,9 +409,6 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
 }
 
 // The range of outputs o in [0, extent) that tap `offset` (tap * dilation - pad) reads inside [0, in).
-struct Range {
-  int64_t begin, end;
-};
 constexpr Range valid_outputs(int64_t offset, int64_t stride, int64_t in, int64_t extent) {
   const int64_t begin = offset >= 0 ? 0 : ceil_div(-offset, stride);
   const int64_t end = in > offset ? ceil_div(in - offset, stride) : 0;

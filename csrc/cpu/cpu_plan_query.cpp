@@ -26,6 +26,8 @@ PlanNumbers cpu_plan(const PlanQuery& query, int64_t threads) {
           {"tiles", plan.tiles},
           {"tile_pixels", plan.tile_pixels},
           {"by_planes", plan.by_planes ? 1 : 0},
+          {"walks_depth", walks_depth(plan.order)},
+          {"ring_elements", plan.ring},
           {"pointwise_groups", plan.pointwise_groups},
           {"scratch_bytes", plan.scratch_bytes}};
 }

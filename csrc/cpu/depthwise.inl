@@ -2,12 +2,19 @@
 //
 // nhwc: vectors along the channels (channel_row.inl), a row of pixels at a time.
 // nchw: x is turned in registers, `lanes` channels of some rows at a time, and goes the same way. So does an x of
-//       either layout that goes through a norm and an activation first.
+//       either layout that goes through a norm and an activation first. Along the depth (tile_order.h) the slices that
+//       the next tile reads too stay turned: for all channels, in a ring of kernel_d slices.
 //       Kernels whose windows are too large for that: vectors along w (plane.inl). Strips of the tile's pixels are
 //       summed for `lanes` channels, then turned into the tile.
 #ifndef DSCONV_ISA
 #error "depthwise.inl belongs inside an ISA region"
 #endif
+
+// What plan.ring elements hold: the slices, input rows [row, row_end) of them. Slice s is in place s % kernel_d.
+struct TurnedRing {
+  int64_t image, row, row_end;
+  Range slices;
+};
 
 template <typename S>
 struct DepthwiseInput {
@@ -19,6 +26,8 @@ struct DepthwiseInput {
   const typename ComputeOf<S>::type* weight;  // PackedWeights
   const typename ComputeOf<S>::type* bias;
   InputNorm norm;
+  const S* end;      // of the memory of x, where vectors past the last channel may be read and written to z; else null
+  TurnedRing* ring;  // of the tiles before this one, where plan.ring > 0
 };
 
 // All but where x and the weights are.
@@ -39,6 +48,13 @@ DSCONV_INLINE ChannelRow<S> channel_row(const Geometry& g, const CpuPlan& plan) 
   return row;
 }
 
+// Of x in nhwc: behind the last channel of its last pixel. Null where z keeps planes of channels one behind another.
+template <typename S>
+DSCONV_INLINE const S* end_of_channels(const Geometry& g, const S* x, const Strides& s, int64_t channels) {
+  if (g.multiplier != 1) return nullptr;
+  return x + (g.n - 1) * s.n + (g.d_in - 1) * s.d + (g.h_in - 1) * s.h + (g.w_in - 1) * s.w + channels;
+}
+
 // Points the row to the slices of x that the output slice reads. Returns the first tap along the depth.
 template <typename S>
 DSCONV_INLINE int64_t read_slices(const DepthwiseInput<S>& in, int64_t slice, ChannelRow<S>& row) {
@@ -53,6 +69,8 @@ static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
   ChannelRow<S> row = channel_row<S>(g, *in.plan);
   row.row_step = in.stride.h;
   row.column_step = in.stride.w;
+  row.end = in.end;
+  row.padded = in.end != nullptr;
   for (int64_t p = 0; p < count;) {
     const PixelRun run = run_at(pixel + p, count - p, g.h_out, g.w_out, false);
     int64_t rows = run.length == g.w_out ? (count - p) / g.w_out : 1;
@@ -107,15 +125,17 @@ DSCONV_INLINE TurnedPiece turned_piece(const Geometry& g, const CpuPlan& plan, i
   return piece;
 }
 
+// `slices` of its slices, from `first` on.
 template <typename S, typename T>
-static void turn_channels(const DepthwiseInput<S>& in, const TurnedPiece& piece, int64_t c, int channels, T* to) {
+static void turn_channels(const DepthwiseInput<S>& in, const TurnedPiece& piece, int64_t first, int64_t slices,
+                          int64_t c, int channels, T* to) {
   constexpr int n = Vec<T>::n;
   const Geometry& g = *in.g;
   const S* from = in.x + piece.slice / g.d_out * in.stride.n + c * in.stride.c + piece.in_column * in.stride.w;
   const int64_t columns = piece.in_column_end - piece.in_column, rows = piece.in_row_end - piece.in_row;
   T* const begin = to;
-  for (int64_t slice = 0; slice < piece.slices; ++slice) {
-    const S* x = from + (piece.in_slice + slice * g.dilation_d) * in.stride.d + piece.in_row * in.stride.h;
+  for (int64_t slice = 0; slice < slices; ++slice) {
+    const S* x = from + (first + slice * g.dilation_d) * in.stride.d + piece.in_row * in.stride.h;
     if (in.layout == Layout::nhwc) {
       norm_lanes(in.norm, c, channels, x, in.stride.h, in.stride.w, rows, columns, to);
       to += rows * columns * n;
@@ -132,6 +152,16 @@ static void turn_channels(const DepthwiseInput<S>& in, const TurnedPiece& piece,
     norm_lanes(in.norm, c, n, begin, 0, n, 1, (to - begin) / n, begin);
 }
 
+// The first slice of the piece that the ring does not hold; then it will hold those of the piece.
+DSCONV_INLINE int64_t first_missing_slice(const Geometry& g, const TurnedPiece& piece, TurnedRing& ring) {
+  const int64_t image = piece.slice / g.d_out, first = piece.in_slice, last = first + piece.slices;
+  if (piece.slices == 0) return first;
+  const bool same = ring.image == image && ring.row == piece.in_row && ring.row_end == piece.in_row_end;
+  const int64_t missing = same && first >= ring.slices.begin && first < ring.slices.end ? ring.slices.end : first;
+  ring = {image, piece.in_row, piece.in_row_end, {first, last}};
+  return missing;
+}
+
 template <typename S, typename T, typename M>
 static void depthwise_turned(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, Clamp<T> clamp, M* z,
                              T* turned) {
@@ -145,10 +175,19 @@ static void depthwise_turned(const DepthwiseInput<S>& in, int64_t pixel, int64_t
     row.row_step = columns * n;
     row.slices = piece.slices;
     row.slice_step = (piece.in_row_end - piece.in_row) * row.row_step;
-    row.x = turned - piece.in_row * row.row_step - piece.in_column * n;
+    const bool keeps = in.plan->ring > 0;
+    const int64_t place = keeps ? piece.in_slice % g.kernel_d : 0, of_ring = keeps ? g.kernel_d * row.slice_step : 0;
+    const int64_t missing = keeps ? first_missing_slice(g, piece, *in.ring) : piece.in_slice;
+    row.wrap = keeps ? g.kernel_d - place : 0;
+    row.wrap_back = of_ring;
     for (int64_t c = 0; c < g.c_in; c += n) {
       const int channels = lanes_left(g.c_in - c, n);
-      turn_channels(in, piece, c, channels, turned);
+      T* const slices = turned + c / n * of_ring;
+      for (int64_t slice = missing; keeps && slice < piece.in_slice + piece.slices; ++slice) {
+        turn_channels(in, piece, slice, 1, c, channels, slices + slice % g.kernel_d * row.slice_step);
+      }
+      if (!keeps) turn_channels(in, piece, piece.in_slice, piece.slices, c, channels, slices);
+      row.x = slices + place * row.slice_step - piece.in_row * row.row_step - piece.in_column * n;
       // Lanes past the last channel are zeros, and where nothing stands behind them in z they need no mask.
       row.channels = g.multiplier == 1 ? n : channels;
       for (int64_t k = c; k < g.c_mid; k += g.c_in) {

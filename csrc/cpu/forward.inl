@@ -54,7 +54,7 @@ DSCONV_INLINE T* output_tile(const CpuPlan& plan, void* scratch) {
 
 // The output channels of part `part` of a tile.
 template <typename S, typename T, typename M>
-static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, void* scratch) {
+static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, TurnedRing& ring, void* scratch) {
   const ForwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
@@ -65,7 +65,8 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
 #endif
   typedef typename Factor<M>::type F;
   constexpr int64_t columns = kMicroVecs * Vec<T>::n, per_factor = Factor<M>::channels;
-  const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
+  const Range pixels = tile_range(plan.order, tile);
+  const int64_t pixel = pixels.begin, count = pixels.end - pixel;
   const int64_t k = ceil_div(g.c_mid, per_factor);
   M* z = static_cast<M*>(scratch);
   T* out = output_tile<T, M>(plan, scratch);
@@ -78,7 +79,9 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
                                 p.x_layout,
                                 static_cast<const T*>(ctx.packed.dw_weight),
                                 static_cast<const T*>(ctx.packed.dw_bias),
-                                ctx.in_norm};
+                                ctx.in_norm,
+                                end_of_channels(g, static_cast<const S*>(p.x), p.x_strides, g.c_in),
+                                &ring};
   depthwise_tile(in, pixel, count, clamp_of<T>(p.act), z, memory);
   if (!is_clamp(p.act)) {
     for (int64_t i = 0; i < count; ++i) {
@@ -96,10 +99,14 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
   const bool stream = direct && plan.beyond_cache && ctx.partial == nullptr && misaligned % kCacheLine == 0;
   Ahead ahead = {};
   const int64_t calls = ceil_div(count, kMicroRows) * ceil_div(end - begin, columns) * chains_of(k);
-  add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, p.x_layout, g, pixel + count, count);
+  if (tile + 1 < plan.tiles) {
+    add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, p.x_layout, g, tile_range(plan.order, tile + 1),
+             walks_depth(plan.order));
+  }
   share_out(ahead, calls);
   const int64_t most = fills_block(g.c_out, Vec<T>::n) ? 2 * kCacheLine * k / chains_of(k) : kMostAtOnce;
-  if (!plan.beyond_cache && (p.x_layout == Layout::nchw || ahead.bytes > most)) ahead.count = 0;
+  const bool much = ahead.bytes > most && !walks_depth(plan.order);
+  if (!plan.beyond_cache && (p.x_layout == Layout::nchw || much)) ahead.count = 0;
   for (int64_t channel = begin; channel < end; channel += columns) {
     const int64_t width = end - channel < columns ? end - channel : columns;
     const Operand<F> tile_z = {reinterpret_cast<const F*>(z), plan.mid_ld / per_factor};
@@ -129,9 +136,14 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
   if (stream) vstream_fence();
 }
 
+// A column of tiles.
 template <typename S, typename T, typename M>
 static void forward(const ForwardContext& ctx, int64_t task, void* scratch) {
-  forward_tile<S, T, M>(ctx, task / ctx.plan.parts, task % ctx.plan.parts, scratch);
+  const int64_t column = task / ctx.plan.parts, last = first_tile(ctx.plan.order, column + 1);
+  TurnedRing ring = {};
+  for (int64_t tile = first_tile(ctx.plan.order, column); tile < last; ++tile) {
+    forward_tile<S, T, M>(ctx, tile, task % ctx.plan.parts, ring, scratch);
+  }
 }
 
 // The moments of a tile's y, while it is in cache; `before` pixels have been merged into mean and m2 already.
@@ -170,10 +182,13 @@ static void forward_moments(const ForwardContext& ctx, int64_t group, void* scra
   double* mean = ctx.partial + group * 2 * c_out;
   double* m2 = mean + c_out;
   for (int64_t i = 0; i < 2 * c_out; ++i) mean[i] = 0;
-  const int64_t first = tile_begin(plan, first_tile);
+  int64_t before = 0;
+  TurnedRing ring = {};
   for (int64_t tile = first_tile; tile < plan.tiles * (group + 1) / ctx.groups; ++tile) {
-    forward_tile<S, T, M>(ctx, tile, 0, scratch);
-    const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
-    merge_output_moments<S>(ctx, pixel, count, pixel - first, output_tile<T, M>(plan, scratch), mean, m2);
+    forward_tile<S, T, M>(ctx, tile, 0, ring, scratch);
+    const Range pixels = tile_range(plan.order, tile);
+    const int64_t count = pixels.end - pixels.begin;
+    merge_output_moments<S>(ctx, pixels.begin, count, before, output_tile<T, M>(plan, scratch), mean, m2);
+    before += count;
   }
 }

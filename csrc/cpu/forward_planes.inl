@@ -30,11 +30,11 @@ static void forward_planes(const ForwardContext& ctx, int64_t tile, void* scratc
                                 static_cast<const T*>(ctx.packed.dw_weight),
                                 static_cast<const T*>(ctx.packed.dw_bias),
                                 ctx.in_norm};
-  const int64_t tile_end = tile_begin(plan, tile + 1);
+  const Range pixels = tile_range(plan.order, tile);
   const uint64_t misaligned = reinterpret_cast<uint64_t>(p.y) | static_cast<uint64_t>(plan.image_pixels) * sizeof(T);
-  for (int64_t pixel = tile_begin(plan, tile), end; pixel < tile_end; pixel = end) {
+  for (int64_t pixel = pixels.begin, end; pixel < pixels.end; pixel = end) {
     const int64_t image = pixel / plan.image_pixels, begin = pixel % plan.image_pixels;
-    end = tile_end < (image + 1) * plan.image_pixels ? tile_end : (image + 1) * plan.image_pixels;
+    end = pixels.end < (image + 1) * plan.image_pixels ? pixels.end : (image + 1) * plan.image_pixels;
     const int64_t count = end - pixel;
     depthwise_planes(in, image, begin, begin + count, clamp_of<T>(p.act), z, plan.strip_ld, memory);
     for (int64_t k = 0; k < g.c_mid && !is_clamp(p.act); ++k) {
@@ -43,7 +43,10 @@ static void forward_planes(const ForwardContext& ctx, int64_t tile, void* scratc
     const bool stream = plan.beyond_cache && ctx.partial == nullptr &&
                         (misaligned | static_cast<uint64_t>(begin) * sizeof(T)) % kCacheLine == 0;
     Ahead ahead = {};
-    if (plan.beyond_cache) add_rows(ahead, static_cast<const T*>(p.x), p.x_strides, p.x_layout, g, end, count);
+    if (plan.beyond_cache && end == pixels.end && tile + 1 < plan.tiles) {
+      const Range next = tile_range(plan.order, tile + 1);
+      add_rows(ahead, static_cast<const T*>(p.x), p.x_strides, p.x_layout, g, next, walks_depth(plan.order));
+    }
     share_out(ahead, ceil_div(g.c_out, kMicroRows) * ceil_div(count, columns) * chains_of(g.c_mid));
     for (int64_t c = 0; c < g.c_out; c += kMicroRows) {
       const int64_t rows = g.c_out - c < kMicroRows ? g.c_out - c : kMicroRows;

@@ -6,10 +6,14 @@
 //
 // A element (i, k) lies at a[i * row_stride + k] where its rows run along k (tiles of pixels), or at
 // a[i + k * k_stride] where its columns do (gradients read a tile as its transpose); it is broadcast.
-// A step of k costs R broadcasts and NV loads for R * NV FMAs; half a vector at the end counts as half where vectors
-// are executed as two halves (Zen 4), and costs no more than a whole one elsewhere. B is read in whole vectors. Where C
-// goes is the target's: sums of a tile, or outputs of the layer with bias and clamp applied while they are in
-// registers. T may be a pair of 16-bit numbers (bf16x2): then k counts pairs, vfma adds both products, and C is fp32.
+// A step of k costs R broadcasts and NV loads for R * NV FMAs. Of half a vector at the end two rows share a register,
+//
+//   lower half: a[i] * B[last half]    upper half: a[i + 1] * B[last half]
+//
+// which costs one FMA for both, and a blend of two broadcasts, which other units do than those that multiply (Zen). B
+// is read in whole vectors. Where C goes is the target's: sums of a tile, or outputs of the layer with bias and clamp
+// applied while they are in registers. T may be a pair of 16-bit numbers (bf16x2): then k counts pairs, vfma adds both
+// products, and C is fp32.
 #ifndef DSCONV_ISA
 #error "gemm.inl belongs inside an ISA region"
 #endif
@@ -28,7 +32,7 @@ struct SumTarget {
   bool accumulate;
 
   inline __attribute__((always_inline)) typename Vec<T>::type start(int64_t, int) const { return vset(T(0)); }
-  inline __attribute__((always_inline)) typename Vec<T>::half start_half(int64_t, int) const { return vset_half(T(0)); }
+  inline __attribute__((always_inline)) typename Vec<T>::type start_twice(int64_t, int) const { return vset(T(0)); }
   // Another core may have read the partial sums of the call before.
   template <int NV>
   inline __attribute__((always_inline)) void expect(int64_t row) const {
@@ -62,8 +66,8 @@ struct OutputTarget {
   inline __attribute__((always_inline)) typename Vec<T>::type start(int64_t row, int j) const {
     return Of == BiasOf::row ? vset(bias[row]) : vload(bias + j * Vec<T>::n);
   }
-  inline __attribute__((always_inline)) typename Vec<T>::half start_half(int64_t row, int j) const {
-    return Of == BiasOf::row ? vset_half(bias[row]) : vload_half(bias + j * Vec<T>::n);
+  inline __attribute__((always_inline)) typename Vec<T>::type start_twice(int64_t row, int j) const {
+    return Of == BiasOf::row ? vset(bias[row]) : vload_twice(bias + j * Vec<T>::n);
   }
   // Lines of y that are not in cache arrive while the sums are made.
   template <int NV>
@@ -120,34 +124,37 @@ static __attribute__((noinline)) void micro_kernel(int64_t k, Operand<T> a, Oper
   typedef typename ComputeOf<T>::type Sum;
   constexpr int n = Vec<T>::n;
   typename Vec<Sum>::type acc[R][NV + 1];
-  typename Vec<Sum>::half rest[R];
+  typename Vec<Sum>::type rest[(R + 1) / 2];
   DSCONV_UNROLL
   for (int i = 0; i < R; ++i) {
     DSCONV_UNROLL
     for (int j = 0; j < NV; ++j) acc[i][j] = target.start(i, j);
-    if constexpr (Half) rest[i] = target.start_half(i, NV);
+    if constexpr (Half) {
+      const typename Vec<Sum>::type first = target.start_twice(i, NV);
+      rest[i / 2] = i % 2 == 0 ? first : vhalves(rest[i / 2], first);
+    }
     target.template expect<NV + Half>(i);
   }
   const T* ap = a.data;
   const T* bp = b.data;
   for (int64_t step = 0; step < k; ++step) {
     typename Vec<T>::type bv[NV + 1];
-    typename Vec<T>::half bh;
+    typename Vec<T>::type last, lower;
     DSCONV_UNROLL
     for (int line = 0; line < Lines; ++line) __builtin_prefetch(asked.next + line * kCacheLine, 0, 2);
     if constexpr (Lines > 0) asked.next += asked.step;
     DSCONV_UNROLL
     for (int j = 0; j < NV; ++j) bv[j] = vload(bp + j * n);
-    if constexpr (Half) bh = vload_half(bp + NV * n);
+    if constexpr (Half) last = vload_twice(bp + NV * n);
     DSCONV_UNROLL
     for (int i = 0; i < R; ++i) {
-      const T value = AlongK ? ap[i * a.stride] : ap[i];
-      if constexpr (NV > 0) {
-        const typename Vec<T>::type av = vset(value);
-        DSCONV_UNROLL
-        for (int j = 0; j < NV; ++j) acc[i][j] = vfma(av, bv[j], acc[i][j]);
+      const typename Vec<T>::type av = vset(AlongK ? ap[i * a.stride] : ap[i]);
+      DSCONV_UNROLL
+      for (int j = 0; j < NV; ++j) acc[i][j] = vfma(av, bv[j], acc[i][j]);
+      if constexpr (Half) {
+        if (i % 2 == 0) lower = av;
+        if (i % 2 == 1 || i + 1 == R) rest[i / 2] = vfma(vhalves(lower, av), last, rest[i / 2]);
       }
-      if constexpr (Half) rest[i] = vfma(vset_half(value), bh, rest[i]);
     }
     ap += AlongK ? 1 : a.stride;
     bp += b.stride;
@@ -156,7 +163,7 @@ static __attribute__((noinline)) void micro_kernel(int64_t k, Operand<T> a, Oper
   const Target out = target;
   DSCONV_UNROLL
   for (int i = 0; i < R; ++i) {
-    if constexpr (Half) acc[i][NV] = vextend(rest[i]);
+    if constexpr (Half) acc[i][NV] = i % 2 == 0 ? vlower(rest[i / 2]) : vupper(rest[i / 2]);
     out.template take<NV + Half>(i, acc[i]);
   }
 }
@@ -179,7 +186,7 @@ static void micro_kernel_rest(int rows, int64_t k, Operand<T> a, Operand<T> b, c
   if constexpr (R > 1) {
     const Operand<T> below = {a.data + done * (AlongK ? a.stride : 1), a.stride};
     if (done < rows) {
-      constexpr int next = next_micro_rows(R, NV == kMicroVecs);
+      constexpr int next = next_micro_rows(R, NV == kMicroVecs || Half);
       micro_kernel_rest<T, NV, Half, AlongK, next>(rows - done, k, below, b, target.below(done));
     }
   }
@@ -190,7 +197,7 @@ DSCONV_INLINE void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<
   if (rows == kMicroRows) {
     micro_kernel<T, kMicroRows, NV, Half, AlongK, 0>(k, a, b, target, {});
   } else {
-    constexpr int next = next_micro_rows(kMicroRows, NV == kMicroVecs);
+    constexpr int next = next_micro_rows(kMicroRows, NV == kMicroVecs || Half);
     micro_kernel_rest<T, NV, Half, AlongK, next>(rows, k, a, b, target);
   }
 }

@@ -279,22 +279,29 @@ static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scr
   const int lines = static_cast<int>(ceil_div(g.c_mid, kDoublesALine));
   ask_for_lines(mean, kDoublesALine, lines);
   ask_for_lines(m2, kDoublesALine, lines);
-  const DepthwiseInput<S> in = {&g,
-                                &plan,
-                                static_cast<const S*>(ctx.x.data) + k * ctx.x.strides.c,
-                                ctx.x.strides,
-                                ctx.x.layout,
-                                static_cast<const T*>(ctx.packed.dw_weight) + k,
-                                static_cast<const T*>(ctx.packed.dw_bias) + k,
-                                norm_from<T>(ctx.in_norm, k)};
-  const int64_t first_tile = plan.tiles * group / ctx.groups, first = tile_begin(plan, first_tile);
+  TurnedRing ring = {};
+  const DepthwiseInput<S> in = {
+      &g,
+      &plan,
+      static_cast<const S*>(ctx.x.data) + k * ctx.x.strides.c,
+      ctx.x.strides,
+      ctx.x.layout,
+      static_cast<const T*>(ctx.packed.dw_weight) + k,
+      static_cast<const T*>(ctx.packed.dw_bias) + k,
+      norm_from<T>(ctx.in_norm, k),
+      end_of_channels(ctx.geom, static_cast<const S*>(ctx.x.data), ctx.x.strides, ctx.geom.c_in),
+      &ring};
+  const int64_t first_tile = plan.tiles * group / ctx.groups;
+  int64_t before = 0;
   for (int64_t tile = first_tile; tile < plan.tiles * (group + 1) / ctx.groups; ++tile) {
-    const int64_t pixel = tile_begin(plan, tile), count = tile_begin(plan, tile + 1) - pixel;
+    const Range pixels = tile_range(plan.order, tile);
+    const int64_t pixel = pixels.begin, count = pixels.end - pixel;
     for (int64_t i = 0; tile == first_tile && i < g.c_mid; ++i) mean[i] = m2[i] = 0;
 #if DSCONV_ISA == DSCONV_ISA_AVX512
     if constexpr (sizeof(S) == sizeof(T)) {
       if (plan.by_planes) {
-        merge_z_planes(in, pixel, count, pixel - first, z, mean, m2);
+        merge_z_planes(in, pixel, count, before, z, mean, m2);
+        before += count;
         continue;
       }
     }
@@ -302,10 +309,11 @@ static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scr
     depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), z, memory);
     Ahead ahead = {};
     // Of a panel the rows hold the other channels too, whose turn is another time.
-    if (plan.beyond_cache && ctx.panels == 1 && in.layout == Layout::nhwc) {
-      add_rows(ahead, in.x, in.stride, in.layout, g, pixel + count, count);
+    if (plan.beyond_cache && ctx.panels == 1 && in.layout == Layout::nhwc && tile + 1 < plan.tiles) {
+      add_rows(ahead, in.x, in.stride, in.layout, g, tile_range(plan.order, tile + 1), walks_depth(plan.order));
       share_out(ahead, moments_calls<T>(count, g.c_mid));
     }
-    merge_tile_moments(z, plan.mid_ld, count, g.c_mid, pixel - first, mean, m2, ahead);
+    merge_tile_moments(z, plan.mid_ld, count, g.c_mid, before, mean, m2, ahead);
+    before += count;
   }
 }

@@ -10,6 +10,7 @@ template <typename X>
 struct ChannelsLast {
   X* data;
   int64_t image, slice, row, column;  // strides
+  X* end;                             // of what is there to be read, lanes past the last channel included
 
   Strides strides() const { return {image, 1, row, column, slice}; }
 };
@@ -17,13 +18,22 @@ struct ChannelsLast {
 template <typename S>
 DSCONV_INLINE ChannelsLast<const S> x_as_given(const BackwardContext& ctx) {
   const Strides& stride = ctx.p.x_strides;
-  return {static_cast<const S*>(ctx.p.x), stride.n, stride.d, stride.h, stride.w};
+  const Geometry& g = ctx.p.geom;
+  const S* x = static_cast<const S*>(ctx.p.x);
+  return {x, stride.n, stride.d, stride.h, stride.w, end_of_channels(g, x, stride, g.c_in)};
 }
 
 template <typename T>
-DSCONV_INLINE ChannelsLast<T> dense_lanes(const Geometry& g, T* data, int64_t column) {
-  const int64_t slice = g.h_in * g.w_in * column;
-  return {data, g.d_in * slice, slice, g.w_in * column, column};
+DSCONV_INLINE ChannelsLast<T> dense_lanes(const Geometry& g, int64_t images, T* data, int64_t column) {
+  const int64_t slice = g.h_in * g.w_in * column, image = g.d_in * slice;
+  return {data, image, slice, g.w_in * column, column, g.multiplier == 1 ? data + images * image : nullptr};
+}
+
+// From channel c on.
+template <typename X>
+DSCONV_INLINE ChannelsLast<X> channels_from(ChannelsLast<X> x, int64_t c) {
+  x.data += c;
+  return x;
 }
 
 // `count` pixels of x from `pixel` on, the channels c .. c + channels, into dst[pixel][ld].
@@ -54,7 +64,7 @@ static void backward_turn_x(const BackwardContext& ctx, int64_t task) {
 
 template <typename T>
 DSCONV_INLINE ChannelsLast<const T> x_turned(const BackwardContext& ctx) {
-  return dense_lanes(ctx.p.geom, static_cast<const T*>(ctx.x_turned), ctx.plan.x_ld);
+  return dense_lanes(ctx.p.geom, ctx.p.geom.n, static_cast<const T*>(ctx.x_turned), ctx.plan.x_ld);
 }
 
 // The channels c .. c + channels of `count` pixels of grad_x from src[pixel][ld].

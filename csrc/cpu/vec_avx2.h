@@ -9,18 +9,16 @@ struct Vec;
 template <>
 struct Vec<float> {
   typedef __m256 type;
-  typedef __m256 half;  // see kHalfVectors
   static constexpr int n = 8;
 };
 template <>
 struct Vec<double> {
   typedef __m256d type;
-  typedef __m256d half;
   static constexpr int n = 4;
 };
 constexpr int kMicroRows = 6;
 constexpr int kMicroVecs = 2;
-constexpr bool kHalfVectors = false;  // half as wide costs as much
+constexpr bool kHalfVectors = false;
 
 DSCONV_INLINE __m256i mask_of(float, int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

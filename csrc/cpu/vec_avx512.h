@@ -9,14 +9,12 @@ struct Vec;
 template <>
 struct Vec<float> {
   typedef __m512 type;
-  typedef __m256 half;
   typedef __mmask16 mask;
   static constexpr int n = 16;
 };
 template <>
 struct Vec<double> {
   typedef __m512d type;
-  typedef __m256d half;
   typedef __mmask8 mask;
   static constexpr int n = 8;
 };
@@ -85,14 +83,14 @@ DSCONV_INLINE void vstore(bf16* p, __m512 v, int n) { store_halves(p, narrow_bf1
 
 DSCONV_INLINE __m512 vfma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 DSCONV_INLINE __m512d vfma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
-DSCONV_INLINE __m256 vset_half(float x) { return _mm256_set1_ps(x); }
-DSCONV_INLINE __m256d vset_half(double x) { return _mm256_set1_pd(x); }
-DSCONV_INLINE __m256 vload_half(const float* p) { return _mm256_loadu_ps(p); }
-DSCONV_INLINE __m256d vload_half(const double* p) { return _mm256_loadu_pd(p); }
-DSCONV_INLINE __m256 vfma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
-DSCONV_INLINE __m256d vfma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
-DSCONV_INLINE __m512 vextend(__m256 a) { return _mm512_zextps256_ps512(a); }
-DSCONV_INLINE __m512d vextend(__m256d a) { return _mm512_zextpd256_pd512(a); }
+DSCONV_INLINE __m512 vload_twice(const float* p) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
+DSCONV_INLINE __m512d vload_twice(const double* p) { return _mm512_broadcast_f64x4(_mm256_loadu_pd(p)); }
+DSCONV_INLINE __m512 vhalves(__m512 a, __m512 b) { return _mm512_mask_blend_ps(0xff00, a, b); }
+DSCONV_INLINE __m512d vhalves(__m512d a, __m512d b) { return _mm512_mask_blend_pd(0xf0, a, b); }
+DSCONV_INLINE __m512 vlower(__m512 v) { return _mm512_shuffle_f32x4(v, vset(0.f), 0x04); }
+DSCONV_INLINE __m512 vupper(__m512 v) { return _mm512_shuffle_f32x4(v, vset(0.f), 0x0e); }
+DSCONV_INLINE __m512d vlower(__m512d v) { return _mm512_castps_pd(vlower(_mm512_castpd_ps(v))); }
+DSCONV_INLINE __m512d vupper(__m512d v) { return _mm512_castps_pd(vupper(_mm512_castpd_ps(v))); }
 DSCONV_INLINE __m512 vmax(__m512 a, __m512 b) { return _mm512_max_ps(a, b); }
 DSCONV_INLINE __m512d vmax(__m512d a, __m512d b) { return _mm512_max_pd(a, b); }
 DSCONV_INLINE __m512 vmin(__m512 a, __m512 b) { return _mm512_min_ps(a, b); }

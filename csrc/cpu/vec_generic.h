@@ -11,8 +11,9 @@
 //   vsum(a)                    the sum of the lanes, in double
 //   veven(a, b)                lanes 0, 2, 4, ... of a, then of b
 //   vtranspose(r[n])           n x n lanes
-//   kHalfVectors               whether there are half vectors too: vset_half(x), vload_half(p), vfma on them, and
-//                              vextend(h), the vector with zeros behind
+//   kHalfVectors               whether two halves can share a vector: vload_twice(p), half a vector in both halves,
+//                              vhalves(a, b), the lower half of a and the upper of b, and vlower(v), vupper(v), either
+//                              half with zeros behind
 //   kMicroRows, kMicroVecs     register block of the GEMM micro-kernel
 #if DSCONV_ISA != DSCONV_ISA_GENERIC
 #error "vec_generic.h belongs inside the region of cpu_generic.cpp"
@@ -27,18 +28,16 @@ struct Vec;
 template <>
 struct Vec<float> {
   typedef v4f type;
-  typedef v4f half;  // see kHalfVectors
   static constexpr int n = 4;
 };
 template <>
 struct Vec<double> {
   typedef v2d type;
-  typedef v2d half;
   static constexpr int n = 2;
 };
 constexpr int kMicroRows = 4;
 constexpr int kMicroVecs = 2;
-constexpr bool kHalfVectors = false;  // half as wide costs as much
+constexpr bool kHalfVectors = false;
 
 DSCONV_INLINE float bits_to_float(uint32_t u) {
   float f;

@@ -44,12 +44,17 @@ DSCONV_EMULATED void store_all(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
 
-// A narrower vector, zeros behind.
+// A vector half as wide, in both halves.
 template <typename V, typename H>
-DSCONV_EMULATED V extend(H h) {
+DSCONV_EMULATED V twice(H h) {
   V v = {};
-  __builtin_memcpy(&v, &h, sizeof h);
+  for (int i = 0; i < 2; ++i) __builtin_memcpy(reinterpret_cast<char*>(&v) + i * sizeof h, &h, sizeof h);
   return v;
+}
+template <typename V>
+DSCONV_EMULATED V blend_lanes(uint16_t mask, V a, V b, int lanes) {
+  for (int i = 0; i < lanes; ++i) a[i] = mask >> i & 1 ? b[i] : a[i];
+  return a;
 }
 
 // The part of a vector from lane `first` on.
@@ -181,10 +186,9 @@ DSCONV_EMULATED uint16_t float_to_bf16(float f) {
   __builtin_memcpy(&word, &f, sizeof word);
   return static_cast<uint16_t>((f != f ? word | 0x400000 : word + 0x7fff + (word >> 16 & 1)) >> 16);
 }
-template <typename Pairs, typename V, typename P>
-DSCONV_EMULATED V dot_of_pairs(V sums, P a, P b, int lanes) {
-  const Pairs x = reinterpret_cast<Pairs>(a), y = reinterpret_cast<Pairs>(b);
-  for (int i = 0; i < lanes; ++i) {
+DSCONV_EMULATED __m512 dot_of_pairs(__m512 sums, __m512bh a, __m512bh b) {
+  const ManyHalves x = reinterpret_cast<ManyHalves>(a), y = reinterpret_cast<ManyHalves>(b);
+  for (int i = 0; i < 16; ++i) {
     const float upper = flushed(bf16_to_float(x[2 * i + 1]) * bf16_to_float(y[2 * i + 1]) + sums[i]);
     sums[i] = flushed(bf16_to_float(x[2 * i]) * bf16_to_float(y[2 * i]) + upper);
   }
@@ -277,10 +281,16 @@ DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
 #define _mm512_castps_si512(v) reinterpret_cast<__m512i>(v)
 #undef _mm512_castpd_ps
 #define _mm512_castpd_ps(v) reinterpret_cast<__m512>(v)
-#undef _mm512_zextps256_ps512
-#define _mm512_zextps256_ps512(v) ::dsconv_emulation::extend<__m512>(v)
-#undef _mm512_zextpd256_pd512
-#define _mm512_zextpd256_pd512(v) ::dsconv_emulation::extend<__m512d>(v)
+#undef _mm512_broadcast_f32x8
+#define _mm512_broadcast_f32x8(v) ::dsconv_emulation::twice<__m512>(v)
+#undef _mm512_broadcast_f64x4
+#define _mm512_broadcast_f64x4(v) ::dsconv_emulation::twice<__m512d>(v)
+#undef _mm512_broadcast_i64x4
+#define _mm512_broadcast_i64x4(v) ::dsconv_emulation::twice<__m512i>(v)
+#undef _mm512_mask_blend_ps
+#define _mm512_mask_blend_ps(m, a, b) ::dsconv_emulation::blend_lanes<__m512>(m, a, b, 16)
+#undef _mm512_mask_blend_pd
+#define _mm512_mask_blend_pd(m, a, b) ::dsconv_emulation::blend_lanes<__m512d>(m, a, b, 8)
 #undef _mm512_castps_pd
 #define _mm512_castps_pd(v) reinterpret_cast<__m512d>(v)
 #undef _mm512_slli_epi32
@@ -351,9 +361,7 @@ DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
 #undef _mm512_permutexvar_epi64
 #define _mm512_permutexvar_epi64(index, v) ::dsconv_emulation::permute_two<__m512i>(v, index, v, 8)
 #undef _mm512_dpbf16_ps
-#define _mm512_dpbf16_ps(c, a, b) ::dsconv_emulation::dot_of_pairs<::dsconv_emulation::ManyHalves>(c, a, b, 16)
-#undef _mm256_dpbf16_ps
-#define _mm256_dpbf16_ps(c, a, b) ::dsconv_emulation::dot_of_pairs<::dsconv_emulation::Halves>(c, a, b, 8)
+#define _mm512_dpbf16_ps(c, a, b) ::dsconv_emulation::dot_of_pairs(c, a, b)
 #undef _mm512_cvtneps_pbh
 #define _mm512_cvtneps_pbh(v) ::dsconv_emulation::narrow_bf16s(v)
 #undef _mm512_cvtne2ps_pbh
