@@ -22,7 +22,7 @@ namespace dsconv {
 // Eight-byte members only: keys are compared as bytes.
 struct KeptKey {
   const void* kernels;  // of an instruction set and a dtype
-  int64_t c_in, c_mid, c_out, taps, tap_pairs;
+  int64_t c_in, c_mid, c_out, taps, tap_pairs, by_planes;
   MicroTile micro;
   int64_t mid_columns, out_columns;
   const void *dw_weight, *dw_bias, *pw_weight, *pw_bias;

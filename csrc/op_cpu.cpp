@@ -17,9 +17,10 @@ namespace {
 
 KeptKey key_of(const ForwardParams& p, const CpuPlan& plan, const DTypeKernels& kernels, int64_t version) {
   const Geometry& g = p.geom;
-  return {&kernels,       g.c_in,      g.c_mid,          g.c_out,          plan.taps,
-          plan.tap_pairs, plan.micro,  plan.mid_columns, plan.out_columns, p.dw_weight,
-          p.dw_bias,      p.pw_weight, p.pw_bias,        version,          fingerprint(p, kernels.bytes.stored)};
+  return {&kernels,         g.c_in,           g.c_mid,        g.c_out,
+          plan.taps,        plan.tap_pairs,   plan.by_planes, plan.micro,
+          plan.mid_columns, plan.out_columns, p.dw_weight,    p.dw_bias,
+          p.pw_weight,      p.pw_bias,        version,        fingerprint(p, kernels.bytes.stored)};
 }
 
 // kept: where packed weights of earlier calls are, or null; version as in KeptKey.
@@ -35,12 +36,12 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
 
   Workspace weights(plan.element);
   reserve_depthwise(weights, plan, ctx.packed);
-  weights.reserve(&ctx.packed.pw_forward, plan.out_columns * p.geom.c_mid);
+  weights.reserve(&ctx.packed.pw_forward, packed_outputs(plan) * p.geom.c_mid);
   weights.reserve(&ctx.packed.pw_bias, plan.out_columns);
 
   const KeptKey key = kept != nullptr ? key_of(p, plan, kernels, version) : KeptKey{};
   KeptUse use(kept, key, weights.bytes());
-  const int64_t tasks = forward_tasks(plan), panels = plan.out_columns / plan.micro.columns;
+  const int64_t tasks = forward_tasks(plan), panels = packed_outputs(plan) / plan.micro.columns;
   const auto pack = [&](const ForwardContext& own, int64_t begin, int64_t end) {
     // All tasks of one tile need but their own parts of the output channels.
     const Range part = plan.tiles == 1 ? Range{panels * begin / tasks, panels * end / tasks} : Range{0, panels};

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from oracle import check
 from shapes import Case
 
-from dsconv_cuda import _loader, depthwise_separable_conv2d
+from dsconv_cuda import DepthwiseSeparableConv2d, _loader, depthwise_separable_conv2d
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -106,3 +106,16 @@ def test_statistics_of_z_and_y(case, mean, device):
         for row, extra in ((0, 0 * rounding), (1, rounding)):
             difference = (found[row].cpu() - oracle[row]).abs()
             assert (difference <= budget[row] + extra).all(), f"{row}: {difference.max():.3g} of {budget[row]:.3g}"
+
+
+def test_one_module_takes_both_layouts_in_turn(device):
+    """Its packed weights have another form by planes."""
+    module = DepthwiseSeparableConv2d(6, 20, 3, padding=1, activation="relu", device=device).eval()
+    x = torch.randn(1, 6, 9, 56, device=device)
+    other = x.contiguous(memory_format=torch.channels_last)
+    weights = module.depthwise.weight, module.pointwise.weight
+    with torch.no_grad():
+        for given in (x, other, x, x, other, other):
+            torch.testing.assert_close(
+                module(given), depthwise_separable_conv2d(given, *weights, padding=1, activation="relu")
+            )

@@ -278,6 +278,9 @@ inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro,
   return plan;
 }
 
+// Columns of the packed pointwise weights; by planes they are read as they lie.
+constexpr int64_t packed_outputs(const CpuPlan& plan) { return plan.by_planes ? 0 : plan.out_columns; }
+
 constexpr int64_t forward_tasks(const CpuPlan& plan) { return columns_of(plan.order, plan.tiles) * plan.parts; }
 
 // The statistics of z: sums follow the tiles, as in backward. A tile is read twice more while it is near, so it is

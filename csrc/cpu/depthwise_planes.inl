@@ -4,8 +4,8 @@
 // further each time, for all the outputs that it meets. Columns outside the image are lanes masked off, rows outside
 // are a row of zeros. So x is read where it lies; while a channel is summed, the lines of one to come are asked for.
 //
-// For kernels of K x K, K = 3 or 5, step 1 or 2, no dilation, no multiplier (cpu_plan.h: planes_pay), and AVX-512,
-// whose masks cost nothing.
+// For kernels of 3 x 3 of step 1 and 2, and of 5 x 5 of step 2, no dilation, no multiplier (cpu_plan.h: planes_pay),
+// and AVX-512, whose masks cost nothing.
 #ifndef DSCONV_ISA
 #error "depthwise_planes.inl belongs inside an ISA region"
 #endif
@@ -152,7 +152,6 @@ static void convolve_plane_rows(const Geometry& g, const PlaneRows<T>& p) {
     return convolve_plane_rows<K, Step>(p);
     DSCONV_CASE(3, 1)
     DSCONV_CASE(3, 2)
-    DSCONV_CASE(5, 1)
     DSCONV_CASE(5, 2)
 #undef DSCONV_CASE
   }
