@@ -32,10 +32,10 @@ static void forward_planes(const ForwardContext& ctx, int64_t tile, void* scratc
                                 ctx.in_norm};
   const Range pixels = tile_range(plan.order, tile);
   const uint64_t misaligned = reinterpret_cast<uint64_t>(p.y) | static_cast<uint64_t>(plan.image_pixels) * sizeof(T);
-  for (int64_t pixel = pixels.begin, end; pixel < pixels.end; pixel = end) {
-    const int64_t image = pixel / plan.image_pixels, begin = pixel % plan.image_pixels;
-    end = pixels.end < (image + 1) * plan.image_pixels ? pixels.end : (image + 1) * plan.image_pixels;
-    const int64_t count = end - pixel;
+  for (int64_t pixel = pixels.begin; pixel < pixels.end;) {
+    const PixelRun run = run_at(pixel, pixels.end - pixel, 1, plan.image_pixels, true);
+    const int64_t image = run.slice, begin = run.ow, count = run.length;
+    pixel += count;
     depthwise_planes(in, image, begin, begin + count, clamp_of<T>(p.act), z, plan.strip_ld, memory);
     for (int64_t k = 0; k < g.c_mid && !is_clamp(p.act); ++k) {
       activation_pass<ActivateInPlace, T>(p.act, count, z + k * plan.strip_ld, nullptr);
@@ -43,7 +43,7 @@ static void forward_planes(const ForwardContext& ctx, int64_t tile, void* scratc
     const bool stream = plan.beyond_cache && ctx.partial == nullptr &&
                         (misaligned | static_cast<uint64_t>(begin) * sizeof(T)) % kCacheLine == 0;
     Ahead ahead = {};
-    if (plan.beyond_cache && end == pixels.end && tile + 1 < plan.tiles) {
+    if (plan.beyond_cache && pixel == pixels.end && tile + 1 < plan.tiles) {
       const Range next = tile_range(plan.order, tile + 1);
       add_rows(ahead, static_cast<const T*>(p.x), p.x_strides, p.x_layout, g, next, walks_depth(plan.order));
     }
@@ -74,18 +74,17 @@ static void merge_plane_moments(const ForwardContext& ctx, int64_t pixel, int64_
   const ForwardParams& p = ctx.p;
   const CpuPlan& plan = ctx.plan;
   for (const int64_t last = pixel + count; pixel < last;) {
-    const int64_t image = pixel / plan.image_pixels, image_end = (image + 1) * plan.image_pixels;
-    const int64_t run = (last < image_end ? last : image_end) - pixel;
-    const T* y = static_cast<const T*>(p.y) + image * p.y_strides.n + pixel % plan.image_pixels;
+    const PixelRun run = run_at(pixel, last - pixel, 1, plan.image_pixels, true);
+    const T* y = static_cast<const T*>(p.y) + run.slice * p.y_strides.n + run.ow;
     for (int64_t c = 0; c < p.geom.c_out; ++c, y += p.y_strides.c) {
       // In L2 since the tile was made; the channels lie too far apart for a prefetcher to follow.
       const T* const next = y + (c + 1 < p.geom.c_out ? p.y_strides.c : 0);
-      for (int64_t i = 0; i < run; i += kCacheLine / static_cast<int64_t>(sizeof(T))) {
+      for (int64_t i = 0; i < run.length; i += kCacheLine / static_cast<int64_t>(sizeof(T))) {
         __builtin_prefetch(next + i, 0, 3);
       }
-      merge_row_moments(y, run, before, mean[c], m2[c]);
+      merge_row_moments(y, run.length, before, mean[c], m2[c]);
     }
-    before += run;
-    pixel += run;
+    before += run.length;
+    pixel += run.length;
   }
 }
