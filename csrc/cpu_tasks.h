@@ -111,6 +111,7 @@ class Workspace {
     if (!borrowed_) {
       block_.reset(::operator new(static_cast<size_t>(total_), kAlign));
       memory = block_.get();
+      ask_for_huge_pages(memory, total_);
     }
     place_in(memory);
   }

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "geometry.h"
+#include "huge_pages.h"
 #include "params.h"
 
 namespace dsconv {
@@ -117,7 +118,13 @@ inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* siz
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, size, stride, dtype, device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
+  Tensor made(handle);
+  if (device_type == aoti_torch_device_type_cpu()) {
+    int64_t bytes = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
+    ask_for_huge_pages(made.mutable_data_ptr(), bytes);
+  }
+  return made;
 }
 
 constexpr int64_t at_least_1(int64_t extent) { return extent > 1 ? extent : 1; }

@@ -120,28 +120,44 @@ static void backward_group(const BackwardContext& ctx, int64_t group, void* scra
   }
 }
 
+// What the tile after `tile`, of `count` pixels, will read of x, in parts for tile_du_to_dz() of this one. Of its du
+// du_to_dz() asks for a line with each that it reads.
+template <typename X>
+DSCONV_INLINE Ahead next_tile_of_x(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t tile,
+                                   int64_t count) {
+  constexpr int64_t kGroup = 14;  // pixels that are made together at most (channel_row.inl)
+  const Geometry& g = ctx.p.geom;
+  const CpuPlan& plan = ctx.plan;
+  Ahead ahead = {};
+  if (tile + 1 == plan.tiles) return ahead;
+  add_rows(ahead, x.data, x.strides(), Layout::nhwc, g, tile_range(plan.order, tile + 1), walks_depth(plan.order));
+  share_out(ahead, ceil_div(g.c_mid, plan.z_channels) * ceil_div(count, kGroup) +
+                       ceil_div(g.c_mid, plan.du_width) * ceil_div(count, kRowsAtOnce));
+  return ahead;
+}
+
 // du -> dz of a tile's pixels, some panels of channels at a time; zhat: room for plan.z_ld a pixel, and as much for
 // rows that are no whole vectors.
 template <typename X, typename T>
 static void tile_du_to_dz(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t pixel, int64_t count,
-                          T* zhat) {
+                          T* zhat, Ahead& ahead) {
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
   const int64_t width = plan.du_width;
   T *du = static_cast<T*>(ctx.du), *copy = zhat + plan.tile_pixels * plan.z_ld;
   for (int64_t block = 0; block < g.c_mid; block += plan.z_channels) {
     const int64_t channels = g.c_mid - block < plan.z_channels ? g.c_mid - block : plan.z_channels;
-    recompute_z(ctx, x, 0, pixel, count, block, channels, zhat, plan.z_ld);
+    recompute_z(ctx, x, 0, pixel, count, block, channels, zhat, plan.z_ld, &ahead);
     if (g.multiplier == 1) {
       for (int64_t k = block; k < block + channels; k += width) {
         const int64_t part = g.c_mid - k < width ? g.c_mid - k : width;
-        du_to_dz(ctx, count, part, k, zhat + k - block, plan.z_ld, du + k * plan.pixels + pixel * width, width);
+        du_to_dz(ctx, count, part, k, zhat + k - block, plan.z_ld, du + k * plan.pixels + pixel * width, width, ahead);
       }
       continue;
     }
     T* rows = du + pixel * width + block;
     for (int64_t i = 0; i < count; ++i) copy_row(rows + i * width, copy + i * plan.z_ld, channels);
-    du_to_dz(ctx, count, channels, block, zhat, plan.z_ld, copy, plan.z_ld);
+    du_to_dz(ctx, count, channels, block, zhat, plan.z_ld, copy, plan.z_ld, ahead);
     for (int64_t i = 0; i < count; ++i) store_row(copy + i * plan.z_ld, rows + i * width, channels);
   }
 }
@@ -155,7 +171,9 @@ static void backward_norm_group_of(const BackwardContext& ctx, const ChannelsLas
   int64_t row = first_row_of_group(ctx, tiles);
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const Range pixels = tile_range(plan.order, tile);
-    tile_du_to_dz(ctx, x, pixels.begin, pixels.end - pixels.begin, zhat);
+    const int64_t count = pixels.end - pixels.begin;
+    Ahead ahead = next_tile_of_x(ctx, x, tile, count);
+    tile_du_to_dz(ctx, x, pixels.begin, count, zhat, ahead);
     if (dw_partial != nullptr) correlate_run(ctx, x, pixels, dw_partial);
     if (plan.joined && ctx.p.grad_x != nullptr) row = backward_rows_of_tile<S>(ctx, tiles, tile, row, grad_tile);
   }

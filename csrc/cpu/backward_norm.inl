@@ -9,6 +9,9 @@
 #error "backward_norm.inl belongs inside an ISA region"
 #endif
 
+// du becomes dz by so many pixels, with a part of what is wanted next after each.
+constexpr int64_t kRowsAtOnce = 16;
+
 // The packed weights that make z, or zhat where there is a norm.
 template <typename T>
 DSCONV_INLINE const T* z_weight(const BackwardContext& ctx) {
@@ -51,13 +54,17 @@ static void du_and_its_sums(const BackwardContext& ctx, int64_t rows, int64_t ch
 // du -> dz of `rows` pixels, `channels` channels from k on.
 template <typename T>
 static void du_to_dz(const BackwardContext& ctx, int64_t rows, int64_t channels, int64_t k, const T* zhat,
-                     int64_t zhat_ld, T* du, int64_t du_ld) {
-  NormTile<T> t = norm_tile<T>(ctx, rows, channels, k);
-  t.v = zhat, t.v_ld = zhat_ld;
-  t.grad = du, t.grad_ld = du_ld;
-  t.grad_ahead = rows * du_ld;
-  t.out = du, t.out_ld = du_ld;
-  NormBackward::run<Activation::identity>(t);
+                     int64_t zhat_ld, T* du, int64_t du_ld, Ahead& ahead) {
+  for (int64_t row = 0; row < rows; row += kRowsAtOnce) {
+    const int64_t count = rows - row < kRowsAtOnce ? rows - row : kRowsAtOnce;
+    NormTile<T> t = norm_tile<T>(ctx, count, channels, k);
+    t.v = zhat + row * zhat_ld, t.v_ld = zhat_ld;
+    t.grad = t.out = du + row * du_ld;
+    t.grad_ld = t.out_ld = du_ld;
+    t.grad_ahead = rows * du_ld;
+    NormBackward::run<Activation::identity>(t);
+    prefetch_some(ahead);
+  }
 }
 
 // The rows along and across of the channels k .. k + channels, from their sums over all pixels.

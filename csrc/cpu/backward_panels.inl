@@ -106,10 +106,11 @@ static void panel_du_to_dz(const BackwardContext& ctx, const ChannelsLast<const 
                            const ChannelPanel<T>& t, T* du) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   finish_norm<T>(ctx, t.k, t.width);
+  Ahead nothing = {};
   for (int64_t begin = 0; begin < pixels; begin += ctx.plan.panel_tile) {
     const int64_t count = pixels - begin < ctx.plan.panel_tile ? pixels - begin : ctx.plan.panel_tile;
     if (pixels > count) recompute_z(ctx, x, t.k, begin, count, t.k, t.width, t.derivative, columns);
-    du_to_dz(ctx, count, t.width, t.k, t.derivative, columns, du + begin * columns, columns);
+    du_to_dz(ctx, count, t.width, t.k, t.derivative, columns, du + begin * columns, columns, nothing);
   }
 }
 

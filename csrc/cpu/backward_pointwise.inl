@@ -138,7 +138,7 @@ DSCONV_INLINE bool needs_z(const BackwardContext& ctx) {
 // first .. first + width of z into z[pixel][ld].
 template <typename X, typename T>
 static void recompute_z(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t x_channel, int64_t pixel,
-                        int64_t count, int64_t first, int64_t width, T* z, int64_t ld) {
+                        int64_t count, int64_t first, int64_t width, T* z, int64_t ld, Ahead* ahead = nullptr) {
   const int64_t c_in = ctx.p.geom.c_in;
   CpuPlan plan = ctx.plan;
   plan.mid_ld = ld;
@@ -156,7 +156,8 @@ static void recompute_z(const BackwardContext& ctx, const ChannelsLast<const X>&
                                   static_cast<const T*>(ctx.packed.dw_bias) + k,
                                   {},
                                   x.end,
-                                  nullptr};
+                                  nullptr,
+                                  ahead};
     depthwise_nhwc(in, pixel, count, clamp_of<T>(Activation::identity), z + j);
   }
 }

@@ -42,7 +42,13 @@ struct ChannelRow {
   Stores stores;           // of pairs of rows, where these are compiled to ask (Far)
   const S* end = nullptr;  // of the memory of x; null: no lane past the last channel may be read
   bool padded = false;     // outputs have room for whole vectors
+  Ahead* ahead = nullptr;  // what is asked for meanwhile, a part with each group of pixels
 };
+
+template <typename S>
+DSCONV_INLINE void ask_meanwhile(const ChannelRow<S>& row) {
+  if (row.ahead != nullptr) prefetch_some(*row.ahead);
+}
 
 // From slice number `slice` to the next.
 template <typename S>
@@ -260,6 +266,7 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
   const int64_t column_step = row.column_step;
   const V lo = vset(clamp.lo), hi = vset(clamp.hi);
   for (int64_t group = 0; group < groups; ++group, x_first += P * Step * column_step, out_first += P * ld) {
+    ask_meanwhile(row);
     const S* x = x_first;
     T* out = out_first;
     const T* start = row.start;
@@ -371,6 +378,7 @@ static void convolve_row_steps(const ChannelRow<S>& row, int64_t top, int64_t le
   const int64_t inside_end = valid_outputs(left + (row.taps_w - 1) * row.dilation_w, row.step_w, row.in_w, count).end;
   for (int64_t p = 0; p < count;) {
     const int pixels = group_pixels(count - p);
+    ask_meanwhile(row);
     const ColumnRange range = {left + p * row.step_w, row.in_w, last_lanes(row, vectors)};
     const S* from = x + p * row.step_w * row.column_step;
     const T* start = row.start + p * row.start_step;

@@ -28,6 +28,7 @@ struct DepthwiseInput {
   InputNorm norm;
   const S* end;      // of the memory of x, where vectors past the last channel may be read and written to z; else null
   TurnedRing* ring;  // of the tiles before this one, where plan.ring > 0
+  Ahead* ahead = nullptr;  // what plain nhwc asks for meanwhile
 };
 
 // All but where x and the weights are.
@@ -71,6 +72,7 @@ static void depthwise_nhwc(const DepthwiseInput<S>& in, int64_t pixel, int64_t c
   row.column_step = in.stride.w;
   row.end = in.end;
   row.padded = in.end != nullptr;
+  row.ahead = in.ahead;
   for (int64_t p = 0; p < count;) {
     const PixelRun run = run_at(pixel + p, count - p, g.h_out, g.w_out, false);
     int64_t rows = run.length == g.w_out ? (count - p) / g.w_out : 1;

@@ -41,12 +41,16 @@ template <typename S, typename T>
 static void turn_x(const BackwardContext& ctx, int64_t c, int64_t channels, int64_t pixel, int64_t count, T* dst,
                    int64_t ld) {
   const Geometry& g = ctx.p.geom;
-  load_tile(static_cast<const S*>(ctx.p.x) + c * ctx.p.x_strides.c, ctx.p.x_strides, ctx.p.x_layout, g.d_in, g.h_in,
-            g.w_in, channels, pixel, count, dst, ld);
-  if (ctx.in_norm.rows == nullptr) return;
+  const Strides& stride = ctx.p.x_strides;
+  const S* x = static_cast<const S*>(ctx.p.x) + c * stride.c;
+  if (ctx.in_norm.rows == nullptr) {
+    return load_tile(x, stride, ctx.p.x_layout, g.d_in, g.h_in, g.w_in, channels, pixel, count, dst, ld);
+  }
   NormTile<T> t = {};
   t.rows = count, t.channels = channels;
-  t.v = dst, t.v_ld = ld;
+  const PixelTensor of = {g.n, channels, g.d_in, g.h_in, g.w_in, ld};
+  t.v = tile_of<S>(of, {x, stride, ctx.p.x_layout}, pixel, count, dst, t.v_ld);
+  t.v_ahead = t.v != dst ? count * t.v_ld : 0;
   t.out = dst, t.out_ld = ld;
   t.of = norm_vectors<T>(norm_from<T>(ctx.in_norm, c).rows, ctx.in_norm.ld);
   for_activation<NormForward>(ctx.in_norm.act, t);
