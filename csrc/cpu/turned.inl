@@ -36,10 +36,11 @@ DSCONV_INLINE ChannelsLast<X> channels_from(ChannelsLast<X> x, int64_t c) {
   return x;
 }
 
-// `count` pixels of x from `pixel` on, the channels c .. c + channels, into dst[pixel][ld].
+// `count` pixels of x from `pixel` on, the channels c .. c + channels, into dst[pixel][ld]; what comes out of a norm is
+// written as `stores` says.
 template <typename S, typename T>
 static void turn_x(const BackwardContext& ctx, int64_t c, int64_t channels, int64_t pixel, int64_t count, T* dst,
-                   int64_t ld) {
+                   int64_t ld, Stores stores = Stores::plain) {
   const Geometry& g = ctx.p.geom;
   const Strides& stride = ctx.p.x_strides;
   const S* x = static_cast<const S*>(ctx.p.x) + c * stride.c;
@@ -51,7 +52,7 @@ static void turn_x(const BackwardContext& ctx, int64_t c, int64_t channels, int6
   const PixelTensor of = {g.n, channels, g.d_in, g.h_in, g.w_in, ld};
   t.v = tile_of<S>(of, {x, stride, ctx.p.x_layout}, pixel, count, dst, t.v_ld);
   t.v_ahead = t.v != dst ? count * t.v_ld : 0;
-  t.out = dst, t.out_ld = ld;
+  t.out = dst, t.out_ld = ld, t.stores = stores;
   t.of = norm_vectors<T>(norm_from<T>(ctx.in_norm, c).rows, ctx.in_norm.ld);
   for_activation<NormForward>(ctx.in_norm.act, t);
 }
@@ -63,7 +64,11 @@ static void backward_turn_x(const BackwardContext& ctx, int64_t task) {
   const CpuPlan& plan = ctx.plan;
   const int64_t pixels = g.n * g.d_in * g.h_in * g.w_in, begin = task * plan.turned_pixels;
   const int64_t count = pixels - begin < plan.turned_pixels ? pixels - begin : plan.turned_pixels;
-  turn_x<S>(ctx, 0, g.c_in, begin, count, static_cast<T*>(ctx.x_turned) + begin * plan.x_ld, plan.x_ld);
+  T* const dst = static_cast<T*>(ctx.x_turned) + begin * plan.x_ld;
+  const uint64_t misaligned = reinterpret_cast<uint64_t>(dst) | static_cast<uint64_t>(plan.x_ld) * sizeof(T);
+  const bool stream = plan.beyond_cache && misaligned % kCacheLine == 0;
+  turn_x<S>(ctx, 0, g.c_in, begin, count, dst, plan.x_ld, stream ? Stores::stream : Stores::plain);
+  if (stream) vstream_fence();
 }
 
 template <typename T>
