@@ -1,19 +1,25 @@
 """A training step of the whole MobileNetV1: its time, and the memory it needs at its peak.
 
     python -m bench.network [--batch 16] [--size 224] [--threads 1] [--rounds 5] [--clock wall] [--compile]
+                            [--keep-memory]
 
 The same network and weights in five forms: in a chain of fused blocks (dsconv_cuda.models.mobilenet_v1 as it is), of
 the same blocks one by one, of blocks that keep their input alone, and of stock modules in channels_last and in NCHW;
 with --compile, those of torch.compile too. A step is forward, cross entropy and backward, without an optimiser.
 
-Times are taken interleaved, in one process. The peak is that of a process of its own for each form: how far its
-resident memory rises in one step above what was there before (weights, gradients, images), after a step that warms it
-up. The C library gives every block above 64 KiB back as soon as it is freed there, so that the peak is of memory in
-use. `kept` are the bytes that autograd keeps between forward and backward.
+Every form has a process of its own, as in a training loop: what memory costs depends on what was there before. In a
+round each form is started once and its time is the mean of three steps after three that warm it up. By default the C
+library returns large blocks to the system when they are freed, and each step gets its pages anew; with --keep-memory
+it keeps them, which leaves the arithmetic.
+
+The peak is how far the resident memory rises in one step above what was there before (weights, gradients, images),
+after a step that warms it up. The C library gives every block above 64 KiB back as soon as it is freed there, so that
+the peak is of memory in use. `kept` are the bytes that autograd keeps between forward and backward.
 """
 
 import argparse
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -28,9 +34,10 @@ from torch import nn
 
 import dsconv_cuda
 
+from .environment import keep_freed_memory
 from .plain import LAYOUTS, PlainSeparableConvBN2d
 from .saved import saved_bytes
-from .timing import CLOCKS, measure, thread_count
+from .timing import CLOCKS, summary, thread_count
 
 FORMS = {
     "dsconv_cuda, chain": "channels_last",
@@ -39,6 +46,8 @@ FORMS = {
     "PyTorch, channels_last": "channels_last",
     "PyTorch, NCHW": "nchw",
 }
+COMPILED = ", compiled"
+STEPS = 3
 
 
 def make(form, batch, size):
@@ -93,24 +102,40 @@ def _status(name):
     return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def memory_in_a_process(form, arguments):
-    command = [sys.executable, "-m", "bench.network", "--memory-of", form]
+def seconds_of(form, arguments):
+    """Of one step, where this process has nothing else to do."""
+    if arguments.keep_memory:
+        keep_freed_memory()
+    compiled = form.endswith(COMPILED)
+    model, loss = make(form.removesuffix(COMPILED), arguments.batch, arguments.size)
+    run = step(model, functools.partial(loss, torch.compile(model)) if compiled else loss)
+    for _ in range(STEPS - 1):
+        run()
+    return CLOCKS[arguments.clock]().seconds(run, STEPS)
+
+
+def in_a_process(what, form, arguments, **environment):
+    command = [sys.executable, "-m", "bench.network", what, form, "--clock", arguments.clock]
     command += ["--batch", str(arguments.batch), "--size", str(arguments.size), "--threads", str(arguments.threads)]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    command += ["--keep-memory"] * arguments.keep_memory
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def memory_in_a_process(form, arguments):
+    eager = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_MMAP_MAX_": "1000000"}
+    return in_a_process("--memory-of", form, arguments, **eager)
+
+
 def times(arguments):
-    calls = {}
-    for form in FORMS:
-        model, loss = make(form, arguments.batch, arguments.size)
-        calls[form] = step(model, loss)
-        if arguments.compile and "only" not in form:
-            compiled = torch.compile(model)
-            calls[f"{form}, compiled"] = step(model, lambda loss=loss, compiled=compiled: loss(compiled))
-    with thread_count(arguments.threads):
-        return measure(calls, rounds=arguments.rounds, least_seconds=0, clock=CLOCKS[arguments.clock]())
+    forms = list(FORMS)
+    if arguments.compile:
+        forms += [f"{form}{COMPILED}" for form in FORMS if "only" not in form]
+    seconds = {form: [] for form in forms}
+    for _ in range(arguments.rounds):
+        for form in forms:
+            seconds[form].append(in_a_process("--seconds-of", form, arguments))
+    return {form: summary(values, STEPS) for form, values in seconds.items()}
 
 
 def table(samples, memory):
@@ -136,16 +161,19 @@ def parse_arguments(argv=None):
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--clock", choices=CLOCKS, default="wall")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--keep-memory", action="store_true")
     parser.add_argument("--memory-of", choices=FORMS, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds-of", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
     arguments = parse_arguments(argv)
-    if arguments.memory_of:
-        with thread_count(arguments.threads):
-            print(json.dumps(memory_of(arguments.memory_of, arguments.batch, arguments.size)))
-        return
+    with thread_count(arguments.threads):
+        if arguments.memory_of:
+            return print(json.dumps(memory_of(arguments.memory_of, arguments.batch, arguments.size)))
+        if arguments.seconds_of:
+            return print(json.dumps(seconds_of(arguments.seconds_of, arguments)))
     memory = {form: memory_in_a_process(form, arguments) for form in FORMS}
     samples = times(arguments)
     print(

@@ -68,10 +68,11 @@ def measure(calls, *, rounds, least_seconds, clock):
         shift = round_number % len(names)  # nobody always follows the same neighbour's cache contents from the start
         for name in names[shift:] + names[:shift]:
             seconds[name].append(clock.seconds(calls[name], repeats[name]))
-    return {name: _summary(values, repeats[name]) for name, values in seconds.items()}
+    return {name: summary(values, repeats[name]) for name, values in seconds.items()}
 
 
-def _summary(values, repeats):
+def summary(values, repeats):
+    """The Sample of some rounds' seconds."""
     if len(values) == 1:
         return Sample(values[0], values[0], values[0], 1, repeats)
     deciles = statistics.quantiles(values, n=10, method="inclusive")
