@@ -134,7 +134,9 @@ static void turn_channels(const DepthwiseInput<S>& in, const TurnedPiece& piece,
   constexpr int n = Vec<T>::n;
   const Geometry& g = *in.g;
   const S* from = in.x + piece.slice / g.d_out * in.stride.n + c * in.stride.c + piece.in_column * in.stride.w;
-  const int64_t columns = piece.in_column_end - piece.in_column, rows = piece.in_row_end - piece.in_row;
+  int64_t columns = piece.in_column_end - piece.in_column, rows = piece.in_row_end - piece.in_row;
+  // Whole rows of a plane, one behind another.
+  if (in.layout == Layout::nchw && columns == in.stride.h) columns *= rows, rows = 1;
   T* const begin = to;
   for (int64_t slice = 0; slice < slices; ++slice) {
     const S* x = from + (first + slice * g.dilation_d) * in.stride.d + piece.in_row * in.stride.h;
