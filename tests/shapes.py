@@ -125,6 +125,9 @@ LAYERS = [
     Case(n=1, c=48, c_out=96, h=28, w=28, kernel=(7, 7), padding=(3, 3)),
     Case(n=1, c=16, c_out=16, h=33, w=33, kernel=(31, 31), padding=(15, 15)),
     Case(n=2, c=32, c_out=32, h=1, w=100, kernel=(1, 31), padding=(0, 15)),
+    # Of wide kernels runs of taps that are outside the image on one side or the other, inside, or both in part.
+    Case(n=1, c=20, c_out=16, h=11, w=12, kernel=(5, 33), padding=(2, 20)),
+    Case(n=1, c=36, c_out=16, h=19, w=30, kernel=(9, 11), stride=(2, 2), padding=(4, 9)),
     # Groups of tiles that meet within images, and rows of grad_x between them.
     Case(n=3, c=33, c_out=16, h=56, w=30, kernel=(7, 7), padding=(3, 3)),
     Case(n=5, c=40, c_out=33, h=28, w=28, stride=(3, 3)),

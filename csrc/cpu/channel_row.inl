@@ -151,6 +151,19 @@ DSCONV_INLINE void add_taps_pair(const S* x, int64_t column_step, const T* upper
   }
 }
 
+// Of J taps from tap `column` on, at an edge: none reads a column of the image, or all read nothing else. Kernels
+// nearly as wide as the image spend most of their taps so.
+template <int J, int Step, int P>
+DSCONV_INLINE bool all_outside(const ColumnRange& range, int64_t column) {
+  const int64_t first = range.column + column;
+  return first + (P - 1) * Step + J <= 0 || first >= range.in_w;
+}
+template <int J, int Step, int P>
+DSCONV_INLINE bool all_inside(const ColumnRange& range, int64_t column) {
+  const int64_t first = range.column + column;
+  return first >= 0 && first + (P - 1) * Step + J <= range.in_w;
+}
+
 // One row of taps, taps that are neighbours, for P pixels.
 template <int Step, int P, Columns Where, typename S, typename T, typename V>
 DSCONV_INLINE void add_tap_row(const ChannelRow<S>& row, const S* x, const T* w, const ColumnRange& range,
@@ -158,7 +171,16 @@ DSCONV_INLINE void add_tap_row(const ChannelRow<S>& row, const S* x, const T* w,
   const int64_t column_step = row.column_step, weight_column = row.weight_column, taps_w = row.taps_w;
   int64_t j = 0;
   for (; j + 7 <= taps_w; j += 7) {
-    add_taps<7, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column, weight_column, range, j, acc);
+    const S* const from = x + j * column_step;
+    const T* const weight = w + j * weight_column;
+    if constexpr (Where == Columns::edge) {
+      if (all_outside<7, Step, P>(range, j)) continue;
+      if (all_inside<7, Step, P>(range, j)) {
+        add_taps<7, Step, P, Columns::inside>(from, column_step, weight, weight_column, range, j, acc);
+        continue;
+      }
+    }
+    add_taps<7, Step, P, Where>(from, column_step, weight, weight_column, range, j, acc);
   }
   if (j + 5 <= taps_w) {
     add_taps<5, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column, weight_column, range, j, acc);
@@ -179,6 +201,21 @@ DSCONV_INLINE void add_tap_row_pair(const ChannelRow<S>& row, const S* x, const 
                                     const ColumnRange& range, V (&upper)[P], V (&lower)[P]) {
   const int64_t column_step = row.column_step, weight_column = row.weight_column, taps_w = row.taps_w;
   int64_t j = 0;
+  for (; j + 7 <= taps_w; j += 7) {
+    const S* const from = x + j * column_step;
+    const T* const upper_weight = w + j * weight_column;
+    const T* const lower_weight = w_lower + j * weight_column;
+    if constexpr (Where == Columns::edge) {
+      if (all_outside<7, Step, P>(range, j)) continue;
+      if (all_inside<7, Step, P>(range, j)) {
+        add_taps_pair<7, Step, P, Columns::inside>(from, column_step, upper_weight, lower_weight, weight_column, range,
+                                                   j, upper, lower);
+        continue;
+      }
+    }
+    add_taps_pair<7, Step, P, Where>(from, column_step, upper_weight, lower_weight, weight_column, range, j, upper,
+                                     lower);
+  }
   for (; j + 5 <= taps_w; j += 5) {
     add_taps_pair<5, Step, P, Where>(x + j * column_step, column_step, w + j * weight_column,
                                      w_lower + j * weight_column, weight_column, range, j, upper, lower);
@@ -472,8 +509,8 @@ static void convolve_rows(const ChannelRow<S>& row, int64_t apart, int64_t top, 
   // (depthwise_bf16.inl), and go this way in rare cases only.
   if constexpr (DSCONV_ISA == DSCONV_ISA_AVX512 && sizeof(M) == sizeof(T)) {
     const int64_t paired = count / kPairPixels * kPairPixels;
-    const bool pairs = row.dilation_w == 1 && row.dilation_h == 1 && row.taps_w >= 3 && row.taps_w <= 5 &&
-                       apart < row.taps_h && row.step_w <= 2 && paired > 0;
+    const bool pairs = row.dilation_w == 1 && row.dilation_h == 1 && row.taps_w >= 3 && apart < row.taps_h &&
+                       row.step_w <= 2 && paired > 0;
     for (; pairs && done + 2 <= rows; done += 2) {
       const int64_t in = top + done * apart, whole = whole_channels(row, in + apart + row.taps_h - 1);
       if (whole == 0) break;
