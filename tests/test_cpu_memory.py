@@ -1,10 +1,14 @@
 """The memory of a CPU call beyond its outputs: at most 1 MiB of scratch for each thread, and the packed weights."""
 
+import re
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from fresh_process import ROOT, run
 
+import dsconv_cuda
 from bench.layers import LAYERS
 from dsconv_cuda import _loader
 
@@ -117,3 +121,25 @@ def test_nothing_is_read_behind_the_input(isa, tmp_path):
     script.write_text(READ_AT_A_PAGE)
     done = run([sys.executable, script, isa], package=ROOT, check=False)
     assert done.stdout.strip() == "no fault", (done.returncode, done.stderr)
+
+
+def mapping_flags(address):
+    """The VmFlags of the mapping that holds `address`: what was asked of its memory."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        bounds = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if bounds:
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="a system without huge pages")
+def test_large_tensors_ask_for_huge_pages(isa):
+    """In the middle of an output and a gradient of some megabytes; their ends share pages with other memory."""
+    x = torch.randn(2, 32, 224, 224, requires_grad=True)
+    y = dsconv_cuda.depthwise_separable_conv2d(x, torch.randn(32, 1, 3, 3), torch.randn(32, 32, 1, 1), padding=1)
+    y.backward(torch.ones_like(y))
+    for tensor in (y, x.grad):
+        assert "hg" in mapping_flags(tensor.data_ptr() + tensor.nbytes // 2)
