@@ -184,8 +184,16 @@ class LaunchSizes:
     """With what a kernel is started on an architecture: the launches of all layers and of the tests' own calls."""
 
     threads: int
-    least_shared: int  # bytes of dynamic shared memory
-    most_shared: int
+    # (bytes of dynamic shared memory, blocks that the planner plans to share a multiprocessor or 0 where it plans none)
+    launches: frozenset[tuple[int, int]] = frozenset()
+
+    @property
+    def least_shared(self):
+        return min((shared for shared, _ in self.launches), default=0)
+
+    @property
+    def most_shared(self):
+        return max((shared for shared, _ in self.launches), default=0)
 
 
 def launches(gpus=None) -> dict[tuple[str, str], LaunchSizes]:
@@ -202,12 +210,11 @@ def launches(gpus=None) -> dict[tuple[str, str], LaunchSizes]:
     found = {}
     for line in done.splitlines():
         launch = json.loads(line)
-        key, shared = (f"sm_{launch['capability']}", launch["symbol"]), launch["dynamic_shared"]
-        before = found.get(key, LaunchSizes(launch["threads"], shared, shared))
+        key = f"sm_{launch['capability']}", launch["symbol"]
+        before = found.get(key, LaunchSizes(0))
         found[key] = LaunchSizes(
             max(before.threads, launch["threads"]),
-            min(before.least_shared, shared),
-            max(before.most_shared, shared),
+            before.launches | {(launch["dynamic_shared"], launch["planned"])},
         )
     return found
 

@@ -425,6 +425,32 @@ int main() {
     b.geom = geometry(64, 64, 64, 28, 31);
     CHECK(plan_backward(b, kGpus[4].limits).mma.sum.x_stages == 1);
   }
+  // A smaller box where two blocks have no room for the largest, but not one that is clearly slower.
+  {
+    static char weight;
+    BackwardParams b{};
+    b.geom = geometry(16, 64, 128, 112, 3);
+    b.geom.stride_h = b.geom.stride_w = 2;
+    b.geom.h_out = b.geom.w_out = 56;
+    b.dtype = DType::f16;
+    b.act = Activation::relu6;
+    b.x_layout = Layout::nhwc;
+    b.x_strides = dense_strides(Layout::nhwc, 64, 1, 112, 112);
+    b.grad_pw_weight = b.grad_dw_bias = &weight;
+    const auto du = [&](const DeviceLimits& device) { return plan_backward(b, device).mma.du; };
+    const auto pixels = [](const MmaDuPlan& plan) { return plan.box.n * plan.box.h * plan.box.w; };
+    const auto blocks = [](const KernelCost& cost, const DeviceLimits& device) {
+      return predict(cost, device).blocks_per_multiprocessor;
+    };
+    const DeviceLimits& small = kGpus[2].limits;
+    const MmaDuPlan half = du(small), whole = du(kGpus[4].limits);
+    CHECK(blocks(du_mma_cost(b, half, small), small) == 2 && half.box.staged);
+    CHECK(pixels(half) == 56 && pixels(whole) == 112);
+    b.geom = geometry(16, 32, 64, 112, 3);
+    b.x_layout = Layout::nchw;
+    b.x_strides = dense_strides(Layout::nchw, 32, 1, 112, 112);
+    CHECK(blocks(sum_mma_cost(b, plan_backward(b, small).mma.sum, small), small) == 1);
+  }
   // A window that does not fit is read from global memory tap by tap; unequal strides loop over their taps.
   p.dtype = DType::f16;
   CHECK(plan_forward(p, kGpus[4].limits).mma.box.kernel == BoxKernel::k3s1);

@@ -121,20 +121,30 @@ def test_rules():
     assert broken() == []
     assert "8 bytes of spills" in broken(spills=8)[0]
     assert "1 accesses of local memory" in broken(instructions={"local": 1})[0]
-    assert "1 blocks share a multiprocessor, 2 are planned" in broken(registers=200)[0]
+    assert "1 blocks share a multiprocessor, 2 are asked for" in broken(registers=200)[0]
     assert "no tensor core instruction" in broken(name="forward_mma_kernel<Half>")[0]
     assert "HMMA without ldmatrix (0) or cp.async (3)" in broken(instructions={"HMMA": 8, "LDGSTS": 3})[0]
     assert broken(instructions={"HMMA": 8, "LDGSTS": 3, "LDSM": 4}) == []
-    other, large = traffic.LaunchSizes(256, 0, 0), traffic.LaunchSizes(256, 100 << 10, 110 << 10)
-    assert "no layer and no call of tests/cuda_host/driver_calls.h comes to it" in broken({("sm_80", "_Z2l"): other})[0]
-    assert broken({("sm_80", "_Z1k"): large})[0].startswith("kernel<Half> on sm_80: 1 blocks share")
+    never = broken({("sm_80", "_Z2l"): traffic.LaunchSizes(256)})
+    assert "no layer and no call of tests/cuda_host/driver_calls.h comes to it" in never[0]
+
+    def launched(*launches):
+        return broken({("sm_80", "_Z1k"): traffic.LaunchSizes(256, frozenset(launches))})
+
+    # Of every launch what is planned for it; where nothing is, what is asked for.
+    assert launched((1 << 10, 2), (100 << 10, 1)) == []
+    (text,) = launched((1 << 10, 2), (100 << 10, 2))
+    assert text == "kernel<Half> on sm_80: 1 blocks of 102400 bytes share a multiprocessor, 2 are planned"
+    (text,) = launched((100 << 10, 0), (110 << 10, 0))
+    assert text == "kernel<Half> on sm_80: 1 blocks share a multiprocessor, 2 are asked for"
 
 
 def test_the_table_tells_every_kernel():
-    rows = static.rows_of([KERNEL], {("sm_80", "_Z1k"): traffic.LaunchSizes(256, 1024, 60 << 10)})
+    sizes = traffic.LaunchSizes(256, frozenset({(1024, 4), (60 << 10, 2)}))
+    rows = static.rows_of([KERNEL], {("sm_80", "_Z1k"): sizes})
     assert rows[0].blocks == (2, 4)
     columns = [column.strip() for column in static.table(rows).splitlines()[-1].split("|")]
-    assert columns[1:10] == ["kernel<Half>", "256", "64", "0", "0", "1024-61440", "2-4", "2", "25%-50%"]
+    assert columns[1:11] == ["kernel<Half>", "256", "64", "0", "0", "1024-61440", "2-4", "2-4", "2", "25%-50%"]
     assert "1 of 1" in static.summary(rows)
 
 
@@ -246,6 +256,7 @@ def test_traffic_of_the_norms_is_told(capsys, monkeypatch):
 def test_every_kernel_that_is_launched_is_known():
     launched = traffic.launches([GPU()["sm_86"]])
     assert all(sizes.threads % 32 == 0 and sizes.least_shared <= sizes.most_shared for sizes in launched.values())
+    assert all(planned >= 0 for sizes in launched.values() for _, planned in sizes.launches)
     names = sass.demangle([symbol for _, symbol in launched])
     own = ("forward", "du", "pointwise_sum", "grad_x", "depthwise_sum", "sum_partials")
     norms = ("box", "rows", "planes", "pixel", "merge", "parts", "fold", "vectors")

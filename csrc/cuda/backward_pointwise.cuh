@@ -262,14 +262,13 @@ LaunchStatus launch_backward_pointwise(const BackwardParams& p, const BackwardPl
                                        void* stream) {
   using T = storage_t<kType>;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  switch (plan.kernel) {
-    case 3:
-      return launch_pointwise_kernels<T, 3>(p, plan, workspace, cuda_stream);
-    case 5:
-      return launch_pointwise_kernels<T, 5>(p, plan, workspace, cuda_stream);
-    default:
-      return launch_pointwise_kernels<T, 0>(p, plan, workspace, cuda_stream);
+  // Doubles take the loops for every kernel: three of their taps in flight beside the sums of a product spill on sm_100
+  // and sm_120, and rows of five are loops anyway.
+  if constexpr (kType != DType::f64) {
+    if (plan.kernel == 3) return launch_pointwise_kernels<T, 3>(p, plan, workspace, cuda_stream);
+    if (plan.kernel == 5) return launch_pointwise_kernels<T, 5>(p, plan, workspace, cuda_stream);
   }
+  return launch_pointwise_kernels<T, 0>(p, plan, workspace, cuda_stream);
 }
 
 }  // namespace dsconv

@@ -8,7 +8,7 @@
 //
 // act(z) costs more than the product that it goes into, so that wide tiles of output channels save most. Each kernel
 // takes the tile that is predicted to take least, of those of which two blocks share a multiprocessor where there are
-// any.
+// any. Where there are none, the box is made smaller until two do, unless that is predicted to be clearly slower.
 #pragma once
 
 #include "../params.h"
@@ -104,11 +104,18 @@ constexpr bool two_fit(int64_t bytes, const DeviceLimits& device) {
   return 2 * (bytes + device.shared_reserved) <= device.shared_per_multiprocessor;
 }
 
-// The box of a kernel beside `products` bytes of tiles: room for a chunk of x, its table of spans (an eighth of it) and
-// the other tables.
-inline PixelBox box_beside(const BackwardParams& p, int64_t pixels, int64_t products, const DeviceLimits& device) {
-  const int64_t room = (device.shared_per_block - products - 14 * 1024) * 8 / 9;
-  const int64_t most = device.shared_per_block * 2 / 5;
+// Whether a box may take all that a block may have, or what leaves room for a second block.
+enum class BoxRoom { alone, shared };
+
+// The box of a kernel beside `products` bytes of tiles: room for a chunk of x, its table of spans (an eighth of it),
+// its taps and the other tables.
+inline PixelBox box_beside(const BackwardParams& p, int64_t pixels, int64_t products, BoxRoom share,
+                           const DeviceLimits& device) {
+  const int64_t taps = tap_count(p.geom), tap_bytes = taps <= kMostStagedTaps ? kChunkBytes * (taps + 1) : 0;
+  const int64_t tables = 3 * 8 * pixels + 8 * pixels / kStripPixels + 64;
+  const int64_t all =
+      share == BoxRoom::alone ? device.shared_per_block : device.shared_per_multiprocessor / 2 - device.shared_reserved;
+  const int64_t room = (all - products - tap_bytes - tables) * 8 / 9, most = device.shared_per_block * 2 / 5;
   return plan_box(p.geom, box_source(p), pixels, room < most ? room : most);
 }
 
@@ -150,6 +157,19 @@ constexpr bool is_better_plan(const Prediction& a, const Prediction& b) {
   if (blocks_a != blocks_b) return blocks_a > blocks_b;
   if (a.seconds * kClose < b.seconds) return true;
   return a.seconds < b.seconds * kClose && a.l2_seconds < b.l2_seconds;
+}
+
+// What is chosen where a box may take all room; or, where only one block of that fits, what is chosen for two, unless
+// that is clearly slower. The prediction leaves out taps that are not staged, and what a box costs whatever its size
+// (barriers, tables): of these a second block is taken to hide as much as boxes of half the pixels add.
+template <typename Choose, typename Predicted>
+auto for_two_blocks(const Choose& choose, const Predicted& predicted, const DeviceLimits& device) {
+  const auto alone = choose(BoxRoom::alone);
+  if (two_fit(alone.shared.bytes, device)) return alone;
+  const auto two = choose(BoxRoom::shared);
+  const auto pixels = [](const PixelBox& box) { return int64_t{box.n} * box.h * box.w; };
+  const bool fits = two.box.staged && two_fit(two.shared.bytes, device) && 2 * pixels(two.box) >= pixels(alone.box);
+  return fits && predicted(two).seconds <= predicted(alone).seconds * kClose ? two : alone;
 }
 
 }  // namespace mma_backward_detail
@@ -194,7 +214,8 @@ inline KernelCost du_mma_cost(const BackwardParams& p, const MmaDuPlan& plan, co
   return cost;
 }
 
-inline MmaDuPlan du_mma_candidate(const BackwardParams& p, MmaDuTileKind kind, const DeviceLimits& device) {
+inline MmaDuPlan du_mma_candidate(const BackwardParams& p, MmaDuTileKind kind, mma_backward_detail::BoxRoom share,
+                                  const DeviceLimits& device) {
   using namespace mma_backward_detail;
   const Geometry& g = p.geom;
   const MmaDuTile tile = du_tile(kind);
@@ -202,7 +223,7 @@ inline MmaDuPlan du_mma_candidate(const BackwardParams& p, MmaDuTileKind kind, c
   const int64_t slope = bent ? tile.pixels * tile.mid * mma_element_bytes(p.dtype) : 0;
   MmaDuPlan plan{};
   plan.kind = kind;
-  plan.box = box_beside(p, tile.pixels, slope, device);
+  plan.box = box_beside(p, tile.pixels, slope, share, device);
   plan.mid_tiles = static_cast<int32_t>(box_ceil_div(g.c_mid, tile.mid));
   MmaDuShared& s = plan.shared;
   SharedParts parts;
@@ -228,12 +249,15 @@ inline MmaDuPlan du_mma_candidate(const BackwardParams& p, MmaDuTileKind kind, c
 inline MmaDuPlan plan_du_mma(const BackwardParams& p, const DeviceLimits& device) {
   using namespace mma_backward_detail;
   const bool floats = mma_element_bytes(p.dtype) == 4;
-  const MmaDuPlan narrow = du_mma_candidate(p, MmaDuTileKind::narrow, device);
-  if (floats && two_fit(narrow.shared.bytes, device)) return narrow;
-  if (!floats && p.geom.c_mid <= du_tile(narrow.kind).mid) return narrow;
-  const MmaDuPlan other = du_mma_candidate(p, floats ? MmaDuTileKind::small : MmaDuTileKind::wide, device);
   const auto predicted = [&](const MmaDuPlan& plan) { return predict(du_mma_cost(p, plan, device), device); };
-  return is_better_plan(predicted(other), predicted(narrow)) ? other : narrow;
+  const auto choose = [&](BoxRoom share) {
+    const MmaDuPlan narrow = du_mma_candidate(p, MmaDuTileKind::narrow, share, device);
+    if (floats && two_fit(narrow.shared.bytes, device)) return narrow;
+    if (!floats && p.geom.c_mid <= du_tile(narrow.kind).mid) return narrow;
+    const MmaDuPlan other = du_mma_candidate(p, floats ? MmaDuTileKind::small : MmaDuTileKind::wide, share, device);
+    return is_better_plan(predicted(other), predicted(narrow)) ? other : narrow;
+  };
+  return for_two_blocks(choose, predicted, device);
 }
 
 // ----------------------------------------------------------------------------------------------------- grad_pw_weight
@@ -291,14 +315,15 @@ inline Prediction predict_sums(const BackwardParams& p, const MmaSumPlan& plan, 
   return result;
 }
 
-inline MmaSumPlan sum_mma_candidate(const BackwardParams& p, MmaSumTileKind kind, const DeviceLimits& device) {
+inline MmaSumPlan sum_mma_candidate(const BackwardParams& p, MmaSumTileKind kind, mma_backward_detail::BoxRoom share,
+                                    const DeviceLimits& device) {
   using namespace mma_backward_detail;
   const Geometry& g = p.geom;
   const int64_t element = mma_element_bytes(p.dtype);
   const MmaSumTile tile = sum_tile(kind, element);
   MmaSumPlan plan{};
   plan.kind = kind;
-  plan.box = box_beside(p, tile.pixels, tile.pixels * (tile.out + kSumMid) * element, device);
+  plan.box = box_beside(p, tile.pixels, tile.pixels * (tile.out + kSumMid) * element, share, device);
   plan.mid_tiles = static_cast<int32_t>(box_ceil_div(g.c_mid, kSumMid));
   plan.out_tiles = static_cast<int32_t>(box_ceil_div(g.c_out, tile.out));
   const auto shared_of = [&](int64_t x_stages) {
@@ -326,14 +351,18 @@ inline MmaSumPlan sum_mma_candidate(const BackwardParams& p, MmaSumTileKind kind
 inline MmaSumPlan plan_sum_mma(const BackwardParams& p, const DeviceLimits& device) {
   using namespace mma_backward_detail;
   const int64_t element = mma_element_bytes(p.dtype);
-  const MmaSumPlan narrow = sum_mma_candidate(p, MmaSumTileKind::narrow, device);
-  if (p.geom.c_out <= sum_tile(narrow.kind, element).out) return narrow;
-  MmaSumPlan wide = sum_mma_candidate(p, MmaSumTileKind::wide, device);
-  if (has_sum_tile(MmaSumTileKind::small, element) && !two_fit(wide.shared.bytes, device)) {
-    const MmaSumPlan small = sum_mma_candidate(p, MmaSumTileKind::small, device);
-    if (is_better_plan(predict_sums(p, small, device), predict_sums(p, wide, device))) wide = small;
-  }
-  return is_better_plan(predict_sums(p, wide, device), predict_sums(p, narrow, device)) ? wide : narrow;
+  const auto predicted = [&](const MmaSumPlan& plan) { return predict_sums(p, plan, device); };
+  const auto choose = [&](BoxRoom share) {
+    const MmaSumPlan narrow = sum_mma_candidate(p, MmaSumTileKind::narrow, share, device);
+    if (p.geom.c_out <= sum_tile(narrow.kind, element).out) return narrow;
+    MmaSumPlan wide = sum_mma_candidate(p, MmaSumTileKind::wide, share, device);
+    if (has_sum_tile(MmaSumTileKind::small, element) && !two_fit(wide.shared.bytes, device)) {
+      const MmaSumPlan small = sum_mma_candidate(p, MmaSumTileKind::small, share, device);
+      if (is_better_plan(predicted(small), predicted(wide))) wide = small;
+    }
+    return is_better_plan(predicted(wide), predicted(narrow)) ? wide : narrow;
+  };
+  return for_two_blocks(choose, predicted, device);
 }
 
 inline MmaBackwardPlan plan_mma_backward(const BackwardParams& p, const DeviceLimits& device) {

@@ -66,6 +66,8 @@ constexpr Shape kShapes[] = {
     {"wide, 2 chunks",  3, 161, 1, 193, 7, 7, 1, 3, 1, 1, 0, 1, 0, 1, 1, 1},
     {"wide, tall",      1, 96,  1, 192, 19, 4, 7, 7, 1, 1, 3, 3, 3, 3, 1, 1},
     {"wide, stride 2",  2, 80,  1, 80, 13, 9, 3, 3, 2, 2, 1, 1, 1, 1, 1, 1},
+    // No cells of x, so nothing that is made by planes.
+    {"5x5 dilated, strided", 2, 6, 1, 9, 13, 12, 5, 5, 2, 2, 4, 4, 4, 4, 2, 2},
 };
 // clang-format on
 

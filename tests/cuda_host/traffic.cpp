@@ -6,7 +6,9 @@
 //       dtype is f16, bf16, f32, tf32 or f64; mode is forward, training or training_bn; act and out_act are numbers of
 //       params.h; `blocks` of each launch are counted.
 //   traffic launches     reads calls too, adds those of driver_calls.h for every GPU of the table, and runs no block:
-//                        of every kernel its symbol, threads and bytes of dynamic shared memory, for each capability
+//                        of every kernel its symbol, threads and bytes of dynamic shared memory, for each capability,
+//                        and how many blocks the planner plans to share a multiprocessor; 0 for the passes of norms,
+//                        which it predicts nothing for
 //
 //   Prints one JSON object a line.
 
@@ -23,6 +25,7 @@
 
 #include "../../csrc/cuda/cuda_dispatch.h"
 #include "../../csrc/cuda/cuda_norm.h"
+#include "../../csrc/cuda/cuda_schedule.h"
 #include "counters.h"
 #include "cuda_host.h"
 #include "driver_calls.h"
@@ -240,18 +243,16 @@ class Launches {
     alignas(512) static char nowhere[512];
     const auto make = [](const char*, int64_t) { return nowhere; };
     const ForwardParams p = forward_params(r, make);
-    if (failed(forward(p, plan_forward(p, device), nullptr))) return false;
-    if (r.mode == "training") {
-      const BackwardParams b = backward_params(p, make);
-      if (failed(backward(b, plan_backward(b, device), nowhere, nullptr)) || !launch_norms(p, device)) return false;
+    const ForwardPlan plan = plan_forward(p, device);
+    if (failed(forward(p, plan, nullptr)) || !print(device, forward_schedule(p, plan, device))) return false;
+    if (r.mode != "training") return true;
+    const BackwardParams b = backward_params(p, make);
+    const BackwardPlan backward_plan = plan_backward(b, device);
+    if (failed(backward(b, backward_plan, nowhere, nullptr)) ||
+        !print(device, backward_schedule(b, backward_plan, device))) {
+      return false;
     }
-    for (const cuda_host::KernelTraffic& k : cuda_host::take_traffic()) {
-      if (!seen_.insert({r.capability, k.symbol, k.threads, k.dynamic_shared}).second) continue;
-      std::printf("{\"capability\": %lld, \"symbol\": \"%s\", \"threads\": %llu, \"dynamic_shared\": %llu}\n",
-                  static_cast<long long>(r.capability), k.symbol.c_str(), static_cast<unsigned long long>(k.threads),
-                  static_cast<unsigned long long>(k.dynamic_shared));
-    }
-    return true;
+    return launch_norms(p, device) && print(device, Schedule{});
   }
 
   bool add_on_every_gpu(const driver::Call& call, const std::string& precision) {
@@ -282,7 +283,33 @@ class Launches {
   }
 
  private:
-  std::set<std::tuple<int64_t, std::string, uint64_t, uint64_t>> seen_;
+  // Of the launches so far, which are those of the schedule, where it has any.
+  bool print(const DeviceLimits& device, const Schedule& schedule) {
+    const std::vector<cuda_host::KernelTraffic> launches = cuda_host::take_traffic();
+    if (schedule.count > 0 && launches.size() != static_cast<std::size_t>(schedule.count)) {
+      std::fprintf(stderr, "%zu launches, %d are planned\n", launches.size(), schedule.count);
+      return false;
+    }
+    for (std::size_t i = 0; i < launches.size(); ++i) {
+      const cuda_host::KernelTraffic& k = launches[i];
+      if (schedule.count > 0 && k.blocks != static_cast<uint64_t>(schedule.kernels[i].blocks)) {
+        std::fprintf(stderr, "%s: %llu blocks, %s is planned with %lld\n", k.symbol.c_str(),
+                     static_cast<unsigned long long>(k.blocks), schedule.kernels[i].name,
+                     static_cast<long long>(schedule.kernels[i].blocks));
+        return false;
+      }
+      const int64_t planned = schedule.count > 0 ? blocks_per_multiprocessor(schedule.kernels[i], device) : 0;
+      if (!seen_.insert({device.capability, k.symbol, k.threads, k.dynamic_shared, planned}).second) continue;
+      std::printf(
+          "{\"capability\": %lld, \"symbol\": \"%s\", \"threads\": %llu, \"dynamic_shared\": %llu, \"planned\": "
+          "%lld}\n",
+          static_cast<long long>(device.capability), k.symbol.c_str(), static_cast<unsigned long long>(k.threads),
+          static_cast<unsigned long long>(k.dynamic_shared), static_cast<long long>(planned));
+    }
+    return true;
+  }
+
+  std::set<std::tuple<int64_t, std::string, uint64_t, uint64_t, int64_t>> seen_;
 };
 
 }  // namespace
