@@ -85,41 +85,47 @@ class Arena:
         return call
 
     def check(self, calls):
-        """Raises WrongResult if a call's error exceeds twice PyTorch's own in that dtype plus eps * |expected|.
+        """Raises WrongResult if a call is further off than PyTorch's own error in that dtype allows (_expected).
 
         Of a peer's, and of what torch.compile makes, it is four times as much and PEER_ERROR * |expected|: some add
         thousands of products in one accumulator, and to leave these out would flatter us.
         """
         for form, call in calls.items():
-            for name, result, (want, budget) in zip(self._names(), call(), self._expected, strict=True):
-                if form.is_peer or form.method == COMPILED:
-                    budget = 4 * budget + PEER_ERROR * self._size(want)
-                error = self._size(result.double() - want)
-                if not error <= budget:  # also where it is not a number
-                    raise WrongResult(
-                        f"{self.problem.layer.name}, {self.problem.mode}: {name} of {form} is off by {error:.3g}, "
-                        f"which is more than {budget:.3g}"
-                    )
+            for name, result, (want, budgets) in zip(self._names(), call(), self._expected, strict=True):
+                errors, sizes = self._sizes(result.double() - want), self._sizes(want)
+                for (measure, error), size, budget in zip(errors.items(), sizes.values(), budgets, strict=True):
+                    if form.is_peer or form.method == COMPILED:
+                        budget = 4 * budget + PEER_ERROR * size
+                    if not error <= budget:  # also where it is not a number
+                        raise WrongResult(
+                            f"{self.problem.layer.name}, {self.problem.mode}: {name} of {form} is off by {error:.3g} "
+                            f"({measure}), which is more than {budget:.3g}"
+                        )
 
-    def _size(self, difference):
-        """The largest element; with BatchNorm, where one element may be far off (below), the root of all squares."""
-        return (difference.norm() if self.problem.mode == TRAINING_BN else difference.abs().max()).item()
+    def _sizes(self, difference):
+        """How large a difference is; with BatchNorm one element may be far off (_expected)."""
+        sizes = {"root of all squares": difference.norm().item()}
+        if self.problem.mode != TRAINING_BN:
+            sizes["largest element"] = difference.abs().max().item()
+        return sizes
 
     @functools.cached_property
     def _expected(self):
         """For each result what fp64 gives, and how far from it a result may be.
 
-        A value within an error of a corner of ReLU6 has the one derivative or the other, and both are right. So of
-        gradients through activations the budget holds too how they change when everything before an activation moves
-        by the error that y may have, up or down.
+        That is twice the root of all squares of PyTorch's own error, and four times its largest element, which chance
+        decides, plus eps * |expected|. A value within an error of a corner of ReLU6 has the one derivative or the
+        other, and both are right. So of gradients through activations the budget holds too how they change when
+        everything before an activation moves by the error that y may have, up or down.
         """
         expected = self._in_fp64(self.state)
         eager = [self.call(Form(EAGER, layout))() for layout in LAYOUTS]
         epsilon = torch.finfo(self.problem.dtype).eps
-        budgets = [
-            2 * max(self._size(results[index] - want) for results in eager) + epsilon * self._size(want)
-            for index, want in enumerate(expected)
-        ]
+        budgets = []
+        for index, want in enumerate(expected):
+            errors = zip(*(self._sizes(results[index] - want).values() for results in eager), strict=True)
+            terms = zip((2, 4), errors, self._sizes(want).values(), strict=False)
+            budgets.append([factor * max(error) + epsilon * size for factor, error, size in terms])
         if self.problem.mode == TRAINING_BN:
             move = 2 * max((results[0] - expected[0]).abs().max().item() for results in eager)
             for sign in (-1, 1):
@@ -128,7 +134,8 @@ class Arena:
                     for name, v in self.state.items()
                 }
                 for index, gradient in enumerate(self._in_fp64(moved)[1:], 1):
-                    budgets[index] += 2 * self._size(gradient - expected[index])
+                    change = self._sizes(gradient - expected[index]).values()
+                    budgets[index] = [budget + 2 * size for budget, size in zip(budgets[index], change, strict=True)]
         return list(zip(expected, budgets, strict=True))
 
     def _in_fp64(self, state):
