@@ -89,7 +89,8 @@ DSCONV_INLINE void convolve_block(const PlaneRows<T>& p, int64_t row, int64_t co
       V x[2][U];
       load_taps<K, Step, U, Edge>(in, masks, j, x);
       DSCONV_UNROLL
-      for (int right = 0; right < 2 && j + right < K; ++right) {
+      for (int right = 0; right < 2; ++right) {
+        if (j + right >= K) continue;
         DSCONV_UNROLL
         for (int r = 0; r < R; ++r) {
           const int tap = i - r * Step;
