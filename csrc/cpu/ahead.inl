@@ -128,3 +128,11 @@ DSCONV_INLINE void ask_for_lines(M* p, int64_t step, int count) {
     advance(p, step);
   }
 }
+
+// A panel's part of the rows of the pointwise weights lies a row apart, which no prefetcher follows.
+constexpr int64_t kReadAhead = 32, kWriteAhead = 6;
+template <int Write, typename S>
+DSCONV_INLINE void ask_for_row(const S* p, int64_t width) {
+  constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(S));
+  for (int64_t i = 0; i < width; i += line) __builtin_prefetch(p + i, Write, Write ? 3 : 2);
+}

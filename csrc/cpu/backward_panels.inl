@@ -18,14 +18,6 @@
 #error "backward_panels.inl belongs inside an ISA region"
 #endif
 
-// A panel's part of the rows of the pointwise weights lies a row apart, which no prefetcher follows.
-constexpr int64_t kReadAhead = 32, kWriteAhead = 6;
-template <int Write, typename S>
-DSCONV_INLINE void ask_for_row(const S* p, int64_t width) {
-  constexpr int64_t line = kCacheLine / static_cast<int64_t>(sizeof(S));
-  for (int64_t i = 0; i < width; i += line) __builtin_prefetch(p + i, Write, Write ? 3 : 2);
-}
-
 template <typename T>
 DSCONV_INLINE int64_t row_pitch() {
   return round_up(kMicroRows, Vec<T>::n);

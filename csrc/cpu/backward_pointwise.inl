@@ -238,6 +238,21 @@ DSCONV_INLINE T sum_groups(const T* first, int64_t step, int64_t groups) {
   return sum;
 }
 
+// U vectors of some partial sums, `step` apart: groups are far from one another, and of each some lines come together.
+template <int U, typename S, typename T>
+DSCONV_INLINE void reduce_vectors(const T* partial, int64_t step, int64_t groups, S* to) {
+  constexpr int n = Vec<T>::n;
+  typename Vec<T>::type sum[U];
+  DSCONV_UNROLL
+  for (int u = 0; u < U; ++u) sum[u] = vset(T(0));
+  for (int64_t i = 0; i < groups; ++i, partial += step) {
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) sum[u] = sum[u] + vload(partial + u * n);
+  }
+  DSCONV_UNROLL
+  for (int u = 0; u < U; ++u) vstore(to + u * n, sum[u]);
+}
+
 template <typename S, typename T>
 static void reduce_pointwise(const BackwardContext& ctx, int64_t out_channel) {
   constexpr int n = Vec<T>::n;
@@ -246,14 +261,20 @@ static void reduce_pointwise(const BackwardContext& ctx, int64_t out_channel) {
   const int64_t step = g.c_out * plan.mid_columns;
   const T* partial = static_cast<const T*>(ctx.pw_partial) + out_channel * plan.mid_columns;
   S* grad = static_cast<S*>(ctx.p.grad_pw_weight) + out_channel * g.c_mid;
-  for (int64_t k = 0; k < g.c_mid; k += n) {
-    typename Vec<T>::type sum = vset(T(0));
-    for (int64_t i = 0; i < plan.pointwise_groups; ++i) sum = sum + vload(partial + i * step + k);
-    const int left = lanes_left(g.c_mid - k, n);
-    if (g.multiplier == 1 && left == n) {
-      vstore(grad + k, sum);
+  for (int64_t k = 0; k < g.c_mid;) {
+    const int64_t left = g.c_mid - k;
+    if (g.multiplier == 1 && left >= 4 * n) {
+      reduce_vectors<4>(partial + k, step, plan.pointwise_groups, grad + k);
+      k += 4 * n;
+    } else if (g.multiplier == 1 && left >= n) {
+      reduce_vectors<1>(partial + k, step, plan.pointwise_groups, grad + k);
+      k += n;
     } else {
-      for (int i = 0; i < left; ++i) store_one(sum[i], grad + tensor_channel(g, k + i));
+      T sums[n];
+      reduce_vectors<1>(partial + k, step, plan.pointwise_groups, sums);
+      const int count = lanes_left(left, n);
+      for (int i = 0; i < count; ++i) store_one(sums[i], grad + tensor_channel(g, k + i));
+      k += n;
     }
   }
 }

@@ -83,6 +83,7 @@ static void pack_pointwise_backward(const PackContext& ctx, int64_t panel) {
   const S* weight = static_cast<const S*>(ctx.pw_weight);
   T* dst = static_cast<T*>(ctx.packed.pw_backward) + first * g.c_out;
   for (int64_t c = 0; c < g.c_out; ++c, dst += columns, weight += g.c_mid) {
+    ask_for_row<0>(weight + kReadAhead * g.c_mid + first, columns);
     for (int64_t j = 0; j < columns; j += n) {
       const int64_t k = first + j;
       if (k >= g.c_mid) {
