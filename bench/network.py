@@ -8,7 +8,7 @@ the same blocks one by one, of blocks that keep their input alone, and of stock 
 with --compile, those of torch.compile too. A step is forward, cross entropy and backward, without an optimiser.
 
 Every form has a process of its own, as in a training loop: what memory costs depends on what was there before. In a
-round each form is started once and its time is the mean of three steps after three that warm it up. By default the C
+round each form is started once and its time is the mean of some steps after others that warm it up. By default the C
 library returns large blocks to the system when they are freed, and each step gets its pages anew; with --keep-memory
 it keeps them, which leaves the arithmetic.
 
@@ -47,7 +47,7 @@ FORMS = {
     "PyTorch, NCHW": "nchw",
 }
 COMPILED = ", compiled"
-STEPS = 3
+WARM_UP_STEPS, STEPS = 8, 4  # memory that a virtual machine has not had before is slow at first
 
 
 def make(form, batch, size):
@@ -109,7 +109,7 @@ def seconds_of(form, arguments):
     compiled = form.endswith(COMPILED)
     model, loss = make(form.removesuffix(COMPILED), arguments.batch, arguments.size)
     run = step(model, functools.partial(loss, torch.compile(model)) if compiled else loss)
-    for _ in range(STEPS - 1):
+    for _ in range(WARM_UP_STEPS):
         run()
     return CLOCKS[arguments.clock]().seconds(run, STEPS)
 
