@@ -18,6 +18,7 @@ from .problem import TRAINING_BN
 FUSED, EAGER, COMPILED = "fused", "eager", "compile"
 PYTORCH = (EAGER, COMPILED)
 PEER_ERROR = 1e-5
+TIMES_PYTORCH = {"root of all squares": 2, "largest element": 4}  # of its own error
 
 
 @dataclass(frozen=True, order=True)
@@ -93,13 +94,13 @@ class Arena:
         for form, call in calls.items():
             for name, result, (want, budgets) in zip(self._names(), call(), self._expected, strict=True):
                 errors, sizes = self._sizes(result.double() - want), self._sizes(want)
-                for (measure, error), size, budget in zip(errors.items(), sizes.values(), budgets, strict=True):
+                for measure, budget in budgets.items():
                     if form.is_peer or form.method == COMPILED:
-                        budget = 4 * budget + PEER_ERROR * size
-                    if not error <= budget:  # also where it is not a number
+                        budget = 4 * budget + PEER_ERROR * sizes[measure]
+                    if not errors[measure] <= budget:  # also where it is not a number
                         raise WrongResult(
-                            f"{self.problem.layer.name}, {self.problem.mode}: {name} of {form} is off by {error:.3g} "
-                            f"({measure}), which is more than {budget:.3g}"
+                            f"{self.problem.layer.name}, {self.problem.mode}: {name} of {form} is off by "
+                            f"{errors[measure]:.3g} ({measure}), which is more than {budget:.3g}"
                         )
 
     def _sizes(self, difference):
@@ -123,9 +124,13 @@ class Arena:
         epsilon = torch.finfo(self.problem.dtype).eps
         budgets = []
         for index, want in enumerate(expected):
-            errors = zip(*(self._sizes(results[index] - want).values() for results in eager), strict=True)
-            terms = zip((2, 4), errors, self._sizes(want).values(), strict=False)
-            budgets.append([factor * max(error) + epsilon * size for factor, error, size in terms])
+            errors = [self._sizes(results[index] - want) for results in eager]
+            budgets.append(
+                {
+                    measure: TIMES_PYTORCH[measure] * max(error[measure] for error in errors) + epsilon * size
+                    for measure, size in self._sizes(want).items()
+                }
+            )
         if self.problem.mode == TRAINING_BN:
             move = 2 * max((results[0] - expected[0]).abs().max().item() for results in eager)
             for sign in (-1, 1):
@@ -134,8 +139,8 @@ class Arena:
                     for name, v in self.state.items()
                 }
                 for index, gradient in enumerate(self._in_fp64(moved)[1:], 1):
-                    change = self._sizes(gradient - expected[index]).values()
-                    budgets[index] = [budget + 2 * size for budget, size in zip(budgets[index], change, strict=True)]
+                    for measure, size in self._sizes(gradient - expected[index]).items():
+                        budgets[index][measure] += 2 * size
         return list(zip(expected, budgets, strict=True))
 
     def _in_fp64(self, state):

@@ -33,9 +33,7 @@ class Row:
     kernel: CompiledKernel
     launch: LaunchSizes
     blocks: tuple[int, int]  # that share a multiprocessor, with the most dynamic shared memory and with the least
-    bounded: (
-        int  # that __launch_bounds__ leaves: without dynamic shared memory, or where none are planned with the least
-    )
+    bounded: int  # that __launch_bounds__ leaves: with no dynamic shared memory, or the least if none are planned
     planned: tuple[tuple[int, int, int], ...]  # (bytes of dynamic shared memory, blocks planned, blocks) of launches
     occupancy: tuple[float, float]
 

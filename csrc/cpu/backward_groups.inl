@@ -125,13 +125,12 @@ static void backward_group(const BackwardContext& ctx, int64_t group, void* scra
 template <typename X>
 DSCONV_INLINE Ahead next_tile_of_x(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t tile,
                                    int64_t count) {
-  constexpr int64_t kGroup = 14;  // pixels that are made together at most (channel_row.inl)
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
   Ahead ahead = {};
   if (tile + 1 == plan.tiles) return ahead;
   add_rows(ahead, x.data, x.strides(), Layout::nhwc, g, tile_range(plan.order, tile + 1), walks_depth(plan.order));
-  share_out(ahead, ceil_div(g.c_mid, plan.z_channels) * ceil_div(count, kGroup) +
+  share_out(ahead, ceil_div(g.c_mid, plan.z_channels) * ceil_div(count, 2 * kPairPixels) +
                        ceil_div(g.c_mid, plan.du_width) * ceil_div(count, kRowsAtOnce));
   return ahead;
 }

@@ -106,7 +106,7 @@ DSCONV_INLINE void correlate_run_of_pixels(const Correlation<S, T>& in, const S*
     const S* from = x + ow * Step * in.x_column;
     const T* d = du + ow * in.du_column;
     const ColumnRange range = {offset + ow * Step, in.g->w_in, 0};
-    if (range.column + (P - 1) * Step + Cols <= 0 || range.column >= range.in_w) continue;
+    if (all_outside<Cols, Step, P>(range, 0)) continue;
     if (ow >= inside.begin && ow + P <= inside.end) {
       correlate_pixels<Rows, Cols, Step, P, Columns::inside>(from, row_step, in.x_column, d, in.du_column, rows, range,
                                                              acc);
