@@ -18,7 +18,6 @@ from .problem import TRAINING_BN
 FUSED, EAGER, COMPILED = "fused", "eager", "compile"
 PYTORCH = (EAGER, COMPILED)
 PEER_ERROR = 1e-5
-TIMES_PYTORCH = {"root of all squares": 2, "largest element": 4}  # of its own error
 
 
 @dataclass(frozen=True, order=True)
@@ -86,51 +85,41 @@ class Arena:
         return call
 
     def check(self, calls):
-        """Raises WrongResult if a call is further off than PyTorch's own error in that dtype allows (_expected).
+        """Raises WrongResult if a call's error exceeds twice PyTorch's own in that dtype plus eps * |expected|.
 
         Of a peer's, and of what torch.compile makes, it is four times as much and PEER_ERROR * |expected|: some add
         thousands of products in one accumulator, and to leave these out would flatter us.
         """
         for form, call in calls.items():
-            for name, result, (want, budgets) in zip(self._names(), call(), self._expected, strict=True):
-                errors, sizes = self._sizes(result.double() - want), self._sizes(want)
-                for measure, budget in budgets.items():
-                    if form.is_peer or form.method == COMPILED:
-                        budget = 4 * budget + PEER_ERROR * sizes[measure]
-                    if not errors[measure] <= budget:  # also where it is not a number
-                        raise WrongResult(
-                            f"{self.problem.layer.name}, {self.problem.mode}: {name} of {form} is off by "
-                            f"{errors[measure]:.3g} ({measure}), which is more than {budget:.3g}"
-                        )
+            for name, result, (want, budget) in zip(self._names(), call(), self._expected, strict=True):
+                if form.is_peer or form.method == COMPILED:
+                    budget = 4 * budget + PEER_ERROR * self._size(want)
+                error = self._size(result.double() - want)
+                if not error <= budget:  # also where it is not a number
+                    raise WrongResult(
+                        f"{self.problem.layer.name}, {self.problem.mode}: {name} of {form} is off by {error:.3g}, "
+                        f"which is more than {budget:.3g}"
+                    )
 
-    def _sizes(self, difference):
-        """How large a difference is; with BatchNorm one element may be far off (_expected)."""
-        sizes = {"root of all squares": difference.norm().item()}
-        if self.problem.mode != TRAINING_BN:
-            sizes["largest element"] = difference.abs().max().item()
-        return sizes
+    def _size(self, difference):
+        """The largest element; with BatchNorm, where one element may be far off (below), the root of all squares."""
+        return (difference.norm() if self.problem.mode == TRAINING_BN else difference.abs().max()).item()
 
     @functools.cached_property
     def _expected(self):
         """For each result what fp64 gives, and how far from it a result may be.
 
-        That is twice the root of all squares of PyTorch's own error, and four times its largest element, which chance
-        decides, plus eps * |expected|. A value within an error of a corner of ReLU6 has the one derivative or the
-        other, and both are right. So of gradients through activations the budget holds too how they change when
-        everything before an activation moves by the error that y may have, up or down.
+        A value within an error of a corner of ReLU6 has the one derivative or the other, and both are right. So of
+        gradients through activations the budget holds too how they change when everything before an activation moves
+        by the error that y may have, up or down.
         """
         expected = self._in_fp64(self.state)
         eager = [self.call(Form(EAGER, layout))() for layout in LAYOUTS]
         epsilon = torch.finfo(self.problem.dtype).eps
-        budgets = []
-        for index, want in enumerate(expected):
-            errors = [self._sizes(results[index] - want) for results in eager]
-            budgets.append(
-                {
-                    measure: TIMES_PYTORCH[measure] * max(error[measure] for error in errors) + epsilon * size
-                    for measure, size in self._sizes(want).items()
-                }
-            )
+        budgets = [
+            2 * max(self._size(results[index] - want) for results in eager) + epsilon * self._size(want)
+            for index, want in enumerate(expected)
+        ]
         if self.problem.mode == TRAINING_BN:
             move = 2 * max((results[0] - expected[0]).abs().max().item() for results in eager)
             for sign in (-1, 1):
@@ -139,8 +128,7 @@ class Arena:
                     for name, v in self.state.items()
                 }
                 for index, gradient in enumerate(self._in_fp64(moved)[1:], 1):
-                    for measure, size in self._sizes(gradient - expected[index]).items():
-                        budgets[index][measure] += 2 * size
+                    budgets[index] += 2 * self._size(gradient - expected[index])
         return list(zip(expected, budgets, strict=True))
 
     def _in_fp64(self, state):
