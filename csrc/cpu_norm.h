@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "cpu/cpu_kernels.h"
+#include "cpu_tasks.h"
 #include "norm_args.h"
 
 namespace dsconv {
@@ -62,6 +62,11 @@ inline InputNormCall input_norm_of(const char* op, const std::optional<Tensor>& 
   norm.vectors = doubles_of(op, "in_vectors", *vectors, kVectorRows, c_in);
   norm.act = activation_of(op, "in_activation", act);
   return norm;
+}
+
+// Kernels too large for that (turns_channels) get an x that has been through its norm.
+inline bool norms_as_it_reads(const Geometry& g, const KernelTable& table, DType dtype) {
+  return turns_channels(g, micro_of(table, dtype), element_bytes(dtype));
 }
 
 inline int64_t channel_of(const Geometry& g, int64_t k) {

@@ -7,6 +7,7 @@
 #include <new>
 #include <utility>
 
+#include "cpu_norm.h"
 #include "cpu_stages.h"
 #include "cpu_tasks.h"
 #include "kept_args.h"
@@ -23,16 +24,25 @@ KeptKey key_of(const ForwardParams& p, const CpuPlan& plan, const DTypeKernels& 
           p.pw_weight,      p.pw_bias,        version,        fingerprint(p, kernels.bytes.stored)};
 }
 
-// kept: where packed weights of earlier calls are, or null; version as in KeptKey.
-void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64_t version) {
+// kept: where packed weights of earlier calls are, or null; version as in KeptKey. in_norm: what x goes through first.
+void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64_t version,
+                 InputNormCall in_norm = {}) {
   const KernelTable& table = active_table(op);
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
+  const bool normed = in_norm.vectors != nullptr;
   ForwardContext ctx{};
   ctx.p = p;
   const MicroTile micro = micro_of(table, p.dtype);
-  ctx.plan = plan_forward(p.geom, p.x_layout, micro, kernels.bytes, torch::stable::get_num_threads(), false,
-                          goes_by_planes(p, kernels));
+  ctx.plan = plan_forward(p.geom, normed ? Layout::nchw : p.x_layout, micro, kernels.bytes,
+                          torch::stable::get_num_threads(), false, !normed && goes_by_planes(p, kernels));
+  if (normed) ctx.plan.tap_pairs = 0;  // x comes out of the norm in the compute type
   const CpuPlan& plan = ctx.plan;
+  Workspace rows(plan.element);
+  if (normed) {
+    rows.reserve(&in_norm.rows, in_norm.elements(p.geom, plan));
+    rows.allocate();
+    ctx.in_norm = in_norm.fill(p.geom, plan);
+  }
 
   Workspace weights(plan.element);
   reserve_depthwise(weights, plan, ctx.packed);
@@ -46,7 +56,7 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
     // All tasks of one tile need but their own parts of the output channels.
     const Range part = plan.tiles == 1 ? Range{panels * begin / tasks, panels * end / tasks} : Range{0, panels};
     pack_all(kernels, {p.geom, plan, own.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias}, part,
-             kernels.pack_pointwise_forward, kernels.pack_depthwise_forward);
+             kernels.pack_pointwise_forward, normed ? nullptr : kernels.pack_depthwise_forward);
   };
   if (use.memory() == nullptr) return run_with_copies(ctx, weights, plan.pixels, tasks, pack, kernels.forward);
   weights.place_in(use.memory());
@@ -104,7 +114,6 @@ void run_backward(const char* op, const BackwardParams& p) {
   }
 }
 
-using Bias = std::optional<Tensor>;
 using Ints = std::vector<int64_t>;
 
 ForwardCall forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
@@ -172,6 +181,22 @@ Tensor fwd_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias
   return *forward_kept("dsconv_cuda::fwd_kept", x, dw_weight, pw_weight, dw_bias, pw_bias, kept, version, false).y;
 }
 
+Tensor fwd_after_norm_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor kept,
+                           int64_t version, Tensor in_vectors, int64_t in_act) {
+  constexpr const char* op = "dsconv_cuda::fwd_after_norm_kept";
+  KeptHeader* header = kept_of(op, kept);
+  const Geometry g = geometry_of(op, x, dw_weight, pw_weight, header->arguments);
+  if (!norms_as_it_reads(g, active_table(op), dtype_of(op, x))) {
+    return fwd_kept(norm_act(x, in_vectors, in_act), dw_weight, pw_weight, dw_bias, pw_bias, kept, version);
+  }
+  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, header->arguments, false);
+  const ForwardParams& p = call.params;
+  check_kept_sizes(op, *header, p.geom);
+  const InputNormCall in_norm = input_norm_of(op, in_vectors, in_act, p.geom.c_in);
+  if (call.y->numel() > 0) run_forward(op, p, header->capacity > 0 ? header : nullptr, version, in_norm);
+  return *call.y;
+}
+
 std::tuple<Tensor, Tensor> fwd_with_pre_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
                                              Tensor kept) {
   ForwardCall call =
@@ -218,6 +243,7 @@ STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
   m.impl("fwd", TORCH_BOX(&dsconv::fwd));
   m.impl("keep", TORCH_BOX(&dsconv::keep));
   m.impl("fwd_kept", TORCH_BOX(&dsconv::fwd_kept));
+  m.impl("fwd_after_norm_kept", TORCH_BOX(&dsconv::fwd_after_norm_kept));
   m.impl("fwd_with_pre_kept", TORCH_BOX(&dsconv::fwd_with_pre_kept));
   m.impl("fwd_with_pre", TORCH_BOX(&dsconv::fwd_with_pre));
   m.impl("bwd", TORCH_BOX(&dsconv::bwd));

@@ -284,11 +284,6 @@ struct MomentsCall {
   std::optional<Tensor> x, dw_weight, pw_weight, dw_bias;
 };
 
-// Kernels too large for that (turns_channels) get an x that has been through its norm.
-bool norms_as_it_reads(const Geometry& g, const KernelTable& table, DType dtype) {
-  return turns_channels(g, micro_of(table, dtype), element_bytes(dtype));
-}
-
 }  // namespace
 
 Tensor z_moments(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight, const Bias& dw_bias,

@@ -15,7 +15,7 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   m.def(
       "fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[2] stride, int[4] "
       "padding, int[2] dilation, int act, int out_act, bool tf32=False) -> Tensor");
-  // The three ops below for a module, on the CPU: `kept`, made by keep(), holds the arguments that are no tensors, and
+  // The ops below for a module, on the CPU: `kept`, made by keep(), holds the arguments that are no tensors, and
   // with `room` the packed weights while they stay as they are (kept_weights.h); version is the sum of the weights'
   // version counters. Below autograd, and for plain tensors only: no fake kernel, no vmap.
   m.def(
@@ -24,6 +24,10 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   m.def(
       "fwd_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor(a!) kept, int "
       "version) -> Tensor");
+  // With x through a norm and an activation first, as in the ops of training below.
+  m.def(
+      "fwd_after_norm_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor(a!) "
+      "kept, int version, Tensor in_vectors, int in_act) -> Tensor");
   m.def(
       "fwd_with_pre_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor(a!) "
       "kept) -> (Tensor, Tensor)");

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dsconv_cuda import _checks, _loader, autograd, batchnorm_graph
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, operation
+from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, NormLater, operation
 from dsconv_cuda.functional import _AUTOCAST_DEVICES, _autocast, _load, _tf32_applies, as_rows
 from dsconv_cuda.ops import IDENTITY
 from dsconv_cuda.second_order import Config
@@ -176,6 +176,18 @@ class Unnormalised:
     y: Tensor
     vectors: Tensor
     act: int
+
+
+def norm_later(dims: int, y: Tensor, bn: BatchNormArguments, activation) -> Unnormalised:
+    """activation(F.batch_norm(y, *bn)) with statistics of the batch, as block_of_chain() takes it; of the value itself
+    nothing is computed but the statistics."""
+    op = operation(dims)
+    _check_norm(op, "the norm before the depthwise convolution", bn, y, y.shape[1], [y.shape[0], *y.shape[2:]])
+    act = activation_number(activation, "activation", op)
+    batch = Batch(bn.eps, y.numel() // max(y.shape[1], 1), bn.process_group, functools.partial(_track, bn))
+    image = y.unsqueeze(-2) if dims == 1 else y
+    image, vectors = NormLater.apply(image, _parameter(bn.weight, y), _parameter(bn.bias, y), op, act, batch)
+    return Unnormalised(image.squeeze(-2) if dims == 1 else image, vectors, act)
 
 
 def block_of_chain(

@@ -130,7 +130,7 @@ class BatchNormBlock(torch.autograd.Function):
                 if block.out_act != IDENTITY:
                     vectors2 = _vectors_of_no_norm(y.shape[1], y)
             out = y if vectors2 is None or block.defer else ops.norm_act(y, vectors2, block.out_act)
-        ctx.block, ctx.count1, ctx.count2 = block, count1, count2
+        ctx.op, ctx.block, ctx.count1, ctx.count2 = block.op, block, count1, count2
         kept_y = None if vectors2 is None or (block.recompute and not block.defer) else y
         ctx.save_for_backward(*weights, in_vectors, vectors1, vectors2, kept_y)
         ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma1, beta1, gamma2, beta2)]
@@ -143,7 +143,7 @@ class BatchNormBlock(torch.autograd.Function):
         if grad_out is None:
             return (None,) * 11
         if torch.is_grad_enabled():
-            grads = _FirstDerivative.apply(ctx, grad_out, *ctx.saved_tensors)
+            grads = _FirstDerivative.apply(_gradients, ctx.block.op, ctx, grad_out, *ctx.saved_tensors)
         else:
             grads = _gradients(ctx, grad_out, *ctx.saved_tensors)
         return (*grads, None, None)
@@ -151,18 +151,62 @@ class BatchNormBlock(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, *tangents):
         raise NotImplementedError(
-            f"{ctx.block.op}: forward-mode AD is not supported where a norm takes statistics of the batch; use "
+            f"{ctx.op}: forward-mode AD is not supported where a norm takes statistics of the batch; use "
             f"backward mode, or put the norms into eval mode"
         )
 
 
-class _FirstDerivative(torch.autograd.Function):
-    """The gradients of a block under create_graph: a graph that says in its own backward that there is no second."""
+class NormLater(torch.autograd.Function):
+    """(y, vectors of its norm): the norm with statistics of the batch of a y that a block takes through it on reading.
+
+    The gradient that comes back to y is that of the value behind the norm and `act`, as in a chain of blocks.
+    """
 
     @staticmethod
-    def forward(ctx, block_ctx, grad_out, *saved):
-        ctx.op = block_ctx.block.op
-        return _gradients(block_ctx, grad_out, *saved)
+    def forward(ctx, y, gamma, beta, op: str, act: int, batch: Batch):
+        ops = torch.ops.dsconv_cuda
+        with torch._C._AutoDispatchBelowAutograd():
+            moments, count = batch.join_moments(ops.moments(y))
+            if batch.track is not None:
+                batch.track(moments, count)
+            vectors = ops.norm_vectors(moments, gamma, beta, batch.eps)
+        ctx.op, ctx.act, ctx.batch, ctx.count = op, act, batch, count
+        ctx.save_for_backward(y, vectors)
+        ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma, beta)]
+        ctx.mark_non_differentiable(vectors)
+        ctx.set_materialize_grads(False)
+        return y.view_as(y), vectors
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 6
+        if torch.is_grad_enabled():
+            return (*_FirstDerivative.apply(_norm_gradients, ctx.op, ctx, grad, *ctx.saved_tensors), None, None, None)
+        return (*_norm_gradients(ctx, grad, *ctx.saved_tensors), None, None, None)
+
+    jvp = staticmethod(BatchNormBlock.jvp)
+
+
+def _norm_gradients(ctx, grad, y, vectors) -> tuple:
+    """Of (y, gamma, beta)."""
+    ops = torch.ops.dsconv_cuda
+    with torch._C._AutoDispatchBelowAutograd():
+        sums = ops.norm_act_sums(grad, y, vectors, ctx.act)
+        grad_y = None
+        if ctx.needs_input_grad[0]:
+            grad_y = ops.norm_act_grad(grad, y, vectors, ctx.batch.join_sums(sums), ctx.count, ctx.act)
+    affine = _affine_gradients(sums, *ctx.affine_dtypes)
+    return tuple(g if w else None for g, w in zip((grad_y, *affine), ctx.needs_input_grad, strict=False))
+
+
+class _FirstDerivative(torch.autograd.Function):
+    """`gradients` of a Function under create_graph: a graph that says in its own backward that there is no second."""
+
+    @staticmethod
+    def forward(ctx, gradients: Callable, op: str, *arguments):
+        ctx.op = op
+        return gradients(*arguments)
 
     @staticmethod
     def backward(ctx, *_):

@@ -96,7 +96,7 @@ def _backward_op_by_op(ctx, grad) -> tuple:
     )
     norms = (Batch(eps, count, None) for eps in call.eps)
     linear = dataclasses.replace(config, out_act=IDENTITY)
-    ctx.block = Block(op, linear, config.out_act, *norms, call.recompute, call.in_act, call.defer)
+    ctx.op, ctx.block = op, Block(op, linear, config.out_act, *norms, call.recompute, call.in_act, call.defer)
     ctx.count1 = ctx.count2 = float(count)
     ctx.affine_dtypes = [x.dtype if needed else None for needed in ctx.needs_input_grad[5:9]]
     return BatchNormBlock.backward(ctx, grad)

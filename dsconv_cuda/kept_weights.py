@@ -21,6 +21,7 @@ for subclasses of Tensor and Parameter, parametrized weights and inference tenso
 by compiled_weights.py.
 """
 
+import functools
 import weakref
 
 import torch
@@ -66,8 +67,12 @@ class KeptCall:
         "stride",
     )
 
-    def __call__(self, module: nn.Module, input: Tensor) -> Tensor | None:
-        """What `module` makes of `input`; None where the call is not plain or anything but the input has changed."""
+    def __call__(self, module: nn.Module, input: Tensor, in_norm: tuple[Tensor, int] | None = None) -> Tensor | None:
+        """What `module` makes of `input`; None where the call is not plain or anything but the input has changed.
+
+        in_norm: the vectors of a norm and the number of an activation that the input goes through first, in calls that
+        need no gradient.
+        """
         if type(input) is not Tensor or not nobody_watches():
             return None
         dw_weight, dw_bias = self.dw_weight, self.dw_bias
@@ -103,7 +108,8 @@ class KeptCall:
             memory = self.memory
             if memory is None:
                 memory = self.memory = self._allocate()
-            return self.op(input, dw_weight, pw_weight, dw_bias, pw_bias, memory, version)
+            arguments = (input, dw_weight, pw_weight, dw_bias, pw_bias, memory, version)
+            return self.op(*arguments) if in_norm is None else _fwd_after_norm()(*arguments, *in_norm)
         except (AttributeError, RuntimeError, TypeError, ValueError):
             # The call with all its checks says what is wrong, if anything is. Not every Exception: activation
             # checkpointing ends its recomputation by one of its own.
@@ -115,6 +121,11 @@ class KeptCall:
 
     def _drop(self, module: nn.Module) -> None:
         module.__dict__.pop("_kept_call", None)
+
+
+@functools.cache
+def _fwd_after_norm():
+    return torch.ops.dsconv_cuda.fwd_after_norm_kept.default
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:

@@ -336,5 +336,6 @@ def register_python_parts() -> None:
             compiled_weights.register(_fragment, _fwd_fake, forward_vmap(torch.ops.dsconv_cuda.fwd))
             importlib.import_module(".compiled_folding", __package__).register(_fragment, _fwd_fake)
         # Called below autograd and only there.
-        for name in ("keep", "fwd_kept", "fwd_with_pre_kept", "bwd_kept", "seen_again", "train_fwd", "train_bwd"):
+        below = ("keep", "fwd_kept", "fwd_after_norm_kept", "fwd_with_pre_kept", "bwd_kept", "seen_again")
+        for name in (*below, "train_fwd", "train_bwd"):
             _fragment.impl(name, torch.library.fallthrough_kernel, "Autograd")

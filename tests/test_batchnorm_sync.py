@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from dsconv_cuda import DepthwiseSeparableConvBN2d, DepthwiseSeparableSequence
+from dsconv_cuda import DepthwiseSeparableConvBN2d, DepthwiseSeparableSequence, fuse
 
 PARTS = ((3, 2), (1, 4), (5, 0))
 
@@ -100,6 +100,28 @@ def work(rank, port):
                 optimizer.step()
         for b, c in zip(model.buffers(), alone.buffers()):
             close(b, c)
+    # fuse(), with a norm before the depthwise convolution.
+    for parts in PARTS:
+        mine = slice(0, parts[0]) if rank == 0 else slice(parts[0], None)
+        sides = []
+        for form in (nn.SyncBatchNorm.convert_sync_batchnorm, lambda model: model):
+            torch.manual_seed(0)
+            layers = (
+                nn.Conv2d(6, 8, 1), nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 8, 3, 2, 1, groups=8),
+                nn.BatchNorm2d(8), nn.SiLU(), nn.Conv2d(8, 9, 1), nn.BatchNorm2d(9),
+            )
+            sides.append(fuse(form(nn.Sequential(*layers).double()), inplace=True))
+        x, dy = torch.randn(5, 6, 11, 7, dtype=torch.float64), torch.randn(5, 9, 6, 4, dtype=torch.float64)
+        (out, grad_x), (expected, expected_grad_x) = step(sides[0], x[mine], dy[mine]), step(sides[1], x, dy)
+        close(out, expected[mine])
+        close(grad_x, expected_grad_x[mine])
+        for p, q in zip(sides[0].parameters(), sides[1].parameters()):
+            grad = p.grad if p.grad is not None else torch.zeros_like(p)
+            dist.all_reduce(grad)
+            close(grad, q.grad)
+        for b, c in zip(sides[0].buffers(), sides[1].buffers()):
+            close(b, c)
+        assert all(type(m).__name__.startswith(("Fused", "Absorbed")) for m in list(sides[0])[1:])
     # With the norms as they are: statistics of each process's own.
     mine = slice(0, 2) if rank == 0 else slice(2, 4)
     block, x, dy = make(torch.float64)

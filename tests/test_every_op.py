@@ -15,7 +15,9 @@ ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot
 SCHEMA = ("test_schema",)
 
 # Called below autograd, for plain tensors of the CPU, and never traced: no fake kernels.
-EAGER_ONLY = ("keep", "fwd_kept", "fwd_with_pre_kept", "bwd_kept", "seen_again", "train_fwd", "train_bwd")
+EAGER_ONLY = (
+    "keep", "fwd_kept", "fwd_after_norm_kept", "fwd_with_pre_kept", "bwd_kept", "seen_again", "train_fwd", "train_bwd"
+)  # fmt: skip
 
 
 class Operands:
@@ -63,6 +65,8 @@ class Operands:
         kept, weights = ops.keep(*of["keep"]), (x, dw, pw, dw_bias)
         of["fwd_kept"] = (*weights, pw_bias, kept, 0)
         y = ops.fwd_kept(*of["fwd_kept"])
+        vectors = torch.rand(4, 6, dtype=torch.float64, device=x.device)
+        of["fwd_after_norm_kept"] = (*weights, pw_bias, ops.keep(dw, pw, *GEOMETRY, SILU, TANH), 0, vectors, SILU)
         of["fwd_with_pre_kept"] = (*weights, pw_bias, kept)
         of["bwd_kept"] = (torch.randn_like(y), *weights, y, kept, 31)
         of["seen_again"] = ([torch.ones(4)], [torch.ones(2, 3)], torch.zeros(2 + 4 * (4 + 4), dtype=torch.uint8))

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from dsconv_cuda import activations
 from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN
-from dsconv_cuda.fusion.chain import NONE, Chain, chain_of
+from dsconv_cuda.fusion.chain import NONE, Chain, NormBefore, chain_of
 from dsconv_cuda.kept_weights import has_hooks
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 
@@ -78,8 +78,12 @@ def find(model: nn.Module, *, forget_times: bool = False) -> list[Finding]:
         except _No as no:
             findings.append(Finding(names[module], False, str(no)))
         else:
-            members = tuple(names[child] for _, _, child in chain.places)
-            findings.append(Finding(names[module], True, _describe(chain), members, chain))
+            findings.append(Finding(names[module], True, "", (), chain))
+    _leave_norms_to_their_chains([finding.chain for finding in findings if finding.chain is not None])
+    for finding in findings:
+        if finding.chain is not None:
+            finding.reason = _describe(finding.chain)
+            finding.members = tuple(names[child] for _, _, child in finding.chain.all_places())
     findings += [
         Finding(name, True, "a fused module by itself", (name,))
         for module, name in names.items()
@@ -87,6 +91,14 @@ def find(model: nn.Module, *, forget_times: bool = False) -> list[Finding]:
     ]
     order = list(names.values())
     return sorted(findings, key=lambda finding: order.index(finding.name))
+
+
+def _leave_norms_to_their_chains(chains: list[Chain]) -> None:
+    """A norm that ends one chain is not the norm before the next."""
+    members = {child for chain in chains for _, _, child in chain.places}
+    for chain in chains:
+        if chain.before is not None and any(child in members for _, _, child in chain.before.places):
+            chain.before = None
 
 
 def is_depthwise(module: nn.Module) -> bool:
@@ -99,7 +111,7 @@ def is_depthwise(module: nn.Module) -> bool:
 
 def _fused_already(module: nn.Module, names: dict) -> Finding:
     chain = chain_of(module)
-    members = tuple(names[child] for _, _, child in chain.places if child in names)
+    members = tuple(names[child] for _, _, child in chain.all_places() if child in names)
     reason = _describe(chain)
     if chain.extent() == NONE:
         reason = "fused, but its modules run one by one: one was changed since, or BatchNorm trains without kernels"
@@ -107,7 +119,9 @@ def _fused_already(module: nn.Module, names: dict) -> Finding:
 
 
 def _describe(chain: Chain) -> str:
-    steps = ["depthwise", "BatchNorm" if chain.bn1 is not None else None, _named(chain.activation), "pointwise"]
+    before = ["BatchNorm", _named(chain.before.activation)] if chain.before is not None else []
+    steps = [*before, "depthwise", "BatchNorm" if chain.bn1 is not None else None, _named(chain.activation)]
+    steps.append("pointwise")
     steps += ["BatchNorm" if chain.bn2 is not None else None, _named(chain.out_activation)]
     text = " -> ".join(step for step in steps if step)
     if chain.needs_rewriting:
@@ -248,6 +262,15 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.opaque = opaque
 
+    def create_node(self, *args, **kwargs) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        node.meta["switches"] = (
+            torch.is_grad_enabled(),
+            torch.is_inference_mode_enabled(),
+            *(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+        )
+        return node
+
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         leaf = (*_CONVOLUTIONS, nn.modules.batchnorm._BatchNorm, *FUSED_MODULES)
         return module in self.opaque or isinstance(module, leaf) or super().is_leaf_module(module, qualified_name)
@@ -344,6 +367,9 @@ def _chain_in_every_mode(conv: nn.Module, modes: list[_Mode], names: dict, place
         > 1
     ):
         raise _No("training and evaluation take different ways")
+    ways = {None if chain.before is None else (chain.before.norm, chain.before.activation) for chain in chains}
+    if len(ways) > 1:
+        chains[0].before = None
     return chains[0]
 
 
@@ -363,7 +389,38 @@ def _chain_in(conv: nn.Module, mode: _Mode, names: dict, places: dict) -> Chain 
     chain = Walk(graph, node).chain(conv, places)
     if chain.needs_rewriting:
         chain.rewritten = _common_parent(chain, names)
+    else:
+        chain.before = _norm_before(graph, node, places)
     return chain
+
+
+def _norm_before(graph: Graph, conv: fx.Node, places: dict) -> NormBefore | None:
+    """What stands in front of a depthwise convolution, where that alone takes its result."""
+    members: list[nn.Module] = []
+    node, activation = conv, None
+    while True:
+        (node,) = (*node.args, *node.kwargs.values())
+        module = graph.modules.get(node) if isinstance(node, fx.Node) else None
+        if module is None or len(node.users) != 1 or len(graph.calls[module]) != 1 or has_hooks(module):
+            return None
+        if len(node.args) + len(node.kwargs) != 1 or node.meta["switches"] != conv.meta["switches"]:
+            return None
+        members.insert(0, module)
+        try:
+            if _is_batch_norm(module, graph.modules[conv]):
+                _check_batch_norm(module)
+                if _has_activation(module):
+                    if activation is not None:
+                        return None
+                    activation = _activation_of_module(module.act)
+                return NormBefore(module, activation or "identity", [places[m] for m in members])
+            if type(module) is nn.Identity:
+                continue
+            if activation is not None or not _is_activation(module):
+                return None
+            activation = _activation_of_module(module)
+        except _No:
+            return None
 
 
 def _common_parent(chain: Chain, names: dict) -> nn.Module:
@@ -470,6 +527,8 @@ class Walk:
         (node,) = users
         if node.op == "output":
             raise _No("nothing follows it in the part of the model that can be traced")
+        if node.meta["switches"] != self.node.meta["switches"]:
+            raise _No("gradients or autocast are switched after it")
         module = self.graph.modules.get(node)
         if module is not None and (node.args != (self.node,) or node.kwargs):
             raise _No(f"{type(module).__name__} takes more than its result")

@@ -9,6 +9,8 @@ import threading
 import torch
 from torch import Tensor, nn
 
+from dsconv_cuda import kept_weights
+from dsconv_cuda.activations import activation_number
 from dsconv_cuda.batchnorm import fold_norm
 from dsconv_cuda.batchnorm_module import arguments_of
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
@@ -26,16 +28,28 @@ def fold(conv: nn.Module, bn: nn.Module | None) -> tuple[Tensor, Tensor | None]:
     return fold_norm(conv.weight, conv.bias, arguments_of(bn, synchronised=False))
 
 
+def norm_vectors(norm: nn.Module) -> Tensor:
+    """Of a norm in evaluation, as the ops take them."""
+    moments = torch.stack((norm.running_mean, norm.running_var)).double()
+    affine = (
+        t if t is None or t.dtype in (torch.float32, torch.float64) else t.float() for t in (norm.weight, norm.bias)
+    )
+    return torch.ops.dsconv_cuda.norm_vectors(moments, *affine, norm.eps)
+
+
 class Folded:
-    """A chain up to `bn2` and `out_activation` for calls without gradients: a module of the folded weights.
+    """A chain up to `bn2` and `out_activation` for calls without gradients: a module of the folded weights, with
+    `before` behind that norm and its activation.
 
     Where tensors are no plain ones, `unkept` makes the call instead.
     """
 
-    def __init__(self, chain, bn2: nn.Module | None, out_activation: str, unkept):
+    def __init__(self, chain, before, bn2: nn.Module | None, out_activation: str, unkept):
         self.chain, self.unkept = chain, unkept
-        self.bn1, self.bn2 = chain.bn1, bn2
-        self.sources = [m for m in (chain.depthwise, self.bn1, chain.pointwise, self.bn2) if m is not None]
+        self.before, self.bn1, self.bn2 = before, chain.bn1, bn2
+        self.in_norm: tuple[Tensor, int] | None = None
+        sources = (before and before.norm, chain.depthwise, self.bn1, chain.pointwise, self.bn2)
+        self.sources = [m for m in sources if m is not None]
         self.tensors: list[Tensor] = []
         self.versions: list[int] = []
         self.seen: Seen | None = None
@@ -66,14 +80,22 @@ class Folded:
                 self.tensors, self.seen = tensors, None
             if self._changed():
                 self._fold_again()
-        return self.module.forward(x)
+            in_norm = self.in_norm
+        return self.module.forward(x) if in_norm is None else self._after_norm(x, in_norm)
+
+    def _after_norm(self, x: Tensor, in_norm: tuple[Tensor, int]) -> Tensor:
+        if "_kept_call" not in vars(self.module):
+            kept_weights.keep(self.module, x)
+        call = vars(self.module).get("_kept_call")
+        y = None if call is None else call(self.module, x, in_norm)
+        return self.module.forward(torch.ops.dsconv_cuda.norm_act(x, *in_norm)) if y is None else y
 
     def _changed(self) -> bool:
         """Whether to fold again; remembers what it saw."""
         first = self.seen is None
         if first:
             self.seen = Seen()
-        if self.bn1 is None and self.bn2 is None:  # nothing folds; modules.py looks after the weights themselves
+        if self.before is self.bn1 is self.bn2 is None:  # nothing folds; modules.py looks after the weights themselves
             return first
         versions = [t._version for t in self.tensors]
         vectors = [t for t in self.tensors if t.dim() == 1]
@@ -83,6 +105,9 @@ class Folded:
         return not same
 
     def _fold_again(self) -> None:
+        if self.before is not None:
+            with torch.no_grad():
+                self.in_norm = norm_vectors(self.before.norm), activation_number(self.before.activation)
         pairs = (
             (self.module.depthwise, self.chain.depthwise, self.bn1),
             (self.module.pointwise, self.chain.pointwise, self.bn2),

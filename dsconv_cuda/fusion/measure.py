@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_cuda.activations import ACTIVATIONS
-from dsconv_cuda.fusion.chain import ALL, NONE, Chain
+from dsconv_cuda.fusion.chain import ALL, NONE, WITH_NORM, Chain
 
 SLOWER = 1.03
 _ROUNDS, _LEAST_SECONDS, _WARM_UP_CALLS = 15, 1e-3, 3
@@ -77,7 +77,8 @@ def judge(model: nn.Module, example, chains: list[Chain]) -> dict[Chain, Verdict
         inputs = _inputs(model, example, [chain.depthwise for chain in chains])
         for chain in chains:
             given = inputs.get(chain.depthwise)
-            extent = NONE if given is None or given.device.type == "meta" else chain.extent()
+            with torch.set_grad_enabled(model.training):
+                extent = NONE if given is None or given.device.type == "meta" else chain.extent()
             if extent == NONE:  # then fusing changes nothing
                 continue
             key = (given, extent, *_kind(chain))
@@ -119,14 +120,16 @@ def _kind(chain: Chain) -> tuple:
         (conv.weight.shape, conv.weight.stride(), conv.bias is not None, conv.weight.requires_grad)
         for conv in convolutions
     ]
-    conv = chain.depthwise
+    conv, before = chain.depthwise, chain.before
     geometry = (conv.stride, conv.padding, conv.dilation)
+    if before is not None:
+        norms.append((type(before.norm), before.norm.training, before.norm.affine, before.activation))
     return (*geometry, *weights, *norms, chain.activation, chain.out_activation, chain.needs_rewriting)
 
 
 def _calls(chain: Chain, x: Tensor, extent: int, training: bool) -> tuple[Callable, Callable]:
     steps = _modules(chain, extent)
-    parameters = [p for _, _, module in chain.places for p in module.parameters(recurse=False) if p.requires_grad]
+    parameters = [p for _, _, module in chain.all_places() for p in module.parameters(recurse=False) if p.requires_grad]
     wanted = [*parameters, *([x] if x.requires_grad else [])]
 
     def one_by_one():
@@ -159,13 +162,16 @@ def _calls(chain: Chain, x: Tensor, extent: int, training: bool) -> tuple[Callab
 
 
 def _modules(chain: Chain, extent: int) -> list[Callable]:
-    """The steps of the chain as the model takes them: up to the pointwise convolution where `extent` is not ALL."""
+    """The steps of the chain as the model takes them, as far as `extent`.
+
+    What is before the depthwise convolution takes and gives a tensor of that one's size.
+    """
     if chain.needs_rewriting:
         act, out_act = (ACTIVATIONS[name].value for name in (chain.activation, chain.out_activation))
         steps = [chain.depthwise, chain.bn1, act, chain.pointwise, chain.bn2, out_act]
     else:
-        steps = [module for _, _, module in chain.places]
-    if extent != ALL:
+        steps = [module for _, _, module in (chain.all_places() if extent == WITH_NORM else chain.places)]
+    if extent < ALL:
         steps = steps[: steps.index(chain.pointwise) + 1]
     return [step for step in steps if step is not None]
 

@@ -1,0 +1,353 @@
+"""The BatchNorm and the activation before a depthwise convolution, which fuse() makes part of the chain: its kernels
+take their input through both as they read it."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from fusion_models import MODELS, assert_as_precise, build, calls, depthwise, image, pointwise, randomized
+from shapes import ALL, WINDOWS, identify, thinned, with_dtype
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from dsconv_cuda import _loader, explain_fusion, fuse, unfuse
+from dsconv_cuda.activations import ACTIVATIONS
+from dsconv_cuda.fusion.chain import ALL as FROM_DEPTHWISE
+from dsconv_cuda.fusion.chain import WITH_NORM, chain_of
+
+pytestmark = pytest.mark.usefixtures("isa")
+
+ONE_ISA = pytest.mark.one_isa
+
+
+def needs_kernels(device):
+    if not _loader.batch_norm_kernels_loaded(device.type):
+        pytest.skip("no kernels for norms on this device")
+
+
+def block(channels=8, width=12, *, out=8, activation=nn.ReLU6, out_activation=None) -> nn.Sequential:
+    """1x1 -> norm -> activation -> depthwise -> norm -> activation -> 1x1 -> norm."""
+    expand = nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width), activation()
+    middle = depthwise(width), nn.BatchNorm2d(width), activation()
+    return randomized(
+        nn.Sequential(*expand, *middle, *pointwise(width, out), *((out_activation and [out_activation]) or []))
+    )
+
+
+def extent_of(model: nn.Module) -> int:
+    (chain,) = {chain_of(m) for m in model.modules()} - {None}
+    return chain.extent()
+
+
+# ---- the op ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("case", "dtype", "channels_last"), with_dtype(thinned(ALL, 3) + WINDOWS[:2]), ids=identify)
+def test_forward_after_a_norm(case, dtype, channels_last, isa, device):
+    """At most twice as far from float64 as the norm by itself and then the forward; kept weights give the same bits."""
+    if device.type != "cpu" or not _loader.has_kernel("fwd_after_norm_kept", "CPU"):
+        pytest.skip("an op of the CPU kernels")
+    ops = torch.ops.dsconv_cuda
+    x, dw, pw, dw_bias, pw_bias = case.tensors(dtype, device, channels_last)
+    vectors = torch.randn(4, case.c, dtype=torch.float64).abs_() + 0.1
+    act = ACTIVATIONS["silu"].number
+    padding = case.padding
+    if padding == "same":
+        spans = [d * (k - 1) for k, d in zip(case.kernel, case.dilation, strict=True)]
+        padding = (spans[0] // 2, spans[1] // 2, spans[0] - spans[0] // 2, spans[1] - spans[1] // 2)
+    else:
+        padding = (*padding, *padding)
+    geometry = (case.stride, padding, case.dilation)
+    acts = (ACTIVATIONS[case.activation].number, ACTIVATIONS[case.out_activation].number)
+    kept, other = (ops.keep(dw, pw, *geometry, *acts) for _ in range(2))
+    first = ops.fwd_after_norm_kept(x, dw, pw, dw_bias, pw_bias, kept, 0, vectors, act)
+    assert torch.equal(ops.fwd_after_norm_kept(x, dw, pw, dw_bias, pw_bias, kept, 0, vectors, act), first)
+    rounded = ops.fwd_kept(ops.norm_act(x, vectors, act), dw, pw, dw_bias, pw_bias, other, 0)
+    mean, invstd, gamma, beta = (v.view(1, -1, 1, 1) for v in vectors)
+    u = nn.functional.silu(gamma * (x.double() - mean) * invstd + beta)
+    exact = ops.fwd(u, *(None if t is None else t.double() for t in (dw, pw, dw_bias, pw_bias)), *geometry, *acts)
+    assert first.stride() == rounded.stride()
+    off, allowed = (torch.linalg.vector_norm(t.double() - exact) for t in (first, rounded))
+    assert off <= 2 * allowed + torch.finfo(dtype).eps * torch.linalg.vector_norm(exact)
+
+
+# ---- fused models ----------------------------------------------------------------------------------------------------
+
+
+@ONE_ISA
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("activation", [nn.ReLU6, nn.SiLU, nn.Identity])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_block_is_as_precise(training, activation, layout, device):
+    needs_kernels(device)
+    model = block(activation=activation, out_activation=nn.Hardswish()).to(device).train(training)
+    fused, x = fuse(model), image(device).contiguous(memory_format=layout)
+    assert_as_precise(model, fused, x)
+    with torch.set_grad_enabled(training):
+        assert extent_of(fused) == WITH_NORM
+    assert calls(copy.deepcopy(fused), x).normalized == 0
+
+
+@ONE_ISA
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_evaluation_without_gradients(name, device):
+    """Called again and after changes, counted by PyTorch or not, to what is folded and to the norm before."""
+    needs_kernels(device)
+    model = build(name, device).eval()
+    fused, x = fuse(model), image(device, name=name)
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for change in (
+        lambda norm: None,
+        lambda norm: norm.weight.mul_(1.5),
+        lambda norm: norm.running_mean.add_(0.5),
+        lambda norm: norm.bias.data.sub_(0.25),
+        lambda norm: norm.running_var.data.mul_(2),
+    ):
+        for norm in norms:
+            change(norm)
+        exact = copy.deepcopy(model).double()(x.double())
+        stock, first, second = model(x), fused(x), fused(x)
+        assert torch.equal(first, second)
+        off, allowed = (torch.linalg.vector_norm(t - exact) for t in (first, stock))
+        assert off <= 2 * allowed + 1e-7 * torch.linalg.vector_norm(exact)
+    with torch.inference_mode():
+        assert torch.equal(fused(x), second)
+
+
+@ONE_ISA
+def test_what_is_kept_for_backward(device):
+    """One tensor for each of the three convolutions: the input, the value before the norm, and that before the last."""
+    needs_kernels(device)
+    kept = {}
+
+    def pack(t):
+        if t.dim() == 4 and not isinstance(t, nn.Parameter):
+            kept[t.untyped_storage().data_ptr()] = t
+        return t
+
+    fused, x = fuse(block(channels=8, width=12, out=10).to(device)), image(device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = fused(x)
+    assert y.requires_grad
+    assert sorted(t.shape[1] for t in kept.values()) == [8, 10, 12]
+
+
+@ONE_ISA
+@pytest.mark.parametrize("training", [False, True])
+def test_norms_that_change_their_mode(training, device):
+    """Frozen ones among others, and the other way round: then the norm runs by itself."""
+    needs_kernels(device)
+    for frozen in (("1",), ("4",), ("7",), ("1", "7"), ("4", "7")):
+        model = block().to(device).train(training)
+        for name in frozen:
+            model.get_submodule(name).train(not training)
+        fused = fuse(model)
+        assert_as_precise(model, fused, image(device))
+        if training:
+            assert extent_of(fused) == (WITH_NORM if frozen in (("4",), ("7",)) else FROM_DEPTHWISE)
+
+
+@ONE_ISA
+@pytest.mark.parametrize("at", ["1", "2", "3", "4"])
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_and_exchanges_that_come_later(training, at, device):
+    needs_kernels(device)
+    model = block().to(device).train(training)
+    x = image(device)
+    for change in (
+        lambda m, seen: m.get_submodule(at).register_forward_hook(lambda _, i, o: seen.append(o.detach().clone())),
+        lambda m, seen: setattr(m, at, nn.Identity() if at != "3" else depthwise(12)),
+    ):
+        torch.manual_seed(1)
+        fused, seen, expected_seen = fuse(copy.deepcopy(model)), [], []
+        change(fused, seen)
+        torch.manual_seed(1)
+        change(model_ := copy.deepcopy(model), expected_seen)
+        if at == "3" and not seen:
+            model_.load_state_dict(fused.state_dict())
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(fused(x), model_(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(seen, expected_seen, rtol=1e-4, atol=1e-4)
+
+
+@ONE_ISA
+def test_autocast_and_lower_precision(device):
+    needs_kernels(device)
+    for training in (False, True):
+        model = block(activation=nn.SiLU).to(device).train(training)
+        fused, x = fuse(copy.deepcopy(model)), image(device)
+        exact = copy.deepcopy(model).double()(x.double())
+        with torch.autocast(device.type, torch.bfloat16), torch.set_grad_enabled(training):
+            expected, y = model(x), fused(x)
+        assert y.dtype == expected.dtype
+        off, allowed = (torch.linalg.vector_norm(t.double() - exact) for t in (y, expected))
+        assert off <= 2 * allowed
+        for ours, theirs in zip(fused.buffers(), model.buffers(), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+    for dtype in (torch.bfloat16, torch.float16):
+        model = block(activation=nn.SiLU).to(device, dtype)
+        assert_as_precise(model, fuse(model), image(device, dtype))
+        with torch.no_grad():
+            exact = copy.deepcopy(model).eval().double()(image(device).double())
+            torch.testing.assert_close(fuse(model.eval())(image(device, dtype)).shape, exact.shape)
+
+
+@ONE_ISA
+def test_errors_are_those_of_batch_norm(device):
+    needs_kernels(device)
+    model = block(out=8).to(device)
+    fused = fuse(model)
+    with pytest.raises(ValueError, match=r"Expected more than 1 value per channel when training.*\[1, 12, 1, 1\]"):
+        fused(torch.randn(1, 8, 1, 1, device=device))
+    y = fused(image(device).requires_grad_())
+    grad = torch.autograd.grad(y.square().sum(), fused[0].weight, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        torch.autograd.grad(grad.square().sum(), fused[0].weight)
+    x = image(device)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        assert torch.autograd.forward_ad.unpack_dual(fused(dual)).tangent is not None  # module by module
+
+
+class Checkpointed(nn.Module):
+    """Each half, or one of them, in a checkpoint of its own."""
+
+    def __init__(self, whole, cut, halves, reentrant):
+        super().__init__()
+        self.whole, self.cut, self.halves, self.reentrant = whole, cut, halves, reentrant
+
+    def forward(self, x):
+        for part, checked in zip((self.whole[: self.cut], self.whole[self.cut :]), self.halves, strict=True):
+            x = checkpoint(part, x, use_reentrant=self.reentrant) if checked else part(x)
+        return x
+
+
+@ONE_ISA
+@pytest.mark.parametrize("halves", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("cut", [2, 3, 4, 6])
+def test_checkpointing_across_the_chain(cut, reentrant, halves, device):
+    needs_kernels(device)
+    model, x = block().to(device, torch.float64), image(device, torch.float64)
+    runs = []
+    for module in (copy.deepcopy(model), fuse(copy.deepcopy(model))):
+        mine = x.clone().requires_grad_()
+        y = Checkpointed(module, cut, halves, reentrant)(mine)
+        y.square().sum().backward()
+        runs.append([y.detach(), mine.grad, *(p.grad for p in module.parameters())])
+    for actual, expected in zip(*reversed(runs), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+class FrozenStem(nn.Module):
+    """Gradients are off up to the norm, by the code of forward, which a tracer runs; or by an attribute later."""
+
+    def __init__(self, off: bool):
+        super().__init__()
+        layers = block(activation=nn.ReLU)
+        self.stem, self.rest, self.off = layers[:3], layers[3:], off
+
+    def forward(self, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.off):
+            x = self.stem(x)
+        return self.rest(x)
+
+
+@ONE_ISA
+def test_gradients_that_are_switched_within(device):
+    needs_kernels(device)
+    model = FrozenStem(off=True).to(device)
+    assert explain_fusion(model)[0].reason.startswith("depthwise")
+    x = image(device)
+    torch.testing.assert_close(fuse(model)(x), copy.deepcopy(model)(x), rtol=1e-4, atol=1e-4)
+    fuse(model)(x).sum().backward()
+    assert model.rest[0].weight.grad is not None
+    for training in (False, True):
+        model = FrozenStem(off=False).to(device).train(training)
+        fused = fuse(model)
+        assert explain_fusion(model)[0].reason.startswith("BatchNorm -> relu -> depthwise")
+        fused.off = True
+        with pytest.raises(RuntimeError, match="gradients were switched on or off"):
+            fused(image(device))
+        fused.off = False
+        assert_as_precise(model, fused, image(device))
+        with torch.no_grad():
+            fused(image(device))
+
+
+@ONE_ISA
+def test_a_part_that_is_called_by_itself(device):
+    """The depthwise convolution makes the rest of the chain of what it is given then, as it does without a norm."""
+    needs_kernels(device)
+    model = block(out=10).to(device).eval()
+    fused = fuse(model)
+    with torch.no_grad():
+        middle = model[:3](image(device))
+        torch.testing.assert_close(fused[3:](middle), model[3:](middle), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fused(image(device)).shape, model(image(device)).shape)
+        torch.testing.assert_close(fused[3:](middle), model[3:](middle), rtol=1e-4, atol=1e-4)
+
+
+LEFT_OUT = {
+    "used twice": lambda m: nn.Sequential(*m[:2], SumOf(m[2], m[3:])),
+    "hook": lambda m: m[1].register_forward_hook(lambda *_: None) and m,
+    "another activation": lambda m: nn.Sequential(*m[:2], nn.PReLU(), *m[3:]),
+    "two activations": lambda m: nn.Sequential(*m[:2], nn.ReLU(), nn.ReLU(), *m[3:]),
+    "no statistics": lambda m: nn.Sequential(m[0], nn.BatchNorm2d(12, track_running_stats=False), *m[2:]),
+    "group norm": lambda m: nn.Sequential(m[0], nn.GroupNorm(3, 12), *m[2:]),
+    "pool between": lambda m: nn.Sequential(*m[:3], nn.AvgPool2d(1), *m[3:]),
+    "end of another chain": lambda m: nn.Sequential(depthwise(), nn.Conv2d(8, 12, 1), *m[1:]),
+}
+
+
+class SumOf(nn.Module):
+    def __init__(self, first, rest):
+        super().__init__()
+        self.first, self.rest = first, rest
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.rest(x) + x.mean()
+
+
+@ONE_ISA
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_is_left_to_run_by_itself(name, device):
+    model = LEFT_OUT[name](block()).to(device).eval()
+    finding = explain_fusion(model)[-1]
+    assert finding.taken
+    assert finding.reason.startswith("depthwise")
+    x = image(device)
+    with torch.no_grad():
+        torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@ONE_ISA
+def test_copies_and_classes(device):
+    needs_kernels(device)
+    model = block().to(device)
+    classes = [type(m) for m in model.modules()]
+    fused, x = fuse(model), image(device)
+    assert type(fused[1]).__name__ == "FusedBatchNorm2d"
+    assert type(fused[2]).__name__ == "AbsorbedReLU6"
+    assert explain_fusion(fused)[0].members == tuple("12345678"[:7])
+    assert isinstance(fused[1], nn.BatchNorm2d)
+    for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert extent_of(copied) == WITH_NORM
+        torch.testing.assert_close(copied(x), copy.deepcopy(model)(x), rtol=1e-4, atol=1e-4)
+    assert [type(m) for m in unfuse(fused).modules()] == classes
+    traced = torch.fx.symbolic_trace(fused)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == list("01234567")
+
+
+@ONE_ISA
+def test_measured_with_its_norm(device):
+    """example_input times the chain with the norm before, and the norm with the modules."""
+    needs_kernels(device)
+    for training in (False, True):
+        model = block().to(device).train(training)
+        (finding,) = explain_fusion(model, example_input=image(device))
+        assert finding.gain is not None
+        assert finding.chain.extent() == (WITH_NORM if training else FROM_DEPTHWISE)
