@@ -18,6 +18,8 @@
 // from the shape, so sums have the same bits for every number of threads.
 
 #include <cmath>
+#include <numeric>
+#include <vector>
 
 #include "cpu_norm.h"
 #include "cpu_tasks.h"
@@ -29,7 +31,8 @@ namespace {
 constexpr int64_t kMaxGroups = 32;         // partial sums of a pass
 constexpr int64_t kZTileBytes = 48 << 10;  // z of the statistics pass: read twice after it is made
 constexpr int64_t kNormTileBytes = 16 << 10;
-constexpr int64_t kLeastPlane = 32;  // pixels
+constexpr int64_t kSumTileBytes = 64 << 10;  // where a tile's sums, each channel by itself, go into those of the group
+constexpr int64_t kLeastPlane = 32;          // pixels
 using Ints = std::vector<int64_t>;
 
 // Chan's formula over the groups, in their order, into the first of them. to: [2][channels], mean and variance.
@@ -141,7 +144,7 @@ namespace {
 struct NormCall {
   NormContext ctx{};
   DType dtype = DType::f32;
-  int64_t element = 4;
+  int64_t element = 4, lanes = 1;
   const DTypeKernels* kernels = nullptr;
   std::optional<Tensor> v, grad;
 };
@@ -162,9 +165,7 @@ NormCall prepare_norm(const char* op, const Tensor& v, int64_t act) {
   call.v = walkable_or_copy(v, ctx.v.layout);
   ctx.v.data = call.v->const_data_ptr();
   ctx.v.strides = walk_strides(*call.v, ctx.v.layout);
-  ctx.ld = round_up(ctx.channels, micro_of(table, call.dtype).lanes);
-  ctx.tile_pixels = clamp64(kNormTileBytes / at_least_1(ctx.ld * call.element), 8, 256);
-  ctx.groups = clamp64(ceil_div(ctx.pixels, ctx.tile_pixels), 1, kMaxGroups);
+  call.lanes = micro_of(table, call.dtype).lanes;
   return call;
 }
 
@@ -188,22 +189,88 @@ Tensor empty_output(NormCall& call, const Tensor& like) {
 // By planes where all tensors have them, and long enough for vectors of pixels.
 void choose_planes(NormCall& call) {
   NormContext& ctx = call.ctx;
-  const int64_t plane = ctx.d * ctx.h * ctx.w, planes = ctx.n * ctx.channels;
+  const int64_t plane = ctx.d * ctx.h * ctx.w;
   const auto has_planes = [&](const ImageTensor& t) {
     return t.layout == Layout::nchw && t.strides.w == 1 && t.strides.h == ctx.w &&
            (ctx.d == 1 || t.strides.d == ctx.h * ctx.w);
   };
   ctx.planes = has_planes(ctx.v) && (ctx.grad.data == nullptr || has_planes(ctx.grad)) &&
                (ctx.out == nullptr || ctx.out_layout == Layout::nchw) && plane >= kLeastPlane;
-  if (!ctx.planes) return;
-  const int64_t bytes = planes * plane * call.element;
-  ctx.groups = clamp64(ceil_div(bytes, kNormTileBytes), 1, planes < kMaxGroups ? planes : kMaxGroups);
+}
+
+void set_tiles(NormCall& call, bool partial) {
+  NormContext& ctx = call.ctx;
+  ctx.ld = round_up(ctx.channels, call.lanes);
+  ctx.tile_pixels = clamp64((partial ? kSumTileBytes : kNormTileBytes) / at_least_1(ctx.ld * call.element), 8, 256);
+  const int64_t planes = ctx.n * ctx.channels;
+  if (ctx.planes) {
+    const int64_t bytes = ctx.pixels * ctx.channels * call.element;
+    ctx.groups = clamp64(ceil_div(bytes, kNormTileBytes), 1, planes < kMaxGroups ? planes : kMaxGroups);
+  } else {
+    ctx.groups = clamp64(ceil_div(ctx.pixels, ctx.tile_pixels), 1, kMaxGroups);
+  }
+}
+
+// Whether pixel follows pixel in memory, each with its channels.
+bool is_matrix(const ImageTensor& t, const NormContext& ctx) {
+  const int64_t row = ctx.w * ctx.channels, slice = ctx.h * row;
+  return t.layout == Layout::nhwc && t.strides.c == 1 && t.strides.w == ctx.channels && t.strides.h == row &&
+         (ctx.d == 1 || t.strides.d == slice) && (ctx.n == 1 || t.strides.n == ctx.d * slice);
+}
+
+// Channels that fill no whole vectors: some pixels side by side do, and count as one pixel with all their channels.
+// How many; 1 where this cannot be, or need not.
+int64_t join_pixels(NormCall& call) {
+  constexpr int64_t kMostChannels = 1024;
+  NormContext& ctx = call.ctx;
+  const int64_t joined = call.lanes / std::gcd(ctx.channels, call.lanes);
+  const bool as_stored = call.dtype == DType::f32 || call.dtype == DType::f64;
+  if (ctx.planes || joined == 1 || !as_stored || ctx.pixels % joined != 0 || joined * ctx.channels > kMostChannels ||
+      !is_matrix(ctx.v, ctx) || (ctx.grad.data != nullptr && !is_matrix(ctx.grad, ctx)) ||
+      (ctx.out != nullptr && ctx.out_layout != Layout::nhwc)) {
+    return 1;
+  }
+  ctx.pixels /= joined, ctx.channels *= joined;
+  ctx.n = ctx.d = ctx.h = 1, ctx.w = ctx.pixels;
+  for (ImageTensor* t : {&ctx.v, &ctx.grad}) {
+    t->strides.w = ctx.channels;
+    t->strides.h = t->strides.d = t->strides.n = ctx.pixels * ctx.channels;
+  }
+  return joined;
+}
+
+// `rows` rows of `channels` values, each row `times` times side by side.
+std::vector<double> repeated(const double* values, int64_t rows, int64_t channels, int64_t times) {
+  std::vector<double> to;
+  if (values == nullptr) return to;
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t i = 0; i < times; ++i) to.insert(to.end(), values + row * channels, values + (row + 1) * channels);
+  }
+  return to;
+}
+
+// The moments of `channels` channels from those of `parts` equal parts of their values, side by side.
+void join_moments(const double* of_parts, int64_t parts, int64_t channels, double* to) {
+  const double *means = of_parts, *variances = of_parts + parts * channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    double mean = 0, variance = 0;
+    for (int64_t i = 0; i < parts; ++i) mean += means[i * channels + c] / static_cast<double>(parts);
+    for (int64_t i = 0; i < parts; ++i) {
+      const double delta = means[i * channels + c] - mean;
+      variance += (variances[i * channels + c] + delta * delta) / static_cast<double>(parts);
+    }
+    to[c] = mean;
+    to[channels + c] = variance;
+  }
 }
 
 void run_norm(NormCall& call, const double* vectors, const double* sums, double count, bool partial,
               void (*kernel)(const NormContext&, int64_t, void*), double* to) {
   NormContext& ctx = call.ctx;
+  const int64_t channels = ctx.channels;
   if (vectors != nullptr) choose_planes(call);
+  const int64_t joined = join_pixels(call);
+  set_tiles(call, partial);
   const int64_t partials = ctx.planes ? ctx.n : ctx.groups;
   Workspace workspace(1);
   void* rows = nullptr;
@@ -212,22 +279,31 @@ void run_norm(NormCall& call, const double* vectors, const double* sums, double 
     workspace.reserve(reinterpret_cast<void**>(&ctx.partial), partials * 2 * ctx.channels * sizeof(double));
   }
   workspace.allocate();
-  if (vectors != nullptr) fill_norm_rows(call.element, ctx.channels, ctx.ld, vectors, sums, count, rows);
+  if (vectors != nullptr) {
+    std::vector<double> of, summed;
+    if (joined > 1) {
+      of = repeated(vectors, kVectorRows, channels, joined), summed = repeated(sums, 2, channels, joined);
+      vectors = of.data(), sums = sums == nullptr ? nullptr : summed.data();
+    }
+    fill_norm_rows(call.element, ctx.channels, ctx.ld, vectors, sums, count, rows);
+  }
   ctx.vectors = rows;
   const int64_t scratch = 3 * ctx.tile_pixels * ctx.ld * call.element + kCacheLine;
   for_each_task(ctx.groups, [&](int64_t group) { kernel(ctx, group, thread_scratch(scratch)); });
   if (!partial) return;
   if (vectors == nullptr) {
     const auto begin = [&](int64_t group) { return ctx.pixels * group / ctx.groups; };
+    std::vector<double> moments(static_cast<size_t>(2 * ctx.channels));
     merge_moments(
         ctx.partial, ctx.groups, ctx.channels,
         [&](int64_t group) { return static_cast<double>(begin(group + 1) - begin(group)); },
-        [](int64_t c) { return c; }, to);
-    return;
+        [](int64_t c) { return c; }, moments.data());
+    return join_moments(moments.data(), joined, channels, to);
   }
-  for (int64_t i = 0; i < 2 * ctx.channels; ++i) {
-    to[i] = 0;
-    for (int64_t part = 0; part < partials; ++part) to[i] += ctx.partial[part * 2 * ctx.channels + i];
+  for (int64_t i = 0; i < 2 * channels; ++i) to[i] = 0;
+  for (int64_t part = 0; part < partials * 2 * joined; ++part) {  // of a row, that of sums or the other
+    double* row = to + part / joined % 2 * channels;
+    for (int64_t c = 0; c < channels; ++c) row[c] += ctx.partial[part * channels + c];
   }
 }
 

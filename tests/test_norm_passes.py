@@ -12,13 +12,16 @@ pytestmark = pytest.mark.usefixtures("isa")
 
 # (n, channels, h, w): planes of fewer pixels than a vector's worth of them, of whole vectors, of a block and one more
 SIZES = [(3, 5, 1, 31), (1, 37, 1, 32), (3, 13, 5, 7), (2, 16, 16, 16), (1, 3, 1, 257), (2, 5, 23, 45)]
+# channels_last whose pixels, joined, fill vectors: 2, 4, 8 and 16 at a time; 2, which do not divide the pixels; too many
+JOINED = [(4, 24, 7, 9), (8, 58, 3, 15), (2, 20, 9, 8), (16, 13, 3, 3), (1, 40, 5, 7), (2, 1025, 2, 4), (3, 6, 2, 2, 4)]
 LAYOUTS = ["nchw", "channels_last", "rows apart", "grad channels_last"]
 
 
 def _laid_out(v, grad, layout):
     if layout == "rows apart":
         return torch.stack((v, v), -1).flatten(-2)[..., : v.shape[-1]].copy_(v), grad
-    formats = [torch.channels_last if layout in ("channels_last", of) else torch.contiguous_format for of in ("v", "")]
+    last = torch.channels_last if v.dim() == 4 else torch.channels_last_3d
+    formats = [last if layout in ("channels_last", of) else torch.contiguous_format for of in ("v", "")]
     if layout == "grad channels_last":
         formats = torch.contiguous_format, torch.channels_last
     return v.contiguous(memory_format=formats[0]), grad.contiguous(memory_format=formats[1])
@@ -77,6 +80,12 @@ def _check(size, dtype, layout, name, device):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_against_float64(size, layout, device):
     _check(size, torch.float32, layout, "tanh", device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("size", JOINED, ids=str)
+def test_pixels_that_join(size, dtype, device):
+    _check(size, dtype, "channels_last", "silu", device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

@@ -131,6 +131,11 @@ struct NormBackward {
   }
 };
 
+template <typename T>
+DSCONV_INLINE void add_difference(int64_t count, const T* sum, const T* lost, double* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] += static_cast<double>(sum[i]) - static_cast<double>(lost[i]);
+}
+
 // With Keep, g goes to out.
 template <bool Keep>
 struct NormSums {
@@ -174,10 +179,12 @@ struct NormSums {
       vstore(out[0] + u * n, sum[u]), vstore(out[1] + u * n, lost[u]);
       vstore(out[2] + u * n, paired[u]), vstore(out[3] + u * n, paired_lost[u]);
     }
-    const int64_t width = t.channels - c < U * n ? t.channels - c : U * n;
-    for (int64_t i = 0; i < width; ++i) {
-      t.sums[c + i] += static_cast<double>(out[0][i]) - static_cast<double>(out[1][i]);
-      t.paired[c + i] += static_cast<double>(out[2][i]) - static_cast<double>(out[3][i]);
+    if (t.channels - c >= U * n) {  // a loop of known length goes by vectors
+      add_difference(U * n, out[0], out[1], t.sums + c);
+      add_difference(U * n, out[2], out[3], t.paired + c);
+    } else {
+      add_difference(t.channels - c, out[0], out[1], t.sums + c);
+      add_difference(t.channels - c, out[2], out[3], t.paired + c);
     }
   }
   template <Activation A, typename T>
