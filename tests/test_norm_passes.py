@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("isa")
 
 # (n, channels, h, w): planes of fewer pixels than a vector's worth of them, of whole vectors, of a block and one more
 SIZES = [(3, 5, 1, 31), (1, 37, 1, 32), (3, 13, 5, 7), (2, 16, 16, 16), (1, 3, 1, 257), (2, 5, 23, 45)]
-# channels_last whose pixels, joined, fill vectors: 2, 4, 8 and 16 at a time; 2, which do not divide the pixels; too many
+# channels_last whose pixels, joined, fill vectors: 2, 4, 8, 16 at a time; 2, which do not divide them; too many
 JOINED = [(4, 24, 7, 9), (8, 58, 3, 15), (2, 20, 9, 8), (16, 13, 3, 3), (1, 40, 5, 7), (2, 1025, 2, 4), (3, 6, 2, 2, 4)]
 LAYOUTS = ["nchw", "channels_last", "rows apart", "grad channels_last"]
 
