@@ -48,12 +48,24 @@ static void turn_x(const BackwardContext& ctx, int64_t c, int64_t channels, int6
     return load_tile(x, stride, ctx.p.x_layout, g.d_in, g.h_in, g.w_in, channels, pixel, count, dst, ld);
   }
   NormTile<T> t = {};
-  t.rows = count, t.channels = channels;
-  const PixelTensor of = {g.n, channels, g.d_in, g.h_in, g.w_in, ld};
-  t.v = tile_of<S>(of, {x, stride, ctx.p.x_layout}, pixel, count, dst, t.v_ld);
-  t.v_ahead = t.v != dst ? count * t.v_ld : 0;
-  t.out = dst, t.out_ld = ld, t.stores = stores;
+  t.channels = channels, t.out_ld = ld, t.stores = stores;
   t.of = norm_vectors<T>(norm_from<T>(ctx.in_norm, c).rows, ctx.in_norm.ld);
+  const ImageTensor from = {x, stride, ctx.p.x_layout};
+  int64_t done = 0;
+  if constexpr (sizeof(S) == sizeof(T)) {
+    if (is_matrix({g.n, channels, g.d_in, g.h_in, g.w_in, ld}, from)) {
+      // Whole vectors reach into the channels of the next pixel, which the last ones of the tensor have not.
+      const T *first = x + pixel * stride.w, *end = x + (g.n * g.d_in * g.h_in * g.w_in - 1) * stride.w + channels;
+      const int64_t width = round_up(channels, Vec<T>::n);
+      for (done = count; done > 0 && first + (done - 1) * stride.w + width > end;) --done;
+      t.rows = done, t.v = first, t.v_ld = stride.w, t.v_ahead = count * stride.w, t.out = dst;
+      for_activation<NormForward>(ctx.in_norm.act, t);
+    }
+  }
+  if (done == count) return;
+  t.rows = count - done, t.out = dst + done * ld;
+  load_tile(x, stride, ctx.p.x_layout, g.d_in, g.h_in, g.w_in, channels, pixel + done, t.rows, t.out, ld);
+  t.v = t.out, t.v_ld = ld, t.v_ahead = 0;
   for_activation<NormForward>(ctx.in_norm.act, t);
 }
 
@@ -66,7 +78,8 @@ static void backward_turn_x(const BackwardContext& ctx, int64_t task) {
   const int64_t count = pixels - begin < plan.turned_pixels ? pixels - begin : plan.turned_pixels;
   T* const dst = static_cast<T*>(ctx.x_turned) + begin * plan.x_ld;
   const uint64_t misaligned = reinterpret_cast<uint64_t>(dst) | static_cast<uint64_t>(plan.x_ld) * sizeof(T);
-  const bool stream = plan.beyond_cache && misaligned % kCacheLine == 0;
+  const bool stream =
+      pixels * plan.x_ld * static_cast<int64_t>(sizeof(T)) > kSharedCacheBytes && misaligned % kCacheLine == 0;
   turn_x<S>(ctx, 0, g.c_in, begin, count, dst, plan.x_ld, stream ? Stores::stream : Stores::plain);
   if (stream) vstream_fence();
 }
