@@ -184,9 +184,16 @@ def norm_later(dims: int, y: Tensor, bn: BatchNormArguments, activation) -> Unno
     op = operation(dims)
     _check_norm(op, "the norm before the depthwise convolution", bn, y, y.shape[1], [y.shape[0], *y.shape[2:]])
     act = activation_number(activation, "activation", op)
-    batch = Batch(bn.eps, y.numel() // max(y.shape[1], 1), bn.process_group, functools.partial(_track, bn))
     image = y.unsqueeze(-2) if dims == 1 else y
-    image, vectors = NormLater.apply(image, _parameter(bn.weight, y), _parameter(bn.bias, y), op, act, batch)
+    count = _product([y.shape[0], *y.shape[2:]])
+    batch = Batch(bn.eps, count, bn.process_group, functools.partial(_track, bn))
+    tensors = (image, _parameter(bn.weight), _parameter(bn.bias))
+    if _in_graph() and not batch.is_shared():
+        image, vectors, moments = torch.ops.dsconv_cuda.norm_later(*tensors, bn.eps, act)
+        with torch.no_grad():
+            batch.track(moments, count)
+    else:
+        image, vectors, _ = NormLater.apply(*tensors, op, act, batch)
     return Unnormalised(image.squeeze(-2) if dims == 1 else image, vectors, act)
 
 
@@ -267,13 +274,12 @@ def block_of_chain(
         defer,
     )
     affine = [
-        _parameter(t, x)
+        _parameter(t)
         for bn, batch in ((bn1, batch1), (bn2, batch2))
         for t in ((bn.weight, bn.bias) if batch else (None, None))
     ]
     in_vectors = before.vectors if before else None
-    graph = torch.compiler.is_dynamo_compiling() or torch._C._get_tracing_state() is not None
-    if graph and not _shared(block):
+    if _in_graph() and not _shared(block):
         out, vectors, *moments = batchnorm_graph.apply((*tensors, *affine, in_vectors), block)
         with torch.no_grad():
             for batch, of_batch in zip((block.batch1, block.batch2), moments, strict=True):
@@ -333,7 +339,7 @@ def _check_norm(op: str, name: str, bn: BatchNormArguments | None, x: Tensor, ch
         raise ValueError(f"batch_norm eps must be positive during training, but got {bn.eps}")
 
 
-def _parameter(t: Tensor | None, x: Tensor) -> Tensor | None:
+def _parameter(t: Tensor | None) -> Tensor | None:
     """A parameter of a norm in the compute type."""
     return t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
 
@@ -355,6 +361,20 @@ def fold_norm(weight: Tensor, bias: Tensor | None, bn: BatchNormArguments) -> tu
     wide = torch.promote_types(weight.dtype, torch.float32)
     scaled = weight.to(wide) * scale.to(wide).view(-1, *(1,) * (weight.dim() - 1))
     return scaled.to(weight.dtype), shift.to(weight.dtype)
+
+
+def norm_vectors(bn: BatchNormArguments) -> Tensor:
+    """What the ops take of a norm with given statistics, float64."""
+    moments = torch.stack((bn.running_mean, bn.running_var)).double()
+    affine = (_parameter(t) for t in (bn.weight, bn.bias))
+    return torch.ops.dsconv_cuda.norm_vectors(moments, *affine, bn.eps)
+
+
+def through_norm(x: Tensor, vectors: Tensor, act: int) -> Tensor:
+    """act(gamma * xhat + beta) in one pass, of one dimension too."""
+    one_row = x.dim() == 3
+    out = torch.ops.dsconv_cuda.norm_act(x.unsqueeze(-2) if one_row else x, vectors, act)
+    return out.squeeze(-2) if one_row else out
 
 
 _devices_with_kernels = {"meta"}
@@ -381,6 +401,10 @@ def _refuse_what_has_no_rule(op: str) -> None:
             f"{op}: torch.func transforms are not supported where a norm takes statistics of the batch; put the "
             f"norms into eval mode, or use torch.autograd"
         )
+
+
+def _in_graph() -> bool:
+    return torch.compiler.is_dynamo_compiling() or torch._C._get_tracing_state() is not None
 
 
 def _shared(block: Block) -> bool:

@@ -157,7 +157,8 @@ class BatchNormBlock(torch.autograd.Function):
 
 
 class NormLater(torch.autograd.Function):
-    """(y, vectors of its norm): the norm with statistics of the batch of a y that a block takes through it on reading.
+    """(y, vectors of its norm, moments): the norm with statistics of the batch of a y that a block takes through it on
+    reading.
 
     The gradient that comes back to y is that of the value behind the norm and `act`, as in a chain of blocks.
     """
@@ -173,12 +174,12 @@ class NormLater(torch.autograd.Function):
         ctx.op, ctx.act, ctx.batch, ctx.count = op, act, batch, count
         ctx.save_for_backward(y, vectors)
         ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma, beta)]
-        ctx.mark_non_differentiable(vectors)
+        ctx.mark_non_differentiable(vectors, moments)
         ctx.set_materialize_grads(False)
-        return y.view_as(y), vectors
+        return y.view_as(y), vectors, moments
 
     @staticmethod
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * 6
         if torch.is_grad_enabled():

@@ -6,26 +6,31 @@ stage keeps it as one node and does not look inside, the second calls the kernel
 forward and backward into one graph of z_moments, fwd_norm, norm_act, bwd_norm and so on. That graph keeps for backward
 what the Function saves. Statistics over several processes wait for one another and are not part of a graph.
 
+``norm_later`` is the same for NormLater, a norm before a block.
+
 The number of pixels is not among the arguments: in a graph of free sizes it is no number yet, and the ops know it.
 """
 
 import torch
 from torch import Tensor
 
-from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, operation
+from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, NormLater, operation
 from dsconv_cuda.second_order import Config
 
-_SCHEMA = (
+_SCHEMAS = (
+    "norm_later(Tensor y, Tensor? gamma, Tensor? beta, float eps, int act) -> (Tensor, Tensor, Tensor)",
     "norm_block(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor? gamma1, "
     "Tensor? beta1, Tensor? gamma2, Tensor? beta2, Tensor? in_vectors, float? eps1, float? eps2, int[2] stride, int[4] "
     "padding, int[2] dilation, int act, int out_act, bool tf32, bool recompute, int in_act, bool defer) -> (Tensor, "
-    "Tensor, Tensor, Tensor)"
+    "Tensor, Tensor, Tensor)",
 )
 
 
 def register(fragment: torch.library.Library) -> None:
-    fragment.define(_SCHEMA)
+    for schema in _SCHEMAS:
+        fragment.define(schema)
     fragment.impl("norm_block", _norm_block, "CompositeImplicitAutograd")
+    fragment.impl("norm_later", _norm_later, "CompositeImplicitAutograd")
 
 
 def apply(tensors: tuple, block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -53,3 +58,7 @@ def _norm_block(*arguments):
     out, vectors, moments1, _, moments2, _ = BatchNormBlock.apply(*tensors, block)
     none = (out.new_empty(0, dtype=torch.float64) if t is None else t for t in (vectors, moments1, moments2))
     return out, *none
+
+
+def _norm_later(y, gamma, beta, eps: float, act: int):
+    return NormLater.apply(y, gamma, beta, operation(y.dim() - 2), act, Batch(eps, 0, None))

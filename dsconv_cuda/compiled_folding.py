@@ -5,6 +5,7 @@ holds the op fwd_folded, which takes the weights and the norms as they are. Its 
 again when one of them has changed (a tensor, its version, or what seen.py looks at). Exports hold the folding itself.
 
     norm1, norm2    (running_mean, running_var, weight, bias), each but the first two may be missing; [] for no norm
+    in_norm         the same of one that x goes through first, and through in_act, as it is read
 """
 
 import threading
@@ -16,16 +17,17 @@ from torch.utils._pytree import tree_leaves
 
 from dsconv_cuda import _checks, compiled_weights
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm import BatchNormArguments, fold_norm
+from dsconv_cuda.batchnorm import BatchNormArguments, fold_norm, norm_vectors
 from dsconv_cuda.seen import Seen
 
-# Elements of the pointwise weight from which folding and packing in the graph take longer than finding what is kept.
+# Elements of the pointwise weight from which folding and packing in the graph take longer than finding what is kept. An
+# input that goes through a norm is worth it always: without the op a pass over it is left.
 LEAST_ELEMENTS = 1 << 13
 
 _SCHEMA = (
     "fwd_folded(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor?[] norm1, "
-    "Tensor?[] norm2, float eps1, float eps2, int[2] stride, int[4] padding, int[2] dilation, int act, int out_act) -> "
-    "Tensor"
+    "Tensor?[] norm2, float eps1, float eps2, int[2] stride, int[4] padding, int[2] dilation, int act, int out_act, "
+    "Tensor?[] in_norm, float in_eps, int in_act) -> Tensor"
 )
 
 _lock = threading.Lock()
@@ -36,7 +38,7 @@ compiled_weights.stores.append(_kept)
 class _Kept:
     """Folded weights of one set of tensors and arguments."""
 
-    __slots__ = ("arguments", "folds", "memory", "operands", "seen", "sources", "versions")
+    __slots__ = ("arguments", "folds", "in_norm", "memory", "operands", "seen", "sources", "versions")
 
     def __init__(self, sources: list, arguments: tuple):
         self.sources = [weakref.ref(t) for t in sources]
@@ -55,7 +57,7 @@ class _Kept:
 def register(fragment: torch.library.Library, fwd_fake) -> None:
     def fake(x, dw_weight, pw_weight, dw_bias, pw_bias, norm1, norm2, eps1, eps2, *arguments):
         x, dw_weight, pw_weight, one_row = _as_images(x, dw_weight, pw_weight)
-        y = fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, *arguments)
+        y = fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, *arguments[:5])
         return y.squeeze(-2) if one_row else y
 
     fragment.define(_SCHEMA)
@@ -64,7 +66,7 @@ def register(fragment: torch.library.Library, fwd_fake) -> None:
     torch.library.register_vmap("dsconv_cuda::fwd_folded", _vmap)
 
 
-def pays(x: Tensor, conv: nn.Module, pointwise: nn.Module) -> bool:
+def pays(x: Tensor, conv: nn.Module, pointwise: nn.Module, norm_before: bool) -> bool:
     """Whether a call that is being traced, and needs no gradients of parameters, should become fwd_folded."""
     return (
         compiled_weights.registered
@@ -77,7 +79,7 @@ def pays(x: Tensor, conv: nn.Module, pointwise: nn.Module) -> bool:
         and x.dtype == conv.weight.dtype == pointwise.weight.dtype
         and x.dim() == conv.weight.dim()
         and x.shape[1] == conv.in_channels
-        and pointwise.weight.numel() >= LEAST_ELEMENTS
+        and (norm_before or pointwise.weight.numel() >= LEAST_ELEMENTS)
     )
 
 
@@ -87,8 +89,10 @@ def apply(
     pointwise: nn.Module,
     bn1: BatchNormArguments | None,
     bn2: BatchNormArguments | None,
+    in_bn: BatchNormArguments | None,
     activation: str,
     out_activation: str,
+    in_activation: str,
 ) -> Tensor:
     op = "fwd_folded"
     kernel, dims = tuple(conv.weight.shape[2:]), x.dim() - 2
@@ -97,8 +101,9 @@ def apply(
     if dims == 1:
         stride, dilation = (1, *stride), (1, *dilation)
         padding = (0, padding[0], 0, padding[1])
-    norms = [[] if bn is None else [bn.running_mean, bn.running_var, bn.weight, bn.bias] for bn in (bn1, bn2)]
-    eps = [0.0 if bn is None else bn.eps for bn in (bn1, bn2)]
+    bns = (bn1, bn2, in_bn)
+    *norms, in_norm = ([] if bn is None else [bn.running_mean, bn.running_var, bn.weight, bn.bias] for bn in bns)
+    *eps, in_eps = (0.0 if bn is None else bn.eps for bn in bns)
     return torch.ops.dsconv_cuda.fwd_folded(
         x,
         conv.weight,
@@ -112,6 +117,9 @@ def apply(
         dilation,
         activation_number(activation),
         activation_number(out_activation),
+        in_norm,
+        in_eps,
+        activation_number(in_activation),
     )
 
 
@@ -131,33 +139,43 @@ def _folded(dw_weight, pw_weight, dw_bias, pw_bias, norm1, norm2, eps1, eps2) ->
     return dw_weight, pw_weight, dw_bias, pw_bias
 
 
+def _in_norm(norm: list, eps: float, act: int) -> tuple[Tensor, int] | None:
+    """The vectors of the norm before, and the activation after it."""
+    return (norm_vectors(BatchNormArguments(*norm, eps=eps)), act) if norm else None
+
+
 def _unkept(x, *rest) -> Tensor:
-    (dw_weight, pw_weight, *biases), arguments = _folded(*rest[:8]), rest[8:]
+    (dw_weight, pw_weight, *biases), arguments, in_norm = _folded(*rest[:8]), rest[8:13], _in_norm(*rest[13:])
     x, dw_weight, pw_weight, one_row = _as_images(x, dw_weight, pw_weight)
+    if in_norm is not None:
+        x = torch.ops.dsconv_cuda.norm_act.default(x, *in_norm)
     y = torch.ops.dsconv_cuda.fwd.default(x, dw_weight, pw_weight, *biases, *arguments)
     return y.squeeze(-2) if one_row else y
 
 
 def _fwd_folded(x, *rest) -> Tensor:
     dw_weight, pw_weight, dw_bias, pw_bias, norm1, norm2 = rest[:6]
-    sources = [t for t in (dw_weight, pw_weight, dw_bias, pw_bias, *norm1, *norm2) if t is not None]
+    sources = [t for t in (dw_weight, pw_weight, dw_bias, pw_bias, *norm1, *norm2, *rest[13]) if t is not None]
     try:
         versions = [t._version for t in sources]
     except RuntimeError:  # inference tensors have none
         return _unkept(x, *rest)
     with _lock:  # else another thread would take for folded what this one is folding
-        kept = _find(dw_weight, sources, rest[6:])
+        kept = _find(dw_weight, sources, (*rest[6:13], *rest[14:]))
         same = kept.seen.again([t for t in sources if t.dim() == 1], sources[:2])
         if not same or versions != kept.versions:
             *weights, dw_bias, pw_bias = _folded(*rest[:8])
             _, *weights, _ = _as_images(x, *weights)
             if kept.folds == 0:
-                kept.memory = torch.ops.dsconv_cuda.keep.default(*weights, *rest[8:])
+                kept.memory = torch.ops.dsconv_cuda.keep.default(*weights, *rest[8:13])
             kept.operands, kept.versions = (*weights, dw_bias, pw_bias), versions
+            kept.in_norm = _in_norm(*rest[13:])
             kept.folds += 1
-        operands, memory, folds = kept.operands, kept.memory, kept.folds
+        in_norm, call = kept.in_norm, (*kept.operands, kept.memory, kept.folds)
     one_row = dw_weight.dim() == 3
-    y = torch.ops.dsconv_cuda.fwd_kept.default(x.unsqueeze(-2) if one_row else x, *operands, memory, folds)
+    x = x.unsqueeze(-2) if one_row else x
+    ops = torch.ops.dsconv_cuda
+    y = ops.fwd_kept.default(x, *call) if in_norm is None else ops.fwd_after_norm_kept.default(x, *call, *in_norm)
     return y.squeeze(-2) if one_row else y
 
 

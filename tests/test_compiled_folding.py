@@ -182,7 +182,7 @@ def test_the_op_under_vmap_and_opcheck(dims):
     norms = [[n.running_mean, n.running_var, n.weight.detach(), n.bias.detach()] for n in (model[1], model[4])]
     axes = max(dims, 2)
     padding = [0, 1, 0, 1] if dims == 1 else [1] * 2 * dims
-    rest = (*norms, 1e-5, 1e-5, [1] * axes, padding, [1] * axes, 4, 1)
+    rest = (*norms, 1e-5, 1e-5, [1] * axes, padding, [1] * axes, 4, 1, [], 0.0, 0)
     x = torch.randn(3, 2, 6, *(9, 7, 5)[:dims])
     batched = torch.func.vmap(lambda x: op(x, *tensors, *rest))(x)
     for i in range(3):
@@ -193,5 +193,6 @@ def test_the_op_under_vmap_and_opcheck(dims):
         other = copy.deepcopy(model)
         other[3].weight.mul_(s)
         torch.testing.assert_close(batched[i], other(x[0]), rtol=1e-4, atol=1e-4)
-    for given in (rest, ([], *rest[1:]), (rest[0], [*norms[1][:2], None, None], *rest[2:])):
+    before = [norms[0], 1e-5, 4]
+    for given in (rest, ([], *rest[1:]), (rest[0], [*norms[1][:2], None, None], *rest[2:]), (*rest[:-3], *before)):
         torch.library.opcheck(op.default, (x[0], *tensors, *given))

@@ -54,9 +54,11 @@ class Operands:
         of["bwd_norm_depthwise"] = (du, *weights, vectors, du_sums, 70.0, *GEOMETRY, 3)
         affine = (gamma, beta, None, None, None, 1e-5, 1e-5)
         of["norm_block"] = (*weights, pw_bias, *affine, *GEOMETRY, SILU, TANH, False, False, 0, False)
+        of["norm_later"] = (y, None if gamma is None else gamma[:5], None if beta is None else beta[:5], 1e-5, SILU)
         of["fwd_packed"] = of["fwd"]
         norm = [torch.randn(12, device=device), torch.rand(12, device=device), gamma, beta]
-        of["fwd_folded"] = (*weights, pw_bias, norm, [], 1e-5, 0.0, *GEOMETRY, SILU, TANH)
+        in_norm = [torch.randn(6, device=device), torch.rand(6, device=device), None, None] if biases else []
+        of["fwd_folded"] = (*weights, pw_bias, norm, [], 1e-5, 0.0, *GEOMETRY, SILU, TANH, in_norm, 1e-5, SILU)
 
     def of_eager_only(self) -> dict:
         ops, of = torch.ops.dsconv_cuda, {}
@@ -106,7 +108,7 @@ def test_every_op(channels_last, biases, device):
         if name not in registered() or not has_kernel(name, device):
             continue
         # du has room that nothing is written to, so two calls cannot be compared; a composite op has no schema check.
-        left_out = {"bwd_norm_pointwise": ALL[3:], "norm_block": SCHEMA}.get(name, ())
+        left_out = {"bwd_norm_pointwise": ALL[3:], "norm_block": SCHEMA, "norm_later": SCHEMA}.get(name, ())
         opcheck(
             getattr(torch.ops.dsconv_cuda, name).default, arguments, test_utils=[t for t in ALL if t not in left_out]
         )
@@ -119,7 +121,7 @@ def test_every_op(channels_last, biases, device):
 def test_every_op_with_gradients(channels_last, biases, device):
     """The same where tensors require gradients, of the ops that have them."""
     operands = Operands(device, channels_last, biases).by_name
-    for name in ("fwd", "fwd_with_pre", "norm_block"):
+    for name in ("fwd", "fwd_with_pre", "norm_block", "norm_later"):
         arguments = [
             t.detach().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
             for t in operands[name]

@@ -343,6 +343,55 @@ def test_copies_and_classes(device):
 
 
 @ONE_ISA
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("training", [False, True])
+def test_one_graph_holds_the_norm_before(training, dims, backend, device):
+    """Nothing of BatchNorm and its activation is left beside the two ops of a chain in training, and one without."""
+    needs_kernels(device)
+    torch._dynamo.reset()
+    conv, norm = (nn.Conv1d, nn.BatchNorm1d) if dims == 1 else (nn.Conv2d, nn.BatchNorm2d)
+    middle = conv(12, 12, 3, padding=1, groups=12), norm(12), nn.SiLU()
+    layers = (conv(8, 12, 1, bias=False), norm(12), nn.SiLU(), *middle, conv(12, 8, 1), norm(8))
+    model = randomized(nn.Sequential(*layers)).to(device, torch.float64).train(training)
+    x, targets = torch.randn(2, 8, *(19, 21)[:dims], device=device, dtype=torch.float64), []
+
+    def noting(graph, inputs):
+        targets.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return graph if backend == "eager" else torch._dynamo.lookup_backend(backend)(graph, inputs)
+
+    fused = fuse(copy.deepcopy(model))
+    compiled = torch.compile(fused, fullgraph=True, backend=noting)
+    with torch.set_grad_enabled(training):
+        expected, y = model(x), compiled(x)
+        torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(list(fused.buffers()), list(model.buffers()))
+        if training:
+            dy, wanted = torch.randn_like(y), [m for m in range(8) if model[m]._parameters]
+            grads = [
+                torch.autograd.grad(out, [m[i].weight for i in wanted], dy)
+                for out, m in ((y, fused), (expected, model))
+            ]
+            torch.testing.assert_close(*grads, rtol=1e-6, atol=1e-6)
+    with torch.no_grad():
+        torch.testing.assert_close(fused.eval()(x), model.eval()(x), rtol=1e-6, atol=1e-6)
+    assert not any("batch_norm" in t or "silu" in t for t in targets)
+    assert sum("norm_later" in t for t in targets) == training
+    compiled(torch.cat((x, x)))
+    torch._dynamo.reset()
+
+
+@ONE_ISA
+@torch.no_grad()
+def test_exports_hold_stock_operations(device):
+    model, x = block().to(device).eval(), image(device)
+    program = torch.export.export(fuse(model), (x,))
+    names = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert not any("after_norm" in name or "norm_act" in name or "folded" in name for name in names)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@ONE_ISA
 def test_measured_with_its_norm(device):
     """example_input times the chain with the norm before, and the norm with the modules."""
     needs_kernels(device)

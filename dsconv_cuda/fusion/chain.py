@@ -47,10 +47,10 @@ from torch.autograd import forward_ad
 
 from dsconv_cuda import _checks, _loader, batchnorm_training, compiled_folding
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm import Unnormalised, block_of_chain, norm_later
+from dsconv_cuda.batchnorm import Unnormalised, block_of_chain, norm_later, norm_vectors, through_norm
 from dsconv_cuda.batchnorm_module import arguments_of
 from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separable_conv2d, depthwise_separable_conv3d
-from dsconv_cuda.fusion.folded import Folded, fold, norm_vectors
+from dsconv_cuda.fusion.folded import Folded, fold
 from dsconv_cuda.kept_weights import has_hooks
 
 NONE, PAIR, ALL, WITH_NORM = 0, 1, 2, 3  # see Chain.extent()
@@ -109,7 +109,7 @@ class Chain:
         """What the chain makes of the input of the norm before it; None where that runs by itself."""
         whole = self.extent() == WITH_NORM
         if torch.compiler.is_dynamo_compiling():
-            return None
+            return self.start(x, WITH_NORM) if whole else None
         self._begun.discard(threading.get_ident())
         if not whole:
             return None
@@ -177,18 +177,18 @@ class Chain:
         for parent, name, child in self.places:
             if parent._modules.get(name) is not child or has_hooks(child):
                 return NONE
-        if torch.compiler.is_dynamo_compiling():
-            return extent
         weight = self.depthwise._parameters["weight"]
-        if weight.device.type not in _checks.DEVICES or weight.dtype not in _checks.DTYPES:
+        if not torch.compiler.is_dynamo_compiling() and (
+            weight.device.type not in _checks.DEVICES or weight.dtype not in _checks.DTYPES
+        ):
             return NONE
-        return WITH_NORM if extent == ALL and self._takes_norm(trains1 or trains2, weight.device.type) else extent
+        return WITH_NORM if extent == ALL and self._takes_norm(trains1 or trains2) else extent
 
-    def _takes_norm(self, trains: bool, device_type: str) -> bool:
+    def _takes_norm(self, trains: bool) -> bool:
         """Whether what is in front of the depthwise convolution is part of the operation: where norms of the chain
         train (`trains`) and this one too, or none trains and no gradient is asked for."""
         before = self.before
-        if before is None or torch.compiler.is_compiling() or before.norm.training != trains:
+        if before is None or before.norm.training != trains or torch.compiler.is_exporting():
             return False
         if not trains and (torch.is_grad_enabled() or not self._trains_as_one()):
             return False
@@ -224,11 +224,13 @@ class Chain:
         wants_gradients = bool(normed) and self._wants_gradients(normed)
         out_activation = self.out_activation if extent >= ALL else "identity"
         if torch.compiler.is_dynamo_compiling():
-            if normed and not wants_gradients and compiled_folding.pays(x, self.depthwise, self.pointwise):
-                norms = (bn and arguments_of(bn, synchronised=False) for bn in (bn1, bn2))
-                activations = self.activation, out_activation
-                return compiled_folding.apply(x, self.depthwise, self.pointwise, *norms, *activations)
-            return self._unkept(x, bn2, out_activation)
+            first = None if before is None else before.norm
+            convolutions = self.depthwise, self.pointwise
+            if normed and not wants_gradients and compiled_folding.pays(x, *convolutions, first is not None):
+                norms = (bn and arguments_of(bn, synchronised=False) for bn in (bn1, bn2, first))
+                activations = self.activation, out_activation, "identity" if before is None else before.activation
+                return compiled_folding.apply(x, *convolutions, *norms, *activations)
+            return self._unkept(x, bn2, out_activation, before)
         if wants_gradients or _transformed():
             return self._unkept(x, bn2, out_activation, before)
         folded = self._folded.get(extent)
@@ -277,7 +279,8 @@ class Chain:
         """With the norms folded for this call."""
         conv = self.depthwise
         if before is not None:
-            x = torch.ops.dsconv_cuda.norm_act(x, norm_vectors(before.norm), activation_number(before.activation))
+            vectors = norm_vectors(arguments_of(before.norm, synchronised=False))
+            x = through_norm(x, vectors, activation_number(before.activation))
         dw_weight, dw_bias = fold(conv, self.bn1)
         pw_weight, pw_bias = fold(self.pointwise, bn2)
         operands = (dw_weight, pw_weight, dw_bias, pw_bias)

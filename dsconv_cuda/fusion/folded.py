@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsconv_cuda import kept_weights
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm import fold_norm
+from dsconv_cuda.batchnorm import fold_norm, norm_vectors, through_norm
 from dsconv_cuda.batchnorm_module import arguments_of
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 from dsconv_cuda.seen import Seen
@@ -26,15 +26,6 @@ def fold(conv: nn.Module, bn: nn.Module | None) -> tuple[Tensor, Tensor | None]:
     if bn is None:
         return conv.weight, conv.bias
     return fold_norm(conv.weight, conv.bias, arguments_of(bn, synchronised=False))
-
-
-def norm_vectors(norm: nn.Module) -> Tensor:
-    """Of a norm in evaluation, as the ops take them."""
-    moments = torch.stack((norm.running_mean, norm.running_var)).double()
-    affine = (
-        t if t is None or t.dtype in (torch.float32, torch.float64) else t.float() for t in (norm.weight, norm.bias)
-    )
-    return torch.ops.dsconv_cuda.norm_vectors(moments, *affine, norm.eps)
 
 
 class Folded:
@@ -88,7 +79,7 @@ class Folded:
             kept_weights.keep(self.module, x)
         call = vars(self.module).get("_kept_call")
         y = None if call is None else call(self.module, x, in_norm)
-        return self.module.forward(torch.ops.dsconv_cuda.norm_act(x, *in_norm)) if y is None else y
+        return self.module.forward(through_norm(x, *in_norm)) if y is None else y
 
     def _changed(self) -> bool:
         """Whether to fold again; remembers what it saw."""
@@ -107,7 +98,8 @@ class Folded:
     def _fold_again(self) -> None:
         if self.before is not None:
             with torch.no_grad():
-                self.in_norm = norm_vectors(self.before.norm), activation_number(self.before.activation)
+                vectors = norm_vectors(arguments_of(self.before.norm, synchronised=False))
+            self.in_norm = vectors, activation_number(self.before.activation)
         pairs = (
             (self.module.depthwise, self.chain.depthwise, self.bn1),
             (self.module.pointwise, self.chain.pointwise, self.bn2),
