@@ -35,6 +35,7 @@ inline py::dict numbers_of(const PlannedKernel& kernel) {
   d["name"] = cost.name;
   d["tile"] = py::make_tuple(cost.tile_rows, cost.tile_columns, cost.tile_depth);
   d["stages"] = cost.stages;
+  d["launches"] = cost.launches;
   d["blocks"] = cost.blocks;
   d["threads"] = cost.threads;
   d["shared_bytes"] = cost.shared_bytes;

@@ -45,12 +45,13 @@ class Gpu:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """One launch, and what it is predicted to cost."""
+    """One launch, or several alike, and what they are predicted to cost."""
 
     name: str
     tile: tuple[int, int, int]  # rows, columns and depth of its product; zeros where it has none
     stages: int
-    blocks: int  # of a one-dimensional grid
+    launches: int  # alike, one a group of images
+    blocks: int  # of the one-dimensional grids of all launches
     threads: int
     shared_bytes: int
     blocks_per_multiprocessor: int
@@ -299,7 +300,7 @@ def _rows(alternative: Alternative):
         launch = (
             "x".join(map(str, kernel.tile)) if any(kernel.tile) else "",
             str(kernel.stages or ""),
-            f"{kernel.blocks} x {kernel.threads}",
+            f"{kernel.blocks} x {kernel.threads}" + (f" in {kernel.launches}" if kernel.launches > 1 else ""),
             str(kernel.shared_bytes),
             str(kernel.blocks_per_multiprocessor),
             f"{kernel.waves:.2f}",

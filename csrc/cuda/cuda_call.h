@@ -2,6 +2,7 @@
 // says.
 #pragma once
 
+#include <cstdlib>
 #include <string>
 
 #include "../op_args.h"
@@ -27,6 +28,13 @@ struct CurrentDevice {
 inline std::string device_name(int) { return "the emulated device"; }
 inline std::string architectures() { return "the host"; }
 
+// DSCONV_SPLIT_IMAGES: a forward that can be split is, into groups of so many images; 0: none is. Else the plan
+// decides.
+inline int64_t asked_split_images() {
+  const char* asked = std::getenv("DSCONV_SPLIT_IMAGES");
+  return asked != nullptr ? std::atoll(asked) : -1;
+}
+
 #else
 
 #define DSCONV_DISPATCH_KEY CUDA
@@ -49,6 +57,8 @@ class CurrentDevice {
   int32_t index_;
   torch::stable::accelerator::DeviceGuard guard_;
 };
+
+constexpr int64_t asked_split_images() { return -1; }
 
 extern "C" const char* dsconv_cuda_architectures();  // cuda_build_info.cu
 

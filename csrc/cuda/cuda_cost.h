@@ -5,8 +5,8 @@
 //   shared       shared memory, where counted, on the multiprocessor with the most blocks    its wavefronts / its clock
 //   arithmetic   on that multiprocessor, tiles padded                                     its multiply-adds / its rate
 //
-//   seconds = kLaunchSeconds + the largest. Latency, bank conflicts and the instructions beside the multiply-adds are
-//   left out: a prediction puts alternatives in order and is a floor of the time.
+//   seconds = kLaunchSeconds a launch + the largest. Latency, bank conflicts and the instructions beside the
+//   multiply-adds are left out: a prediction puts alternatives in order and is a floor of the time.
 #pragma once
 
 #include <cstdint>
@@ -17,12 +17,12 @@ namespace dsconv {
 
 constexpr double kLaunchSeconds = 2e-6;  // of a kernel behind another one in its stream: an assumption
 
-// One launch. The sizes of a tile are those of its product, rows x columns, `depth` of the contraction at a time; zero
-// where there is none. `stages`: chunks of the contraction that shared memory holds.
+// One launch, or several alike. The sizes of a tile are those of its product, rows x columns, `depth` of the
+// contraction at a time; zero where there is none. `stages`: chunks of the contraction that shared memory holds.
 struct KernelCost {
   const char* name = "";
   int64_t tile_rows = 0, tile_columns = 0, tile_depth = 0, stages = 0;
-  int64_t blocks = 0, threads = 0, shared_bytes = 0;
+  int64_t launches = 1, blocks = 0, threads = 0, shared_bytes = 0;  // blocks: of all launches
   int64_t bounded_blocks = 0;  // blocks a multiprocessor that __launch_bounds__ leaves registers for
   double multiply_adds = 0;    // of all blocks
   double rate = 0;             // of the device, multiply-adds a second
@@ -52,7 +52,8 @@ constexpr Prediction predict(const KernelCost& k, const DeviceLimits& device) {
   if (result.blocks_per_multiprocessor == 0 || k.blocks == 0) return result;
   const double blocks = static_cast<double>(k.blocks), multiprocessors = static_cast<double>(device.multiprocessors);
   result.waves = blocks / (static_cast<double>(result.blocks_per_multiprocessor) * multiprocessors);
-  const double most_blocks = static_cast<double>((k.blocks + device.multiprocessors - 1) / device.multiprocessors);
+  const int64_t wave = k.launches * device.multiprocessors;
+  const double most_blocks = static_cast<double>((k.blocks + wave - 1) / wave * k.launches);
   result.dram_seconds = static_cast<double>(k.dram_bytes) / device.bandwidth;
   result.l2_seconds = static_cast<double>(k.l2_bytes) / device.l2_bandwidth;
   if (k.rate > 0) result.arithmetic_seconds = most_blocks * (k.multiply_adds / blocks) / (k.rate / multiprocessors);
@@ -61,7 +62,7 @@ constexpr Prediction predict(const KernelCost& k, const DeviceLimits& device) {
   if (result.l2_seconds > most) most = result.l2_seconds;
   if (result.shared_seconds > most) most = result.shared_seconds;
   if (result.arithmetic_seconds > most) most = result.arithmetic_seconds;
-  result.seconds = kLaunchSeconds + most;
+  result.seconds = static_cast<double>(k.launches) * kLaunchSeconds + most;
   return result;
 }
 

@@ -2,7 +2,10 @@
 // for every dtype.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda_launch.h"
+#include "split_forward_plan.h"
 
 namespace dsconv {
 
@@ -39,6 +42,39 @@ inline LaunchStatus forward(const ForwardParams& p, const ForwardPlan& plan, voi
       if (plan.tensor_cores) return launch_forward_mma<DType::f32>(p, plan.mma, stream);
       return launch_forward<DType::f32>(p, plan, stream);
   }
+}
+
+// Calls f with the dtype as a constant; the split form has no float.
+template <typename F>
+LaunchStatus by_split_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f64:
+      return f(std::integral_constant<DType, DType::f64>{});
+    case DType::f16:
+      return f(std::integral_constant<DType, DType::f16>{});
+    default:
+      return f(std::integral_constant<DType, DType::bf16>{});
+  }
+}
+
+// `product(part)` enqueues part.y = part.pw_weight . workspace for a group of images, + part.pw_bias where
+// is_one_product(part). The workspace is the caller's: plan.workspace_bytes.
+template <typename Product>
+LaunchStatus split_forward(const ForwardParams& p, const SplitForwardPlan& plan, void* workspace,
+                           const DeviceLimits& device, void* stream, const Product& product) {
+  return by_split_dtype(p.dtype, [&](auto type) {
+    constexpr DType kType = decltype(type)::value;
+    LaunchStatus status;
+    for (int64_t n = 0; n < p.geom.n && status.error == 0; n += plan.images) {
+      const ForwardParams part = images_of(p, n, smaller(plan.images, p.geom.n - n));
+      const ForwardParams depthwise = depthwise_part(part, workspace);
+      status = launch_depthwise_forward<kType>(depthwise, plan_depthwise_forward(depthwise, device), stream);
+      if (status.error != 0) break;
+      product(part);
+      if (has_outputs_pass(part)) status = launch_outputs<kType>(part, adds_bias(part), stream);
+    }
+    return status;
+  });
 }
 
 inline LaunchStatus backward(const BackwardParams& p, const BackwardPlan& plan, void* workspace, void* stream) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "cuda_plan.h"
+#include "depthwise_forward_plan.h"
 
 namespace dsconv {
 
@@ -20,6 +21,13 @@ LaunchStatus launch_forward(const ForwardParams& p, const ForwardPlan& plan, voi
 // f16, bf16 and f32 (in TF32).
 template <DType kType>
 LaunchStatus launch_forward_mma(const ForwardParams& p, const MmaForwardPlan& plan, void* stream);
+
+// act(z) alone, as the output of the call p, and bias and out_act over outputs that are there (split_forward_plan.h).
+// All but f32.
+template <DType kType>
+LaunchStatus launch_depthwise_forward(const ForwardParams& p, const DepthwiseForwardPlan& plan, void* stream);
+template <DType kType>
+LaunchStatus launch_outputs(const ForwardParams& p, bool add_bias, void* stream);
 
 // Stage P: du, and the partial and final sums of grad_pw_weight and grad_pw_bias. All but f16.
 template <DType kType>

@@ -2,6 +2,7 @@
 
 #include "../plan_query.h"
 #include "cuda_schedule.h"
+#include "split_forward_plan.h"
 
 namespace dsconv {
 namespace {
@@ -32,7 +33,8 @@ BackwardParams backward_params(const PlanQuery& query) {
   return p;
 }
 
-PlannedCall planned(const char* name, bool chosen, bool ours, const Schedule& schedule, const DeviceLimits& device) {
+PlannedCall planned(const std::string& name, bool chosen, bool ours, const Schedule& schedule,
+                    const DeviceLimits& device) {
   PlannedCall call{name, chosen, ours, schedule.workspace_bytes, {}};
   for (int i = 0; i < schedule.count; ++i) {
     call.kernels.push_back({schedule.kernels[i], predict(schedule.kernels[i], device)});
@@ -68,12 +70,18 @@ std::vector<PlannedCall> cuda_alternatives(const PlanQuery& query, const DeviceL
   }
   const ForwardParams p = forward_params(query);
   const ForwardPlan chosen = plan_forward(p, device);
+  const SplitForwardPlan split = plan_split_forward(p, device);
+  const bool splits = split_is_faster(p, split, chosen, device);
   std::vector<PlannedCall> calls;
   for (int i = 0; i < kForwardPlans; ++i) {
     const ForwardPlan plan = forward_candidate(p, i, device);
     if (!can_run(p, plan, device)) continue;
     const Schedule schedule = forward_schedule(p, plan, device);
-    calls.push_back(planned(schedule.kernels[0].name, same_plan(plan, chosen), true, schedule, device));
+    calls.push_back(planned(schedule.kernels[0].name, !splits && same_plan(plan, chosen), true, schedule, device));
+  }
+  if (split.images > 0) {
+    calls.push_back(planned("split, in " + std::to_string(split.images) + " images", splits, true,
+                            split_forward_schedule(p, split, device), device));
   }
   calls.push_back(planned("unfused, at the ceilings", false, false, unfused_forward(p, device), device));
   return calls;

@@ -9,9 +9,23 @@
 
 #include "cuda_call.h"
 #include "cuda_dispatch.h"
+#include "library_product.h"
 
 namespace dsconv {
 namespace {
+
+Tensor empty_bytes(const Tensor& like, int64_t count) {
+  const int64_t bytes[1] = {count};
+  return torch::stable::empty({bytes, 1}, ScalarType::Byte, torch::headeronly::Layout::Strided, like.device());
+}
+
+// The split form where it is predicted to be faster, or a test asks for it; none of images else.
+SplitForwardPlan chosen_split(const ForwardParams& p, const ForwardPlan& fused, const DeviceLimits& limits) {
+  const int64_t asked = asked_split_images();
+  if (asked >= 0) return asked > 0 && can_split(p, limits) ? split_by(p, smaller(asked, p.geom.n)) : SplitForwardPlan{};
+  const SplitForwardPlan split = plan_split_forward(p, limits);
+  return split_is_faster(p, split, fused, limits) ? split : SplitForwardPlan{};
+}
 
 ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                         const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
@@ -22,7 +36,17 @@ ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight
   call.params.tf32 = tf32;
   check_extents(op, call.params.geom);
   const CurrentDevice device(x);
-  check_launch(op, forward(call.params, plan_forward(call.params, device_limits()), device.stream()));
+  const DeviceLimits limits = device_limits();
+  const ForwardPlan fused = plan_forward(call.params, limits);
+  const SplitForwardPlan split = chosen_split(call.params, fused, limits);
+  if (split.images == 0) {
+    check_launch(op, forward(call.params, fused, device.stream()));
+    return call;
+  }
+  const Tensor workspace = empty_bytes(x, split.workspace_bytes);
+  check_launch(
+      op, split_forward(call.params, split, workspace.mutable_data_ptr(), limits, device.stream(),
+                        [&](const ForwardParams& part) { pointwise_product(part, workspace.const_data_ptr(), x); }));
   return call;
 }
 
@@ -57,9 +81,7 @@ BackwardResult bwd(const Tensor& dy, const Tensor& x, const Tensor& dw_weight, c
 
   const CurrentDevice device(x);
   const BackwardPlan plan = plan_backward(call.params, device_limits());
-  const int64_t bytes[1] = {static_cast<int64_t>(plan.workspace_bytes)};
-  const Tensor workspace =
-      torch::stable::empty({bytes, 1}, ScalarType::Byte, torch::headeronly::Layout::Strided, x.device());
+  const Tensor workspace = empty_bytes(x, static_cast<int64_t>(plan.workspace_bytes));
   check_launch(op, backward(call.params, plan, workspace.mutable_data_ptr(), device.stream()));
   return take_grads(call);
 }

@@ -1,0 +1,9 @@
+#include "depthwise_forward.cuh"
+#include "outputs.cuh"
+
+namespace dsconv {
+
+template LaunchStatus launch_depthwise_forward<DType::f64>(const ForwardParams&, const DepthwiseForwardPlan&, void*);
+template LaunchStatus launch_outputs<DType::f64>(const ForwardParams&, bool, void*);
+
+}  // namespace dsconv
