@@ -14,6 +14,9 @@ evenly, are counted and scaled to the grid. A figure is what instructions ask fo
     weights    sectors of the weights over one read of them by every block
     in L2      over least with the weights once a wave in both: what is left where L2 holds them for a wave's blocks
     unfused    least bytes of the unfused sequence: x, the intermediate twice, the weights, y
+    split      the forward is a depthwise kernel, the library's product and perhaps a pass over y. Of the product
+               nothing is counted; it is assumed to ask for what tiles of 128 x 128 do, each operand once a tile of the
+               other. act(z), between the two, is among "x and y"
     wavefronts of shared memory, over as many without bank conflicts
 """
 
@@ -44,6 +47,7 @@ BUILD = ROOT / ".cache" / "cuda_host"
 LAYOUTS = {"channels_last": "nhwc", "nchw": "nchw"}
 SHORT = {"float32": "f32", "float64": "f64", "float16": "f16", "bfloat16": "bf16"}
 TF32 = "tf32"
+PRODUCT = "library_product"  # a launch that is assumed and not counted
 SECTOR = 32
 COUNTED_MODES = (FORWARD, TRAINING)
 FAMILIES = (
@@ -58,7 +62,7 @@ GOALS = {3: 1.25, 5: 1.5, 7: 1.5}  # of the forward, by the kernel's extent
 TRAINING_GOAL, WAVEFRONT_GOAL = 1.5, 1.1
 
 MIDDLE = "relu6"  # training too: backward then needs z
-ACTIVATIONS = ("x", "y", "pre")
+ACTIVATIONS = ("x", "y", "pre", "act_z")
 WEIGHTS = ("dw_weight", "dw_bias", "pw_weight", "pw_bias")
 
 
@@ -91,7 +95,7 @@ class Counted:
 
     problem: Problem
     layout: str
-    waves: int  # of the forward kernel, rounded up
+    waves: int  # of the forward kernel, rounded up; 1 where it is split
     launches: tuple[Launch, ...]
 
     @property
@@ -148,20 +152,23 @@ class Counted:
     def weights(self):
         """Of the forward."""
         *_, weights = self._sizes
-        (launch,) = self.launches[:1]
-        return launch.bytes(WEIGHTS) / (weights * launch.blocks)
+        blocks = sum(launch.blocks for launch in self.launches)
+        return sum(launch.bytes(WEIGHTS) for launch in self.launches) / (weights * blocks)
 
     @property
     def over_least_in_l2(self):
         """Of the forward."""
         *_, weights = self._sizes
-        (launch,) = self.launches[:1]
-        return (launch.bytes(ACTIVATIONS) + self.waves * weights) / self.least
+        return (sum(launch.bytes(ACTIVATIONS) for launch in self.launches) + self.waves * weights) / self.least
 
     @property
     def wavefronts(self):
         free = sum(launch.free_wavefronts for launch in self.launches)
         return sum(launch.wavefronts for launch in self.launches) / free if free else 1.0
+
+    @property
+    def is_split(self):
+        return any(launch.name == PRODUCT for launch in self.launches)
 
     @property
     def goal(self):
@@ -234,10 +241,12 @@ def count(problems: list[Problem], layout: str, gpu: dsconv_cuda.Gpu, blocks=BLO
     for line in _run("count", lines).splitlines():
         launch = json.loads(line)
         found[int(launch["call"])].append(_launch(launch))
-    return [
-        Counted(problem, layout, math.ceil(plan_of(problem, layout, gpu).kernels[0].waves), tuple(found[index]))
-        for index, problem in enumerate(problems)
-    ]
+    waves = [_waves(plan_of(problem, layout, gpu)) for problem in problems]
+    return [Counted(problem, layout, waves[i], tuple(found[i])) for i, problem in enumerate(problems)]
+
+
+def _waves(plan):
+    return math.ceil(plan.kernels[0].waves) if len(plan.kernels) == 1 else 1
 
 
 def _request(name, problem, layout, gpu, blocks, precision):
@@ -276,19 +285,26 @@ def plan_of(problem, layout, gpu) -> planning.CudaPlan:
 
 def table(counted: list[Counted]) -> str:
     mode = counted[0].problem.mode
-    titles = ["layer", "layout", "over least", "goal", "", "a block", "over unfused", "wavefronts"]
+    titles = ["layer", "layout", "split", "over least", "goal", "", "a block", "over unfused", "wavefronts"]
     if mode == FORWARD:
         titles += ["x and y", "weights", "waves", "in L2", ""]
     rows = []
     for c in counted:
         met = "" if c.goal is None else "met" if c.over_least <= c.goal else "missed"
-        row = [c.problem.layer.name, c.layout, f"{c.over_least:.2f}", f"{c.goal:.2f}" if c.goal else "", met]
+        row = [
+            c.problem.layer.name,
+            c.layout,
+            "split" if c.is_split else "",
+            f"{c.over_least:.2f}",
+            f"{c.goal:.2f}" if c.goal else "",
+            met,
+        ]
         row += [f"{c.over_least_of_blocks:.2f}", f"{c.over_unfused:.2f}", f"{c.wavefronts:.2f}"]
         if mode == FORWARD:
             met = "" if c.goal is None else "met" if c.over_least_in_l2 <= c.goal else "missed"
             row += [f"{c.activations:.2f}", f"{c.weights:.2f}", str(c.waves), f"{c.over_least_in_l2:.2f}", met]
         rows.append(row)
-    alignment = ["left", "left", *["right"] * 2, "left", *["right"] * (len(titles) - 5)]
+    alignment = ["left"] * 3 + [*["right"] * 2, "left", *["right"] * (len(titles) - 6)]
     return tabulate(rows, titles, tablefmt="github", disable_numparse=True, colalign=alignment)
 
 

@@ -258,7 +258,112 @@ static void check_costs() {
   CHECK(!plan_forward(p, slow).wide);
 }
 
+static ForwardParams images_call(const Geometry& g, DType dtype, Layout layout) {
+  ForwardParams p{};
+  p.geom = g;
+  p.dtype = dtype;
+  p.x_layout = p.y_layout = layout;
+  p.x_strides = dense_strides(layout, g.c_in, g.d_in, g.h_in, g.w_in);
+  p.y_strides = dense_strides(layout, g.c_out, g.d_out, g.h_out, g.w_out);
+  return p;
+}
+
+// The chunks cover every channel, boxes or tiles every pixel, and two blocks fit.
+static void check_depthwise(const ForwardParams& p, const DeviceLimits& device) {
+  const Geometry& g = p.geom;
+  const DepthwiseForwardPlan plan = plan_depthwise_forward(p, device);
+  const int64_t channels = plan.chunks_of_group * depthwise_chunk_channels(p.dtype);
+  CHECK(plan.groups * channels >= g.c_mid && (plan.groups - 1) * channels < g.c_mid);
+  CHECK(plan.blocks == plan.pixel_tiles * plan.groups);
+  const int64_t blocks = blocks_per_multiprocessor(depthwise_forward_cost(p, plan, device), device);
+  CHECK(blocks == 2 || (blocks == 1 && device.capability < 80));
+  if (p.dtype == DType::f64) {
+    CHECK(plan.pixel_tiles == ceil_div(output_pixels(g), kDepthwiseTilePixels));
+    return;
+  }
+  const PixelBox& box = plan.box;
+  CHECK(box.n * box.h * box.w <= kDepthwiseSlots && box.tiles_h * box.h >= g.h_out && box.tiles_w * box.w >= g.w_out);
+  CHECK(plan.pixel_tiles == ceil_div(g.n * g.d_out, box.n) * box.tiles_h * box.tiles_w);
+  CHECK(plan.staged >= kDepthwiseSlots * kChunkBytes && plan.taps >= plan.staged + plan.x_stages * box.stage_bytes);
+  CHECK(plan.x_stages == 1 || plan.chunks_of_group > 1);
+}
+
+static void check_split() {
+  for (const Gpu& gpu : kGpus) {
+    const DeviceLimits& device = gpu.limits;
+    for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
+      for (const int64_t c : {1, 17, 64, 728, 4096}) {
+        for (const int64_t size : {1, 7, 14, 19, 56, 300}) {
+          for (const DType dtype : {DType::f16, DType::f64}) {
+            const ForwardParams p = images_call(geometry(9, c, 40, size, 3), dtype, layout);
+            check_depthwise(p, device);
+            const SplitForwardPlan split = plan_split_forward(p, device);
+            CHECK(split.images >= 1 && split.images <= 9);
+            CHECK(split.workspace_bytes == split.images * size * size * c * static_cast<int64_t>(element_bytes(dtype)));
+            // Groups are made only where half of L2 does not hold the call, and then each fits, or is one image.
+            if (split.images < 9) {
+              CHECK(9 * split.workspace_bytes > split.images * device.l2_bytes / 2);
+              CHECK(split.workspace_bytes <= device.l2_bytes / 2 || split.images == 1);
+            }
+          }
+        }
+      }
+    }
+  }
+
+  const DeviceLimits a100 = kGpus[1].limits, h100 = kGpus[4].limits;
+  const auto splits = [&](const ForwardParams& p, const DeviceLimits& device) {
+    return split_is_faster(p, plan_split_forward(p, device), plan_forward(p, device), device);
+  };
+  for (const Layout layout : {Layout::nchw, Layout::nhwc}) {
+    for (const DeviceLimits& device : {a100, h100}) {
+      CHECK(splits(images_call(geometry(32, 1024, 1024, 7, 3), DType::f16, layout), device));
+      CHECK(splits(images_call(geometry(32, 728, 728, 19, 3), DType::f16, layout), device));
+      CHECK(splits(images_call(geometry(32, 1024, 1024, 7, 3), DType::bf16, layout), device));
+      // Narrow layers of many pixels stay fused: there z is what takes the time.
+      CHECK(!splits(images_call(geometry(32, 64, 128, 112, 3), DType::f16, layout), device));
+      CHECK(!splits(images_call(geometry(32, 32, 64, 112, 3), DType::f16, layout), device));
+    }
+  }
+  // Not float, nor where the moments of y are made in its epilogue, nor bf16 without tensor cores for it.
+  ForwardParams p = images_call(geometry(32, 1024, 1024, 7, 3), DType::f32, Layout::nhwc);
+  CHECK(!can_split(p, h100) && plan_split_forward(p, h100).images == 0);
+  p.tf32 = true;
+  CHECK(!can_split(p, h100));
+  p.dtype = DType::bf16;
+  CHECK(can_split(p, h100) && !can_split(p, kGpus[0].limits));
+  static char parts;
+  p.y_parts = &parts;
+  CHECK(!can_split(p, h100));
+  p.y_parts = nullptr;
+  p.geom.n = 0;
+  CHECK(plan_split_forward(p, h100).images == 0);
+
+  // A pass over y where something is left to be done: an activation, `pre`, and a bias behind a product an image.
+  p = images_call(geometry(4, 64, 64, 14, 3), DType::f16, Layout::nhwc);
+  CHECK(!has_outputs_pass(p) && split_forward_schedule(p, split_by(p, 4), h100).count == 2);
+  p.pw_bias = &parts;
+  CHECK(!has_outputs_pass(p));
+  p.y_layout = Layout::nchw;
+  CHECK(has_outputs_pass(p) && adds_bias(p));
+  p.y_layout = Layout::nhwc;
+  p.out_act = Activation::relu;
+  CHECK(has_outputs_pass(p) && !adds_bias(p) && split_forward_schedule(p, split_by(p, 4), h100).count == 3);
+
+  // Groups take a launch each; act(z) crosses to memory and back only where half of L2 does not hold it.
+  const Schedule one = split_forward_schedule(p, split_by(p, 4), h100);
+  const Schedule four = split_forward_schedule(p, split_by(p, 1), h100);
+  CHECK(four.kernels[0].launches == 4 && four.kernels[0].blocks >= one.kernels[0].blocks);
+  CHECK(predict(four.kernels[0], h100).seconds > 4 * kLaunchSeconds);
+  DeviceLimits small = h100;
+  small.l2_bytes = 1 << 10;
+  CHECK(split_forward_schedule(p, split_by(p, 4), small).kernels[1].dram_bytes - one.kernels[1].dram_bytes ==
+        act_z_bytes(p));
+  CHECK(one.workspace_bytes == 4 * four.workspace_bytes && one.workspace_bytes == act_z_bytes(p));
+}
+
 int main() {
+  check_split();
   const int64_t channels[] = {1, 3, 17, 32, 113, 512, 2048, 100000};
   for (const DType dtype : {DType::f32, DType::f64, DType::f16, DType::bf16})
     for (const int64_t c_mid : channels)

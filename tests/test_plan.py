@@ -96,6 +96,35 @@ def test_the_plan_is_the_one_that_is_predicted_to_be_fastest():
         assert unfused.dram_bytes == plan.chosen.dram_bytes + 4 * 2 * shape[1] * pixels
 
 
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_wide_layers_of_few_pixels_are_split(memory_format, arch):
+    plan = functools.partial(dsconv_cuda.plan, padding=1, memory_format=memory_format, arch=arch)
+    for shape, c_out in (((32, 1024, 7, 7), 1024), ((32, 728, 19, 19), 728)):
+        found = plan(shape, c_out, 3, dtype=torch.float16)
+        assert found.chosen.name == "split, 32 images at a time"
+        assert [kernel.name for kernel in found.kernels] == ["depthwise", "pointwise, the library's"]
+        assert found.seconds == min(alternative.seconds for alternative in found.alternatives if alternative.ours)
+        # The workspace is act(z).
+        assert found.chosen.workspace_bytes == 2 * shape[0] * shape[1] * shape[2] * shape[3]
+        assert all(kernel.launches == 1 for kernel in found.kernels)
+        single = plan(shape, c_out, 3, dtype=torch.float32)
+        assert not any("split" in alternative.name for alternative in single.alternatives)
+    narrow = plan((32, 64, 56, 56), 128, 3, dtype=torch.float16)
+    assert "split" not in narrow.chosen.name
+    assert any("split" in alternative.name for alternative in narrow.alternatives)
+
+
+def test_a_split_goes_by_groups_of_images_that_l2_holds():
+    gpu = dataclasses.replace(dsconv_cuda.gpus()["sm_90"], bandwidth=5e11)
+    plan = dsconv_cuda.plan((64, 728, 19, 19), 728, 3, padding=1, dtype=torch.float16, arch=gpu)
+    (split,) = (alternative for alternative in plan.alternatives if "split" in alternative.name)
+    assert split.name == "split, 32 images at a time"
+    assert split.workspace_bytes < gpu.l2_bytes / 2 < 2 * split.workspace_bytes
+    assert {kernel.launches for kernel in split.kernels} == {2}
+    assert " in 2 " in str(plan)
+
+
 def test_what_bounds_a_kernel():
     def bound(gpu, shape=(128, 144, 56, 56), c_out=24):
         return dsconv_cuda.plan(shape, c_out, 3, padding=1, arch=gpu).kernels[0].bound

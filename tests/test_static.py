@@ -196,6 +196,25 @@ def test_nothing_can_be_below_the_least(tiny):
     assert forward.weights > 0
 
 
+def test_of_a_split_forward_the_product_is_assumed():
+    """The depthwise kernel reads x about once and writes act(z) once; the product reads by tiles."""
+    (layer,) = layers.parse("wide 8 1024 7x7 3x3 1 1 512 identity")
+    problem = Problem(layer, FORWARD, torch.float16)
+    for layout in traffic.LAYOUTS:
+        counted = traffic.count([problem], layout, GPU()["sm_80"], 8)[0]
+        assert counted.is_split
+        assert counted.waves == 1
+        depthwise, product = counted.launches[:2]
+        pixels, z = 8 * 49, 2 * 8 * 49 * 1024
+        assert z <= depthwise.tensors["x"].read <= 1.5 * z, layout
+        assert z <= depthwise.tensors["act_z"].written <= 1.6 * z, layout
+        assert product.name == traffic.PRODUCT
+        rows = math.ceil(pixels / 128) if layout == "channels_last" else 8
+        assert product.tensors["act_z"].read == 4 * z
+        assert product.tensors["pw_weight"].read == rows * 2 * 1024 * 512
+        assert product.tensors["y"].written == 2 * pixels * 512
+
+
 def test_blocks_are_scaled_to_the_grid():
     (layer,) = layers.parse("tiny 4 32 32x32 3x3 1 1 64 identity")
     problem = Problem(layer, FORWARD, torch.float16)
@@ -258,7 +277,17 @@ def test_every_kernel_that_is_launched_is_known():
     assert all(sizes.threads % 32 == 0 and sizes.least_shared <= sizes.most_shared for sizes in launched.values())
     assert all(planned >= 0 for sizes in launched.values() for _, planned in sizes.launches)
     names = sass.demangle([symbol for _, symbol in launched])
-    own = ("forward", "du", "pointwise_sum", "grad_x", "depthwise_sum", "sum_partials")
+    own = (
+        "forward",
+        "depthwise_forward_kernel",
+        "depthwise_forward_tile",
+        "outputs",
+        "du",
+        "pointwise_sum",
+        "grad_x",
+        "depthwise_sum",
+        "sum_partials",
+    )
     norms = ("box", "rows", "planes", "pixel", "merge", "parts", "fold", "vectors")
     for kind in (*own, *(f"norm_{norm}" for norm in norms)):
         assert any(name.startswith(kind) for name in names), kind

@@ -28,7 +28,7 @@ struct CurrentDevice {
 inline std::string device_name(int) { return "the emulated device"; }
 inline std::string architectures() { return "the host"; }
 
-// DSCONV_SPLIT_IMAGES: a forward that can be split is, into groups of so many images; 0: none is. Else the plan
+// DSCONV_SPLIT_IMAGES: what can be split is, a forward into groups of so many images; 0: nothing is. Else the plan
 // decides.
 inline int64_t asked_split_images() {
   const char* asked = std::getenv("DSCONV_SPLIT_IMAGES");

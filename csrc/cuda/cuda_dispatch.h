@@ -5,7 +5,7 @@
 #include <type_traits>
 
 #include "cuda_launch.h"
-#include "split_forward_plan.h"
+#include "split_backward_plan.h"
 
 namespace dsconv {
 
@@ -68,12 +68,44 @@ LaunchStatus split_forward(const ForwardParams& p, const SplitForwardPlan& plan,
     for (int64_t n = 0; n < p.geom.n && status.error == 0; n += plan.images) {
       const ForwardParams part = images_of(p, n, smaller(plan.images, p.geom.n - n));
       const ForwardParams depthwise = depthwise_part(part, workspace);
-      status = launch_depthwise_forward<kType>(depthwise, plan_depthwise_forward(depthwise, device), stream);
+      status = launch_depthwise_forward<kType>(depthwise, false, plan_depthwise_forward(depthwise, device), stream);
       if (status.error != 0) break;
       product(part);
       if (has_outputs_pass(part)) status = launch_outputs<kType>(part, adds_bias(part), stream);
     }
     return status;
+  });
+}
+
+// `du_product(g, du)` enqueues du = g . pw_weight, `weight_product(g, act_z)` grad_pw_weight = g^T . act_z.
+template <typename DuProduct, typename WeightProduct>
+LaunchStatus split_backward(const BackwardParams& p, const SplitBackwardPlan& plan, void* workspace,
+                            const DeviceLimits& device, void* stream, const DuProduct& du_product,
+                            const WeightProduct& weight_product) {
+  return by_split_dtype(p.dtype, [&](auto type) {
+    constexpr DType kType = decltype(type)::value;
+    const auto at = [&](size_t offset) { return static_cast<unsigned char*>(workspace) + offset; };
+    LaunchStatus status;
+    const auto depthwise = [&](void* a, bool derivative) {
+      const ForwardParams z = depthwise_of(p, a);
+      if (status.error == 0) {
+        status = launch_depthwise_forward<kType>(z, derivative, plan_depthwise_forward(z, device), stream);
+      }
+    };
+    const void* g = p.dy;
+    if (p.saved != nullptr) {
+      g = at(plan.g_at);
+      status = launch_gradient<kType>(p, at(plan.g_at), stream);
+    }
+    if (plan.du && status.error == 0) {
+      du_product(g, at(plan.rest_plan.du_at));
+      if (p.act != Activation::identity) depthwise(at(plan.rest_plan.du_at), true);
+    }
+    if (plan.weight) {
+      depthwise(at(plan.act_z_at), false);
+      if (status.error == 0) weight_product(g, at(plan.act_z_at));
+    }
+    return status.error != 0 ? status : launch_backward<kType>(plan.rest, plan.rest_plan, workspace, stream);
   });
 }
 

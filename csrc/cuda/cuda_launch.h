@@ -22,10 +22,13 @@ LaunchStatus launch_forward(const ForwardParams& p, const ForwardPlan& plan, voi
 template <DType kType>
 LaunchStatus launch_forward_mma(const ForwardParams& p, const MmaForwardPlan& plan, void* stream);
 
-// act(z) alone, as the output of the call p, and bias and out_act over outputs that are there (split_forward_plan.h).
-// All but f32.
+// For the forms split around a library's product (split_forward_plan.h, split_backward_plan.h): act(z) as the output of
+// the call p, or act'(z) multiplied to it; bias and out_act over outputs that are there; dy * out_act'. All but f32.
 template <DType kType>
-LaunchStatus launch_depthwise_forward(const ForwardParams& p, const DepthwiseForwardPlan& plan, void* stream);
+LaunchStatus launch_depthwise_forward(const ForwardParams& p, bool derivative, const DepthwiseForwardPlan& plan,
+                                      void* stream);
+template <DType kType>
+LaunchStatus launch_gradient(const BackwardParams& p, void* g, void* stream);
 template <DType kType>
 LaunchStatus launch_outputs(const ForwardParams& p, bool add_bias, void* stream);
 

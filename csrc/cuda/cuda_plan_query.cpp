@@ -2,7 +2,7 @@
 
 #include "../plan_query.h"
 #include "cuda_schedule.h"
-#include "split_forward_plan.h"
+#include "split_backward_plan.h"
 
 namespace dsconv {
 namespace {
@@ -28,6 +28,7 @@ BackwardParams backward_params(const PlanQuery& query) {
   p.x_layout = p.dy_layout = p.grad_x_layout = layout_of(query);
   p.x_strides = dense_strides(p.x_layout, p.geom.c_in, p.geom.d_in, p.geom.h_in, p.geom.w_in);
   p.grad_x_strides = p.x_strides;
+  p.dy_strides = dense_strides(p.dy_layout, p.geom.c_out, p.geom.d_out, p.geom.h_out, p.geom.w_out);
   p.act = middle_of(query);
   p.grad_x = p.grad_dw_weight = p.grad_pw_weight = p.grad_dw_bias = p.grad_pw_bias = &grad;
   return p;
@@ -66,7 +67,13 @@ std::vector<PlannedCall> cuda_alternatives(const PlanQuery& query, const DeviceL
   if (query.backward) {
     const BackwardParams p = backward_params(query);
     const BackwardPlan plan = plan_backward(p, device);
-    return {planned("backward", true, true, backward_schedule(p, plan, device), device)};
+    const SplitBackwardPlan split = plan_split_backward(p, device);
+    const bool splits = split_is_faster(p, split, plan, device);
+    std::vector<PlannedCall> calls{planned("backward", !splits, true, backward_schedule(p, plan, device), device)};
+    if (split.possible) {
+      calls.push_back(planned("backward, split", splits, true, split_backward_schedule(p, split, device), device));
+    }
+    return calls;
   }
   const ForwardParams p = forward_params(query);
   const ForwardPlan chosen = plan_forward(p, device);
@@ -80,7 +87,7 @@ std::vector<PlannedCall> cuda_alternatives(const PlanQuery& query, const DeviceL
     calls.push_back(planned(schedule.kernels[0].name, !splits && same_plan(plan, chosen), true, schedule, device));
   }
   if (split.images > 0) {
-    calls.push_back(planned("split, in " + std::to_string(split.images) + " images", splits, true,
+    calls.push_back(planned("split, " + std::to_string(split.images) + " images at a time", splits, true,
                             split_forward_schedule(p, split, device), device));
   }
   calls.push_back(planned("unfused, at the ceilings", false, false, unfused_forward(p, device), device));

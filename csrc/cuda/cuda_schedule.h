@@ -7,7 +7,7 @@
 namespace dsconv {
 
 struct Schedule {
-  static constexpr int kMost = 8;
+  static constexpr int kMost = 12;
   KernelCost kernels[kMost];
   int count = 0;
   int64_t workspace_bytes = 0;

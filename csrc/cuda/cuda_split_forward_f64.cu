@@ -3,7 +3,9 @@
 
 namespace dsconv {
 
-template LaunchStatus launch_depthwise_forward<DType::f64>(const ForwardParams&, const DepthwiseForwardPlan&, void*);
+template LaunchStatus launch_depthwise_forward<DType::f64>(const ForwardParams&, bool, const DepthwiseForwardPlan&,
+                                                           void*);
 template LaunchStatus launch_outputs<DType::f64>(const ForwardParams&, bool, void*);
+template LaunchStatus launch_gradient<DType::f64>(const BackwardParams&, void*, void*);
 
 }  // namespace dsconv

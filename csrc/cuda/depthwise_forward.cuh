@@ -1,6 +1,9 @@
-// Forward of the depthwise stage alone: what a library's product of matrices reads, split_forward_plan.h.
+// The depthwise stage alone, before or behind a library's product of matrices (split_forward_plan.h, and for backward
+// split_backward_plan.h):
 //
-//   a[c][q] = act(z[c][q])          z: see depthwise.cuh          a: p.y, [n, c_mid, d_out, h_out, w_out], p.y_strides,
+//   a[c][q] = act(z[c][q])          Middle::value
+//   a[c][q] *= act'(z[c][q])        Middle::derivative
+//                                   z: see depthwise.cuh          a: p.y, [n, c_mid, d_out, h_out, w_out], p.y_strides,
 //                                                                 dense, unit-strided as x is
 //
 // 2-byte types: a block owns a box of kDepthwiseSlots pixels and some chunks of channels (kChunkBytes of them each).
@@ -21,9 +24,14 @@
 
 namespace dsconv {
 
-// A chunk of act(z) from shared memory to a: channels from c0 on. `runs`: slots_are_runs().
+template <typename T>
+DSCONV_DEVICE void put_middle(Middle middle, T value, T* a) {
+  *a = middle == Middle::value ? value : from_acc<T>(to_acc(*a) * to_acc(value));
+}
+
+// A chunk from shared memory to a: channels from c0 on. `runs`: slots_are_runs().
 template <class Input, typename T, bool kAlongC>
-DSCONV_DEVICE void store_chunk(const ForwardParams& p, const int64_t* offsets, int32_t c0, bool runs,
+DSCONV_DEVICE void store_chunk(const ForwardParams& p, Middle middle, const int64_t* offsets, int32_t c0, bool runs,
                                const unsigned char* z) {
   constexpr int kVec = kVecWidth<T>, kRowBytes = Input::kRowBytes, kRow = kRowBytes / static_cast<int>(sizeof(T));
   constexpr int kElements = kDepthwiseSlots * kChunkChannels<T>;
@@ -35,8 +43,8 @@ DSCONV_DEVICE void store_chunk(const ForwardParams& p, const int64_t* offsets, i
     for (int i = thread_here(); i < kElements; i += kBlockThreads) {
       const int slot = i % kRow, k = i / kRow;
       if (offsets[slot] < 0 || c0 + k >= c_mid) continue;
-      a[offsets[slot] + (c0 + k) * channel_stride] =
-          *reinterpret_cast<const T*>(z + at_row<T, kRowBytes, true>(k, slot));
+      put_middle(middle, *reinterpret_cast<const T*>(z + at_row<T, kRowBytes, true>(k, slot)),
+                 a + offsets[slot] + (c0 + k) * channel_stride);
     }
     return;
   }
@@ -46,23 +54,29 @@ DSCONV_DEVICE void store_chunk(const ForwardParams& p, const int64_t* offsets, i
     const int row = i / (kRow / kVec), first = i % (kRow / kVec) * kVec;
     const int64_t* at = offsets + (kAlongC ? row : first);
     const int32_t c = c0 + (kAlongC ? first : row);
-    const auto value = *reinterpret_cast<const Vec<T, kVec>*>(z + at_row<T, kRowBytes, !kAlongC>(row, first));
+    auto value = *reinterpret_cast<const Vec<T, kVec>*>(z + at_row<T, kRowBytes, !kAlongC>(row, first));
     if (in_a.is_vector(at, c)) {
-      *reinterpret_cast<Vec<T, kVec>*>(a + at[0] + c * channel_stride) = value;
+      auto* to = reinterpret_cast<Vec<T, kVec>*>(a + at[0] + c * channel_stride);
+      if (middle == Middle::derivative) {
+        const Vec<T, kVec> before = *to;
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) value.v[e] = from_acc<T>(to_acc(before.v[e]) * to_acc(value.v[e]));
+      }
+      *to = value;
       continue;
     }
 #pragma unroll
     for (int e = 0; e < kVec; ++e) {
       const int64_t slot = kAlongC ? at[0] : at[e];
       const int32_t channel = c + (kAlongC ? e : 0);
-      if (slot >= 0 && channel < c_mid) a[slot + channel * channel_stride] = value.v[e];
+      if (slot >= 0 && channel < c_mid) put_middle(middle, value.v[e], a + slot + channel * channel_stride);
     }
   }
 }
 
 template <typename T, bool kAlongC>
 DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
-    depthwise_forward_kernel(ForwardParams p, DepthwiseForwardPlan plan) {
+    depthwise_forward_kernel(ForwardParams p, Middle middle, DepthwiseForwardPlan plan) {
   using Input = BoxInput<T, kAlongC, kDepthwiseSlots>;
   DSCONV_DYNAMIC_SHARED(unsigned char, shared);
   const Geometry& g = p.geom;
@@ -93,17 +107,17 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
     cp_async_wait<0>();
     __syncthreads();
     if (chunk + 1 < end && plan.x_stages == 2) start(chunk + 1);
-    input.template compute<false>(Middle::value, chunk * kChunkChannels<T>, staged(chunk), taps(chunk), shared);
+    input.template compute<false>(middle, chunk * kChunkChannels<T>, staged(chunk), taps(chunk), shared);
     __syncthreads();
     if (chunk + 1 < end && plan.x_stages == 1) start(chunk + 1);
-    store_chunk<Input, T, kAlongC>(p, input.offsets(), chunk * kChunkChannels<T>,
+    store_chunk<Input, T, kAlongC>(p, middle, input.offsets(), chunk * kChunkChannels<T>,
                                    slots_are_runs<T>(box, g, p.y_strides, p.y), shared);
   }
 }
 
 template <typename T, int kKernel>
 DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
-    depthwise_forward_tile_kernel(ForwardParams p, DepthwiseForwardPlan plan) {
+    depthwise_forward_tile_kernel(ForwardParams p, Middle middle, DepthwiseForwardPlan plan) {
   constexpr int kPixels = kDepthwiseTilePixels, kChannels = kDepthwiseTileChannels;
   DSCONV_SHARED(acc_t<T>, z, kChannels * kPixels);
   DSCONV_SHARED(Window, windows, kPixels);
@@ -118,8 +132,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
     offsets[thread] = q0 + thread < pixel_count ? pixel_offset(output_pixel_at(q0 + thread, g), p.y_strides) : -1;
   }
   __syncthreads();
-  depthwise_tile<kKernel, kChannels, kPixels, kPixels, 1, kBlockThreads>(depthwise_input<T>(p), Middle::value, c0,
-                                                                         windows, z);
+  depthwise_tile<kKernel, kChannels, kPixels, kPixels, 1, kBlockThreads>(depthwise_input<T>(p), middle, c0, windows, z);
   __syncthreads();
   T* a = static_cast<T*>(p.y);
   const bool along_c = p.x_layout == Layout::nhwc;
@@ -127,18 +140,20 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   for (int i = thread; i < kChannels * kPixels; i += kBlockThreads) {
     const int channel = along_c ? i % kChannels : i / kPixels, pixel = along_c ? i / kChannels : i % kPixels;
     if (offsets[pixel] < 0 || c0 + channel >= g.c_mid) continue;
-    a[offsets[pixel] + (c0 + channel) * p.y_strides.c] = from_acc<T>(z[channel * kPixels + pixel]);
+    put_middle(middle, from_acc<T>(z[channel * kPixels + pixel]), a + offsets[pixel] + (c0 + channel) * p.y_strides.c);
   }
 }
 
 template <DType kType>
-LaunchStatus launch_depthwise_forward(const ForwardParams& p, const DepthwiseForwardPlan& plan, void* stream) {
+LaunchStatus launch_depthwise_forward(const ForwardParams& p, bool derivative, const DepthwiseForwardPlan& plan,
+                                      void* stream) {
   using T = storage_t<kType>;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const Middle middle = derivative ? Middle::derivative : Middle::value;
   if constexpr (kType == DType::f64) {
     const auto launch_kernel = [&](auto kernel) {
       return launch_blocks("depthwise_forward_tile", depthwise_forward_tile_kernel<T, decltype(kernel)::value>,
-                           plan.blocks, 0, cuda_stream, p, plan);
+                           plan.blocks, 0, cuda_stream, p, middle, plan);
     };
     switch (plan.kernel) {
       case 3:
@@ -151,7 +166,7 @@ LaunchStatus launch_depthwise_forward(const ForwardParams& p, const DepthwiseFor
   } else {
     const auto launch_kernel = [&](auto along_c) {
       return launch_blocks("depthwise_forward", depthwise_forward_kernel<T, decltype(along_c)::value>, plan.blocks,
-                           static_cast<size_t>(plan.bytes), cuda_stream, p, plan);
+                           static_cast<size_t>(plan.bytes), cuda_stream, p, middle, plan);
     };
     return p.x_layout == Layout::nhwc ? launch_kernel(std::true_type{}) : launch_kernel(std::false_type{});
   }

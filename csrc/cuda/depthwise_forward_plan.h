@@ -40,6 +40,16 @@ constexpr int64_t depthwise_chunk_channels(DType dtype) {
   return dtype == DType::f64 ? kDepthwiseTileChannels : kChunkBytes / mma_element_bytes(dtype);
 }
 
+// Of a chunk of x: what half a multiprocessor has beside act(z), the taps and the tables, a span taking 8 bytes for at
+// least 64 of x; on sm_75, where that is too little for a box, a third of what there is.
+inline int64_t depthwise_stage_bytes(const Geometry& g, const DeviceLimits& device) {
+  const int64_t taps = tap_count(g) <= kMostStagedTaps ? kChunkBytes * (tap_count(g) + 1) : 0;
+  const int64_t tables = 8 * kDepthwiseSlots / kStripPixels + 8 * kDepthwiseSlots + 64;
+  const int64_t half = device.shared_per_multiprocessor / 2 - device.shared_reserved;
+  const int64_t most = (half - kDepthwiseSlots * kChunkBytes - taps - tables) * 8 / 9;
+  return most >= 20 << 10 ? most : device.shared_per_block / 3;
+}
+
 inline DepthwiseForwardPlan plan_depthwise_forward(const ForwardParams& p, const DeviceLimits& device) {
   const Geometry& g = p.geom;
   DepthwiseForwardPlan plan{};
@@ -49,14 +59,14 @@ inline DepthwiseForwardPlan plan_depthwise_forward(const ForwardParams& p, const
     plan.pixel_tiles = ceil_div(output_pixels(g), kDepthwiseTilePixels);
     plan.chunks_of_group = 1;
   } else {
-    plan.box = plan_box(g, box_source(p), kDepthwiseSlots, device.shared_per_block / 3);
+    plan.box = plan_box(g, box_source(p), kDepthwiseSlots, depthwise_stage_bytes(g, device));
     plan.pixel_tiles = plan.box.tiles;
     // About four blocks a multiprocessor; what a block has more than one chunk of, it loads ahead.
     const int64_t most = plan.pixel_tiles * chunks / (4 * device.multiprocessors);
     plan.chunks_of_group = static_cast<int32_t>(most < 1 ? 1 : smaller(most, chunks));
     plan.x_stages = plan.box.staged && plan.chunks_of_group > 1 ? 2 : 1;
     place_depthwise_forward(plan);
-    if (plan.bytes > device.shared_per_multiprocessor / 2 - 1024) {
+    if (plan.bytes > device.shared_per_multiprocessor / 2 - device.shared_reserved) {
       plan.x_stages = 1;
       place_depthwise_forward(plan);
     }
@@ -68,6 +78,11 @@ inline DepthwiseForwardPlan plan_depthwise_forward(const ForwardParams& p, const
 
 // outputs.cuh: 16 bytes a thread.
 constexpr int64_t outputs_blocks(const ForwardParams& p) {
+  const int64_t outputs = output_pixels(p.geom) * p.geom.c_out;
+  return ceil_div(outputs, kBlockThreads * 16 / static_cast<int64_t>(element_bytes(p.dtype)));
+}
+
+constexpr int64_t gradient_blocks(const BackwardParams& p) {
   const int64_t outputs = output_pixels(p.geom) * p.geom.c_out;
   return ceil_div(outputs, kBlockThreads * 16 / static_cast<int64_t>(element_bytes(p.dtype)));
 }

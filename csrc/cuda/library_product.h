@@ -49,4 +49,23 @@ inline void pointwise_product(const ForwardParams& part, const void* act_z, cons
   call_op("aten::bmm", "out", stack);
 }
 
+// Pixels as rows: du = g . pw_weight, and grad_pw_weight = g^T . act_z, as split_backward() wants them.
+inline void du_product(const BackwardParams& p, const void* g, void* du, const Tensor& like) {
+  const int64_t pixels = output_pixels(p.geom), c_mid = p.geom.c_mid, c_out = p.geom.c_out;
+  const auto from = [](const Tensor& t) { return torch::stable::detail::from(t); };
+  StableIValue stack[3] = {from(tensor_over<2>(g, like, {pixels, c_out}, {c_out, 1})),
+                           from(tensor_over<2>(p.pw_weight, like, {c_out, c_mid}, {c_mid, 1})),
+                           from(tensor_over<2>(du, like, {pixels, c_mid}, {c_mid, 1}))};
+  call_op("aten::mm", "out", stack);
+}
+
+inline void weight_product(const BackwardParams& p, const void* g, const void* act_z, const Tensor& like) {
+  const int64_t pixels = output_pixels(p.geom), c_mid = p.geom.c_mid, c_out = p.geom.c_out;
+  const auto from = [](const Tensor& t) { return torch::stable::detail::from(t); };
+  StableIValue stack[3] = {from(tensor_over<2>(g, like, {c_out, pixels}, {1, c_out})),
+                           from(tensor_over<2>(act_z, like, {pixels, c_mid}, {c_mid, 1})),
+                           from(tensor_over<2>(p.grad_pw_weight, like, {c_out, c_mid}, {c_mid, 1}))};
+  call_op("aten::mm", "out", stack);
+}
+
 }  // namespace dsconv

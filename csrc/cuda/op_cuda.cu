@@ -27,6 +27,12 @@ SplitForwardPlan chosen_split(const ForwardParams& p, const ForwardPlan& fused, 
   return split_is_faster(p, split, fused, limits) ? split : SplitForwardPlan{};
 }
 
+bool takes_split(const BackwardParams& p, const SplitBackwardPlan& split, const BackwardPlan& other,
+                 const DeviceLimits& limits) {
+  const int64_t asked = asked_split_images();
+  return asked >= 0 ? asked > 0 && split.possible : split_is_faster(p, split, other, limits);
+}
+
 ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                         const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
@@ -80,9 +86,19 @@ BackwardResult bwd(const Tensor& dy, const Tensor& x, const Tensor& dw_weight, c
   if (call.params.geom.n == 0) return take_grads(call);  // prepare_backward has zeroed what there is
 
   const CurrentDevice device(x);
-  const BackwardPlan plan = plan_backward(call.params, device_limits());
+  const DeviceLimits limits = device_limits();
+  const BackwardParams& p = call.params;
+  const BackwardPlan plan = plan_backward(p, limits);
+  if (const SplitBackwardPlan split = plan_split_backward(p, limits); takes_split(p, split, plan, limits)) {
+    const Tensor workspace = empty_bytes(x, static_cast<int64_t>(split.workspace_bytes));
+    check_launch(op, split_backward(
+                         p, split, workspace.mutable_data_ptr(), limits, device.stream(),
+                         [&](const void* g, void* du) { du_product(p, g, du, x); },
+                         [&](const void* g, const void* act_z) { weight_product(p, g, act_z, x); }));
+    return take_grads(call);
+  }
   const Tensor workspace = empty_bytes(x, static_cast<int64_t>(plan.workspace_bytes));
-  check_launch(op, backward(call.params, plan, workspace.mutable_data_ptr(), device.stream()));
+  check_launch(op, backward(p, plan, workspace.mutable_data_ptr(), device.stream()));
   return take_grads(call);
 }
 

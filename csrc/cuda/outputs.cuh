@@ -1,4 +1,4 @@
-// What a library's product leaves to be done: bias and out_act over its outputs, in place.
+// What a library's product leaves to be done: bias and out_act over its outputs, in place; and out_act' before it.
 //
 //   pre = y + pw_bias,  y = out_act(pre)          where `bias` is asked for, and pre where it is
 //
@@ -60,6 +60,46 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) outputs_kernel(ForwardParams 
   if (pre != nullptr) store(pre);
   activate_all(p.out_act, values);
   store(y);
+}
+
+// g = dy * out_act'(saved), all three dense and in one layout.
+template <typename T>
+DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) gradient_kernel(BackwardParams p, T* g, int64_t count) {
+  constexpr int kVec = kVecWidth<T>;
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kBlockThreads + threadIdx.x) * kVec;
+  if (first >= count) return;
+  const T* dy = static_cast<const T*>(p.dy) + first;
+  const T* saved = static_cast<const T*>(p.saved) + first;
+  const bool vector = first + kVec <= count && is_aligned(dy, 16) && is_aligned(saved, 16);
+  Vec<T, kVec> grad = {}, from = {};
+  if (vector) {
+    grad = *reinterpret_cast<const Vec<T, kVec>*>(dy);
+    from = *reinterpret_cast<const Vec<T, kVec>*>(saved);
+  }
+  acc_t<T> slope[kVec];
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) {
+    if (!vector && first + e < count) grad.v[e] = dy[e], from.v[e] = saved[e];
+    slope[e] = to_acc(from.v[e]);
+  }
+  derive_all_from_saved(p.out_act, slope);
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) grad.v[e] = from_acc<T>(to_acc(grad.v[e]) * slope[e]);
+  if (first + kVec <= count) {  // the workspace is aligned
+    *reinterpret_cast<Vec<T, kVec>*>(g + first) = grad;
+    return;
+  }
+#pragma unroll
+  for (int e = 0; e < kVec; ++e) {
+    if (first + e < count) g[first + e] = grad.v[e];
+  }
+}
+
+template <DType kType>
+LaunchStatus launch_gradient(const BackwardParams& p, void* g, void* stream) {
+  using T = storage_t<kType>;
+  return launch_blocks("gradient", gradient_kernel<T>, gradient_blocks(p), 0, static_cast<cudaStream_t>(stream), p,
+                       static_cast<T*>(g), output_pixels(p.geom) * p.geom.c_out);
 }
 
 template <DType kType>

@@ -7,13 +7,11 @@
 //
 // The groups are so small that L2 keeps the workspace from one launch to the next, where that is predicted to be
 // faster. The workspace lasts as long as the call; nothing of it is saved for backward.
-//
-// Not for float: whether the library's product may round to TF32 is a switch of PyTorch's own that a binary for every
-// torch cannot set, and that need not be what the op was told.
 #pragma once
 
 #include "cuda_schedule.h"
 #include "depthwise_forward_plan.h"
+#include "library_product_plan.h"
 
 namespace dsconv {
 
@@ -23,8 +21,7 @@ struct SplitForwardPlan {
 };
 
 constexpr bool can_split(const ForwardParams& p, const DeviceLimits& device) {
-  return p.dtype != DType::f32 && p.y_parts == nullptr &&
-         (p.dtype == DType::f64 || has_tensor_cores(p.dtype, p.tf32, device.capability));
+  return has_library_product(p.dtype, device) && p.y_parts == nullptr;
 }
 
 // Pixels of all images in one product, the bias with it: [pixels, c_mid] . [c_mid, c_out]. Else a product an image.
@@ -61,40 +58,18 @@ inline ForwardParams depthwise_part(const ForwardParams& part, void* workspace) 
   return p;
 }
 
-// What the library is assumed to do: one of these tiles, the best, and each operand read once a tile of the other.
-constexpr ForwardTile kLibraryTiles[] = {{256, 128}, {128, 256}, {128, 128}, {128, 64}, {64, 64}};
-inline KernelCost library_product_cost(const ForwardParams& p, const DeviceLimits& device) {
+constexpr LibraryProduct pointwise_product_of(const ForwardParams& p) {
   const Geometry& g = p.geom;
-  const int64_t bytes = static_cast<int64_t>(element_bytes(p.dtype)), pixels = output_pixels(g);
   const int64_t products = is_one_product(p) || g.n == 0 ? 1 : g.n;
-  constexpr int64_t kDepth = 32;
-  KernelCost best;
-  Prediction least{};
-  for (const ForwardTile tile : kLibraryTiles) {
-    const int64_t rows = products * ceil_div(pixels / products, tile.pixels),
-                  columns = ceil_div(g.c_out, tile.channels);
-    KernelCost cost;
-    cost.name = "pointwise, the library's";
-    cost.tile_rows = tile.pixels;
-    cost.tile_columns = tile.channels;
-    cost.tile_depth = kDepth;
-    cost.stages = 3;
-    cost.blocks = rows * columns;
-    cost.threads = kBlockThreads;
-    cost.bounded_blocks = 2;
-    cost.shared_bytes = cost.stages * kDepth * (tile.pixels + tile.channels) * bytes;
-    cost.multiply_adds = static_cast<double>(cost.blocks * tile.pixels * tile.channels) *
-                         static_cast<double>(ceil_div(g.c_mid, kDepth) * kDepth);
-    cost.rate = p.dtype == DType::f64 ? device.fma_f64 : device.mma_f16;
-    cost.dram_bytes = (pixels * g.c_out + g.c_mid * g.c_out) * bytes;
-    cost.l2_bytes = (columns * pixels * g.c_mid + rows * g.c_mid * g.c_out + pixels * g.c_out) * bytes;
-    const Prediction found = predict(cost, device);
-    if (found.blocks_per_multiprocessor > 0 && (best.blocks == 0 || is_better(found, least))) {
-      best = cost;
-      least = found;
-    }
-  }
-  return best;
+  return {"pointwise, the library's", products, output_pixels(g) / products, g.c_out, g.c_mid};
+}
+
+inline KernelCost pointwise_product_cost(const ForwardParams& p, const DeviceLimits& device) {
+  const Geometry& g = p.geom;
+  const int64_t pixels = output_pixels(g);
+  KernelCost cost = library_product_cost(pointwise_product_of(p), p.dtype, device);
+  cost.dram_bytes = (pixels * g.c_out + g.c_mid * g.c_out) * static_cast<int64_t>(element_bytes(p.dtype));
+  return cost;
 }
 
 constexpr int64_t outputs_bytes(const ForwardParams& p) {
@@ -110,7 +85,7 @@ inline Schedule split_forward_schedule(const ForwardParams& p, const SplitForwar
   const int64_t act_z = act_z_bytes(part), y = outputs_bytes(part), pre = p.pre != nullptr ? y : 0;
   const bool kept = act_z + y <= device.l2_bytes / 2;
   KernelCost depthwise = depthwise_forward_cost(part, plan_depthwise_forward(part, device), device);
-  KernelCost product = library_product_cost(part, device);
+  KernelCost product = pointwise_product_cost(part, device);
   KernelCost outputs = schedule_detail::plain_kernel("bias and out_act", y > 0 ? outputs_blocks(part) : 0);
   if (!kept) {
     depthwise.dram_bytes += act_z;

@@ -19,6 +19,7 @@
 
 #include "../../csrc/cuda/cuda_dispatch.h"
 #include "../../csrc/cuda/dtype.cuh"
+#include "../../csrc/cuda/pixel.cuh"
 #include "cuda_host.h"
 #include "driver_calls.h"
 #include "driver_tensors.h"
@@ -126,8 +127,7 @@ class CallRun {
 
   void forward() {
     ++tally_.forward;
-    Tensor5 y(call_.type, g_.n, g_.c_out, g_.d_out, g_.h_out, g_.w_out, call_.y_layout, 0);
-    Tensor5 pre(call_.type, g_.n, g_.c_out, g_.d_out, g_.h_out, g_.w_out, call_.y_layout, 0);
+    Tensor5 y = y_like(), pre = y_like();
     ForwardParams p{};
     p.geom = g_;
     p.dtype = call_.type;
@@ -152,6 +152,27 @@ class CallRun {
     if (call_.number == 0) tally_.layer_seconds = seconds.count();
     if (failed(status)) return;
 
+    check_forward(y, pre);
+    if (!can_split(p, device_limits(0))) return;
+    // The same in two launches and a product between them, two images at a time.
+    ++tally_.forward;
+    Tensor5 y_of_two = y_like(), pre_of_two = y_like();
+    p.y = y_of_two.buffer.data();
+    if (call_.pre) p.pre = pre_of_two.buffer.data();
+    const SplitForwardPlan split = split_by(p, std::min(p.geom.n, int64_t{2}));
+    Buffer act_z(call_.type, split.workspace_bytes / static_cast<int64_t>(element_bytes(call_.type)));
+    if (failed(split_forward(p, split, act_z.data(), device_limits(0), nullptr,
+                             [&](const ForwardParams& part) { multiply(part, act_z); }))) {
+      return;
+    }
+    check_forward(y_of_two, pre_of_two);
+  }
+
+  Tensor5 y_like() const {
+    return Tensor5(call_.type, g_.n, g_.c_out, g_.d_out, g_.h_out, g_.w_out, call_.y_layout, 0);
+  }
+
+  void check_forward(const Tensor5& y, const Tensor5& pre) {
     const auto oracle = exact(in_).forward();
     long double y_error = 0, pre_error = 0;
     each_peer([&](const auto& peer, const auto& expected) {
@@ -226,8 +247,18 @@ class CallRun {
       if (asked(kGradPwBias)) p.grad_pw_bias = grad_pw_bias.data();
       set_device(device_limits(device));
       const BackwardPlan plan = plan_backward(p, device_limits(device));
-      Buffer workspace(DType::f64, static_cast<int64_t>((plan.workspace_bytes + 7) / 8));
-      if (failed(dsconv::backward(p, plan, workspace.data(), nullptr))) return;
+      // Where it can be, on the second device, split around products.
+      const SplitBackwardPlan split = plan_split_backward(p, device_limits(device));
+      const bool splits = device == 1 && split.possible;
+      const size_t bytes = splits ? split.workspace_bytes : plan.workspace_bytes;
+      Buffer workspace(DType::f64, static_cast<int64_t>((bytes + 7) / 8));
+      if (failed(splits ? split_backward(
+                              p, split, workspace.data(), device_limits(device), nullptr,
+                              [&](const void* g, void* du) { multiply_du(g, du); },
+                              [&](const void* g, const void* a) { multiply_weight(g, a, p.grad_pw_weight); })
+                        : dsconv::backward(p, plan, workspace.data(), nullptr))) {
+        return;
+      }
 
       if (asked(kGradX)) {
         compare("grad_x", grad_x.values(), oracle.x, error[0]);
@@ -247,6 +278,58 @@ class CallRun {
 
  private:
   using Exact = reference::Reference<long double>;
+
+  // What the library's products do.
+  void multiply_du(const void* g, void* du) const {
+    product(output_pixels(g_), g_.c_mid, g_.c_out, g, {g_.c_out, 1}, pw_weight_.data(), {g_.c_mid, 1}, du);
+  }
+  void multiply_weight(const void* g, const void* act_z, void* grad) const {
+    product(g_.c_out, g_.c_mid, output_pixels(g_), g, {1, g_.c_out}, act_z, {g_.c_mid, 1}, grad);
+  }
+
+  struct Steps {
+    int64_t row, column;
+  };
+
+  // c = a . b, c being dense [rows, columns].
+  void product(int64_t rows, int64_t columns, int64_t depth, const void* a, Steps of_a, const void* b, Steps of_b,
+               void* c) const {
+    const auto load = [&](const void* from, int64_t at) { return storage::load(call_.type, from, at); };
+    with_types_of(call_.type, [&]<typename R>(R (*round)(R)) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t j = 0; j < columns; ++j) {
+          R sum = 0;
+          for (int64_t k = 0; k < depth; ++k) {
+            sum += static_cast<R>(load(a, i * of_a.row + k * of_a.column)) *
+                   static_cast<R>(load(b, k * of_b.row + j * of_b.column));
+          }
+          storage::store(call_.type, c, i * columns + j, static_cast<long double>(round(sum)));
+        }
+      }
+    });
+  }
+
+  void multiply(const ForwardParams& part, const Buffer& act_z) const {
+    const Geometry& g = part.geom;
+    const Strides from = dense_strides(part.x_layout, g.c_mid, g.d_out, g.h_out, g.w_out);
+    const Values a = values_of(act_z, output_pixels(g) * g.c_mid);
+    const Values weight = values_of(pw_weight_, g.c_out * g.c_mid);
+    const Values bias = call_.pw_bias ? values_of(pw_bias_, g.c_out) : Values{};
+    with_types_of(call_.type, [&]<typename R>(R (*round)(R)) {
+      for (int64_t q = 0; q < output_pixels(g); ++q) {
+        const Pixel pixel = output_pixel_at(q, g);
+        for (int64_t o = 0; o < g.c_out; ++o) {
+          R sum = is_one_product(part) && call_.pw_bias ? static_cast<R>(bias[static_cast<std::size_t>(o)]) : R(0);
+          for (int64_t c = 0; c < g.c_mid; ++c) {
+            sum += static_cast<R>(a[static_cast<std::size_t>(pixel_offset(pixel, from) + c * from.c)]) *
+                   static_cast<R>(weight[static_cast<std::size_t>(o * g.c_mid + c)]);
+          }
+          const int64_t at = pixel_offset(pixel, part.y_strides) + o * part.y_strides.c;
+          storage::store(call_.type, static_cast<unsigned char*>(part.y), at, static_cast<long double>(round(sum)));
+        }
+      }
+    });
+  }
 
   Exact exact(const Inputs<long double>& in) const {
     const auto as_it_is = [](long double value) { return value; };

@@ -214,6 +214,44 @@ bool launch_norms(const ForwardParams& p, const DeviceLimits& device) {
       by_dtype(p.dtype, [&](auto type) { return norm_calls::every_launch<decltype(type)::value>(p, device); }));
 }
 
+// The tensors of a product's operands and result, the operands in the order of its rows and columns.
+struct ProductTensors {
+  const char *rows, *columns, *result;
+};
+
+// What a product of the library is assumed to ask for: tiles of 128 x 128, each operand read once a tile of the other.
+void print_product(const Request& r, const char* phase, DType dtype, const LibraryProduct& p,
+                   const ProductTensors& names) {
+  const int64_t bytes = static_cast<int64_t>(element_bytes(dtype));
+  const int64_t rows = p.count * ceil_div(p.rows, 128), columns = ceil_div(p.columns, 128);
+  const auto sectors = [&](int64_t elements) { return static_cast<long long>(ceil_div(elements * bytes, 32)); };
+  const long long a = columns * sectors(p.count * p.rows * p.depth), b = rows * sectors(p.columns * p.depth);
+  const long long c = sectors(p.count * p.rows * p.columns), blocks = rows * columns;
+  std::printf(
+      "{\"call\": \"%s\", \"phase\": \"%s\", \"symbol\": \"library_product\", \"blocks\": %lld, "
+      "\"counted_blocks\": %lld, \"load_wavefronts\": 0, \"free_load_wavefronts\": 0, \"store_wavefronts\": 0, "
+      "\"free_store_wavefronts\": 0, \"tensors\": {\"%s\": [%lld, 0, %lld, 1], \"%s\": [%lld, 0, %lld, 1], "
+      "\"%s\": [0, %lld, %lld, 1]}}\n",
+      r.name.c_str(), phase, blocks, blocks, names.rows, a, a, names.columns, b, b, names.result, c, c);
+}
+
+bool count_forward(const Request& r, const ForwardParams& p, const DeviceLimits& device, Tensors& tensors) {
+  const ForwardPlan fused = plan_forward(p, device);
+  const SplitForwardPlan split = plan_split_forward(p, device);
+  if (!split_is_faster(p, split, fused, device)) {
+    if (failed(forward(p, fused, nullptr))) return false;
+    print(r, "forward", 0);
+    return true;
+  }
+  void* act_z = tensors.make("act_z", split.workspace_bytes);
+  const auto product = [&](const ForwardParams& part) {
+    print_product(r, "forward", part.dtype, pointwise_product_of(part), {"act_z", "pw_weight", "y"});
+  };
+  if (failed(split_forward(p, split, act_z, device, nullptr, product))) return false;
+  print(r, "forward", split.workspace_bytes);
+  return true;
+}
+
 bool count(const Request& r) {
   const DeviceLimits device = limits_of(r.capability, r.multiprocessors);
   prepare(device);
@@ -222,11 +260,26 @@ bool count(const Request& r) {
   if (r.mode == "training_bn") return count_norms(r, device, tensors);
   const auto make = [&](const char* name, int64_t bytes) { return tensors.make(name, bytes); };
   const ForwardParams p = forward_params(r, make);
-  if (failed(forward(p, plan_forward(p, device), nullptr))) return false;
-  print(r, "forward", 0);
+  if (!count_forward(r, p, device, tensors)) return false;
   if (r.mode != "training") return true;
   const BackwardParams b = backward_params(p, make);
   const BackwardPlan plan = plan_backward(b, device);
+  const SplitBackwardPlan split = plan_split_backward(b, device);
+  if (split_is_faster(b, split, plan, device)) {
+    void* all = tensors.make("workspace", static_cast<int64_t>(split.workspace_bytes));
+    const int64_t pixels = output_pixels(b.geom);
+    const auto du = [&](const void*, void*) {
+      print_product(r, "backward", b.dtype, {"", 1, pixels, b.geom.c_mid, b.geom.c_out},
+                    {"dy", "pw_weight", "workspace"});
+    };
+    const auto weight = [&](const void*, const void*) {
+      print_product(r, "backward", b.dtype, {"", 1, b.geom.c_out, b.geom.c_mid, pixels},
+                    {"dy", "workspace", "grad_pw_weight"});
+    };
+    if (failed(split_backward(b, split, all, device, nullptr, du, weight))) return false;
+    print(r, "backward", static_cast<int64_t>(split.workspace_bytes));
+    return true;
+  }
   void* workspace = tensors.make("workspace", static_cast<int64_t>(plan.workspace_bytes));
   if (failed(backward(b, plan, workspace, nullptr))) return false;
   print(r, "backward", static_cast<int64_t>(plan.workspace_bytes));
@@ -240,17 +293,27 @@ class Launches {
     const DeviceLimits device = limits_of(r.capability, r.multiprocessors);
     prepare(device);
     cuda_host::count_blocks(0);
-    alignas(512) static char nowhere[512];
-    const auto make = [](const char*, int64_t) { return nowhere; };
+    const auto make = [this](const char*, int64_t) { return nowhere_; };
     const ForwardParams p = forward_params(r, make);
     const ForwardPlan plan = plan_forward(p, device);
     if (failed(forward(p, plan, nullptr)) || !print(device, forward_schedule(p, plan, device))) return false;
+    for (const int64_t images : {p.geom.n, int64_t{1}}) {
+      if (!add_split(images_of(p, 0, images), device)) return false;
+    }
     if (r.mode != "training") return true;
     const BackwardParams b = backward_params(p, make);
     const BackwardPlan backward_plan = plan_backward(b, device);
-    if (failed(backward(b, backward_plan, nowhere, nullptr)) ||
+    if (failed(backward(b, backward_plan, nowhere_, nullptr)) ||
         !print(device, backward_schedule(b, backward_plan, device))) {
       return false;
+    }
+    const SplitBackwardPlan split = plan_split_backward(b, device);
+    if (split.possible) {
+      const auto no_product = [](const void*, const void*) {};
+      if (failed(split_backward(b, split, nowhere_, device, nullptr, no_product, no_product)) ||
+          !print(device, without_products(split_backward_schedule(b, split, device)))) {
+        return false;
+      }
     }
     return launch_norms(p, device) && print(device, Schedule{});
   }
@@ -283,6 +346,23 @@ class Launches {
   }
 
  private:
+  static Schedule without_products(const Schedule& all) {
+    Schedule own;
+    for (int i = 0; i < all.count; ++i) {
+      if (std::strstr(all.kernels[i].name, "the library's") == nullptr) own.add(all.kernels[i]);
+    }
+    return own;
+  }
+
+  // Of all images at once, whether the planner splits the call or not.
+  bool add_split(const ForwardParams& p, const DeviceLimits& device) {
+    if (!can_split(p, device)) return true;
+    const SplitForwardPlan plan = split_by(p, p.geom.n);
+    const Schedule own = without_products(split_forward_schedule(p, plan, device));
+    const auto no_product = [](const ForwardParams&) {};
+    return !failed(split_forward(p, plan, nowhere_, device, nullptr, no_product)) && print(device, own);
+  }
+
   // Of the launches so far, which are those of the schedule, where it has any.
   bool print(const DeviceLimits& device, const Schedule& schedule) {
     const std::vector<cuda_host::KernelTraffic> launches = cuda_host::take_traffic();
@@ -309,6 +389,7 @@ class Launches {
     return true;
   }
 
+  alignas(512) char nowhere_[512];
   std::set<std::tuple<int64_t, std::string, uint64_t, uint64_t, int64_t>> seen_;
 };
 

@@ -1,6 +1,7 @@
-"""The forward split in two: the depthwise stage by a kernel of its own, the pointwise stage by the library's product.
+"""The forms split around the library's product of matrices: the pointwise stage of forward and both of stage P.
 
-Which calls the planner splits is in test_plan.py; here all are, into groups of as many images as a test asks for.
+Which calls the planner splits is in test_plan.py; here all that can be are, forward into groups of as many
+images as a test asks for.
 """
 
 import pytest
@@ -43,7 +44,7 @@ def images(monkeypatch):
 def products_of(call) -> set[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         call()
-    return {event.name for event in profile.events()} & {"aten::linear", "aten::bmm"}
+    return {event.name for event in profile.events()} & {"aten::linear", "aten::bmm", "aten::mm"}
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -53,6 +54,55 @@ def test_shapes_around_the_edges_of_boxes_and_groups(case, dtype, channels_last,
     for count in {1, 2, case.n}:
         images(count)
         check_case(case, dtype, device, channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+@pytest.mark.parametrize("case", EDGES, ids=identify)
+def test_backward_around_the_edges_of_boxes(case, dtype, device, images):
+    images(1)
+    check_case(case, dtype, device, channels_last=True, backward=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=identify)
+def test_every_subset_of_the_gradients(dtype, device, images):
+    """What is asked for alone is what it is among all, and the library makes what it is there for."""
+    images(1)
+    x, dw_weight, pw_weight, dy = torch.randn(2, 24, 9, 8), torch.randn(24, 1, 3, 3), torch.randn(20, 24), None
+    dy = torch.randn(2, 20, 9, 8).to(device, dtype).to(memory_format=torch.channels_last)
+    x = x.to(device, dtype).to(memory_format=torch.channels_last)
+    rest = [
+        dw_weight.to(device, dtype),
+        pw_weight[..., None, None].to(device, dtype),
+        torch.randn(24).to(device, dtype),
+    ]
+    geometry = ([1, 1], [1, 1, 1, 1], [1, 1], 1, 0)
+
+    def gradients(mask):
+        return torch.ops.dsconv_cuda.bwd(dy, x, *rest, None, *geometry, mask, False)
+
+    every = gradients(31)
+    for mask in range(1, 31):
+        found = gradients(mask)
+        for bit in range(5):
+            assert not mask >> bit & 1 or torch.equal(found[bit], every[bit]), (mask, bit)
+    assert products_of(lambda: gradients(4)) == products_of(lambda: gradients(1)) == {"aten::mm"}
+    assert not products_of(lambda: gradients(16))
+
+
+def test_gradients_that_are_no_rows_of_channels_are_made_as_before(device, images):
+    images(1)
+    for dtype in DTYPES:
+        case = Case(n=2, c=16, c_out=8, out_activation="relu")
+        tensors = case.tensors(dtype, device, channels_last=True)
+        y = dsconv_cuda.depthwise_separable_conv2d(*tensors, **case.kwargs)
+        wide = torch.randn(2, 8, 7, 22, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+        for dy in (torch.randn_like(y).contiguous(), wide[..., ::2], torch.ones_like(y)[:1, :1, :1, :1].expand_as(y)):
+            arguments = (dy, *tensors[:4], y, [1, 1], [1, 1, 1, 1], [1, 1], 2, 1, 31, False)
+            found = torch.ops.dsconv_cuda.bwd(*arguments)
+            images(0)
+            expected = torch.ops.dsconv_cuda.bwd(*arguments)
+            images(1)
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
