@@ -299,7 +299,9 @@ static void check_split() {
             check_depthwise(p, device);
             const SplitForwardPlan split = plan_split_forward(p, device);
             CHECK(split.images >= 1 && split.images <= 9);
-            CHECK(split.workspace_bytes == split.images * size * size * c * static_cast<int64_t>(element_bytes(dtype)));
+            CHECK(split.workspace_bytes == act_z_bytes(images_of(p, 0, split.images)));
+            CHECK(split.workspace_bytes >= split.images * size * size * c * static_cast<int64_t>(element_bytes(dtype)));
+            CHECK(act_z_strides(p).n * static_cast<int64_t>(element_bytes(dtype)) % 16 == 0 || layout == Layout::nhwc);
             // Groups are made only where half of L2 does not hold the call, and then each fits, or is one image.
             if (split.images < 9) {
               CHECK(9 * split.workspace_bytes > split.images * device.l2_bytes / 2);

@@ -38,14 +38,13 @@ inline void pointwise_product(const ForwardParams& part, const void* act_z, cons
     return call_op("aten::linear", "out", stack);
   }
   // A product an image, in whichever layouts.
-  const auto images = [&](const void* data, Layout layout, int64_t channels) {
-    return layout == Layout::nhwc
-               ? tensor_over<3>(data, like, {g.n, channels, pixels}, {channels * pixels, 1, channels})
-               : tensor_over<3>(data, like, {g.n, channels, pixels}, {channels * pixels, pixels, 1});
+  const auto images = [&](const void* data, Layout layout, int64_t channels, const Strides& s) {
+    return tensor_over<3>(data, like, {g.n, channels, pixels},
+                          {s.n, s.c, layout == Layout::nhwc ? channels : int64_t{1}});
   };
   const Tensor weight = tensor_over<3>(part.pw_weight, like, {g.n, g.c_out, g.c_mid}, {0, g.c_mid, 1});
-  StableIValue stack[3] = {from(weight), from(images(act_z, part.x_layout, g.c_mid)),
-                           from(images(part.y, part.y_layout, g.c_out))};
+  StableIValue stack[3] = {from(weight), from(images(act_z, part.x_layout, g.c_mid, act_z_strides(part))),
+                           from(images(part.y, part.y_layout, g.c_out, part.y_strides))};
   call_op("aten::bmm", "out", stack);
 }
 

@@ -33,8 +33,20 @@ constexpr bool has_outputs_pass(const ForwardParams& p) {
   return p.out_act != Activation::identity || p.pre != nullptr || adds_bias(p);
 }
 
+// Of act(z) in the workspace, laid out as x is: where pixels are together, a channel starts at a multiple of 16 bytes,
+// for stores and the library's loads of as many.
+constexpr Strides act_z_strides(const ForwardParams& p) {
+  const Geometry& g = p.geom;
+  Strides s = dense_strides(p.x_layout, g.c_mid, g.d_out, g.h_out, g.w_out);
+  if (p.x_layout == Layout::nchw) {
+    const int64_t vector = 16 / static_cast<int64_t>(element_bytes(p.dtype));
+    s.c = ceil_div(s.c, vector) * vector;
+    s.n = s.c * g.c_mid;
+  }
+  return s;
+}
 constexpr int64_t act_z_bytes(const ForwardParams& p) {
-  return output_pixels(p.geom) * p.geom.c_mid * static_cast<int64_t>(element_bytes(p.dtype));
+  return p.geom.n * act_z_strides(p).n * static_cast<int64_t>(element_bytes(p.dtype));
 }
 
 // The images from `first` on of a call.
@@ -50,11 +62,10 @@ inline ForwardParams images_of(const ForwardParams& p, int64_t first, int64_t im
 
 // The depthwise stage of such a part as a call of its own, act(z) being its output.
 inline ForwardParams depthwise_part(const ForwardParams& part, void* workspace) {
-  const Geometry& g = part.geom;
   ForwardParams p = part;
   p.y = workspace;
   p.y_layout = p.x_layout;
-  p.y_strides = dense_strides(p.x_layout, g.c_mid, g.d_out, g.h_out, g.w_out);
+  p.y_strides = act_z_strides(part);
   return p;
 }
 

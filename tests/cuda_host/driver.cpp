@@ -311,8 +311,8 @@ class CallRun {
 
   void multiply(const ForwardParams& part, const Buffer& act_z) const {
     const Geometry& g = part.geom;
-    const Strides from = dense_strides(part.x_layout, g.c_mid, g.d_out, g.h_out, g.w_out);
-    const Values a = values_of(act_z, output_pixels(g) * g.c_mid);
+    const Strides from = act_z_strides(part);
+    const Values a = values_of(act_z, g.n * from.n);
     const Values weight = values_of(pw_weight_, g.c_out * g.c_mid);
     const Values bias = call_.pw_bias ? values_of(pw_bias_, g.c_out) : Values{};
     with_types_of(call_.type, [&]<typename R>(R (*round)(R)) {

@@ -220,8 +220,10 @@ struct ProductTensors {
 };
 
 // What a product of the library is assumed to ask for: tiles of 128 x 128, each operand read once a tile of the other.
+// Behind the launches before it.
 void print_product(const Request& r, const char* phase, DType dtype, const LibraryProduct& p,
                    const ProductTensors& names) {
+  print(r, phase, 0);
   const int64_t bytes = static_cast<int64_t>(element_bytes(dtype));
   const int64_t rows = p.count * ceil_div(p.rows, 128), columns = ceil_div(p.columns, 128);
   const auto sectors = [&](int64_t elements) { return static_cast<long long>(ceil_div(elements * bytes, 32)); };
