@@ -1,4 +1,4 @@
-"""What the CUDA forward should take on a GPU, by what was counted without one: a page of predicted times.
+"""What the fused CUDA forward should take on a GPU, by what was counted without one: a page of predicted times.
 
     python -m bench.roofline > bench/results/roofline.md      # some minutes; needs nvcc, cuobjdump and g++
 
@@ -42,7 +42,8 @@ Assumptions, each of which a measurement may overturn:
    sectors and wavefronts.
 4. Instructions: 4 a clock and multiprocessor, those of the two inner loops alone: the product's and the depthwise
    taps'. Tensor cores: the products at the rate of mma.sync.
-5. Unfused and fused floors are at the ceilings: every tensor once through DRAM, products on the tensor cores, taps by
+5. Of every layer the fused kernel, also where the planner splits the forward around a library's product.
+6. Unfused and fused floors are at the ceilings: every tensor once through DRAM, products on the tensor cores, taps by
    fp32 multiply-adds, nothing else; 2 us a launch. No library is faster than the unfused floor without fusing."""
 
 LEGEND = """\
@@ -127,9 +128,10 @@ def predict(counted, gpu, kernel: CompiledKernel) -> Prediction:
     loops = inner_loops(kernel)
     taps, product = multiply_adds(problem)
     plan = traffic.plan_of(problem, counted.layout, gpu)
+    planned = traffic.fused_of(plan)
     # Blocks of other output channels compute z again, and so do tiles beyond the image.
     pixels = problem.layer.batch * math.prod(problem.layer.out_size)
-    repeated = max(1.0, launch.blocks * plan.kernels[0].tile[0] / pixels)
+    repeated = max(1.0, launch.blocks * planned.tile[0] / pixels)
     instructions = product * Loops.per_multiply_add(loops.product)
     if loops.taps is not None:
         instructions += repeated * taps * Loops.per_multiply_add(loops.taps)
@@ -216,7 +218,7 @@ def main(argv=None):
     for architecture in arguments.arch:
         gpu = dsconv_cuda.gpus()[architecture]
         compiled = forward_kernels(architecture, arguments.dtype)
-        counted = traffic.count(problems, arguments.layout, gpu, arguments.blocks)
+        counted = traffic.count(problems, arguments.layout, gpu, arguments.blocks, fused=True)
         kernels = [compiled[c.launches[0].name] for c in counted]
         used += kernels
         predictions = [predict(c, gpu, kernel) for c, kernel in zip(counted, kernels, strict=True)]

@@ -39,7 +39,7 @@ from dsconv_cuda import planning
 from dsconv_cuda.activations import activation_number
 
 from .layers import GPU_LAYERS, LAYERS, Layer, select
-from .problem import DTYPES, FORWARD, TRAINING, Problem
+from .problem import DTYPES, FORWARD, TRAINING, TRAINING_BN, Problem
 from .sass import demangle
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,25 +234,48 @@ def _run(command, lines):
     return done.stdout
 
 
-def count(problems: list[Problem], layout: str, gpu: dsconv_cuda.Gpu, blocks=BLOCKS, precision="") -> list[Counted]:
-    """precision: TF32 where float32 products may be rounded to it."""
+def count(
+    problems: list[Problem], layout: str, gpu: dsconv_cuda.Gpu, blocks=BLOCKS, precision="", fused=False
+) -> list[Counted]:
+    """precision: TF32 where float32 products may be rounded to it. fused: the fused forward, whatever is planned."""
     found = defaultdict(list)
-    lines = [_request(str(index), problem, layout, gpu, blocks, precision) for index, problem in enumerate(problems)]
+    lines = [
+        _request(str(index), problem, layout, gpu, blocks, precision, "fused" if fused else problem.mode)
+        for index, problem in enumerate(problems)
+    ]
     for line in _run("count", lines).splitlines():
         launch = json.loads(line)
         found[int(launch["call"])].append(_launch(launch))
-    waves = [_waves(plan_of(problem, layout, gpu)) for problem in problems]
+    waves = [_waves(problem, layout, gpu, fused) for problem in problems]
     return [Counted(problem, layout, waves[i], tuple(found[i])) for i, problem in enumerate(problems)]
 
 
-def _waves(plan):
-    return math.ceil(plan.kernels[0].waves) if len(plan.kernels) == 1 else 1
+def _waves(problem, layout, gpu, fused):
+    plan = plan_of(problem, layout, gpu)
+    if len(plan.kernels) > 1 and not fused and problem.mode != TRAINING_BN:
+        return 1
+    return math.ceil(fused_of(plan).waves)
 
 
-def _request(name, problem, layout, gpu, blocks, precision):
+def fused_of(plan: planning.CudaPlan) -> planning.Kernel:
+    """The best of the fused forward's kernels."""
+    kernels = [a.kernels[0] for a in plan.alternatives if a.ours and len(a.kernels) == 1]
+    return min(kernels, key=lambda kernel: (kernel.seconds, kernel.arithmetic_seconds))
+
+
+def _request(name, problem, layout, gpu, blocks, precision, mode=None):
     layer = problem.layer
     dtype = TF32 if precision == TF32 else SHORT[str(problem.dtype).removeprefix("torch.")]
-    fields = (name, dtype, LAYOUTS[layout], problem.mode, layer.batch, layer.channels, layer.height, layer.width)
+    fields = (
+        name,
+        dtype,
+        LAYOUTS[layout],
+        mode or problem.mode,
+        layer.batch,
+        layer.channels,
+        layer.height,
+        layer.width,
+    )
     fields += (*layer.kernel, layer.stride, layer.dilation, layer.out_channels, layer.multiplier)
     fields += (activation_number(MIDDLE), activation_number(problem.out_activation))
     blocks = max(2, min(blocks, blocks * MANY_TAPS // math.prod(layer.kernel)))

@@ -182,6 +182,10 @@ def plan(
         arch: an architecture such as ``"sm_90"`` (``gpus()`` lists them and the GPU that stands for each), a ``Gpu``, a
             CUDA device of this machine, or ``"cpu"``. Default: the current GPU where there is one, else the CPU.
 
+    Where forward, or stage P of a backward in channels_last, can be split around the library's product of matrices,
+    that is one of the alternatives (``"split, 32 images at a time"``, ``"backward, split"``), without out_activation
+    and biases: a pass over the output for these is not counted.
+
     Returns a ``CudaPlan`` (``.chosen``, ``.kernels``, ``.alternatives``) or a ``CpuPlan`` (``.numbers``). Neither needs
     a GPU, and nothing is run.
 

@@ -3,8 +3,8 @@
 //   traffic count        reads calls from the standard input, a line each:
 //                        name dtype layout mode n c h w kernel_h kernel_w stride dilation c_out multiplier act out_act
 //                        capability multiprocessors blocks
-//       dtype is f16, bf16, f32, tf32 or f64; mode is forward, training or training_bn; act and out_act are numbers of
-//       params.h; `blocks` of each launch are counted.
+//       dtype is f16, bf16, f32, tf32 or f64; mode is forward, fused (forward), training or training_bn; act and
+//       out_act are numbers of params.h; `blocks` of each launch are counted.
 //   traffic launches     reads calls too, adds those of driver_calls.h for every GPU of the table, and runs no block:
 //                        of every kernel its symbol, threads and bytes of dynamic shared memory, for each capability,
 //                        and how many blocks the planner plans to share a multiprocessor; 0 for the passes of norms,
@@ -240,7 +240,7 @@ void print_product(const Request& r, const char* phase, DType dtype, const Libra
 bool count_forward(const Request& r, const ForwardParams& p, const DeviceLimits& device, Tensors& tensors) {
   const ForwardPlan fused = plan_forward(p, device);
   const SplitForwardPlan split = plan_split_forward(p, device);
-  if (!split_is_faster(p, split, fused, device)) {
+  if (r.mode == "fused" || !split_is_faster(p, split, fused, device)) {
     if (failed(forward(p, fused, nullptr))) return false;
     print(r, "forward", 0);
     return true;
