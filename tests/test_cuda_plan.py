@@ -340,6 +340,10 @@ static void check_split() {
   p.y_parts = nullptr;
   p.geom.n = 0;
   CHECK(plan_split_forward(p, h100).images == 0);
+  p.geom = geometry(32, 1024, 1024, 7, 11);
+  CHECK(can_split(p, h100));
+  p.geom = geometry(32, 1024, 1024, 7, 13);
+  CHECK(!can_split(p, h100));
 
   // A pass over y where something is left to be done: an activation, `pre`, and a bias behind a product an image.
   p = images_call(geometry(4, 64, 64, 14, 3), DType::f16, Layout::nhwc);

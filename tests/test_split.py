@@ -31,7 +31,7 @@ EDGES = [
     Case(n=3, c=10, multiplier=3, c_out=12, h=9, w=8),
     Case(n=2, c=8, c_out=8, h=1, w=300, kernel=(1, 7), padding=(0, 3)),
     Case(n=3, c=8, c_out=8, h=1, w=1, kernel=(1, 1), padding=0),
-    Case(n=1, c=40, c_out=16, h=33, w=31, kernel=(13, 13), padding=(6, 6)),
+    Case(n=1, c=40, c_out=16, h=33, w=31, kernel=(11, 11), padding=(5, 5)),
 ]
 
 

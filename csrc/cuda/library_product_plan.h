@@ -1,14 +1,17 @@
 // What a product of matrices by the library behind torch is assumed to cost, for the forms that are split around one.
 //
 // Not in float: whether the library may round to TF32 is a switch of PyTorch's own that a binary for every torch cannot
-// set, and that need not be what the op was told.
+// set, and that need not be what the op was told. Nor with more taps than are staged: these come through L1, which no
+// prediction counts, and the depthwise kernel alone asks for more of them than a fused one (replknet_k31 in NCHW: 1.7
+// times as many sectors).
 #pragma once
 
 #include "cuda_plan.h"
 
 namespace dsconv {
 
-constexpr bool has_library_product(DType dtype, const DeviceLimits& device) {
+constexpr bool has_library_product(const Geometry& g, DType dtype, const DeviceLimits& device) {
+  if (tap_count(g) > kMostStagedTaps) return false;
   return dtype == DType::f64 || (dtype != DType::f32 && has_tensor_cores(dtype, false, device.capability));
 }
 

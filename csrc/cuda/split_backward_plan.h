@@ -29,7 +29,7 @@ inline bool can_split_backward(const BackwardParams& p, const DeviceLimits& devi
     return layout == Layout::nhwc && lies(g.n, s.n, dense.n) && lies(g.d_out, s.d, dense.d) &&
            lies(g.h_out, s.h, dense.h) && lies(g.w_out, s.w, dense.w) && lies(g.c_out, s.c, dense.c);
   };
-  return has_library_product(p.dtype, device) && p.x_layout == Layout::nhwc && is_dense(p.dy_layout, p.dy_strides) &&
+  return has_library_product(g, p.dtype, device) && p.x_layout == Layout::nhwc && is_dense(p.dy_layout, p.dy_strides) &&
          (p.saved == nullptr || is_dense(p.saved_layout, p.saved_strides));
 }
 

@@ -21,7 +21,7 @@ struct SplitForwardPlan {
 };
 
 constexpr bool can_split(const ForwardParams& p, const DeviceLimits& device) {
-  return has_library_product(p.dtype, device) && p.y_parts == nullptr;
+  return has_library_product(p.geom, p.dtype, device) && p.y_parts == nullptr;
 }
 
 // Pixels of all images in one product, the bias with it: [pixels, c_mid] . [c_mid, c_out]. Else a product an image.
