@@ -126,7 +126,7 @@ ForwardCall forward(const char* op, const Tensor& x, const Tensor& dw_weight, co
 }
 
 Tensor fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Ints stride, Ints padding,
-           Ints dilation, int64_t act, int64_t out_act, bool /*tf32*/) {
+           Ints dilation, int64_t act, int64_t out_act, bool /*fast*/) {
   return *forward("dsconv_cuda::fwd", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act,
                   out_act, false)
               .y;
@@ -206,7 +206,7 @@ std::tuple<Tensor, Tensor> fwd_with_pre_kept(Tensor x, Tensor dw_weight, Tensor 
 
 std::tuple<Tensor, Tensor> fwd_with_pre(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
                                         Ints stride, Ints padding, Ints dilation, int64_t act, int64_t out_act,
-                                        bool /*tf32*/) {
+                                        bool /*fast*/) {
   ForwardCall call = forward("dsconv_cuda::fwd_with_pre", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding,
                              dilation, act, out_act, true);
   return {*call.y, *call.pre};
@@ -221,7 +221,7 @@ BackwardResult backward(const char* op, BackwardCall call) {
 }
 
 BackwardResult bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved, Ints stride,
-                   Ints padding, Ints dilation, int64_t act, int64_t out_act, int64_t grad_mask, bool /*tf32*/) {
+                   Ints padding, Ints dilation, int64_t act, int64_t out_act, int64_t grad_mask, bool /*fast*/) {
   constexpr const char* op = "dsconv_cuda::bwd";
   return backward(op, prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
                                        arguments_of(op, stride, padding, dilation, act, out_act), grad_mask));

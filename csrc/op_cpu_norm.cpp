@@ -467,7 +467,7 @@ Tensor z_moments_op(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, 
 
 std::tuple<Tensor, Tensor> fwd_norm_op(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
                                        Tensor vectors, Ints stride, Ints padding, Ints dilation, int64_t act,
-                                       bool want_moments, Bias in_vectors, int64_t in_act, bool /*tf32*/) {
+                                       bool want_moments, Bias in_vectors, int64_t in_act, bool /*fast*/) {
   constexpr const char* op = "dsconv_cuda::fwd_norm";
   return fwd_norm(op, x, dw_weight, pw_weight, dw_bias, pw_bias, vectors,
                   arguments_of(op, stride, padding, dilation, act, 0), want_moments, in_vectors, in_act);

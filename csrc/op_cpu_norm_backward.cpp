@@ -237,7 +237,7 @@ namespace {
 NormGradients bwd_norm_op(Tensor grad, Bias y, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias,
                           Tensor vectors, Bias out_vectors, Bias out_sums, double out_count, Ints stride, Ints padding,
                           Ints dilation, int64_t act, int64_t out_act, int64_t grad_mask, Bias in_vectors,
-                          int64_t in_act, bool /*tf32*/) {
+                          int64_t in_act, bool /*fast*/) {
   constexpr const char* op = "dsconv_cuda::bwd_norm";
   return bwd_norm(op, grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums, out_count,
                   arguments_of(op, stride, padding, dilation, act, out_act), grad_mask, in_vectors, in_act);
@@ -259,7 +259,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_norm_pointwise(Tensor grad, Bias 
                                                               Bias out_vectors, Bias out_sums, double out_count,
                                                               Ints stride, Ints padding, Ints dilation, int64_t act,
                                                               int64_t out_act, int64_t grad_mask, Bias in_vectors,
-                                                              int64_t in_act, bool /*tf32*/) {
+                                                              int64_t in_act, bool /*fast*/) {
   Run run("dsconv_cuda::bwd_norm_pointwise");
   const OutputNorm norm = {y, out_vectors, out_sums, out_count};
   prepare(run, grad, norm, x, dw_weight, pw_weight, dw_bias,

@@ -1,9 +1,9 @@
 // The op schemas and the Python module (what is not a tensor op). Implementations register themselves: op_cpu.cpp for
 // CPU, cuda/op_cuda.cu for CUDA (compiling that file is what turns CUDA on), dsconv_cuda/ops.py for fake tensors.
 //
-// padding is (top, left, bottom, right); act and out_act are the numbers of params.h's Activation; tf32 lets CUDA round
-// the operands of float32 products to TF32 and means nothing to the CPU. All take 3-D convolutions too, with three
-// numbers for two and padding (front, top, left, back, bottom, right).
+// padding is (top, left, bottom, right); act and out_act are the numbers of params.h's Activation. fast lets CUDA round
+// the operands of float32 products to TF32, and leave those of other types to cuBLAS; it means nothing to the CPU. All
+// take 3-D convolutions too, with three numbers for two and padding (front, top, left, back, bottom, right).
 
 #include "build_info.h"
 #include "cpu/cpu_isa.h"
@@ -14,7 +14,7 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   // y
   m.def(
       "fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[2] stride, int[4] "
-      "padding, int[2] dilation, int act, int out_act, bool tf32=False) -> Tensor");
+      "padding, int[2] dilation, int act, int out_act, bool fast=False) -> Tensor");
   // The ops below for a module, on the CPU: `kept`, made by keep(), holds the arguments that are no tensors, and
   // with `room` the packed weights while they stay as they are (kept_weights.h); version is the sum of the weights'
   // version counters. Below autograd, and for plain tensors only: no fake kernel, no vmap.
@@ -40,11 +40,11 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   // (y, pre): pre is y before out_act, kept for backward where its derivative cannot be told from y
   m.def(
       "fwd_with_pre(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[2] stride, "
-      "int[4] padding, int[2] dilation, int act, int out_act, bool tf32=False) -> (Tensor, Tensor)");
+      "int[4] padding, int[2] dilation, int act, int out_act, bool fast=False) -> (Tensor, Tensor)");
   // Gradients of (x, dw_weight, pw_weight, dw_bias, pw_bias); one that grad_mask does not ask for has shape [0].
   m.def(
       "bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? saved, int[2] stride, "
-      "int[4] padding, int[2] dilation, int act, int out_act, int grad_mask, bool tf32=False) -> (Tensor, "
+      "int[4] padding, int[2] dilation, int act, int out_act, int grad_mask, bool fast=False) -> (Tensor, "
       "Tensor, Tensor, Tensor, Tensor)");
 
   // Training through BatchNorm: op_cpu_norm.cpp says what each computes. moments and sums are [2, C], vectors [4, C]
@@ -64,7 +64,7 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   m.def(
       "fwd_norm(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor vectors, int[2] "
       "stride, int[4] padding, int[2] dilation, int act, bool want_moments, Tensor? in_vectors=None, int in_act=0, "
-      "bool tf32=False) -> (Tensor, Tensor)");
+      "bool fast=False) -> (Tensor, Tensor)");
   m.def("moments(Tensor v) -> Tensor");
   m.def("norm_act(Tensor v, Tensor vectors, int act) -> Tensor");
   m.def("norm_act_sums(Tensor grad, Tensor v, Tensor vectors, int act) -> Tensor");
@@ -75,14 +75,14 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   m.def(
       "bwd_norm(Tensor grad, Tensor? y, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor vectors, "
       "Tensor? out_vectors, Tensor? out_sums, float out_count, int[2] stride, int[4] padding, int[2] dilation, int "
-      "act, int out_act, int grad_mask, Tensor? in_vectors=None, int in_act=0, bool tf32=False) -> (Tensor, Tensor, "
+      "act, int out_act, int grad_mask, Tensor? in_vectors=None, int in_act=0, bool fast=False) -> (Tensor, Tensor, "
       "Tensor, Tensor, Tensor)");
   // The same in two, for sums that are reduced in between: (du, sums, grad pw_weight, grad pw_bias), then the other
   // two.
   m.def(
       "bwd_norm_pointwise(Tensor grad, Tensor? y, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, "
       "Tensor vectors, Tensor? out_vectors, Tensor? out_sums, float out_count, int[2] stride, int[4] padding, int[2] "
-      "dilation, int act, int out_act, int grad_mask, Tensor? in_vectors=None, int in_act=0, bool tf32=False) -> "
+      "dilation, int act, int out_act, int grad_mask, Tensor? in_vectors=None, int in_act=0, bool fast=False) -> "
       "(Tensor, "
       "Tensor, Tensor, Tensor)");
   m.def(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dsconv_cuda import _checks, _loader, autograd, batchnorm_graph
 from dsconv_cuda.activations import activation_number
 from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, NormLater, operation
-from dsconv_cuda.functional import _AUTOCAST_DEVICES, _autocast, _load, _tf32_applies, as_rows
+from dsconv_cuda.functional import _AUTOCAST_DEVICES, _autocast, _fast, _load, as_rows
 from dsconv_cuda.ops import IDENTITY
 from dsconv_cuda.second_order import Config
 
@@ -257,7 +257,7 @@ def block_of_chain(
         pw_weight, pw_bias = fold_norm(pw_weight, pw_bias, bn2)
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias)
     if not batch1 and not batch2 and before is None:
-        y = autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act, _tf32_applies(x)))
+        y = autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act, _fast(x)))
         return y.squeeze(-2) if dims == 1 else y
 
     _refuse_what_has_no_rule(op)
@@ -265,7 +265,7 @@ def block_of_chain(
     count = _product(pixels)
     block = Block(
         op,
-        Config(stride, padding, dilation, act, IDENTITY, _tf32_applies(x)),
+        Config(stride, padding, dilation, act, IDENTITY, _fast(x)),
         out_act,
         Batch(bn1.eps, count, bn1.process_group, functools.partial(_track, bn1)) if batch1 else None,
         Batch(bn2.eps, count, bn2.process_group, functools.partial(_track, bn2)) if batch2 else None,

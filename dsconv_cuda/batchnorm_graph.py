@@ -21,7 +21,7 @@ _SCHEMAS = (
     "norm_later(Tensor y, Tensor? gamma, Tensor? beta, float eps, int act) -> (Tensor, Tensor, Tensor)",
     "norm_block(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor? gamma1, "
     "Tensor? beta1, Tensor? gamma2, Tensor? beta2, Tensor? in_vectors, float? eps1, float? eps2, int[2] stride, int[4] "
-    "padding, int[2] dilation, int act, int out_act, bool tf32, bool recompute, int in_act, bool defer) -> (Tensor, "
+    "padding, int[2] dilation, int act, int out_act, bool fast, bool recompute, int in_act, bool defer) -> (Tensor, "
     "Tensor, Tensor, Tensor)",
 )
 
@@ -42,7 +42,7 @@ def apply(tensors: tuple, block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]
         *eps,
         *config.arguments()[:4],
         block.out_act,
-        config.tf32,
+        config.fast,
         block.recompute,
         block.in_act,
         block.defer,
@@ -50,8 +50,8 @@ def apply(tensors: tuple, block: Block) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _norm_block(*arguments):
-    tensors, (eps1, eps2, stride, padding, dilation, act, out_act, tf32, *rest) = arguments[:10], arguments[10:]
-    config = Config(tuple(stride), tuple(padding), tuple(dilation), act, 0, tf32)
+    tensors, (eps1, eps2, stride, padding, dilation, act, out_act, fast, *rest) = arguments[:10], arguments[10:]
+    config = Config(tuple(stride), tuple(padding), tuple(dilation), act, 0, fast)
     # A count of 0: that of the tensors.
     batches = (None if eps is None else Batch(eps, 0, None) for eps in (eps1, eps2))
     block = Block(operation(len(stride)), config, out_act, *batches, *rest)

@@ -20,12 +20,12 @@ def _before_out_activation(x, dw_weight, pw_weight, dw_bias, pw_bias, config: Co
     return Pointwise(pw_weight, len(config.stride)).conv(pw_weight, BY_NUMBER[config.act].value(z), pw_bias)
 
 
-def fwd(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, tf32=False) -> Tensor:
+def fwd(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, fast=False) -> Tensor:
     return fwd_with_pre(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act)[0]
 
 
 def fwd_with_pre(
-    x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, tf32=False
+    x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, fast=False
 ) -> tuple:
     config = Config(stride, padding, dilation, act, out_act)
     pre = _before_out_activation(x, dw_weight, pw_weight, dw_bias, pw_bias, config)
@@ -33,7 +33,7 @@ def fwd_with_pre(
 
 
 def bwd(
-    dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act, out_act, grad_mask, tf32=False
+    dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act, out_act, grad_mask, fast=False
 ) -> tuple:
     depthwise = Depthwise(Config(stride, padding, dilation, act, out_act), x.shape[1])
     pointwise = Pointwise(pw_weight, len(stride))

@@ -112,7 +112,7 @@ def _conv(
         dilation,
         activation_number(activation, "activation", op),
         activation_number(out_activation, "out_activation", op),
-        _tf32_applies(tensors[0]),
+        _fast(tensors[0]),
     )
 
     _load()
@@ -123,10 +123,16 @@ def _conv(
     return autograd.apply(tensors[0].unsqueeze(0), *tensors[1:], config).squeeze(0)
 
 
-def _tf32_applies(x: Tensor) -> bool:
-    """For float32 on CUDA the switch that PyTorch's own convolutions follow."""
-    if x.device.type != "cuda" or x.dtype != torch.float32:
+def _fast(x: Tensor) -> bool:
+    """The ops' argument: for float32 on CUDA the switch that PyTorch's own convolutions follow.
+
+    For other types whether products may be those of cuBLAS, which raises in deterministic mode where
+    CUBLAS_WORKSPACE_CONFIG is not set; convolutions do not.
+    """
+    if x.device.type != "cuda":
         return False
+    if x.dtype != torch.float32:
+        return not torch.are_deterministic_algorithms_enabled()
     cudnn = torch.backends.cudnn
     if hasattr(cudnn, "conv"):  # torch >= 2.9; allow_tf32 is another view of it, and raises where it cannot say
         return cudnn.conv.fp32_precision == "tf32"

@@ -3,17 +3,17 @@
 :func:`register_python_parts` is called once, by ``dsconv_cuda._loader.load_library``, when the C++ library has defined
 the ops:
 
-    fwd(x, dw_weight, pw_weight, dw_bias?, pw_bias?, stride, padding, dilation, act, out_act, tf32=False) -> y
+    fwd(x, dw_weight, pw_weight, dw_bias?, pw_bias?, stride, padding, dilation, act, out_act, fast=False) -> y
     fwd_with_pre(the same) -> (y, y before out_act)
-    bwd(dy, x, dw_weight, pw_weight, dw_bias?, saved?, stride, padding, dilation, act, out_act, grad_mask, tf32=False)
+    bwd(dy, x, dw_weight, pw_weight, dw_bias?, saved?, stride, padding, dilation, act, out_act, grad_mask, fast=False)
         -> gradients of (x, dw_weight, pw_weight, dw_bias, pw_bias), of shape [0] where grad_mask does not ask
 
 x and the weights are those of a 2-D convolution, or those of a 3-D one, whose dw_weight has a depth in front of height
 and width; pw_weight may do without its ones. padding is (top, left, bottom, right), in 3-D (front, top, left, back,
 bottom, right); stride and dilation have a number for each axis. act and out_act are numbers of activations.py,
-grad_mask sums GRAD_*. tf32 lets CUDA round the operands of float32 products of the pointwise part to TF32; the CPU
-takes no notice of it. `saved` is what out_act's derivative is told from: y, or y before out_act (see
-activations.derivative_from_output), None for identity.
+grad_mask sums GRAD_*. fast lets CUDA round the operands of float32 products of the pointwise part to TF32, and leave
+those of other types to cuBLAS; the CPU takes no notice of it. `saved` is what out_act's derivative is told from: y, or
+y before out_act (see activations.derivative_from_output), None for identity.
 
 Shapes, strides and checks here are those of csrc/op_args.h; opcheck holds the two against each other.
 """
@@ -104,7 +104,7 @@ def _output_shape(op: str, x: Tensor, dw_weight: Tensor, pw_weight: Tensor, stri
     return (x.shape[0], pw_weight.shape[0], *extents)
 
 
-def _fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, tf32=False):
+def _fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, out_act, fast=False):
     shape = _output_shape("dsconv_cuda::fwd", x, dw_weight, pw_weight, stride, padding, dilation)
     return _empty(x, shape, _memory_format(x, dw_weight, pw_weight))
 
@@ -113,7 +113,7 @@ def _fwd_with_pre_fake(*args):
     return _fwd_fake(*args), _fwd_fake(*args)
 
 
-def _bwd_fake(dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act, out_act, mask, tf32=False):
+def _bwd_fake(dy, x, dw_weight, pw_weight, dw_bias, saved, stride, padding, dilation, act, out_act, mask, fast=False):
     shape = _output_shape("dsconv_cuda::bwd", x, dw_weight, pw_weight, stride, padding, dilation)
     torch._check(
         dy.dim() == x.dim() and all(a == b for a, b in zip(dy.shape, shape, strict=True)),
@@ -137,7 +137,7 @@ def _z_moments_fake(x, dw_weight, pw_weight, dw_bias, stride, padding, dilation,
 
 def _fwd_norm_fake(
     x, dw_weight, pw_weight, dw_bias, pw_bias, vectors, stride, padding, dilation, act, want_moments,
-    in_vectors=None, in_act=0, tf32=False,
+    in_vectors=None, in_act=0, fast=False,
 ):  # fmt: skip
     y = _fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act, IDENTITY)
     return y, _doubles(x, 2, pw_weight.shape[0] if want_moments else 0)
@@ -156,7 +156,7 @@ def _du_size(x: Tensor, dw_weight: Tensor, shape: tuple) -> int:
 
 def _bwd_norm_fake(
     grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums, out_count, stride, padding, dilation,
-    act, out_act, mask, in_vectors=None, in_act=0, tf32=False,
+    act, out_act, mask, in_vectors=None, in_act=0, fast=False,
 ):  # fmt: skip
     config = (stride, padding, dilation, act, out_act, mask & ~GRAD_DW_BIAS)
     grads = _bwd_fake(grad, x, dw_weight, pw_weight, dw_bias, None, *config)
@@ -165,7 +165,7 @@ def _bwd_norm_fake(
 
 def _bwd_norm_pointwise_fake(
     grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums, out_count, stride, padding, dilation,
-    act, out_act, mask, in_vectors=None, in_act=0, tf32=False,
+    act, out_act, mask, in_vectors=None, in_act=0, fast=False,
 ):  # fmt: skip
     shape = _output_shape("dsconv_cuda::bwd_norm_pointwise", x, dw_weight, pw_weight, stride, padding, dilation)
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -294,14 +294,14 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dy, *_):
     x, dw_weight, pw_weight, dw_bias, pw_bias, saved = ctx.saved_tensors
-    *geometry, act, out_act, tf32 = ctx.config
+    *geometry, act, out_act, fast = ctx.config
     mask = grad_mask(*ctx.needs_input_grad[:5])
     if mask == 0:
         return (None,) * 11
     if saved is None and out_act != IDENTITY:
         # fwd was called by hand where fwd_with_pre would have kept what its derivative needs
-        saved = torch.ops.dsconv_cuda.fwd(x, dw_weight, pw_weight, dw_bias, pw_bias, *geometry, act, IDENTITY, tf32)
-    grads = torch.ops.dsconv_cuda.bwd(dy, x, dw_weight, pw_weight, dw_bias, saved, *geometry, act, out_act, mask, tf32)
+        saved = torch.ops.dsconv_cuda.fwd(x, dw_weight, pw_weight, dw_bias, pw_bias, *geometry, act, IDENTITY, fast)
+    grads = torch.ops.dsconv_cuda.bwd(dy, x, dw_weight, pw_weight, dw_bias, saved, *geometry, act, out_act, mask, fast)
     return (*(g if mask & bit else None for g, bit in zip(grads, GRAD_BITS, strict=True)), *(None,) * 6)
 
 

@@ -40,7 +40,7 @@ class Config:
     dilation: Sequence[int]
     act: int
     out_act: int
-    tf32: bool = False
+    fast: bool = False
 
     def arguments(self) -> tuple:
         """As the op schemas order them."""
@@ -48,7 +48,7 @@ class Config:
 
     def precision(self) -> tuple:
         """The last argument of the op schemas, where it is not the default."""
-        return (True,) if self.tf32 else ()
+        return (True,) if self.fast else ()
 
 
 def _without_autocast(derivative):

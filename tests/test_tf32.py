@@ -109,9 +109,9 @@ def norm_calls(case: Case, tensors: list):
     relu = ACTIVATIONS["relu"].number
     dy = torch.randn_like(ops.fwd_norm(*tensors, vectors, *geometry, relu, False)[0])
     none = (None, None, 1.0)
-    yield lambda tf32: ops.fwd_norm(*tensors, vectors, *geometry, relu, False, tf32=tf32)[0]
+    yield lambda tf32: ops.fwd_norm(*tensors, vectors, *geometry, relu, False, fast=tf32)[0]
     for op in (ops.bwd_norm, ops.bwd_norm_pointwise):
-        yield lambda tf32, op=op: op(dy, None, *tensors[:4], vectors, *none, *geometry, relu, 0, 31, tf32=tf32)[2]
+        yield lambda tf32, op=op: op(dy, None, *tensors[:4], vectors, *none, *geometry, relu, 0, 31, fast=tf32)[2]
 
 
 def test_a_norm_passes_it_on(device, isa):

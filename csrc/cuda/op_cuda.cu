@@ -19,32 +19,33 @@ Tensor empty_bytes(const Tensor& like, int64_t count) {
   return torch::stable::empty({bytes, 1}, ScalarType::Byte, torch::headeronly::Layout::Strided, like.device());
 }
 
-// The split form where it is predicted to be faster, or a test asks for it; none of images else.
-SplitForwardPlan chosen_split(const ForwardParams& p, const ForwardPlan& fused, const DeviceLimits& limits) {
+// The split form where it may be (`fast`) and is predicted to be faster, or a test asks for it; none of images else.
+SplitForwardPlan chosen_split(const ForwardParams& p, const ForwardPlan& fused, bool fast, const DeviceLimits& limits) {
   const int64_t asked = asked_split_images();
   if (asked >= 0) return asked > 0 && can_split(p, limits) ? split_by(p, smaller(asked, p.geom.n)) : SplitForwardPlan{};
+  if (!fast) return {};
   const SplitForwardPlan split = plan_split_forward(p, limits);
   return split_is_faster(p, split, fused, limits) ? split : SplitForwardPlan{};
 }
 
-bool takes_split(const BackwardParams& p, const SplitBackwardPlan& split, const BackwardPlan& other,
+bool takes_split(const BackwardParams& p, const SplitBackwardPlan& split, const BackwardPlan& other, bool fast,
                  const DeviceLimits& limits) {
   const int64_t asked = asked_split_images();
-  return asked >= 0 ? asked > 0 && split.possible : split_is_faster(p, split, other, limits);
+  return asked >= 0 ? asked > 0 && split.possible : fast && split_is_faster(p, split, other, limits);
 }
 
 ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                         const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                        const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, bool tf32, bool want_pre) {
+                        const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, bool fast, bool want_pre) {
   ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
                                      arguments_of(op, stride, padding, dilation, act, out_act), want_pre);
-  call.params.tf32 = tf32;
+  call.params.tf32 = fast;
   check_extents(op, call.params.geom);
   const CurrentDevice device(x);
   const DeviceLimits limits = device_limits();
   const ForwardPlan fused = plan_forward(call.params, limits);
-  const SplitForwardPlan split = chosen_split(call.params, fused, limits);
+  const SplitForwardPlan split = chosen_split(call.params, fused, fast, limits);
   if (split.images == 0) {
     check_launch(op, forward(call.params, fused, device.stream()));
     return call;
@@ -59,29 +60,29 @@ ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight
 Tensor fwd(const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight, const std::optional<Tensor>& dw_bias,
            const std::optional<Tensor>& pw_bias, const std::vector<int64_t>& stride,
            const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t act, int64_t out_act,
-           bool tf32) {
+           bool fast) {
   return *run_forward("dsconv_cuda::fwd", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act,
-                      out_act, tf32, false)
+                      out_act, fast, false)
               .y;
 }
 
 std::tuple<Tensor, Tensor> fwd_with_pre(const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                                         const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
                                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                                        const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, bool tf32) {
+                                        const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, bool fast) {
   const ForwardCall call = run_forward("dsconv_cuda::fwd_with_pre", x, dw_weight, pw_weight, dw_bias, pw_bias, stride,
-                                       padding, dilation, act, out_act, tf32, true);
+                                       padding, dilation, act, out_act, fast, true);
   return {*call.y, *call.pre};
 }
 
 BackwardResult bwd(const Tensor& dy, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                    const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& saved,
                    const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                   const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, int64_t grad_mask, bool tf32) {
+                   const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, int64_t grad_mask, bool fast) {
   const char* op = "dsconv_cuda::bwd";
   BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
                                        arguments_of(op, stride, padding, dilation, act, out_act), grad_mask);
-  call.params.tf32 = tf32;
+  call.params.tf32 = fast;
   check_extents(op, call.params.geom);
   if (call.params.geom.n == 0) return take_grads(call);  // prepare_backward has zeroed what there is
 
@@ -89,7 +90,7 @@ BackwardResult bwd(const Tensor& dy, const Tensor& x, const Tensor& dw_weight, c
   const DeviceLimits limits = device_limits();
   const BackwardParams& p = call.params;
   const BackwardPlan plan = plan_backward(p, limits);
-  if (const SplitBackwardPlan split = plan_split_backward(p, limits); takes_split(p, split, plan, limits)) {
+  if (const SplitBackwardPlan split = plan_split_backward(p, limits); takes_split(p, split, plan, fast, limits)) {
     const Tensor workspace = empty_bytes(x, static_cast<int64_t>(split.workspace_bytes));
     check_launch(op, split_backward(
                          p, split, workspace.mutable_data_ptr(), limits, device.stream(),

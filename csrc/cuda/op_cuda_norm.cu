@@ -173,12 +173,12 @@ Tensor joined_parts(const char* op, const Tensor& parts, DType dtype, int64_t ti
 
 std::tuple<Tensor, Tensor> fwd_norm(Tensor before, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
                                     Tensor vectors, Ints stride, Ints padding, Ints dilation, int64_t act,
-                                    bool want_moments, Bias in_vectors, int64_t in_act, bool tf32) {
+                                    bool want_moments, Bias in_vectors, int64_t in_act, bool fast) {
   constexpr const char* op = "dsconv_cuda::fwd_norm";
   const Tensor x = input_of(before, in_vectors, in_act);
   ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
                                      arguments_of(op, stride, padding, dilation, act, 0), false);
-  call.params.tf32 = tf32;
+  call.params.tf32 = fast;
   check_extents(op, call.params.geom);
   const double* of = doubles_of(op, "vectors", vectors, kVectorRows, call.params.geom.c_mid);
   const CurrentDevice device(x);
@@ -305,7 +305,7 @@ struct Pointwise {
 Pointwise stage_pointwise(const char* op, const Tensor& grad, const Bias& y, const Tensor& x, const Tensor& dw_weight,
                           const Tensor& pw_weight, const Bias& dw_bias, const Tensor& vectors, const Bias& out_vectors,
                           const Bias& out_sums, double out_count, const CallArguments& arguments, int64_t grad_mask,
-                          bool tf32) {
+                          bool fast) {
   Bias dy;
   if (y.has_value()) {
     STD_TORCH_CHECK(out_vectors.has_value(), op, ": out_vectors must be given with y");
@@ -318,7 +318,7 @@ Pointwise stage_pointwise(const char* op, const Tensor& grad, const Bias& y, con
   BackwardCall call =
       prepare_backward(op, y.has_value() ? *dy : grad, x, dw_weight, pw_weight, dw_bias, {}, linear, mask);
   BackwardParams& p = call.params;
-  p.tf32 = tf32;
+  p.tf32 = fast;
   check_extents(op, p.geom);
   const double* of = doubles_of(op, "vectors", vectors, kVectorRows, p.geom.c_mid);
   const CurrentDevice device(x);
@@ -376,12 +376,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bwd_norm(Tensor grad, Bias y,
                                                             Bias out_vectors, Bias out_sums, double out_count,
                                                             Ints stride, Ints padding, Ints dilation, int64_t act,
                                                             int64_t out_act, int64_t grad_mask, Bias in_vectors,
-                                                            int64_t in_act, bool tf32) {
+                                                            int64_t in_act, bool fast) {
   constexpr const char* op = "dsconv_cuda::bwd_norm";
   const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, out_act);
   const Tensor x = input_of(before, in_vectors, in_act);
   const Pointwise first = stage_pointwise(op, grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums,
-                                          out_count, arguments, grad_mask, tf32);
+                                          out_count, arguments, grad_mask, fast);
   const double count = static_cast<double>(grad.numel() / at_least_1(grad.size(1)));
   const auto [grad_x, grad_dw_weight] =
       stage_depthwise(op, first.du, x, dw_weight, pw_weight, dw_bias, vectors, first.sums, count, arguments, grad_mask);
@@ -393,12 +393,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_norm_pointwise(Tensor grad, Bias 
                                                               Bias out_vectors, Bias out_sums, double out_count,
                                                               Ints stride, Ints padding, Ints dilation, int64_t act,
                                                               int64_t out_act, int64_t grad_mask, Bias in_vectors,
-                                                              int64_t in_act, bool tf32) {
+                                                              int64_t in_act, bool fast) {
   constexpr const char* op = "dsconv_cuda::bwd_norm_pointwise";
   const Tensor x = input_of(before, in_vectors, in_act);
   const Pointwise first =
       stage_pointwise(op, grad, y, x, dw_weight, pw_weight, dw_bias, vectors, out_vectors, out_sums, out_count,
-                      arguments_of(op, stride, padding, dilation, act, out_act), grad_mask, tf32);
+                      arguments_of(op, stride, padding, dilation, act, out_act), grad_mask, fast);
   return {first.du, first.sums, first.grad_pw_weight, first.grad_pw_bias};
 }
 
