@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from dsconv_cuda import _checks, _loader, autograd, batchnorm_graph
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, NormLater, operation
+from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, defer, operation
+from dsconv_cuda.deferred import Deferred
 from dsconv_cuda.functional import _AUTOCAST_DEVICES, _autocast, _fast, _load, as_rows
 from dsconv_cuda.ops import IDENTITY
 from dsconv_cuda.second_order import Config
@@ -170,31 +171,32 @@ class Unnormalised:
     """What a block of a chain hands to the next: out_act(gamma * yhat + beta) of `y`, which that one makes as it reads.
 
     `vectors` are those of ``torch.ops.dsconv_cuda.norm_vectors``, `act` is the number of the activation. What
-    comes back to `y` as its gradient is that of the value it stands for.
+    comes back to `y` as its gradient, or to the Deferred that `y` was taken from, is that of the value it stands for.
     """
 
     y: Tensor
     vectors: Tensor
     act: int
+    deferred: Deferred | None = None
 
 
-def norm_later(dims: int, y: Tensor, bn: BatchNormArguments, activation) -> Unnormalised:
-    """activation(F.batch_norm(y, *bn)) with statistics of the batch, as block_of_chain() takes it; of the value itself
-    nothing is computed but the statistics."""
+def norm_later(dims: int, y: Tensor, bn: BatchNormArguments, activation: str, owner) -> "Unnormalised | Deferred":
+    """activation(F.batch_norm(y, *bn)) with statistics of the batch, of which nothing is computed but these.
+
+    A Deferred; in graphs of torch.compile, which hold no such tensors, what block_of_chain() takes.
+    """
     op = operation(dims)
     _check_norm(op, "the norm before the depthwise convolution", bn, y, y.shape[1], [y.shape[0], *y.shape[2:]])
     act = activation_number(activation, "activation", op)
-    image = y.unsqueeze(-2) if dims == 1 else y
     count = _product([y.shape[0], *y.shape[2:]])
     batch = Batch(bn.eps, count, bn.process_group, functools.partial(_track, bn))
-    tensors = (image, _parameter(bn.weight), _parameter(bn.bias))
-    if _in_graph() and not batch.is_shared():
-        image, vectors, moments = torch.ops.dsconv_cuda.norm_later(*tensors, bn.eps, act)
-        with torch.no_grad():
-            batch.track(moments, count)
-    else:
-        image, vectors, _ = NormLater.apply(*tensors, op, act, batch)
-    return Unnormalised(image.squeeze(-2) if dims == 1 else image, vectors, act)
+    tensors = (y, _parameter(bn.weight), _parameter(bn.bias))
+    if not torch.compiler.is_dynamo_compiling():
+        return defer(*tensors, op, batch, act, owner)
+    y, vectors, moments = torch.ops.dsconv_cuda.norm_later(*tensors, bn.eps, act)
+    with torch.no_grad():
+        batch.track(moments, count)
+    return Unnormalised(y, vectors, act)
 
 
 def block_of_chain(
@@ -255,6 +257,8 @@ def block_of_chain(
         dw_weight, dw_bias = fold_norm(dw_weight, dw_bias, bn1)
     if bn2 is not None and not batch2:
         pw_weight, pw_bias = fold_norm(pw_weight, pw_bias, bn2)
+    if before is not None and before.deferred is not None:
+        x = before.deferred
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias)
     if not batch1 and not batch2 and before is None:
         y = autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act, _fast(x)))
@@ -368,13 +372,6 @@ def norm_vectors(bn: BatchNormArguments) -> Tensor:
     moments = torch.stack((bn.running_mean, bn.running_var)).double()
     affine = (_parameter(t) for t in (bn.weight, bn.bias))
     return torch.ops.dsconv_cuda.norm_vectors(moments, *affine, bn.eps)
-
-
-def through_norm(x: Tensor, vectors: Tensor, act: int) -> Tensor:
-    """act(gamma * xhat + beta) in one pass, of one dimension too."""
-    one_row = x.dim() == 3
-    out = torch.ops.dsconv_cuda.norm_act(x.unsqueeze(-2) if one_row else x, vectors, act)
-    return out.squeeze(-2) if one_row else out
 
 
 _devices_with_kernels = {"meta"}

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dsconv_cuda.deferred import Deferred
 from dsconv_cuda.ops import IDENTITY, grad_mask
 from dsconv_cuda.second_order import Config
 
@@ -107,6 +108,8 @@ class BatchNormBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dw_weight, pw_weight, dw_bias, pw_bias, gamma1, beta1, gamma2, beta2, in_vectors, block: Block):
         ops, config = torch.ops.dsconv_cuda, block.config
+        if type(x) is Deferred:
+            x = x.y
         weights, in_norm = (x, dw_weight, pw_weight, dw_bias, pw_bias), (in_vectors, block.in_act)
         vectors1 = vectors2 = moments1 = moments2 = None
         count1 = count2 = 0.0
@@ -199,6 +202,40 @@ def _norm_gradients(ctx, grad, y, vectors) -> tuple:
             grad_y = ops.norm_act_grad(grad, y, vectors, ctx.batch.join_sums(sums), ctx.count, ctx.act)
     affine = _affine_gradients(sums, *ctx.affine_dtypes)
     return tuple(g if w else None for g, w in zip((grad_y, *affine), ctx.needs_input_grad, strict=False))
+
+
+class DeferredNorm(torch.autograd.Function):
+    """The Deferred of (y, gamma, beta) behind a norm with statistics of the batch, and an activation."""
+
+    @staticmethod
+    def forward(ctx, y, gamma, beta, vectors, op: str, batch: Batch, count: float, act: int, owner):
+        ctx.op, ctx.act, ctx.batch, ctx.count = op, act, batch, count
+        ctx.save_for_backward(y, vectors)
+        ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma, beta)]
+        ctx.set_materialize_grads(False)
+        return Deferred(y, vectors, act, owner, (DeferredNorm, (y, gamma, beta, vectors, op, batch, count)))
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 9
+        if torch.is_grad_enabled():
+            grads = _FirstDerivative.apply(_norm_gradients, ctx.op, ctx, grad, *ctx.saved_tensors)
+        else:
+            grads = _norm_gradients(ctx, grad, *ctx.saved_tensors)
+        return (*grads, *(None,) * 6)
+
+    jvp = staticmethod(BatchNormBlock.jvp)
+
+
+def defer(y: Tensor, gamma: Tensor | None, beta: Tensor | None, op: str, batch: Batch, act: int, owner) -> Deferred:
+    """The norm of `batch`, which is tracked, and an activation after it, for whoever takes a Deferred."""
+    ops = torch.ops.dsconv_cuda
+    with torch.no_grad():
+        moments, count = batch.join_moments(ops.moments(y))
+        batch.track(moments, count)
+        vectors = ops.norm_vectors(moments, gamma, beta, batch.eps)
+    return DeferredNorm.apply(y, gamma, beta, vectors, op, batch, count, act, owner)
 
 
 class _FirstDerivative(torch.autograd.Function):

@@ -23,6 +23,7 @@ from dsconv_cuda.activations import ACTIVATIONS
 from dsconv_cuda.autograd import kept_arguments, nobody_watches
 from dsconv_cuda.batchnorm import Unnormalised
 from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, operation
+from dsconv_cuda.deferred import Deferred
 from dsconv_cuda.ops import IDENTITY
 
 _TENSORS = (Tensor, nn.Parameter)
@@ -51,6 +52,8 @@ class TrainedBlock(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, dw_weight, pw_weight, dw_bias, pw_bias, gamma1, beta1, gamma2, beta2, in_vectors, call: _Call):
         kept, running, (eps1, eps2), (momentum1, momentum2) = call.kept, call.running, call.eps, call.momenta
+        if type(x) is Deferred:
+            x = x.y
         try:
             out, y, vectors1, vectors2 = _train_fwd()(
                 x, dw_weight, pw_weight, dw_bias, pw_bias, gamma1, beta1, gamma2, beta2, *running,
@@ -188,6 +191,8 @@ def step(
     one_row = x.dim() == dw_weight.dim() == 3
     if one_row:
         tensors = (x.unsqueeze(-2), dw_weight.unsqueeze(-2), tensors[2].unsqueeze(-1), *tensors[3:])
+    if before is not None and before.deferred is not None:
+        tensors = (before.deferred, *tensors[1:])
     try:
         out = TrainedBlock.apply(*tensors, in_vectors, call)
     except _Refused:

@@ -208,13 +208,27 @@ def _train_a_step(model, x):
         lambda model, x: model.to(torch.float64).to(torch.float16).to(torch.float32),
         lambda model, x: setattr(model[3], "weight", nn.Parameter(torch.ones_like(model[3].weight))),
         lambda model, x: model[1].running_mean.fill_(3),
+        lambda model, x: setattr(model[4], "eps", 0.5),
         lambda model, x: model[1].bias.requires_grad_(False).fill_(3),
         lambda model, x: setattr(model[0], "padding", (0, 0)),
         lambda model, x: [p.data.mul_(1.5) for p in model.parameters()],  # not counted by PyTorch, as some EMAs do it
         lambda model, x: model[3].weight.data[2:3].fill_(9),
         lambda model, x: setattr(model[1].weight, "data", torch.ones_like(model[1].weight)),
     ],
-    ids=["step", "statistics", "load", "to", "exchange", "buffer", "write", "padding", "data", "row", "other data"],
+    ids=[
+        "step",
+        "statistics",
+        "load",
+        "to",
+        "exchange",
+        "buffer",
+        "eps",
+        "write",
+        "padding",
+        "data",
+        "row",
+        "other data",
+    ],
 )
 def test_folded_weights_follow(change, device):
     model = build("mobilenet_v1", device).eval()
@@ -437,7 +451,8 @@ def test_compiled_graphs_see_what_changes_later(name, device):
 
 def test_meta_and_to_empty():
     fused = fuse(build("mobilenet_v1").to("meta").eval())
-    assert fused(torch.empty(2, 8, 19, 21, device="meta")).shape == (2, 12, 10, 11)
+    for training in (True, False):
+        assert fused.train(training)(torch.empty(2, 8, 19, 21, device="meta")).shape == (2, 12, 10, 11)
     fused = fused.to_empty(device="cpu")
     model = build("mobilenet_v1").eval()
     fused.load_state_dict(model.state_dict())

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from dsconv_cuda import _loader, explain_fusion, fuse, unfuse
 from dsconv_cuda.activations import ACTIVATIONS
-from dsconv_cuda.fusion.chain import ALL as FROM_DEPTHWISE
-from dsconv_cuda.fusion.chain import WITH_NORM, chain_of
+from dsconv_cuda.deferred import Deferred
+from dsconv_cuda.fusion.chain import chain_of
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -35,9 +35,10 @@ def block(channels=8, width=12, *, out=8, activation=nn.ReLU6, out_activation=No
     )
 
 
-def extent_of(model: nn.Module) -> int:
+def defers(model: nn.Module, x: torch.Tensor) -> bool:
+    """Whether the chain of `model` takes the input of the norm before it."""
     (chain,) = {chain_of(m) for m in model.modules()} - {None}
-    return chain.extent()
+    return chain.takes_norm(chain.before.norm.weight.new_empty(2, chain.depthwise.in_channels, *x.shape[2:]))
 
 
 # ---- the op ----------------------------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ def test_a_block_is_as_precise(training, activation, layout, device):
     fused, x = fuse(model), image(device).contiguous(memory_format=layout)
     assert_as_precise(model, fused, x)
     with torch.set_grad_enabled(training):
-        assert extent_of(fused) == WITH_NORM
+        assert defers(fused, x)
     assert calls(copy.deepcopy(fused), x).normalized == 0
 
 
@@ -146,7 +147,7 @@ def test_norms_that_change_their_mode(training, device):
         fused = fuse(model)
         assert_as_precise(model, fused, image(device))
         if training:
-            assert extent_of(fused) == (WITH_NORM if frozen in (("4",), ("7",)) else FROM_DEPTHWISE)
+            assert defers(fused, image(device)) == (frozen in (("4",), ("7",)))
 
 
 @ONE_ISA
@@ -236,7 +237,7 @@ def test_checkpointing_across_the_chain(cut, reentrant, halves, device):
         mine = x.clone().requires_grad_()
         y = Checkpointed(module, cut, halves, reentrant)(mine)
         y.square().sum().backward()
-        runs.append([y.detach(), mine.grad, *(p.grad for p in module.parameters())])
+        runs.append([y.detach(), mine.grad, *(p.grad for p in module.parameters()), *module[:3].buffers()])
     for actual, expected in zip(*reversed(runs), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
@@ -257,37 +258,154 @@ class FrozenStem(nn.Module):
 
 @ONE_ISA
 def test_gradients_that_are_switched_within(device):
+    """What the norm has deferred is the value to whoever does not take it so, without a gradient where it had none."""
     needs_kernels(device)
-    model = FrozenStem(off=True).to(device)
-    assert explain_fusion(model)[0].reason.startswith("depthwise")
-    x = image(device)
-    torch.testing.assert_close(fuse(model)(x), copy.deepcopy(model)(x), rtol=1e-4, atol=1e-4)
-    fuse(model)(x).sum().backward()
-    assert model.rest[0].weight.grad is not None
-    for training in (False, True):
-        model = FrozenStem(off=False).to(device).train(training)
-        fused = fuse(model)
-        assert explain_fusion(model)[0].reason.startswith("BatchNorm -> relu -> depthwise")
-        fused.off = True
-        with pytest.raises(RuntimeError, match="gradients were switched on or off"):
-            fused(image(device))
-        fused.off = False
-        assert_as_precise(model, fused, image(device))
-        with torch.no_grad():
-            fused(image(device))
+    for off in (True, False):
+        for training in (False, True):
+            model = FrozenStem(off=off).to(device).train(training)
+            fused = fuse(copy.deepcopy(model))
+            assert explain_fusion(model)[0].reason.startswith("depthwise" if off else "BatchNorm -> relu -> depthwise")
+            model.off = fused.off = True
+            x = image(device).requires_grad_()
+            y, expected = fused(x), model(x)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+            dy = torch.randn_like(y)
+            for m, out in ((fused, y), (model, expected)):
+                out.backward(dy)
+                assert x.grad is None
+                assert m.stem[1].weight.grad is None
+            for ours, theirs in zip(fused.rest.parameters(), model.rest.parameters(), strict=True):
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3)
 
 
 @ONE_ISA
-def test_a_part_that_is_called_by_itself(device):
-    """The depthwise convolution makes the rest of the chain of what it is given then, as it does without a norm."""
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("out", [10, 12])
+def test_parts_that_are_called_by_themselves(out, training, device):
+    """A slice of the model ends or begins within the chain: values and statistics are those of the modules."""
     needs_kernels(device)
-    model = block(out=10).to(device).eval()
-    fused = fuse(model)
-    with torch.no_grad():
-        middle = model[:3](image(device))
-        torch.testing.assert_close(fused[3:](middle), model[3:](middle), rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(fused(image(device)).shape, model(image(device)).shape)
-        torch.testing.assert_close(fused[3:](middle), model[3:](middle), rtol=1e-4, atol=1e-4)
+    model = block(out=out).to(device, torch.float64).train(training)
+    x = image(device, torch.float64)
+    for cut in (2, 3, 4):
+        fused, stock = fuse(copy.deepcopy(model)), copy.deepcopy(model)
+        with torch.set_grad_enabled(training):
+            middle, expected = fused[:cut](x), stock[:cut](x)
+            assert cut > 3 or type(middle) is Deferred
+            if cut < 4:  # what the depthwise convolution gives is the chain's result, as ever
+                torch.testing.assert_close(middle + 0, expected)
+                torch.testing.assert_close(torch.stack([middle.detach()])[0], expected.detach())
+                torch.testing.assert_close(fused[cut:](expected), stock[cut:](expected))
+                torch.testing.assert_close(fused[cut:](middle), stock[cut:](expected))
+            torch.testing.assert_close(fused(x), stock(x))
+        torch.testing.assert_close(list(fused.buffers())[:3], list(stock.buffers())[:3])
+
+
+@ONE_ISA
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("cut", [2, 3])
+def test_a_part_that_is_compiled_by_itself(cut, training, device):
+    """What goes from the one half to the other, compiled or not, has its gradients."""
+    needs_kernels(device)
+    model = block().to(device, torch.float64).train(training)
+    x = image(device, torch.float64)
+    for compiled in ("head", "tail"):
+        torch._dynamo.reset()
+        fused, stock = fuse(copy.deepcopy(model)), copy.deepcopy(model)
+        head, tail = fused[:cut], fused[cut:]
+        if compiled == "head":
+            head = torch.compile(head, backend="aot_eager")
+        else:
+            tail = torch.compile(tail, backend="aot_eager")
+        with torch.set_grad_enabled(training):
+            y, expected = tail(head(x)), stock(x)
+            torch.testing.assert_close(y, expected)
+            if training:
+                dy = torch.randn_like(y)
+                y.backward(dy), expected.backward(dy)
+                for ours, theirs in zip(fused.parameters(), stock.parameters(), strict=True):
+                    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+    torch._dynamo.reset()
+
+
+class Recorder:
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, module, inputs, output):
+        self.seen.append(output.detach().clone())
+
+    def scaled(self, module, inputs, output):
+        return output * 2
+
+
+@ONE_ISA
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_on_what_contains_the_norm(training, device):
+    needs_kernels(device)
+    for when in ("before", "after"):
+        for kind in ("__call__", "scaled"):
+            layers = block(out=12)
+            model = nn.Sequential(nn.Sequential(layers[:3]), *layers[3:]).to(device, torch.float64).train(training)
+            recorders = Recorder(), Recorder()
+            if when == "before":
+                fused = fuse(copy.deepcopy(model))
+            for m, recorder in zip((model, None), recorders, strict=True):
+                if m is not None:
+                    m[0].register_forward_hook(getattr(recorder, kind))
+            if when == "before":
+                fused[0].register_forward_hook(getattr(recorders[1], kind))
+            else:
+                fused = fuse(copy.deepcopy(model))
+                fused[0]._forward_hooks.clear()
+                fused[0].register_forward_hook(getattr(recorders[1], kind))
+            with torch.set_grad_enabled(training):
+                x = image(device, torch.float64)
+                torch.testing.assert_close(fused(x), model(x))
+            torch.testing.assert_close(recorders[1].seen, recorders[0].seen)
+
+
+class EvaluationSkips(nn.Module):
+    """The norm is used in both modes, the depthwise convolution in one."""
+
+    def __init__(self, skip_in_training: bool):
+        super().__init__()
+        layers = block(out=12)
+        self.head, self.tail, self.skips = layers[:3], layers[3:], skip_in_training
+
+    def forward(self, x):
+        u = self.head(x)
+        return u if self.training == self.skips else self.tail(u)
+
+
+@ONE_ISA
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("skips", [False, True])
+def test_a_norm_that_others_use_too(skips, compiled, device):
+    needs_kernels(device)
+    torch._dynamo.reset()
+    model, x = EvaluationSkips(skips).to(device, torch.float64), image(device, torch.float64)
+    fused = fuse(copy.deepcopy(model))
+    call = torch.compile(fused, backend="eager") if compiled else fused
+    for training in (True, False):
+        model.train(training), fused.train(training)
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(call(x) + 0, model(x))
+    torch._dynamo.reset()
+
+
+@ONE_ISA
+def test_autocast_of_what_is_not_in_its_type(device):
+    """A norm of float32 values under autocast is one of float32: its result is rounded, not its input."""
+    needs_kernels(device)
+    layers = block(activation=nn.SiLU)
+    model = layers[1:].to(device)
+    fused = fuse(copy.deepcopy(model))
+    x = 1000 + torch.randn(4, 12, 9, 11, device=device)
+    exact = copy.deepcopy(model).double()(x.double())
+    with torch.autocast(device.type, torch.bfloat16):
+        expected, y = model(x), fused(x)
+    off, allowed = (torch.linalg.vector_norm(t.double() - exact) for t in (y, expected))
+    assert off <= 2 * allowed
 
 
 LEFT_OUT = {
@@ -330,12 +448,12 @@ def test_copies_and_classes(device):
     model = block().to(device)
     classes = [type(m) for m in model.modules()]
     fused, x = fuse(model), image(device)
-    assert type(fused[1]).__name__ == "FusedBatchNorm2d"
-    assert type(fused[2]).__name__ == "AbsorbedReLU6"
+    assert type(fused[1]).__name__ == "DeferredBatchNorm2d"
+    assert type(fused[2]).__name__ == "DeferredReLU6"
     assert explain_fusion(fused)[0].members == tuple("12345678"[:7])
     assert isinstance(fused[1], nn.BatchNorm2d)
     for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
-        assert extent_of(copied) == WITH_NORM
+        assert defers(copied, x)
         torch.testing.assert_close(copied(x), copy.deepcopy(model)(x), rtol=1e-4, atol=1e-4)
     assert [type(m) for m in unfuse(fused).modules()] == classes
     traced = torch.fx.symbolic_trace(fused)
@@ -344,17 +462,17 @@ def test_copies_and_classes(device):
 
 @ONE_ISA
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("dims", [2, 3])
 @pytest.mark.parametrize("training", [False, True])
 def test_one_graph_holds_the_norm_before(training, dims, backend, device):
     """Nothing of BatchNorm and its activation is left beside the two ops of a chain in training, and one without."""
     needs_kernels(device)
     torch._dynamo.reset()
-    conv, norm = (nn.Conv1d, nn.BatchNorm1d) if dims == 1 else (nn.Conv2d, nn.BatchNorm2d)
+    conv, norm = (nn.Conv3d, nn.BatchNorm3d) if dims == 3 else (nn.Conv2d, nn.BatchNorm2d)
     middle = conv(12, 12, 3, padding=1, groups=12), norm(12), nn.SiLU()
     layers = (conv(8, 12, 1, bias=False), norm(12), nn.SiLU(), *middle, conv(12, 8, 1), norm(8))
     model = randomized(nn.Sequential(*layers)).to(device, torch.float64).train(training)
-    x, targets = torch.randn(2, 8, *(19, 21)[:dims], device=device, dtype=torch.float64), []
+    x, targets = torch.randn(2, 8, *(9, 11, 5)[:dims], device=device, dtype=torch.float64), []
 
     def noting(graph, inputs):
         targets.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
@@ -399,4 +517,5 @@ def test_measured_with_its_norm(device):
         model = block().to(device).train(training)
         (finding,) = explain_fusion(model, example_input=image(device))
         assert finding.gain is not None
-        assert finding.chain.extent() == (WITH_NORM if training else FROM_DEPTHWISE)
+        with torch.set_grad_enabled(training):
+            assert finding.chain.takes_norm(torch.empty(2, 12, 19, 21, device=device))

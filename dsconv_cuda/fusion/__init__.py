@@ -27,10 +27,10 @@ def fuse(model: nn.Module, *, inplace: bool = False, example_input: Tensor | tup
     ways, and an optimiser, an EMA or a scheduler made before goes on working. The depthwise convolution of each chain
     computes all of it, the other modules hand on their input; so intermediate results of a chain are not to be had.
 
-    A BatchNorm -> [activation] in front of the depthwise convolution, whose result nothing else takes, joins the chain
-    where it is in the mode of the norms after it: in training, and in evaluation while gradients are disabled. The
-    chain starts with that norm then, and its input goes through both as the kernels read it; what is behind them is
-    neither written nor kept for backward. Gradients must not be switched on or off between the two, which raises.
+    A BatchNorm -> [activation] in front of the depthwise convolution, whose result nothing else takes, joins a chain in
+    2-D or 3-D where it is in the mode of the norms after it: in training, and in evaluation while gradients are
+    disabled. The kernels take their input through both as they read it; the value behind them is neither written nor
+    kept for backward, but is there for whoever asks for it (hooks, slices of the model).
 
     What is added later is seen: where a hook or a parametrization is put on a module of a chain, where one is
     exchanged, or where the model moves to a device without kernels, the modules of that chain run one by one as before.

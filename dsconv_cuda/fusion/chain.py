@@ -7,21 +7,23 @@ everything else that walks over a model sees what it saw before. What changes is
     the others ->  AbsorbedBatchNorm2d,  ... their forward hands on what it is given
                    AbsorbedReLU6,
 
-A BatchNorm before the depthwise convolution, and the activation between them, belong to the chain in training and in
-evaluation without gradients: its kernels take their input through both as they read it, so that two tensors less are
-written. Then the chain starts there:
-
-    BatchNorm before  ->  FusedBatchNorm2d  its forward computes the whole chain, its own activation included
-
 Each new class is a subclass of the old one. The first asks the chain how much of it is one operation now, and the
 others get its answer for what it has made; whoever is called with anything else asks anew. That depends on the state of
 the modules alone, so that all get the same answer:
 
-    WITH_NORM  everything, from the BatchNorm before the depthwise convolution on
-    ALL        everything from the depthwise convolution on
-    PAIR       up to the pointwise convolution; the BatchNorm after that and what follows run their old forward
-    NONE       every module runs its old forward: where a hook or a parametrization was added, a module was exchanged,
-               or the device has no kernels
+    ALL     everything
+    PAIR    up to the pointwise convolution; the BatchNorm after that and what follows run their old forward
+    NONE    every module runs its old forward: where a hook or a parametrization was added, a module was exchanged, or
+            the device has no kernels
+
+A BatchNorm before the depthwise convolution, and the activation between them, are made by the chain's kernels as they
+read their input, in training and in evaluation without gradients; so two tensors less are written:
+
+    BatchNorm before      ->  DeferredBatchNorm2d  its forward returns a Deferred (deferred.py)
+    activation after it   ->  DeferredReLU6        the same with the activation
+
+Whoever else is given a Deferred finds the value that it stands for. In graphs of torch.compile, which know no such
+tensors, the BatchNorm before computes the whole chain, and the others hand that on.
 
 A BatchNorm that takes statistics of the batch goes the way of batchnorm.py. Where that is closed (a device without
 kernels for it, torch.func), it runs by itself: PAIR, or NONE if it is the one between.
@@ -37,7 +39,6 @@ few elements of the weights: of these the first and the last of each row are com
 """
 
 import functools
-import threading
 import weakref
 from dataclasses import dataclass, field
 
@@ -47,13 +48,14 @@ from torch.autograd import forward_ad
 
 from dsconv_cuda import _checks, _loader, batchnorm_training, compiled_folding
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm import Unnormalised, block_of_chain, norm_later, norm_vectors, through_norm
+from dsconv_cuda.batchnorm import BatchNormArguments, Unnormalised, block_of_chain, norm_later, norm_vectors
 from dsconv_cuda.batchnorm_module import arguments_of
+from dsconv_cuda.deferred import Deferred, break_graphs
 from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separable_conv2d, depthwise_separable_conv3d
 from dsconv_cuda.fusion.folded import Folded, fold
 from dsconv_cuda.kept_weights import has_hooks
 
-NONE, PAIR, ALL, WITH_NORM = 0, 1, 2, 3  # see Chain.extent()
+NONE, PAIR, ALL = 0, 1, 2  # see Chain.extent()
 
 # By the dimensions of an image.
 _FUNCTIONS = {1: depthwise_separable_conv1d, 2: depthwise_separable_conv2d, 3: depthwise_separable_conv3d}
@@ -69,6 +71,14 @@ class NormBefore:
     norm: nn.Module
     activation: str
     places: list[Place]
+    within: nn.Module | None  # the activation, where it is part of the norm's forward
+    # Modules that the two are part of, and the depthwise convolution is not: what comes of them is the value too.
+    containers: list[nn.Module] = field(default_factory=list)
+    everywhere: bool = False  # all that calls them is known, and the depthwise convolution always follows
+
+    @property
+    def number(self) -> int:
+        return activation_number(self.activation)
 
 
 @dataclass(eq=False)
@@ -85,11 +95,9 @@ class Chain:
     needs_rewriting: bool = False  # an activation is no module of its own: see rewrite.py
     rewritten: nn.Module | None = None  # the module of which the forward is rewritten then
     before: NormBefore | None = None
-    _folded: dict[int, Folded] = field(default_factory=dict, repr=False)
-    # The last result, its extent, and whether gradients were enabled.
-    _made: "tuple[weakref.ref, int, bool] | None" = field(default=None, repr=False)
-    # Threads that have begun with the norm before the depthwise convolution, which has not been called yet.
-    _begun: set[int] = field(default_factory=set, repr=False)
+    _folded: dict[tuple[int, bool], Folded] = field(default_factory=dict, repr=False)
+    _made: "tuple[weakref.ref, int] | None" = field(default=None, repr=False)  # the last result, and its extent
+    _made_by_norm: bool = False  # in a graph: the norm before has computed the chain
 
     @property
     def dims(self) -> int:
@@ -98,65 +106,108 @@ class Chain:
     def all_places(self) -> list[Place]:
         return [*(self.before.places if self.before is not None else ()), *self.places]
 
-    def start(self, x: Tensor, extent: int) -> Tensor:
-        """What the chain, as far as `extent`, makes of the input of its first module."""
-        y = self.compute(x, extent)
-        if not torch.compiler.is_dynamo_compiling():
-            self._made = weakref.ref(y), extent, torch.is_grad_enabled()
-        return y
-
-    def start_with_norm(self, x: Tensor) -> Tensor | None:
-        """What the chain makes of the input of the norm before it; None where that runs by itself."""
-        whole = self.extent() == WITH_NORM
-        if torch.compiler.is_dynamo_compiling():
-            return self.start(x, WITH_NORM) if whole else None
-        self._begun.discard(threading.get_ident())
-        if not whole:
-            return None
-        y = self.start(x, WITH_NORM)
-        self._begun.add(threading.get_ident())
-        return y
-
-    def start_with_depthwise(self, x: Tensor) -> Tensor | None:
-        """What the chain makes of the depthwise convolution's input, which with a norm before may be made already; None
-        where nothing of it is one operation."""
-        if self.before is None:
-            extent = self.extent()
-        else:
-            extent = self.extent_at(x)
-            self._check_begun(x, extent)
+    def start(self, x: Tensor) -> Tensor | None:
+        """What the chain makes of the depthwise convolution's input; None where nothing of it is one operation."""
+        if self._made_by_norm:
+            self._made_by_norm = False
+            return x
+        extent = self.extent()
         if extent == NONE:
             return None
-        return x if extent == WITH_NORM else self.start(x, extent)
+        if type(x) is Deferred and not self._takes(x, extent):
+            x = x.value()
+        y = self.compute(x, extent)
+        if not torch.compiler.is_dynamo_compiling():
+            self._made = weakref.ref(y), extent
+        return y
 
-    def _check_begun(self, x: Tensor, extent: int) -> None:
-        """That the norm before took the same part of the chain, and not without gradients that are wanted now.
-
-        Reentrant checkpointing switches them off too, and gives its result a gradient of its own.
-        """
+    def defer(self, x: Tensor) -> Tensor | None:
+        """What the norm before makes of its input, as the chain takes it; None where it runs by itself."""
+        before, norm = self.before, self.before.norm
+        self._made_by_norm = False
         if torch.compiler.is_dynamo_compiling():
-            return
-        begun, me, made = self._begun, threading.get_ident(), self._made
-        switched = me in begun and extent != WITH_NORM
-        begun.discard(me)
-        if extent == WITH_NORM and made is not None and made[0]() is x:
-            switched = torch.is_grad_enabled() and not made[2] and not x.requires_grad
-        if switched:
-            raise RuntimeError(
-                "fuse: gradients were switched on or off, or a module changed, between a BatchNorm and the depthwise "
-                "convolution after it, which are one operation; switch before the BatchNorm, or unfuse() the model"
-            )
+            if not (self._defers(x) and self._alone_in_graph()):
+                return None
+            self._made_by_norm = True
+            if not norm.training:
+                return self._evaluate(x, ALL, before)
+            return self._train(norm_later(self.dims, x, _of_batch(norm), before.activation, self))
+        if torch._C._get_tracing_state() is not None or type(x) not in (Tensor, nn.Parameter):
+            return None
+        if not self._defers(x):
+            return None
+        if x.numel() == x.shape[1] and not isinstance(norm, nn.SyncBatchNorm):  # PyTorch says what is wrong
+            return None
+        activation = before.activation if before.within else "identity"
+        if norm.training:
+            return norm_later(self.dims, x, _of_batch(norm), activation, self)
+        vectors = functools.partial(_given_vectors, norm)
+        return Deferred(x, vectors, activation_number(activation), self)
+
+    def compute_with_norm(self, x: Tensor) -> Tensor:
+        """What the norm before and the whole chain make of `x`, which defer() takes."""
+        deferred, number = self.defer(x), self.before.number
+        return self.compute(deferred if deferred.act == number else deferred.before(number), ALL)
+
+    def takes_norm(self, x: Tensor) -> bool:
+        """Whether the norm before, given `x`, defers what it makes, and the chain takes that."""
+        return self.before is not None and self._defers(x) and self.extent() == ALL
+
+    def _defers(self, x: Tensor) -> bool:
+        norm, trains = self.before.norm, self._trains()
+        if x.device.type == "meta" or x.dim() != self.dims + 2 or norm.training != trains:
+            return False
+        if not trains and torch.is_grad_enabled():
+            return False
+        if not (
+            "weight" in norm._parameters
+            and "bias" in norm._parameters
+            and norm._buffers.get("running_mean") is not None
+        ):
+            return False
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        of_norm = (norm._parameters["weight"], norm._buffers["running_mean"])
+        if x.dtype != self._operand_dtype(x) or any(t is not None and t.dtype not in (x.dtype, wide) for t in of_norm):
+            return False
+        places, within = self.before.places, self.before.within
+        if within is not None and (norm._modules.get("act") is not within or has_hooks(within)):
+            return False
+        if any(parent._modules.get(name) is not child or has_hooks(child) for parent, name, child in places):
+            return False
+        return forward_ad._current_level < 0 and self._trains_as_one()
+
+    def _alone_in_graph(self) -> bool:
+        """Whether nothing but the chain gets what the norm before makes, in a graph that cannot hold a Deferred."""
+        before = self.before
+        apart = before.everywhere and not any(map(has_hooks, before.containers))
+        return apart and not torch.compiler.is_exporting() and self.extent() == ALL
+
+    def _takes(self, x: Deferred, extent: int) -> bool:
+        """Whether the kernels can make what `x` stands for as they read it."""
+        if x.owner is not self or extent != ALL or x.act != self.before.number or torch.compiler.is_compiling():
+            return False
+        if not self._trains() and (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)):
+            return False
+        return x.dtype == self._operand_dtype(x) and self._trains_as_one()
+
+    def _trains(self) -> bool:
+        return any(bn is not None and bn.training for bn in (self.bn1, self.bn2))
+
+    def _operand_dtype(self, x: Tensor) -> torch.dtype:
+        """What the convolution takes x as."""
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            return torch.get_autocast_dtype(device)
+        weight = self.depthwise._parameters.get("weight")
+        return x.dtype if weight is None else weight.dtype
 
     def extent_at(self, x: Tensor) -> int:
-        """extent() for a module after the first, which is given `x`."""
+        """extent() for a module after the depthwise one, which is given `x`."""
         if not torch.compiler.is_dynamo_compiling():
             made = self._made
             if made is not None and made[0]() is x:
                 return made[1]
-        extent = self.extent()
-        if extent == WITH_NORM and (x.dim() < 2 or x.shape[1] != self.pointwise.out_channels):
-            return ALL  # the module is called by itself, and the chain starts with it
-        return extent
+        return self.extent()
 
     def extent(self) -> int:
         """How much of the chain one call of the op computes now."""
@@ -182,24 +233,7 @@ class Chain:
             weight.device.type not in _checks.DEVICES or weight.dtype not in _checks.DTYPES
         ):
             return NONE
-        return WITH_NORM if extent == ALL and self._takes_norm(trains1 or trains2) else extent
-
-    def _takes_norm(self, trains: bool) -> bool:
-        """Whether what is in front of the depthwise convolution is part of the operation: where norms of the chain
-        train (`trains`) and this one too, or none trains and no gradient is asked for."""
-        before = self.before
-        if before is None or before.norm.training != trains or torch.compiler.is_exporting():
-            return False
-        if not trains and (torch.is_grad_enabled() or not self._trains_as_one()):
-            return False
-        parameters = before.norm._parameters
-        return (
-            "weight" in parameters
-            and "bias" in parameters
-            and all(
-                parent._modules.get(name) is child and not has_hooks(child) for parent, name, child in before.places
-            )
-        )
+        return extent
 
     def _trains_as_one(self) -> bool:
         device_type = self.depthwise._parameters["weight"].device.type
@@ -210,19 +244,22 @@ class Chain:
         return forward_ad._current_level < 0 and _batch_norm_kernels(device_type)
 
     def compute(self, x: Tensor, extent: int) -> Tensor:
-        before = self.before if extent == WITH_NORM else None
-        if before is not None and before.norm.training:
-            norm = arguments_of(before.norm, isinstance(before.norm, nn.SyncBatchNorm))
-            return self._train(norm_later(self.dims, x, norm, before.activation))
-        if extent == ALL and any(bn is not None and bn.training for bn in (self.bn1, self.bn2)):
+        if extent == ALL and self._trains():
             return self._train(x)
-        bn1, bn2 = self.bn1, self.bn2 if extent >= ALL else None
+        return self._evaluate(x, extent, self.before if type(x) is Deferred else None)
+
+    def _evaluate(self, x: Tensor, extent: int, before: NormBefore | None) -> Tensor:
+        """With given statistics in both norms, and in the one before where that is there: then x is its input, or what
+        it has deferred."""
+        bn1, bn2 = self.bn1, self.bn2 if extent == ALL else None
         normed = [bn for bn in (before and before.norm, bn1, bn2) if bn is not None]
         if normed and x.dim() != self.dims + 2:
             # nn.BatchNorm1d takes an unbatched [C, L] for L channels of C images.
             raise ValueError(f"expected {self.dims + 2}D input, a batch, before BatchNorm (got {x.dim()}D input)")
+        if type(x) is Deferred:
+            x = x.y
         wants_gradients = bool(normed) and self._wants_gradients(normed)
-        out_activation = self.out_activation if extent >= ALL else "identity"
+        out_activation = self.out_activation if extent == ALL else "identity"
         if torch.compiler.is_dynamo_compiling():
             first = None if before is None else before.norm
             convolutions = self.depthwise, self.pointwise
@@ -233,14 +270,17 @@ class Chain:
             return self._unkept(x, bn2, out_activation, before)
         if wants_gradients or _transformed():
             return self._unkept(x, bn2, out_activation, before)
+        extent = extent, before is not None
         folded = self._folded.get(extent)
         if folded is None:
             unkept = functools.partial(self._unkept, bn2=bn2, out_activation=out_activation, before=before)
             folded = self._folded[extent] = Folded(self, before, bn2, out_activation, unkept)
         return folded(x)
 
-    def _train(self, x: Tensor | Unnormalised) -> Tensor:
+    def _train(self, x: Tensor | Deferred | Unnormalised) -> Tensor:
         """With statistics of the batch in one or both norms."""
+        if type(x) is Deferred:
+            x = Unnormalised(x.y, x.vectors, x.act, x)
         norms = (self.bn1, self.bn2)
         conv = self.depthwise
         plain = None not in norms and not any(isinstance(bn, nn.SyncBatchNorm) for bn in norms)
@@ -250,7 +290,7 @@ class Chain:
             )
             if y is not None:
                 return y
-        arguments = [bn and arguments_of(bn, isinstance(bn, nn.SyncBatchNorm)) for bn in norms]
+        arguments = [bn and _of_batch(bn) for bn in norms]
         return block_of_chain(
             self.dims,
             x,
@@ -279,8 +319,7 @@ class Chain:
         """With the norms folded for this call."""
         conv = self.depthwise
         if before is not None:
-            vectors = norm_vectors(arguments_of(before.norm, synchronised=False))
-            x = through_norm(x, vectors, activation_number(before.activation))
+            x = torch.ops.dsconv_cuda.norm_act(x, _given_vectors(before.norm), before.number)
         dw_weight, dw_bias = fold(conv, self.bn1)
         pw_weight, pw_bias = fold(self.pointwise, bn2)
         operands = (dw_weight, pw_weight, dw_bias, pw_bias)
@@ -289,12 +328,20 @@ class Chain:
         )
 
     def __getstate__(self):
-        return {**self.__dict__, "_folded": {}, "_made": None, "_begun": set()}
+        return {**self.__dict__, "_folded": {}, "_made": None, "_made_by_norm": False}
+
+
+def _of_batch(norm: nn.Module) -> BatchNormArguments:
+    return arguments_of(norm, isinstance(norm, nn.SyncBatchNorm))
+
+
+def _given_vectors(norm: nn.Module) -> Tensor:
+    return norm_vectors(arguments_of(norm, synchronised=False))
 
 
 def _batch_norm_kernels(device_type: str) -> bool:
     _loader.load_library()
-    return _loader.batch_norm_kernels_loaded(device_type)
+    return device_type == "meta" or _loader.batch_norm_kernels_loaded(device_type)
 
 
 _batch_norm_kernels._dynamo_marked_constant = True  # as functional._load
@@ -319,26 +366,32 @@ def _call_in_graph(module: nn.Module, x: fx.Proxy) -> fx.Proxy:
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
-class _FusedNorm:
+class _DeferredNorm:
     """The BatchNorm before the depthwise convolution."""
 
     def forward(self, x):
         if isinstance(x, fx.Proxy):
             return _call_in_graph(self, x)
-        y = self._fused_chain.start_with_norm(x)
-        return super().forward(x) if y is None else y
+        deferred = self._fused_chain.defer(x)
+        return super().forward(x) if deferred is None else deferred
 
     def __reduce_ex__(self, protocol):
         return reduce(self, super().__reduce_ex__(protocol))
 
 
-class _AbsorbedBefore:
+class _DeferredActivation:
     """What is between the two."""
 
     def forward(self, x):
         if isinstance(x, fx.Proxy):
             return _call_in_graph(self, x)
-        return x if self._fused_chain.extent_at(x) == WITH_NORM else super().forward(x)
+        chain = self._fused_chain
+        if chain._made_by_norm:
+            return x
+        deferred = None
+        if type(x) is Deferred and x.owner is chain and not has_hooks(self):
+            deferred = x if self._fused_original is nn.Identity else x.before(chain.before.number)
+        return super().forward(x) if deferred is None else deferred
 
     def __reduce_ex__(self, protocol):
         return reduce(self, super().__reduce_ex__(protocol))
@@ -350,7 +403,7 @@ class _Fused:
     def forward(self, x):
         if isinstance(x, fx.Proxy):
             return _call_in_graph(self, x)
-        y = self._fused_chain.start_with_depthwise(x)
+        y = self._fused_chain.start(x)
         return super().forward(x) if y is None else y
 
     def extra_repr(self) -> str:
@@ -386,24 +439,27 @@ class _AbsorbedAfter:
     def forward(self, x):
         if isinstance(x, fx.Proxy):
             return _call_in_graph(self, x)
-        return x if self._fused_chain.extent_at(x) >= ALL else super().forward(x)
+        return x if self._fused_chain.extent_at(x) == ALL else super().forward(x)
 
     def __reduce_ex__(self, protocol):
         return reduce(self, super().__reduce_ex__(protocol))
 
 
 MIXINS = {
-    "norm before": _FusedNorm,
-    "before depthwise": _AbsorbedBefore,
+    "norm before": _DeferredNorm,
+    "before depthwise": _DeferredActivation,
     "depthwise": _Fused,
     "up to pointwise": _Absorbed,
     "after pointwise": _AbsorbedAfter,
 }
 
 
+_NAMES = {"norm before": "Deferred", "before depthwise": "Deferred", "depthwise": "Fused"}
+
+
 @functools.cache
 def class_for(kind: str, original: type) -> type:
-    name = ("Fused" if kind in ("norm before", "depthwise") else "Absorbed") + original.__name__
+    name = _NAMES.get(kind, "Absorbed") + original.__name__
     namespace = {"__module__": __name__, "__doc__": MIXINS[kind].__doc__}
     namespace |= {"_fused_original": original, "_fused_kind": kind}
     mixin = MIXINS[kind]
@@ -413,6 +469,8 @@ def class_for(kind: str, original: type) -> type:
 
 
 def _new(kind: str, original: type):
+    if kind == "norm before":
+        break_graphs()
     cls = class_for(kind, original)
     return cls.__new__(cls)
 
@@ -424,6 +482,8 @@ def reduce(module, reduced: tuple) -> tuple:
 
 def install(chain: Chain) -> None:
     """Gives the modules of a chain their new classes."""
+    if chain.before is not None:
+        break_graphs()
     kind = "before depthwise"
     for _, _, module in chain.all_places():
         if module is chain.depthwise:

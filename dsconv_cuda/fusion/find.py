@@ -75,6 +75,7 @@ def find(model: nn.Module, *, forget_times: bool = False) -> list[Finding]:
             if modes is None:
                 modes = [_trace_all(model, training) for training in (True, False)]
             chain = _chain_in_every_mode(module, modes, names, places)
+            _see_norm_before(chain, modes, names)
         except _No as no:
             findings.append(Finding(names[module], False, str(no)))
         else:
@@ -91,6 +92,22 @@ def find(model: nn.Module, *, forget_times: bool = False) -> list[Finding]:
     ]
     order = list(names.values())
     return sorted(findings, key=lambda finding: order.index(finding.name))
+
+
+def _see_norm_before(chain: Chain, modes: "list[_Mode]", names: dict) -> None:
+    """Whether all calls of the norm before are known, and what holds it and not the depthwise convolution."""
+    before = chain.before
+    if before is None:
+        return
+    inside = set(before.norm.modules())
+    before.containers = [
+        m for m in names if m is not before.norm and inside & set(m.modules()) and chain.depthwise not in m.modules()
+    ]
+    calls = [
+        [node for graph in mode.graphs for m in (before.norm, chain.depthwise) for node in graph.calls.get(m, ())]
+        for mode in modes
+    ]
+    before.everywhere = not any(mode.failures for mode in modes) and all(len(found) in (0, 2) for found in calls)
 
 
 def _leave_norms_to_their_chains(chains: list[Chain]) -> None:
@@ -395,7 +412,9 @@ def _chain_in(conv: nn.Module, mode: _Mode, names: dict, places: dict) -> Chain 
 
 
 def _norm_before(graph: Graph, conv: fx.Node, places: dict) -> NormBefore | None:
-    """What stands in front of a depthwise convolution, where that alone takes its result."""
+    """What stands in front of a depthwise convolution in 2-D or 3-D, where that alone takes its result."""
+    if isinstance(graph.modules[conv], nn.Conv1d):
+        return None
     members: list[nn.Module] = []
     node, activation = conv, None
     while True:
@@ -409,11 +428,11 @@ def _norm_before(graph: Graph, conv: fx.Node, places: dict) -> NormBefore | None
         try:
             if _is_batch_norm(module, graph.modules[conv]):
                 _check_batch_norm(module)
-                if _has_activation(module):
-                    if activation is not None:
-                        return None
-                    activation = _activation_of_module(module.act)
-                return NormBefore(module, activation or "identity", [places[m] for m in members])
+                within = module.act if _has_activation(module) else None
+                if within is not None and activation is not None:
+                    return None
+                activation = activation if within is None else _activation_of_module(within)
+                return NormBefore(module, activation or "identity", [places[m] for m in members], within)
             if type(module) is nn.Identity:
                 continue
             if activation is not None or not _is_activation(module):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dsconv_cuda import kept_weights
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm import fold_norm, norm_vectors, through_norm
+from dsconv_cuda.batchnorm import fold_norm, norm_vectors
 from dsconv_cuda.batchnorm_module import arguments_of
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 from dsconv_cuda.seen import Seen
@@ -42,7 +42,7 @@ class Folded:
         sources = (before and before.norm, chain.depthwise, self.bn1, chain.pointwise, self.bn2)
         self.sources = [m for m in sources if m is not None]
         self.tensors: list[Tensor] = []
-        self.versions: list[int] = []
+        self.versions: list[float] = []  # of the tensors, and eps of the norms
         self.seen: Seen | None = None
         self.lock = threading.Lock()
         kind = _MODULES[chain.dims]
@@ -79,7 +79,7 @@ class Folded:
             kept_weights.keep(self.module, x)
         call = vars(self.module).get("_kept_call")
         y = None if call is None else call(self.module, x, in_norm)
-        return self.module.forward(through_norm(x, *in_norm)) if y is None else y
+        return self.module.forward(torch.ops.dsconv_cuda.norm_act(x, *in_norm)) if y is None else y
 
     def _changed(self) -> bool:
         """Whether to fold again; remembers what it saw."""
@@ -88,7 +88,8 @@ class Folded:
             self.seen = Seen()
         if self.before is self.bn1 is self.bn2 is None:  # nothing folds; modules.py looks after the weights themselves
             return first
-        versions = [t._version for t in self.tensors]
+        norms = (self.before and self.before.norm, self.bn1, self.bn2)
+        versions = [*(t._version for t in self.tensors), *(bn.eps for bn in norms if bn is not None)]
         vectors = [t for t in self.tensors if t.dim() == 1]
         same = self.seen.again(vectors, [self.chain.depthwise.weight, self.chain.pointwise.weight])
         same = same and versions == self.versions

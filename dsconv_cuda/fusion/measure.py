@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_cuda.activations import ACTIVATIONS
-from dsconv_cuda.fusion.chain import ALL, NONE, WITH_NORM, Chain
+from dsconv_cuda.fusion.chain import ALL, NONE, Chain
 
 SLOWER = 1.03
 _ROUNDS, _LEAST_SECONDS, _WARM_UP_CALLS = 15, 1e-3, 3
@@ -77,8 +77,7 @@ def judge(model: nn.Module, example, chains: list[Chain]) -> dict[Chain, Verdict
         inputs = _inputs(model, example, [chain.depthwise for chain in chains])
         for chain in chains:
             given = inputs.get(chain.depthwise)
-            with torch.set_grad_enabled(model.training):
-                extent = NONE if given is None or given.device.type == "meta" else chain.extent()
+            extent = NONE if given is None or given.device.type == "meta" else chain.extent()
             if extent == NONE:  # then fusing changes nothing
                 continue
             key = (given, extent, *_kind(chain))
@@ -128,7 +127,9 @@ def _kind(chain: Chain) -> tuple:
 
 
 def _calls(chain: Chain, x: Tensor, extent: int, training: bool) -> tuple[Callable, Callable]:
-    steps = _modules(chain, extent)
+    with torch.set_grad_enabled(training):
+        with_norm = chain.takes_norm(x)
+    steps = _modules(chain, extent, with_norm)
     parameters = [p for _, _, module in chain.all_places() for p in module.parameters(recurse=False) if p.requires_grad]
     wanted = [*parameters, *([x] if x.requires_grad else [])]
 
@@ -139,7 +140,7 @@ def _calls(chain: Chain, x: Tensor, extent: int, training: bool) -> tuple[Callab
         return y
 
     def fused():
-        return chain.compute(x, extent)
+        return chain.compute_with_norm(x) if with_norm else chain.compute(x, extent)
 
     differentiated = training and bool(wanted)
     dy = torch.randn_like(one_by_one()) if differentiated else None
@@ -161,8 +162,8 @@ def _calls(chain: Chain, x: Tensor, extent: int, training: bool) -> tuple[Callab
     return timed(one_by_one), timed(fused)
 
 
-def _modules(chain: Chain, extent: int) -> list[Callable]:
-    """The steps of the chain as the model takes them, as far as `extent`.
+def _modules(chain: Chain, extent: int, with_norm: bool) -> list[Callable]:
+    """The steps of the chain as the model takes them: up to the pointwise convolution where `extent` is not ALL.
 
     What is before the depthwise convolution takes and gives a tensor of that one's size.
     """
@@ -170,8 +171,8 @@ def _modules(chain: Chain, extent: int) -> list[Callable]:
         act, out_act = (ACTIVATIONS[name].value for name in (chain.activation, chain.out_activation))
         steps = [chain.depthwise, chain.bn1, act, chain.pointwise, chain.bn2, out_act]
     else:
-        steps = [module for _, _, module in (chain.all_places() if extent == WITH_NORM else chain.places)]
-    if extent < ALL:
+        steps = [module for _, _, module in (chain.all_places() if with_norm else chain.places)]
+    if extent != ALL:
         steps = steps[: steps.index(chain.pointwise) + 1]
     return [step for step in steps if step is not None]
 

@@ -30,7 +30,7 @@ class Forwards:
 
     def function(self, module: nn.Module) -> Callable | None:
         """None while the chains cannot be one operation each."""
-        if any(chain.extent() < ALL for chain in self.chains):
+        if any(chain.extent() != ALL for chain in self.chains):
             return None
         function = self.functions.get(module.training)
         if function is None and not torch.compiler.is_dynamo_compiling():
