@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from dsconv_cuda import _checks, _loader, autograd, batchnorm_graph
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, defer, operation
+from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, norm_later, operation
 from dsconv_cuda.deferred import Deferred
 from dsconv_cuda.functional import _AUTOCAST_DEVICES, _autocast, _fast, _load, as_rows
 from dsconv_cuda.ops import IDENTITY
@@ -180,7 +180,7 @@ class Unnormalised:
     deferred: Deferred | None = None
 
 
-def norm_later(dims: int, y: Tensor, bn: BatchNormArguments, activation: str, owner) -> "Unnormalised | Deferred":
+def norm_before(dims: int, y: Tensor, bn: BatchNormArguments, activation: str, owner) -> "Unnormalised | Deferred":
     """activation(F.batch_norm(y, *bn)) with statistics of the batch, of which nothing is computed but these.
 
     A Deferred; in graphs of torch.compile, which hold no such tensors, what block_of_chain() takes.
@@ -192,7 +192,7 @@ def norm_later(dims: int, y: Tensor, bn: BatchNormArguments, activation: str, ow
     batch = Batch(bn.eps, count, bn.process_group, functools.partial(_track, bn))
     tensors = (y, _parameter(bn.weight), _parameter(bn.bias))
     if not torch.compiler.is_dynamo_compiling():
-        return defer(*tensors, op, batch, act, owner)
+        return norm_later(*tensors, op, batch, act, owner)[0]
     y, vectors, moments = torch.ops.dsconv_cuda.norm_later(*tensors, bn.eps, act)
     with torch.no_grad():
         batch.track(moments, count)

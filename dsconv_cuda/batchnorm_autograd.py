@@ -160,34 +160,31 @@ class BatchNormBlock(torch.autograd.Function):
 
 
 class NormLater(torch.autograd.Function):
-    """(y, vectors of its norm, moments): the norm with statistics of the batch of a y that a block takes through it on
-    reading.
+    """The norm with statistics of the batch, `vectors`, of a y that a block takes through it as it reads: a Deferred of
+    `owner`, or in graphs, where that is None, y.
 
-    The gradient that comes back to y is that of the value behind the norm and `act`, as in a chain of blocks.
+    The gradient that comes back is that of the value behind the norm and `act`, as in a chain of blocks.
     """
 
     @staticmethod
-    def forward(ctx, y, gamma, beta, op: str, act: int, batch: Batch):
-        ops = torch.ops.dsconv_cuda
-        with torch._C._AutoDispatchBelowAutograd():
-            moments, count = batch.join_moments(ops.moments(y))
-            if batch.track is not None:
-                batch.track(moments, count)
-            vectors = ops.norm_vectors(moments, gamma, beta, batch.eps)
+    def forward(ctx, y, gamma, beta, vectors, op: str, batch: Batch, count: float, act: int, owner):
         ctx.op, ctx.act, ctx.batch, ctx.count = op, act, batch, count
         ctx.save_for_backward(y, vectors)
         ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma, beta)]
-        ctx.mark_non_differentiable(vectors, moments)
         ctx.set_materialize_grads(False)
-        return y.view_as(y), vectors, moments
+        if owner is None:
+            return y.view_as(y)
+        return Deferred(y, vectors, act, owner, (NormLater, (y, gamma, beta, vectors, op, batch, count)))
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad):
         if grad is None:
-            return (None,) * 6
+            return (None,) * 9
         if torch.is_grad_enabled():
-            return (*_FirstDerivative.apply(_norm_gradients, ctx.op, ctx, grad, *ctx.saved_tensors), None, None, None)
-        return (*_norm_gradients(ctx, grad, *ctx.saved_tensors), None, None, None)
+            grads = _FirstDerivative.apply(_norm_gradients, ctx.op, ctx, grad, *ctx.saved_tensors)
+        else:
+            grads = _norm_gradients(ctx, grad, *ctx.saved_tensors)
+        return (*grads, *(None,) * 6)
 
     jvp = staticmethod(BatchNormBlock.jvp)
 
@@ -204,38 +201,15 @@ def _norm_gradients(ctx, grad, y, vectors) -> tuple:
     return tuple(g if w else None for g, w in zip((grad_y, *affine), ctx.needs_input_grad, strict=False))
 
 
-class DeferredNorm(torch.autograd.Function):
-    """The Deferred of (y, gamma, beta) behind a norm with statistics of the batch, and an activation."""
-
-    @staticmethod
-    def forward(ctx, y, gamma, beta, vectors, op: str, batch: Batch, count: float, act: int, owner):
-        ctx.op, ctx.act, ctx.batch, ctx.count = op, act, batch, count
-        ctx.save_for_backward(y, vectors)
-        ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma, beta)]
-        ctx.set_materialize_grads(False)
-        return Deferred(y, vectors, act, owner, (DeferredNorm, (y, gamma, beta, vectors, op, batch, count)))
-
-    @staticmethod
-    def backward(ctx, grad):
-        if grad is None:
-            return (None,) * 9
-        if torch.is_grad_enabled():
-            grads = _FirstDerivative.apply(_norm_gradients, ctx.op, ctx, grad, *ctx.saved_tensors)
-        else:
-            grads = _norm_gradients(ctx, grad, *ctx.saved_tensors)
-        return (*grads, *(None,) * 6)
-
-    jvp = staticmethod(BatchNormBlock.jvp)
-
-
-def defer(y: Tensor, gamma: Tensor | None, beta: Tensor | None, op: str, batch: Batch, act: int, owner) -> Deferred:
-    """The norm of `batch`, which is tracked, and an activation after it, for whoever takes a Deferred."""
+def norm_later(y: Tensor, gamma: Tensor | None, beta: Tensor | None, op: str, batch: Batch, act: int, owner) -> tuple:
+    """What NormLater returns, the vectors, and the moments, which are tracked if `batch` says so."""
     ops = torch.ops.dsconv_cuda
-    with torch.no_grad():
+    with torch._C._AutoDispatchBelowAutograd():
         moments, count = batch.join_moments(ops.moments(y))
-        batch.track(moments, count)
+        if batch.track is not None:
+            batch.track(moments, count)
         vectors = ops.norm_vectors(moments, gamma, beta, batch.eps)
-    return DeferredNorm.apply(y, gamma, beta, vectors, op, batch, count, act, owner)
+    return NormLater.apply(y, gamma, beta, vectors, op, batch, count, act, owner), vectors, moments
 
 
 class _FirstDerivative(torch.autograd.Function):

@@ -48,7 +48,7 @@ from torch.autograd import forward_ad
 
 from dsconv_cuda import _checks, _loader, batchnorm_training, compiled_folding
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm import BatchNormArguments, Unnormalised, block_of_chain, norm_later, norm_vectors
+from dsconv_cuda.batchnorm import BatchNormArguments, Unnormalised, block_of_chain, norm_before, norm_vectors
 from dsconv_cuda.batchnorm_module import arguments_of
 from dsconv_cuda.deferred import Deferred, break_graphs
 from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separable_conv2d, depthwise_separable_conv3d
@@ -131,7 +131,7 @@ class Chain:
             self._made_by_norm = True
             if not norm.training:
                 return self._evaluate(x, ALL, before)
-            return self._train(norm_later(self.dims, x, _of_batch(norm), before.activation, self))
+            return self._train(norm_before(self.dims, x, _of_batch(norm), before.activation, self))
         if torch._C._get_tracing_state() is not None or type(x) not in (Tensor, nn.Parameter):
             return None
         if not self._defers(x):
@@ -140,7 +140,7 @@ class Chain:
             return None
         activation = before.activation if before.within else "identity"
         if norm.training:
-            return norm_later(self.dims, x, _of_batch(norm), activation, self)
+            return norm_before(self.dims, x, _of_batch(norm), activation, self)
         vectors = functools.partial(_given_vectors, norm)
         return Deferred(x, vectors, activation_number(activation), self)
 
