@@ -52,7 +52,7 @@ class Deferred(Tensor):
             self._vectors = self._vectors()
         return self._vectors
 
-    def before(self, act: int) -> "Deferred | None":
+    def followed_by(self, act: int) -> "Deferred | None":
         """The same with an activation after it; None where that has to be made of the value."""
         if self.act != IDENTITY:
             return None

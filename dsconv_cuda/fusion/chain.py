@@ -147,7 +147,7 @@ class Chain:
     def compute_with_norm(self, x: Tensor) -> Tensor:
         """What the norm before and the whole chain make of `x`, which defer() takes."""
         deferred, number = self.defer(x), self.before.number
-        return self.compute(deferred if deferred.act == number else deferred.before(number), ALL)
+        return self.compute(deferred if deferred.act == number else deferred.followed_by(number), ALL)
 
     def takes_norm(self, x: Tensor) -> bool:
         """Whether the norm before, given `x`, defers what it makes, and the chain takes that."""
@@ -390,7 +390,7 @@ class _DeferredActivation:
             return x
         deferred = None
         if type(x) is Deferred and x.owner is chain and not has_hooks(self):
-            deferred = x if self._fused_original is nn.Identity else x.before(chain.before.number)
+            deferred = x if self._fused_original is nn.Identity else x.followed_by(chain.before.number)
         return super().forward(x) if deferred is None else deferred
 
     def __reduce_ex__(self, protocol):
