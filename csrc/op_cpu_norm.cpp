@@ -211,11 +211,9 @@ void set_tiles(NormCall& call, bool partial) {
   }
 }
 
-// Whether pixel follows pixel in memory, each with its channels.
-bool is_matrix(const ImageTensor& t, const NormContext& ctx) {
-  const int64_t row = ctx.w * ctx.channels, slice = ctx.h * row;
-  return t.layout == Layout::nhwc && t.strides.c == 1 && t.strides.w == ctx.channels && t.strides.h == row &&
-         (ctx.d == 1 || t.strides.d == slice) && (ctx.n == 1 || t.strides.n == ctx.d * slice);
+// Whether the values lie one behind another, channel by channel.
+bool is_dense_matrix(const ImageTensor& t, const NormContext& ctx) {
+  return t.strides.w == ctx.channels && is_matrix(t, ctx.n, ctx.d, ctx.h, ctx.w);
 }
 
 // Channels that fill no whole vectors: some pixels side by side do, and count as one pixel with all their channels.
@@ -226,7 +224,7 @@ int64_t join_pixels(NormCall& call) {
   const int64_t joined = call.lanes / std::gcd(ctx.channels, call.lanes);
   const bool as_stored = call.dtype == DType::f32 || call.dtype == DType::f64;
   if (ctx.planes || joined == 1 || !as_stored || ctx.pixels % joined != 0 || joined * ctx.channels > kMostChannels ||
-      !is_matrix(ctx.v, ctx) || (ctx.grad.data != nullptr && !is_matrix(ctx.grad, ctx)) ||
+      !is_dense_matrix(ctx.v, ctx) || (ctx.grad.data != nullptr && !is_dense_matrix(ctx.grad, ctx)) ||
       (ctx.out != nullptr && ctx.out_layout != Layout::nhwc)) {
     return 1;
   }

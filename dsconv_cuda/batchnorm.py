@@ -185,13 +185,13 @@ def norm_before(dims: int, y: Tensor, bn: BatchNormArguments, activation: str, o
 
     A Deferred; in graphs of torch.compile, which hold no such tensors, what block_of_chain() takes.
     """
-    op = operation(dims)
-    _check_norm(op, "the norm before the depthwise convolution", bn, y, y.shape[1], [y.shape[0], *y.shape[2:]])
+    op, pixels = operation(dims), [y.shape[0], *y.shape[2:]]
+    _check_norm(op, "the norm before the depthwise convolution", bn, y, y.shape[1], pixels)
     act = activation_number(activation, "activation", op)
-    count = _product([y.shape[0], *y.shape[2:]])
+    count = _product(pixels)
     batch = Batch(bn.eps, count, bn.process_group, functools.partial(_track, bn))
     tensors = (y, _parameter(bn.weight), _parameter(bn.bias))
-    if not torch.compiler.is_dynamo_compiling():
+    if not _in_graph():
         return norm_later(*tensors, op, batch, act, owner)[0]
     y, vectors, moments = torch.ops.dsconv_cuda.norm_later(*tensors, bn.eps, act)
     with torch.no_grad():

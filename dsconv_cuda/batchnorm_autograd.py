@@ -145,11 +145,7 @@ class BatchNormBlock(torch.autograd.Function):
     def backward(ctx, grad_out, *_):
         if grad_out is None:
             return (None,) * 11
-        if torch.is_grad_enabled():
-            grads = _FirstDerivative.apply(_gradients, ctx.block.op, ctx, grad_out, *ctx.saved_tensors)
-        else:
-            grads = _gradients(ctx, grad_out, *ctx.saved_tensors)
-        return (*grads, None, None)
+        return (*_once(_gradients, ctx, grad_out), None, None)
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -180,11 +176,7 @@ class NormLater(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 9
-        if torch.is_grad_enabled():
-            grads = _FirstDerivative.apply(_norm_gradients, ctx.op, ctx, grad, *ctx.saved_tensors)
-        else:
-            grads = _norm_gradients(ctx, grad, *ctx.saved_tensors)
-        return (*grads, *(None,) * 6)
+        return (*_once(_norm_gradients, ctx, grad), *(None,) * 6)
 
     jvp = staticmethod(BatchNormBlock.jvp)
 
@@ -212,13 +204,20 @@ def norm_later(y: Tensor, gamma: Tensor | None, beta: Tensor | None, op: str, ba
     return NormLater.apply(y, gamma, beta, vectors, op, batch, count, act, owner), vectors, moments
 
 
+def _once(gradients: Callable, ctx, grad) -> tuple:
+    """gradients(ctx, grad, *saved), not differentiable again."""
+    if torch.is_grad_enabled():
+        return _FirstDerivative.apply(gradients, ctx, grad, *ctx.saved_tensors)
+    return gradients(ctx, grad, *ctx.saved_tensors)
+
+
 class _FirstDerivative(torch.autograd.Function):
     """`gradients` of a Function under create_graph: a graph that says in its own backward that there is no second."""
 
     @staticmethod
-    def forward(ctx, gradients: Callable, op: str, *arguments):
-        ctx.op = op
-        return gradients(*arguments)
+    def forward(ctx, gradients: Callable, of, *arguments):
+        ctx.op = of.op
+        return gradients(of, *arguments)
 
     @staticmethod
     def backward(ctx, *_):

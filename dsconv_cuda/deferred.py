@@ -3,9 +3,9 @@
     Deferred    act(gamma * yhat + beta), of which there are y and the vectors of the channels
 
 A chain of fuse() takes y, and makes the value as its kernels read it. For everybody else a Deferred is the tensor that
-it stands for: whatever is done with it but to ask for its shape is done with the value, made at that moment, whether by
-a torch function, by C++ (``__torch_dispatch__``) or inside an autograd Function. In a graph it is the output of the
-norm, so gradients of the value come to the norm by every way.
+it stands for: what is done with it, but to ask for its shape or for gradients, is done with the value, made at that
+moment, whether by a torch function, by C++ (``__torch_dispatch__``) or inside an autograd Function. In a graph it is
+the output of the norm, so gradients of the value come to the norm by every way.
 """
 
 import functools
@@ -17,13 +17,12 @@ from torch.utils._pytree import tree_map
 
 from dsconv_cuda.ops import IDENTITY
 
+_PROPERTIES = (
+    "shape", "dtype", "device", "layout", "ndim", "is_cpu", "is_cuda", "is_meta", "requires_grad", "grad_fn"
+)  # fmt: skip
 _OF_ITSELF = frozenset(
     (
-        *(
-            getattr(Tensor, name).__get__
-            for name in ("shape", "dtype", "device", "layout", "ndim", "is_cpu", "is_cuda")
-        ),
-        *(getattr(Tensor, name).__get__ for name in ("requires_grad", "grad_fn", "is_meta")),
+        *(getattr(Tensor, name).__get__ for name in _PROPERTIES),
         Tensor.dim,
         Tensor.size,
         Tensor.numel,

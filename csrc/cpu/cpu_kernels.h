@@ -79,6 +79,13 @@ struct ImageTensor {
   Layout layout;
 };
 
+// Whether pixel follows pixel in memory, strides.w apart, each with its channels.
+constexpr bool is_matrix(const ImageTensor& t, int64_t n, int64_t d, int64_t h, int64_t w) {
+  const int64_t row = w * t.strides.w, slice = h * row;
+  return t.layout == Layout::nhwc && t.strides.h == row && (d == 1 || t.strides.d == slice) &&
+         (n == 1 || t.strides.n == d * slice);
+}
+
 // Moments of z (moments.inl). Tasks are `groups` ranges of the plan's tiles, for each of `panels` panels of channels.
 struct MomentsContext {
   Geometry geom;

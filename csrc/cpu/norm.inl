@@ -201,18 +201,11 @@ struct PixelTensor {
   int64_t n, channels, d, h, w, copy_ld;
 };
 
-// Whether pixel follows pixel in memory, strides.w apart, each with its channels.
-DSCONV_INLINE bool is_matrix(const PixelTensor& of, const ImageTensor& t) {
-  const int64_t row = of.w * t.strides.w, slice = of.h * row;
-  return t.layout == Layout::nhwc && t.strides.h == row && (of.d == 1 || t.strides.d == slice) &&
-         (of.n == 1 || t.strides.n == of.d * slice);
-}
-
 template <typename S, typename T>
 DSCONV_INLINE const T* tile_of(const PixelTensor& of, const ImageTensor& t, int64_t pixel, int64_t count, T* copy,
                                int64_t& ld) {
   if constexpr (sizeof(S) == sizeof(T)) {
-    if (is_matrix(of, t) && of.channels % Vec<T>::n == 0) {
+    if (is_matrix(t, of.n, of.d, of.h, of.w) && of.channels % Vec<T>::n == 0) {
       ld = t.strides.w;
       return static_cast<const T*>(t.data) + pixel * t.strides.w;
     }

@@ -53,7 +53,7 @@ static void turn_x(const BackwardContext& ctx, int64_t c, int64_t channels, int6
   const ImageTensor from = {x, stride, ctx.p.x_layout};
   int64_t done = 0;
   if constexpr (sizeof(S) == sizeof(T)) {
-    if (is_matrix({g.n, channels, g.d_in, g.h_in, g.w_in, ld}, from)) {
+    if (is_matrix(from, g.n, g.d_in, g.h_in, g.w_in)) {
       // Whole vectors reach into the channels of the next pixel, which the last ones of the tensor have not.
       const T *first = x + pixel * stride.w, *end = x + (g.n * g.d_in * g.h_in * g.w_in - 1) * stride.w + channels;
       const int64_t width = round_up(channels, Vec<T>::n);

@@ -76,15 +76,9 @@ inline DepthwiseForwardPlan plan_depthwise_forward(const ForwardParams& p, const
   return plan;
 }
 
-// outputs.cuh: 16 bytes a thread.
-constexpr int64_t outputs_blocks(const ForwardParams& p) {
-  const int64_t outputs = output_pixels(p.geom) * p.geom.c_out;
-  return ceil_div(outputs, kBlockThreads * 16 / static_cast<int64_t>(element_bytes(p.dtype)));
-}
-
-constexpr int64_t gradient_blocks(const BackwardParams& p) {
-  const int64_t outputs = output_pixels(p.geom) * p.geom.c_out;
-  return ceil_div(outputs, kBlockThreads * 16 / static_cast<int64_t>(element_bytes(p.dtype)));
+// outputs.cuh, of either kernel: 16 bytes of the outputs a thread.
+constexpr int64_t outputs_blocks(const Geometry& g, DType dtype) {
+  return ceil_div(output_pixels(g) * g.c_out, kBlockThreads * 16 / static_cast<int64_t>(element_bytes(dtype)));
 }
 
 // Of one launch, act(z) to memory not counted: the caller knows whether L2 keeps it.

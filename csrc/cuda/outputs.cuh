@@ -98,13 +98,13 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2) gradient_kernel(BackwardParam
 template <DType kType>
 LaunchStatus launch_gradient(const BackwardParams& p, void* g, void* stream) {
   using T = storage_t<kType>;
-  return launch_blocks("gradient", gradient_kernel<T>, gradient_blocks(p), 0, static_cast<cudaStream_t>(stream), p,
-                       static_cast<T*>(g), output_pixels(p.geom) * p.geom.c_out);
+  return launch_blocks("gradient", gradient_kernel<T>, outputs_blocks(p.geom, p.dtype), 0,
+                       static_cast<cudaStream_t>(stream), p, static_cast<T*>(g), output_pixels(p.geom) * p.geom.c_out);
 }
 
 template <DType kType>
 LaunchStatus launch_outputs(const ForwardParams& p, bool add_bias, void* stream) {
-  return launch_blocks("outputs", outputs_kernel<storage_t<kType>>, outputs_blocks(p), 0,
+  return launch_blocks("outputs", outputs_kernel<storage_t<kType>>, outputs_blocks(p.geom, p.dtype), 0,
                        static_cast<cudaStream_t>(stream), p, add_bias);
 }
 

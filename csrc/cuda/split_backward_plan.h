@@ -88,7 +88,7 @@ inline Schedule split_backward_schedule(const BackwardParams& p, const SplitBack
   Schedule schedule;
   schedule.workspace_bytes = static_cast<int64_t>(plan.workspace_bytes);
   if (p.saved != nullptr) {
-    KernelCost cost = schedule_detail::plain_kernel("dy * out_act'", gradient_blocks(p));
+    KernelCost cost = schedule_detail::plain_kernel("dy * out_act'", outputs_blocks(g, p.dtype));
     cost.dram_bytes = cost.l2_bytes = 3 * bytes.y;
     schedule.add(cost);
   }

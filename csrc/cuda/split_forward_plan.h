@@ -97,7 +97,8 @@ inline Schedule split_forward_schedule(const ForwardParams& p, const SplitForwar
   const bool kept = act_z + y <= device.l2_bytes / 2;
   KernelCost depthwise = depthwise_forward_cost(part, plan_depthwise_forward(part, device), device);
   KernelCost product = pointwise_product_cost(part, device);
-  KernelCost outputs = schedule_detail::plain_kernel("bias and out_act", y > 0 ? outputs_blocks(part) : 0);
+  KernelCost outputs =
+      schedule_detail::plain_kernel("bias and out_act", y > 0 ? outputs_blocks(part.geom, part.dtype) : 0);
   if (!kept) {
     depthwise.dram_bytes += act_z;
     product.dram_bytes += act_z;

@@ -48,11 +48,11 @@ from torch.autograd import forward_ad
 
 from dsconv_cuda import _checks, _loader, batchnorm_training, compiled_folding
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm import BatchNormArguments, Unnormalised, block_of_chain, norm_before, norm_vectors
+from dsconv_cuda.batchnorm import BatchNormArguments, Unnormalised, block_of_chain, norm_before
 from dsconv_cuda.batchnorm_module import arguments_of
 from dsconv_cuda.deferred import Deferred, break_graphs
 from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separable_conv2d, depthwise_separable_conv3d
-from dsconv_cuda.fusion.folded import Folded, fold
+from dsconv_cuda.fusion.folded import Folded, fold, given_vectors
 from dsconv_cuda.kept_weights import has_hooks
 
 NONE, PAIR, ALL = 0, 1, 2  # see Chain.extent()
@@ -141,7 +141,7 @@ class Chain:
         activation = before.activation if before.within else "identity"
         if norm.training:
             return norm_before(self.dims, x, _of_batch(norm), activation, self)
-        vectors = functools.partial(_given_vectors, norm)
+        vectors = functools.partial(given_vectors, norm)
         return Deferred(x, vectors, activation_number(activation), self)
 
     def compute_with_norm(self, x: Tensor) -> Tensor:
@@ -319,7 +319,7 @@ class Chain:
         """With the norms folded for this call."""
         conv = self.depthwise
         if before is not None:
-            x = torch.ops.dsconv_cuda.norm_act(x, _given_vectors(before.norm), before.number)
+            x = torch.ops.dsconv_cuda.norm_act(x, given_vectors(before.norm), before.number)
         dw_weight, dw_bias = fold(conv, self.bn1)
         pw_weight, pw_bias = fold(self.pointwise, bn2)
         operands = (dw_weight, pw_weight, dw_bias, pw_bias)
@@ -333,10 +333,6 @@ class Chain:
 
 def _of_batch(norm: nn.Module) -> BatchNormArguments:
     return arguments_of(norm, isinstance(norm, nn.SyncBatchNorm))
-
-
-def _given_vectors(norm: nn.Module) -> Tensor:
-    return norm_vectors(arguments_of(norm, synchronised=False))
 
 
 def _batch_norm_kernels(device_type: str) -> bool:
@@ -366,7 +362,14 @@ def _call_in_graph(module: nn.Module, x: fx.Proxy) -> fx.Proxy:
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
-class _DeferredNorm:
+class Copied:
+    """Of a class that class_for() makes: copies and pickles make it again."""
+
+    def __reduce_ex__(self, protocol):
+        return (_new, (self._fused_kind, self._fused_original), *super().__reduce_ex__(protocol)[2:])
+
+
+class _DeferredNorm(Copied):
     """The BatchNorm before the depthwise convolution."""
 
     def forward(self, x):
@@ -375,11 +378,8 @@ class _DeferredNorm:
         deferred = self._fused_chain.defer(x)
         return super().forward(x) if deferred is None else deferred
 
-    def __reduce_ex__(self, protocol):
-        return reduce(self, super().__reduce_ex__(protocol))
 
-
-class _DeferredActivation:
+class _DeferredActivation(Copied):
     """What is between the two."""
 
     def forward(self, x):
@@ -393,11 +393,8 @@ class _DeferredActivation:
             deferred = x if self._fused_original is nn.Identity else x.followed_by(chain.before.number)
         return super().forward(x) if deferred is None else deferred
 
-    def __reduce_ex__(self, protocol):
-        return reduce(self, super().__reduce_ex__(protocol))
 
-
-class _Fused:
+class _Fused(Copied):
     """The depthwise convolution of a chain."""
 
     def forward(self, x):
@@ -417,11 +414,8 @@ class _Fused:
         ]
         return f"{super().extra_repr()} -> {' -> '.join(step for step in steps if step)}"
 
-    def __reduce_ex__(self, protocol):
-        return reduce(self, super().__reduce_ex__(protocol))
 
-
-class _Absorbed:
+class _Absorbed(Copied):
     """What comes after it, up to the pointwise convolution."""
 
     def forward(self, x):
@@ -429,20 +423,14 @@ class _Absorbed:
             return _call_in_graph(self, x)
         return super().forward(x) if self._fused_chain.extent_at(x) == NONE else x
 
-    def __reduce_ex__(self, protocol):
-        return reduce(self, super().__reduce_ex__(protocol))
 
-
-class _AbsorbedAfter:
+class _AbsorbedAfter(Copied):
     """What comes after the pointwise convolution."""
 
     def forward(self, x):
         if isinstance(x, fx.Proxy):
             return _call_in_graph(self, x)
         return x if self._fused_chain.extent_at(x) == ALL else super().forward(x)
-
-    def __reduce_ex__(self, protocol):
-        return reduce(self, super().__reduce_ex__(protocol))
 
 
 MIXINS = {
@@ -473,11 +461,6 @@ def _new(kind: str, original: type):
         break_graphs()
     cls = class_for(kind, original)
     return cls.__new__(cls)
-
-
-def reduce(module, reduced: tuple) -> tuple:
-    """Copies and pickles: the class is made again where the module is."""
-    return (_new, (module._fused_kind, module._fused_original), *reduced[2:])
 
 
 def install(chain: Chain) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_cuda import kept_weights
-from dsconv_cuda.activations import activation_number
 from dsconv_cuda.batchnorm import fold_norm, norm_vectors
 from dsconv_cuda.batchnorm_module import arguments_of
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
@@ -26,6 +25,11 @@ def fold(conv: nn.Module, bn: nn.Module | None) -> tuple[Tensor, Tensor | None]:
     if bn is None:
         return conv.weight, conv.bias
     return fold_norm(conv.weight, conv.bias, arguments_of(bn, synchronised=False))
+
+
+def given_vectors(bn: nn.Module) -> Tensor:
+    """What the ops take of bn in evaluation."""
+    return norm_vectors(arguments_of(bn, synchronised=False))
 
 
 class Folded:
@@ -99,8 +103,7 @@ class Folded:
     def _fold_again(self) -> None:
         if self.before is not None:
             with torch.no_grad():
-                vectors = norm_vectors(arguments_of(self.before.norm, synchronised=False))
-            self.in_norm = vectors, activation_number(self.before.activation)
+                self.in_norm = given_vectors(self.before.norm), self.before.number
         pairs = (
             (self.module.depthwise, self.chain.depthwise, self.bn1),
             (self.module.pointwise, self.chain.pointwise, self.bn2),

@@ -46,7 +46,7 @@ class Forwards:
         return copied
 
 
-class _Rewritten:
+class _Rewritten(_chain.Copied):
     """A module with other code, for a chain in it."""
 
     @staticmethod
@@ -58,9 +58,6 @@ class _Rewritten:
             return (function or old)(self, *args, **kwargs)
 
         return forward
-
-    def __reduce_ex__(self, protocol):
-        return _chain.reduce(self, super().__reduce_ex__(protocol))
 
 
 _chain.MIXINS["rewritten"] = _Rewritten
