@@ -186,9 +186,10 @@ class Chain:
         """Whether the kernels can make what `x` stands for as they read it."""
         if x.owner is not self or extent != ALL or x.act != self.before.number or torch.compiler.is_compiling():
             return False
-        if not self._trains() and (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)):
+        y = x.y  # a plain tensor, quicker to ask
+        if not self._trains() and (torch.is_grad_enabled() or torch.is_autocast_enabled(y.device.type)):
             return False
-        return x.dtype == self._operand_dtype(x) and self._trains_as_one()
+        return y.dtype == self._operand_dtype(y) and self._trains_as_one()
 
     def _trains(self) -> bool:
         return any(bn is not None and bn.training for bn in (self.bn1, self.bn2))
@@ -251,13 +252,13 @@ class Chain:
     def _evaluate(self, x: Tensor, extent: int, before: NormBefore | None) -> Tensor:
         """With given statistics in both norms, and in the one before where that is there: then x is its input, or what
         it has deferred."""
+        if type(x) is Deferred:
+            x = x.y
         bn1, bn2 = self.bn1, self.bn2 if extent == ALL else None
         normed = [bn for bn in (before and before.norm, bn1, bn2) if bn is not None]
         if normed and x.dim() != self.dims + 2:
             # nn.BatchNorm1d takes an unbatched [C, L] for L channels of C images.
             raise ValueError(f"expected {self.dims + 2}D input, a batch, before BatchNorm (got {x.dim()}D input)")
-        if type(x) is Deferred:
-            x = x.y
         wants_gradients = bool(normed) and self._wants_gradients(normed)
         out_activation = self.out_activation if extent == ALL else "identity"
         if torch.compiler.is_dynamo_compiling():
