@@ -101,16 +101,20 @@ _function_modes = torch._C._len_torch_function_stack
 _tracer = torch._C._get_tracing_state
 
 
-def nobody_watches() -> bool:
-    """Whether a call is just a call: no forward-mode AD, transform, autocast, mode or tracer has a say in it."""
+def transformed() -> bool:
+    """Whether tensors may be something else than they look like: forward-mode AD, torch.func, modes and tracers."""
     return (
-        forward_ad._current_level < 0
-        and not _functorch_active()
-        and not _autocast_enabled()
-        and not _dispatch_modes()
-        and not _function_modes()
-        and _tracer() is None
+        forward_ad._current_level >= 0
+        or _functorch_active()
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _tracer() is not None
     )
+
+
+def nobody_watches() -> bool:
+    """Whether a call is just a call: nothing transforms it, nor does autocast have a say in it."""
+    return not _autocast_enabled() and not transformed()
 
 
 def kept_kernels() -> bool:

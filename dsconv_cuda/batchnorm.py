@@ -24,28 +24,9 @@ from dsconv_cuda.activations import activation_number
 from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, norm_later, operation
 from dsconv_cuda.deferred import Deferred
 from dsconv_cuda.functional import _AUTOCAST_DEVICES, _autocast, _fast, _load, as_rows
+from dsconv_cuda.norms import BatchNormArguments, check_norm, fold_norm, product, track, wide_parameter
 from dsconv_cuda.ops import IDENTITY
 from dsconv_cuda.second_order import Config
-
-
-@dataclasses.dataclass
-class BatchNormArguments:
-    """What ``F.batch_norm`` takes beside its input, with its meaning, and a process group.
-
-    ``training`` takes the statistics of the batch, moves ``running_mean`` and ``running_var``, where there are any, by
-    ``momentum`` towards them, and adds one to ``num_batches_tracked``; otherwise the running ones are used. With a
-    ``process_group`` the statistics of the batch are those of all processes of the group, as in ``nn.SyncBatchNorm``.
-    """
-
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    training: bool = False
-    momentum: float = 0.1
-    eps: float = 1e-5
-    process_group: object | None = None
-    num_batches_tracked: Tensor | None = None
 
 
 def depthwise_separable_conv_bn2d(
@@ -186,11 +167,11 @@ def norm_before(dims: int, y: Tensor, bn: BatchNormArguments, activation: str, o
     A Deferred; in graphs of torch.compile, which hold no such tensors, what block_of_chain() takes.
     """
     op, pixels = operation(dims), [y.shape[0], *y.shape[2:]]
-    _check_norm(op, "the norm before the depthwise convolution", bn, y, y.shape[1], pixels)
+    check_norm(op, "the norm before the depthwise convolution", bn, y, y.shape[1], pixels)
     act = activation_number(activation, "activation", op)
-    count = _product(pixels)
-    batch = Batch(bn.eps, count, bn.process_group, functools.partial(_track, bn))
-    tensors = (y, _parameter(bn.weight), _parameter(bn.bias))
+    count = product(pixels)
+    batch = Batch(bn.eps, count, bn.process_group, functools.partial(track, bn))
+    tensors = (y, wide_parameter(bn.weight), wide_parameter(bn.bias))
     if not _in_graph():
         return norm_later(*tensors, op, batch, act, owner)[0]
     y, vectors, moments = torch.ops.dsconv_cuda.norm_later(*tensors, bn.eps, act)
@@ -247,8 +228,8 @@ def block_of_chain(
     pixels = [x_shape[0], *extents[-dims:]]
 
     x, dw_weight, pw_weight, dw_bias, pw_bias = tensors
-    _check_norm(op, "bn1", bn1, x, dw_shape[0], pixels)
-    _check_norm(op, "bn2", bn2, x, pw_shape[0], pixels)
+    check_norm(op, "bn1", bn1, x, dw_shape[0], pixels)
+    check_norm(op, "bn2", bn2, x, pw_shape[0], pixels)
     _load()
     if device == "cuda" and not _loader.cuda_kernels_loaded():
         _checks.raise_for_no_cuda(op, tensors[0].device)
@@ -266,19 +247,19 @@ def block_of_chain(
 
     _refuse_what_has_no_rule(op)
     _check_kernels(op, x.device)
-    count = _product(pixels)
+    count = product(pixels)
     block = Block(
         op,
         Config(stride, padding, dilation, act, IDENTITY, _fast(x)),
         out_act,
-        Batch(bn1.eps, count, bn1.process_group, functools.partial(_track, bn1)) if batch1 else None,
-        Batch(bn2.eps, count, bn2.process_group, functools.partial(_track, bn2)) if batch2 else None,
+        Batch(bn1.eps, count, bn1.process_group, functools.partial(track, bn1)) if batch1 else None,
+        Batch(bn2.eps, count, bn2.process_group, functools.partial(track, bn2)) if batch2 else None,
         recompute_output,
         before.act if before else IDENTITY,
         defer,
     )
     affine = [
-        _parameter(t)
+        wide_parameter(t)
         for bn, batch in ((bn1, batch1), (bn2, batch2))
         for t in ((bn.weight, bn.bias) if batch else (None, None))
     ]
@@ -299,79 +280,6 @@ def block_of_chain(
 
 
 _IMAGES = {1: "L", 2: "HW", 3: "DHW"}
-
-
-def _product(pixels: list) -> int:
-    """math.prod(), which does not take the numbers of a graph of free sizes."""
-    count = 1
-    for extent in pixels:
-        count = count * extent
-    return count
-
-
-def _check_norm(op: str, name: str, bn: BatchNormArguments | None, x: Tensor, channels: int, pixels: list) -> None:
-    if bn is None:
-        return
-    if not isinstance(bn, BatchNormArguments):
-        raise TypeError(f"{op}: {name} must be a BatchNormArguments or None, got {type(bn).__name__}")
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    for argument in ("running_mean", "running_var", "weight", "bias"):
-        t = getattr(bn, argument)
-        if t is None:
-            continue
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name}.{argument} must be a Tensor or None, got {type(t).__name__}")
-        if t.dim() != 1 or t.shape[0] != channels:
-            raise ValueError(f"{op}: {name}.{argument} must have shape [{channels}], got {list(t.shape)}")
-        if t.dtype not in (x.dtype, wide):
-            raise TypeError(
-                f"{op}: {name}.{argument} must have the dtype of input, {x.dtype}, or {wide}, got {t.dtype}; convert "
-                f"one of them with .to()"
-            )
-        if t.device != x.device:
-            raise RuntimeError(f"{op}: {name}.{argument} must be on the device of input, {x.device}, got {t.device}")
-    if not bn.training:
-        if bn.running_mean is None or bn.running_var is None:
-            raise ValueError(f"{op}: {name} needs running_mean and running_var where training is False")
-        if bn.eps < 0:
-            raise ValueError(f"batch_norm eps must be non-negative, but got {bn.eps}")
-        return
-    if _product(pixels) == 1 and (bn.process_group is None or bn.process_group.size() == 1):
-        size = torch.Size((pixels[0], channels, *pixels[1:]))
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
-    if bn.eps <= 0:
-        raise ValueError(f"batch_norm eps must be positive during training, but got {bn.eps}")
-
-
-def _parameter(t: Tensor | None) -> Tensor | None:
-    """A parameter of a norm in the compute type."""
-    return t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
-
-
-def fold_norm(weight: Tensor, bias: Tensor | None, bn: BatchNormArguments) -> tuple[Tensor, Tensor]:
-    """The weight and the bias of a convolution with the norm after it, differentiable in all.
-
-    Scale and shift, a number a channel, are made in float64 and rounded once.
-    """
-    mean, var, gamma, beta = (
-        None if t is None else t.double() for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    )
-    scale = torch.rsqrt(var + bn.eps)
-    if gamma is not None:
-        scale = scale * gamma
-    shift = (-mean if bias is None else bias.double() - mean) * scale
-    if beta is not None:
-        shift = shift + beta
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    scaled = weight.to(wide) * scale.to(wide).view(-1, *(1,) * (weight.dim() - 1))
-    return scaled.to(weight.dtype), shift.to(weight.dtype)
-
-
-def norm_vectors(bn: BatchNormArguments) -> Tensor:
-    """What the ops take of a norm with given statistics, float64."""
-    moments = torch.stack((bn.running_mean, bn.running_var)).double()
-    affine = (_parameter(t) for t in (bn.weight, bn.bias))
-    return torch.ops.dsconv_cuda.norm_vectors(moments, *affine, bn.eps)
 
 
 _devices_with_kernels = {"meta"}
@@ -406,21 +314,3 @@ def _in_graph() -> bool:
 
 def _shared(block: Block) -> bool:
     return any(batch is not None and batch.is_shared() for batch in (block.batch1, block.batch2))
-
-
-def _track(bn: BatchNormArguments, moments: Tensor, count: float) -> None:
-    """Moves the running statistics towards those of the batch; the variance without bias, as PyTorch does."""
-    if bn.num_batches_tracked is not None:
-        bn.num_batches_tracked.add_(1)
-    if count == 0:  # an empty batch
-        return
-    running = [t for t in (bn.running_mean, bn.running_var) if t is not None]
-    wide = all(t.dtype in (torch.float32, torch.float64) for t in running)
-    if wide and not torch.compiler.is_compiling() and _loader.tracks_in_one_call(moments.device.type):
-        torch.ops.dsconv_cuda.norm_track(moments, count, bn.momentum, bn.running_mean, bn.running_var)
-        torch.autograd.graph.increment_version(running)
-        return
-    for statistic, row, scale in ((bn.running_mean, 0, 1.0), (bn.running_var, 1, count / (count - 1))):
-        if statistic is not None:
-            value = moments[row] if scale == 1.0 else moments[row] * scale
-            statistic.lerp_(value.to(statistic.dtype), bn.momentum)

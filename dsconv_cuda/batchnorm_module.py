@@ -3,11 +3,14 @@
 import torch
 from torch import Tensor, nn
 
-from dsconv_cuda import batchnorm_training
+from dsconv_cuda import batchnorm_training, compiled_folding
 from dsconv_cuda.activations import ACTIVATIONS, activation_name
-from dsconv_cuda.batchnorm import BatchNormArguments, Unnormalised, block_of_chain
+from dsconv_cuda.autograd import transformed
+from dsconv_cuda.batchnorm import Unnormalised, block_of_chain
+from dsconv_cuda.folded import Folded
 from dsconv_cuda.kept_weights import has_hooks
 from dsconv_cuda.modules import _compute_weights, _only_computes_weights, separable_convolutions
+from dsconv_cuda.norms import BatchNormArguments, arguments_of, takes_batch_statistics
 
 
 class DepthwiseSeparableConvBN(nn.Module):
@@ -15,6 +18,7 @@ class DepthwiseSeparableConvBN(nn.Module):
 
     _dims: int
     _stock: tuple[type[nn.Module], ...]  # of .depthwise, .bn1, .pointwise and .bn2
+    _folded: Folded | None = None
 
     def __init__(
         self,
@@ -75,14 +79,66 @@ class DepthwiseSeparableConvBN(nn.Module):
         if self.depthwise.padding_mode != "zeros":
             around = self.depthwise._reversed_padding_repeated_twice
             input, padding = nn.functional.pad(input, around, mode=self.depthwise.padding_mode), 0
-        elif not torch.compiler.is_compiling():
-            children = self._modules
-            modules = children.get("depthwise"), children.get("bn1"), children.get("pointwise"), children.get("bn2")
-            if tuple(map(type, modules)) == self._stock:
-                arguments = {"recompute_output": self.recompute_output, "defer": defer}
-                out = batchnorm_training.step(input, *modules, self.activation, self.out_activation, **arguments)
-                if out is not None:
-                    return out
+        elif not hooked:
+            out = self._step(input, defer) if self.bn2.training else None
+            if out is None:
+                out = self._evaluate(input)
+            if out is not None:
+                return out
+        return self._with_all_checks(input, padding, defer)
+
+    def _step(self, input: Tensor | Unnormalised, defer: bool) -> Tensor | Unnormalised | None:
+        """A plain training step; None where the call is another."""
+        if torch.compiler.is_compiling():
+            return None
+        children = self._modules
+        modules = children.get("depthwise"), children.get("bn1"), children.get("pointwise"), children.get("bn2")
+        if tuple(map(type, modules)) != self._stock:
+            return None
+        arguments = {"recompute_output": self.recompute_output, "defer": defer}
+        return batchnorm_training.step(input, *modules, self.activation, self.out_activation, **arguments)
+
+    def _evaluate(self, input: Tensor | Unnormalised) -> Tensor | None:
+        """With given statistics in both norms and no gradients of parameters, by folded weights that are kept; None
+        where the call is another."""
+        children = self._modules
+        depthwise, bn1, pointwise, bn2 = (children.get(name) for name in ("depthwise", "bn1", "pointwise", "bn2"))
+        convolution = self._stock[0]
+        if type(depthwise) is not convolution or type(pointwise) is not convolution:
+            return None
+        if not isinstance(input, Tensor) or input.dim() != self._dims + 2:
+            return None
+        bn1, bn2 = (None if type(norm) is nn.Identity else norm for norm in (bn1, bn2))
+        norms = [norm for norm in (bn1, bn2) if norm is not None]
+        for norm in norms:
+            if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or takes_batch_statistics(norm):
+                return None
+        modules = (depthwise, pointwise, *norms)
+        for module in modules:
+            parameters = module._parameters
+            if not ("weight" in parameters and "bias" in parameters):
+                return None  # parametrized
+        if torch.is_grad_enabled() and any(
+            p is not None and p.requires_grad for module in modules for p in module._parameters.values()
+        ):
+            return None
+        if torch.compiler.is_compiling():
+            if not norms or not compiled_folding.pays(input, depthwise, pointwise, False):
+                return None
+            arguments = self._arguments("bn1"), self._arguments("bn2"), None
+            activations = self.activation, self.out_activation, "identity"
+            return compiled_folding.apply(input, depthwise, pointwise, *arguments, *activations)
+        if transformed():
+            return None
+        parts = depthwise, bn1, self.activation, pointwise, bn2, self.out_activation
+        folded = self._folded
+        if folded is None or not folded.is_of(*parts):
+            folded = self._folded = Folded(*parts, self._with_all_checks)
+        return folded(input)
+
+    def _with_all_checks(
+        self, input: Tensor | Unnormalised, padding: int | tuple[int, ...] | str | None = None, defer: bool = False
+    ) -> Tensor | Unnormalised:
         depthwise, pointwise = self.depthwise, self.pointwise
         return block_of_chain(
             self._dims,
@@ -94,13 +150,23 @@ class DepthwiseSeparableConvBN(nn.Module):
             self._arguments("bn1"),
             self._arguments("bn2"),
             depthwise.stride,
-            padding,
+            depthwise.padding if padding is None else padding,
             depthwise.dilation,
             self.activation,
             self.out_activation,
             recompute_output=self.recompute_output,
             defer=defer,
         )
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        state.pop("_folded", None)
+        return state
+
+    def _apply(self, *args, **kwargs):
+        # What moves or casts the parameters; the folded ones would only take up memory.
+        self.__dict__.pop("_folded", None)
+        return super()._apply(*args, **kwargs)
 
     def runs_apart(self) -> bool:
         """Whether the input has to be a tensor: hooks on a child may see it, or it is padded first."""
@@ -194,38 +260,3 @@ class DepthwiseSeparableConvBN3d(DepthwiseSeparableConvBN):
 
     _dims = 3
     _stock = (nn.Conv3d, nn.BatchNorm3d, nn.Conv3d, nn.BatchNorm3d)
-
-
-def arguments_of(norm: nn.Module, synchronised: bool) -> BatchNormArguments:
-    """What nn.BatchNorm2d.forward and nn.SyncBatchNorm.forward hand to F.batch_norm."""
-    momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.momentum is None and counts_batches(norm):
-        momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0)  # the mean over all batches
-    tracks = not norm.training or norm.track_running_stats
-    return BatchNormArguments(
-        # In eval mode without running statistics the batch's are taken and none are tracked.
-        norm.running_mean if tracks else None,
-        norm.running_var if tracks else None,
-        norm.weight,
-        norm.bias,
-        takes_batch_statistics(norm),
-        momentum,
-        norm.eps,
-        _process_group(norm) if synchronised and norm.training else None,
-        norm.num_batches_tracked if counts_batches(norm) else None,
-    )
-
-
-def takes_batch_statistics(norm: nn.Module) -> bool:
-    return norm.training or (norm.running_mean is None and norm.running_var is None)
-
-
-def counts_batches(norm: nn.Module) -> bool:
-    return norm.training and getattr(norm, "track_running_stats", False) and norm.num_batches_tracked is not None
-
-
-def _process_group(norm: nn.SyncBatchNorm):
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
-        return None
-    return norm.process_group or distributed.group.WORLD

@@ -1,6 +1,6 @@
 """BatchNorm in evaluation folded into the weights of a chain between the calls of a compiled graph.
 
-What fusion/folded.py is in eager mode: where torch.compile meets such a chain without gradients, on the CPU, the graph
+What folded.py is in eager mode: where torch.compile meets such a chain without gradients, on the CPU, the graph
 holds the op fwd_folded, which takes the weights and the norms as they are. Its kernel folds and packs them once, and
 again when one of them has changed (a tensor, its version, or what seen.py looks at). Exports hold the folding itself.
 
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from dsconv_cuda import _checks, compiled_weights
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm import BatchNormArguments, fold_norm, norm_vectors
+from dsconv_cuda.norms import BatchNormArguments, fold_norm, norm_vectors
 from dsconv_cuda.seen import Seen
 
 # Elements of the pointwise weight from which folding and packing in the graph take longer than finding what is kept. An

@@ -33,7 +33,7 @@ from dsconv_cuda.autograd import KeptFunction, kept_arguments, kept_kernels, nob
 
 _is_grad_enabled = torch.is_grad_enabled
 
-_calls = weakref.WeakSet()
+_keepers = weakref.WeakSet()  # of everything that eager calls keep; each has forget()
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -122,6 +122,14 @@ class KeptCall:
     def _drop(self, module: nn.Module) -> None:
         module.__dict__.pop("_kept_call", None)
 
+    def forget(self) -> None:
+        self.memory = None
+
+
+def register(keeper) -> None:
+    """Has :func:`clear_weight_cache` call forget() of `keeper`, as long as it lives."""
+    _keepers.add(keeper)
+
 
 @functools.cache
 def _fwd_after_norm():
@@ -168,16 +176,16 @@ def keep(module: nn.Module, input: Tensor) -> None:
     call.op = torch.ops.dsconv_cuda.fwd_kept.default
     call.memory = None
     module.__dict__["_kept_call"] = call
-    _calls.add(call)
+    register(call)
 
 
 def clear_weight_cache() -> None:
-    """Frees the packed weights that modules and compiled graphs keep between calls without gradient; the next call
-    packs anew.
+    """Frees the packed and the folded weights that modules and compiled graphs keep between calls without gradient;
+    the next call makes them anew.
 
     Needed after a write to a few elements of a weight that PyTorch does not count (through ``.data``, numpy or shared
     memory), and of use where the memory matters: what is kept is as large as the weights in float32.
     """
-    for call in list(_calls):
-        call.memory = None
+    for keeper in list(_keepers):
+        keeper.forget()
     compiled_weights.clear()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_cuda import _checks
-from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN, takes_batch_statistics
+from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN
 from dsconv_cuda.kept_weights import has_hooks
+from dsconv_cuda.norms import takes_batch_statistics
 
 
 class DepthwiseSeparableSequence(nn.Sequential):

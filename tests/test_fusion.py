@@ -26,8 +26,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 import dsconv_cuda
-from dsconv_cuda import _loader, explain_fusion, fuse, unfuse
-from dsconv_cuda.fusion import folded, measure
+from dsconv_cuda import _loader, explain_fusion, folded, fuse, unfuse
+from dsconv_cuda.fusion import measure
 
 pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
 

@@ -33,9 +33,7 @@ BatchNorm in evaluation folds into the weights of the convolution before it, in 
     s = gamma / sqrt(var + eps)        weight' = weight * s        bias' = (bias - mean) * s + beta
 
 with gradients by autograd where one is asked for, otherwise once, and again when something that goes into it has
-changed. Noticed are other tensors, every write that PyTorch counts (``_version``; BatchNorm's own update of its
-statistics counts in num_batches_tracked), and by their effect also writes through ``.data`` or numpy, to anything but a
-few elements of the weights: of these the first and the last of each row are compared, and all of the other tensors.
+changed (folded.py).
 """
 
 import functools
@@ -48,12 +46,13 @@ from torch.autograd import forward_ad
 
 from dsconv_cuda import _checks, _loader, batchnorm_training, compiled_folding
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm import BatchNormArguments, Unnormalised, block_of_chain, norm_before
-from dsconv_cuda.batchnorm_module import arguments_of
+from dsconv_cuda.autograd import transformed
+from dsconv_cuda.batchnorm import Unnormalised, block_of_chain, norm_before
 from dsconv_cuda.deferred import Deferred, break_graphs
+from dsconv_cuda.folded import Folded, fold, given_vectors
 from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separable_conv2d, depthwise_separable_conv3d
-from dsconv_cuda.fusion.folded import Folded, fold, given_vectors
 from dsconv_cuda.kept_weights import has_hooks
+from dsconv_cuda.norms import BatchNormArguments, arguments_of
 
 NONE, PAIR, ALL = 0, 1, 2  # see Chain.extent()
 
@@ -269,13 +268,14 @@ class Chain:
                 activations = self.activation, out_activation, "identity" if before is None else before.activation
                 return compiled_folding.apply(x, *convolutions, *norms, *activations)
             return self._unkept(x, bn2, out_activation, before)
-        if wants_gradients or _transformed():
+        if wants_gradients or transformed():
             return self._unkept(x, bn2, out_activation, before)
         extent = extent, before is not None
         folded = self._folded.get(extent)
         if folded is None:
             unkept = functools.partial(self._unkept, bn2=bn2, out_activation=out_activation, before=before)
-            folded = self._folded[extent] = Folded(self, before, bn2, out_activation, unkept)
+            modules = self.depthwise, bn1, self.activation, self.pointwise, bn2, out_activation
+            folded = self._folded[extent] = Folded(*modules, unkept, before)
         return folded(x)
 
     def _train(self, x: Tensor | Deferred | Unnormalised) -> Tensor:
@@ -342,17 +342,6 @@ def _batch_norm_kernels(device_type: str) -> bool:
 
 
 _batch_norm_kernels._dynamo_marked_constant = True  # as functional._load
-
-
-def _transformed() -> bool:
-    """Whether parameters may be something else than they look like: under torch.func, modes and tracers."""
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 # ---- the classes of the modules of a chain --------------------------------------------------------------------------

@@ -1,18 +1,24 @@
-"""BatchNorm in evaluation folded into the weights of a chain, and kept from one call without gradients to the next.
+"""BatchNorm in evaluation folded into the weights beside it, and kept from one call without gradients to the next.
 
-In graphs of torch.compile the op of compiled_folding.py does the same.
+For the blocks of batchnorm_module.py and the chains of fusion/. In graphs of torch.compile the op of
+compiled_folding.py does the same.
+
+Weights are folded again when something that goes into them has changed. Noticed are other tensors, every write that
+PyTorch counts (``_version``; BatchNorm's own update of its statistics counts in num_batches_tracked), and by their
+effect also writes through ``.data`` or numpy, to anything but a few elements of the weights: of these the first and the
+last of each row are compared, and all of the other tensors.
 """
 
 import operator
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from dsconv_cuda import kept_weights
-from dsconv_cuda.batchnorm import fold_norm, norm_vectors
-from dsconv_cuda.batchnorm_module import arguments_of
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
+from dsconv_cuda.norms import arguments_of, fold_norm, norm_vectors
 from dsconv_cuda.seen import Seen
 
 # By the dimensions of an image.
@@ -33,33 +39,57 @@ def given_vectors(bn: nn.Module) -> Tensor:
 
 
 class Folded:
-    """A chain up to `bn2` and `out_activation` for calls without gradients: a module of the folded weights, with
-    `before` behind that norm and its activation.
+    """[before] -> depthwise -> [bn1] -> activation -> pointwise -> [bn2] -> out_activation for calls without gradients:
+    a module of the folded weights, with `before` behind that norm and its activation.
 
-    Where tensors are no plain ones, `unkept` makes the call instead.
+    `unkept` makes the first call with new tensors, with all its checks, and every call where they are no plain ones.
     """
 
-    def __init__(self, chain, before, bn2: nn.Module | None, out_activation: str, unkept):
-        self.chain, self.unkept = chain, unkept
-        self.before, self.bn1, self.bn2 = before, chain.bn1, bn2
+    def __init__(
+        self,
+        depthwise: nn.Module,
+        bn1: nn.Module | None,
+        activation: str,
+        pointwise: nn.Module,
+        bn2: nn.Module | None,
+        out_activation: str,
+        unkept: Callable[[Tensor], Tensor],
+        before=None,  # a NormBefore
+    ):
+        self.depthwise, self.pointwise = depthwise, pointwise
+        self.before, self.bn1, self.bn2 = before, bn1, bn2
+        self.unkept = unkept
         self.in_norm: tuple[Tensor, int] | None = None
-        sources = (before and before.norm, chain.depthwise, self.bn1, chain.pointwise, self.bn2)
+        sources = (before and before.norm, depthwise, bn1, pointwise, bn2)
         self.sources = [m for m in sources if m is not None]
+        self.norms = [m for m in (before and before.norm, bn1, bn2) if m is not None]
         self.tensors: list[Tensor] = []
+        self.vectors: list[Tensor] = []
         self.versions: list[float] = []  # of the tensors, and eps of the norms
         self.seen: Seen | None = None
         self.lock = threading.Lock()
-        kind = _MODULES[chain.dims]
+        kind = _MODULES[len(depthwise.kernel_size)]
         self.module = module = kind.__new__(kind)
         nn.Module.__init__(module)
         module.causal = False  # of a 1-D one
-        module.activation = chain.activation
+        module.activation = activation
         module.out_activation = out_activation
         # Of the plain class, which modules.py asks for.
-        module.depthwise, module.pointwise = _shell(chain.depthwise), _shell(chain.pointwise)
+        module.depthwise, module.pointwise = _shell(depthwise), _shell(pointwise)
+        kept_weights.register(self)
+
+    def is_of(self, *modules_and_activations) -> bool:
+        """Whether these would make it, in the order of __init__."""
+        module = self.module
+        mine = (self.depthwise, self.bn1, module.activation, self.pointwise, self.bn2, module.out_activation)
+        return all(map(operator.is_, mine, modules_and_activations))
+
+    def forget(self) -> None:
+        """Has the next call fold again, and with all checks."""
+        self.tensors = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        conv, mine = self.chain.depthwise, self.module.depthwise.__dict__
+        conv, mine = self.depthwise, self.module.depthwise.__dict__
         mine["stride"], mine["padding"], mine["dilation"] = conv.stride, conv.padding, conv.dilation
         tensors = [
             t
@@ -70,9 +100,11 @@ class Folded:
         ]
         with self.lock:  # else another thread would take for folded what this one is folding
             if len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors)):
-                if any(type(t) not in (Tensor, nn.Parameter) or t.is_inference() for t in tensors):
-                    return self.unkept(x)
-                self.tensors, self.seen = tensors, None
+                y = self.unkept(x)
+                if all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors):
+                    self.tensors, self.seen = tensors, None
+                    self.vectors = [t for t in tensors if t.dim() == 1]
+                return y
             if self._changed():
                 self._fold_again()
             in_norm = self.in_norm
@@ -90,12 +122,11 @@ class Folded:
         first = self.seen is None
         if first:
             self.seen = Seen()
-        if self.before is self.bn1 is self.bn2 is None:  # nothing folds; modules.py looks after the weights themselves
+        if not self.norms:  # nothing folds; modules.py looks after the weights themselves
             return first
-        norms = (self.before and self.before.norm, self.bn1, self.bn2)
-        versions = [*(t._version for t in self.tensors), *(bn.eps for bn in norms if bn is not None)]
-        vectors = [t for t in self.tensors if t.dim() == 1]
-        same = self.seen.again(vectors, [self.chain.depthwise.weight, self.chain.pointwise.weight])
+        versions = [t._version for t in self.tensors] + [bn.eps for bn in self.norms]
+        matrices = [self.depthwise._parameters["weight"], self.pointwise._parameters["weight"]]
+        same = self.seen.again(self.vectors, matrices)
         same = same and versions == self.versions
         self.versions = versions
         return not same
@@ -105,8 +136,8 @@ class Folded:
             with torch.no_grad():
                 self.in_norm = given_vectors(self.before.norm), self.before.number
         pairs = (
-            (self.module.depthwise, self.chain.depthwise, self.bn1),
-            (self.module.pointwise, self.chain.pointwise, self.bn2),
+            (self.module.depthwise, self.depthwise, self.bn1),
+            (self.module.pointwise, self.pointwise, self.bn2),
         )
         for mine, conv, bn in pairs:
             if bn is None:

@@ -1,0 +1,159 @@
+"""A BatchNorm as the functions take it: what it is handed, its checks, its folding into weights, what it tracks.
+
+    s = gamma / sqrt(var + eps)        weight' = weight * s        bias' = (bias - mean) * s + beta
+
+is the convolution with a norm of given statistics after it.
+"""
+
+import dataclasses
+
+import torch
+from torch import Tensor, nn
+
+from dsconv_cuda import _loader
+
+
+@dataclasses.dataclass
+class BatchNormArguments:
+    """What ``F.batch_norm`` takes beside its input, with its meaning, and a process group.
+
+    ``training`` takes the statistics of the batch, moves ``running_mean`` and ``running_var``, where there are any, by
+    ``momentum`` towards them, and adds one to ``num_batches_tracked``; otherwise the running ones are used. With a
+    ``process_group`` the statistics of the batch are those of all processes of the group, as in ``nn.SyncBatchNorm``.
+    """
+
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+    process_group: object | None = None
+    num_batches_tracked: Tensor | None = None
+
+
+def arguments_of(norm: nn.Module, synchronised: bool) -> BatchNormArguments:
+    """What nn.BatchNorm2d.forward and nn.SyncBatchNorm.forward hand to F.batch_norm."""
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    if norm.momentum is None and counts_batches(norm):
+        momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0)  # the mean over all batches
+    tracks = not norm.training or norm.track_running_stats
+    return BatchNormArguments(
+        # In eval mode without running statistics the batch's are taken and none are tracked.
+        norm.running_mean if tracks else None,
+        norm.running_var if tracks else None,
+        norm.weight,
+        norm.bias,
+        takes_batch_statistics(norm),
+        momentum,
+        norm.eps,
+        _process_group(norm) if synchronised and norm.training else None,
+        norm.num_batches_tracked if counts_batches(norm) else None,
+    )
+
+
+def takes_batch_statistics(norm: nn.Module) -> bool:
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def counts_batches(norm: nn.Module) -> bool:
+    return norm.training and getattr(norm, "track_running_stats", False) and norm.num_batches_tracked is not None
+
+
+def _process_group(norm: nn.SyncBatchNorm):
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return None
+    return norm.process_group or distributed.group.WORLD
+
+
+def product(pixels: list) -> int:
+    """math.prod(), which does not take the numbers of a graph of free sizes."""
+    count = 1
+    for extent in pixels:
+        count = count * extent
+    return count
+
+
+def check_norm(op: str, name: str, bn: BatchNormArguments | None, x: Tensor, channels: int, pixels: list) -> None:
+    if bn is None:
+        return
+    if not isinstance(bn, BatchNormArguments):
+        raise TypeError(f"{op}: {name} must be a BatchNormArguments or None, got {type(bn).__name__}")
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    for argument in ("running_mean", "running_var", "weight", "bias"):
+        t = getattr(bn, argument)
+        if t is None:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name}.{argument} must be a Tensor or None, got {type(t).__name__}")
+        if t.dim() != 1 or t.shape[0] != channels:
+            raise ValueError(f"{op}: {name}.{argument} must have shape [{channels}], got {list(t.shape)}")
+        if t.dtype not in (x.dtype, wide):
+            raise TypeError(
+                f"{op}: {name}.{argument} must have the dtype of input, {x.dtype}, or {wide}, got {t.dtype}; convert "
+                f"one of them with .to()"
+            )
+        if t.device != x.device:
+            raise RuntimeError(f"{op}: {name}.{argument} must be on the device of input, {x.device}, got {t.device}")
+    if not bn.training:
+        if bn.running_mean is None or bn.running_var is None:
+            raise ValueError(f"{op}: {name} needs running_mean and running_var where training is False")
+        if bn.eps < 0:
+            raise ValueError(f"batch_norm eps must be non-negative, but got {bn.eps}")
+        return
+    if product(pixels) == 1 and (bn.process_group is None or bn.process_group.size() == 1):
+        size = torch.Size((pixels[0], channels, *pixels[1:]))
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+    if bn.eps <= 0:
+        raise ValueError(f"batch_norm eps must be positive during training, but got {bn.eps}")
+
+
+def wide_parameter(t: Tensor | None) -> Tensor | None:
+    """A parameter of a norm in the compute type."""
+    return t.float() if t is not None and t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def fold_norm(weight: Tensor, bias: Tensor | None, bn: BatchNormArguments) -> tuple[Tensor, Tensor]:
+    """The weight and the bias of a convolution with the norm after it, differentiable in all.
+
+    Scale and shift, a number a channel, are made in float64 and rounded once.
+    """
+    mean, var, gamma, beta = (
+        None if t is None else t.double() for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    )
+    scale = torch.rsqrt(var + bn.eps)
+    if gamma is not None:
+        scale = scale * gamma
+    shift = (-mean if bias is None else bias.double() - mean) * scale
+    if beta is not None:
+        shift = shift + beta
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    scaled = weight.to(wide) * scale.to(wide).view(-1, *(1,) * (weight.dim() - 1))
+    return scaled.to(weight.dtype), shift.to(weight.dtype)
+
+
+def norm_vectors(bn: BatchNormArguments) -> Tensor:
+    """What the ops take of a norm with given statistics, float64."""
+    moments = torch.stack((bn.running_mean, bn.running_var)).double()
+    affine = (wide_parameter(t) for t in (bn.weight, bn.bias))
+    return torch.ops.dsconv_cuda.norm_vectors(moments, *affine, bn.eps)
+
+
+def track(bn: BatchNormArguments, moments: Tensor, count: float) -> None:
+    """Moves the running statistics towards those of the batch; the variance without bias, as PyTorch does."""
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+    if count == 0:  # an empty batch
+        return
+    running = [t for t in (bn.running_mean, bn.running_var) if t is not None]
+    wide = all(t.dtype in (torch.float32, torch.float64) for t in running)
+    if wide and not torch.compiler.is_compiling() and _loader.tracks_in_one_call(moments.device.type):
+        torch.ops.dsconv_cuda.norm_track(moments, count, bn.momentum, bn.running_mean, bn.running_var)
+        torch.autograd.graph.increment_version(running)
+        return
+    for statistic, row, scale in ((bn.running_mean, 0, 1.0), (bn.running_var, 1, count / (count - 1))):
+        if statistic is not None:
+            value = moments[row] if scale == 1.0 else moments[row] * scale
+            statistic.lerp_(value.to(statistic.dtype), bn.momentum)

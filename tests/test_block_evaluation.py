@@ -1,0 +1,213 @@
+"""A block in evaluation: its norms fold into the weights once, and again when something has changed."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize, prune
+
+import dsconv_cuda
+from bench.accuracy import Plain
+from dsconv_cuda import clear_weight_cache, compiled_folding, compiled_weights, folded
+
+pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
+
+BLOCKS = {
+    1: dsconv_cuda.DepthwiseSeparableConvBN1d,
+    2: dsconv_cuda.DepthwiseSeparableConvBN2d,
+    3: dsconv_cuda.DepthwiseSeparableConvBN3d,
+}
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def build(device, dims=2, bias=False, **kwargs):
+    block = BLOCKS[dims](6, 96, 3, 2, 1, bias=bias, activation="silu", **kwargs)
+    for norm in (block.bn1, block.bn2):
+        nn.init.normal_(norm.running_mean)
+        nn.init.uniform_(norm.running_var, 0.2, 2)
+        nn.init.normal_(norm.weight, 1, 0.3)
+        nn.init.normal_(norm.bias)
+    return block.to(device).eval()
+
+
+def image(device, dims=2):
+    return torch.randn(2, 6, *(9, 7, 5)[:dims], device=device)
+
+
+@pytest.fixture
+def folds(monkeypatch):
+    """The convolutions that were folded, in a list that grows."""
+    seen, fold_norm = [], folded.fold_norm
+
+    def counted(weight, *arguments):
+        seen.append(weight)
+        return fold_norm(weight, *arguments)
+
+    monkeypatch.setattr(folded, "fold_norm", counted)
+    return seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_once(dims, bias, folds, device):
+    block, x = build(device, dims, bias), image(device, dims)
+    for _ in range(4):
+        torch.testing.assert_close(block(x), Plain(block)(x), **CLOSE)
+    assert len(folds) == 2
+    block(image(device, dims)[:1])
+    assert len(folds) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("gone", ["bn1", "bn2", "both"])
+def test_identities_and_synchronised_norms(gone, folds, device):
+    block, x = nn.SyncBatchNorm.convert_sync_batchnorm(build(device)), image(device)
+    for name in ("bn1", "bn2"):
+        if gone in (name, "both"):
+            setattr(block, name, nn.Identity())
+    for _ in range(3):
+        torch.testing.assert_close(block(x), Plain(block)(x), **CLOSE)
+    assert len(folds) == (0 if gone == "both" else 1)
+
+
+def _step(block, x):
+    with torch.enable_grad():
+        block.train()(x).square().mean().backward()
+    torch.optim.SGD(block.parameters(), lr=0.1).step()
+    block.eval()
+
+
+CHANGES = {
+    "a training step": _step,
+    "statistics": lambda block, x: block.bn1.running_mean.add_(1),
+    "statistics behind PyTorch": lambda block, x: block.bn2.running_var.data.add_(1),
+    "weight": lambda block, x: block.pointwise.weight[:, 1].add_(1),
+    "weight behind PyTorch": lambda block, x: block.depthwise.weight.data.mul_(2),
+    "other data": lambda block, x: setattr(block.bn1.weight, "data", torch.rand_like(block.bn1.weight)),
+    "loaded": lambda block, x: block.load_state_dict(build(x.device).state_dict()),
+    "assigned": lambda block, x: block.load_state_dict(build(x.device).state_dict(), assign=True),
+    "eps": lambda block, x: setattr(block.bn1, "eps", 0.5),
+    "another norm": lambda block, x: setattr(block, "bn1", build(x.device).bn1),
+    "no norm": lambda block, x: setattr(block, "bn2", nn.Identity()),
+    "another convolution": lambda block, x: setattr(block, "pointwise", build(x.device).pointwise),
+    "activation": lambda block, x: setattr(block, "activation", "tanh"),
+    "padding": lambda block, x: setattr(block.depthwise, "padding", (0, 0)),
+    "padding mode": lambda block, x: vars(block.depthwise).update(vars(_reflecting(block))),
+    "hook": lambda block, x: block.bn1.register_forward_hook(lambda module, inputs, y: y + 1),
+    "pruned": lambda block, x: prune.ln_structured(block.pointwise, "weight", 0.5, 2, 0),
+    "parametrized": lambda block, x: parametrize.register_parametrization(block.pointwise, "weight", nn.Softmax(0)),
+    "frozen": lambda block, x: block.requires_grad_(False).depthwise.weight.neg_(),
+    "moved": lambda block, x: block.to(torch.float64).to(torch.float32).bn1.bias.add_(1),
+    "statistics of the batch": lambda block, x: [setattr(block.bn2, n, None) for n in ("running_mean", "running_var")],
+}
+
+
+def _reflecting(block):
+    old = block.depthwise
+    arguments = (old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding)
+    return nn.Conv2d(*arguments, groups=old.groups, bias=False, padding_mode="reflect").to(old.weight.device)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_noticed(change, device):
+    block, x = build(device), image(device)
+    for _ in range(3):
+        before = block(x)
+    CHANGES[change](block, x)
+    for _ in range(3):
+        after = block(x)
+        assert before.shape != after.shape or not torch.allclose(before, after)
+        torch.testing.assert_close(after, Plain(block)(x), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("of", ["block", "fused model"])
+def test_clear_weight_cache_makes_the_rest_noticed(of, device):
+    block, x = build(device), image(device)
+    module = block
+    if of == "fused model":
+        parts = (block.depthwise, block.bn1, nn.SiLU(), block.pointwise, block.bn2, nn.ReLU())
+        module = dsconv_cuda.fuse(nn.Sequential(*parts), inplace=True)
+    for _ in range(3):
+        module(x)
+    weight = block.pointwise.weight
+    weight.data[40, 3] += 5  # neither the first nor the last of its row, and not counted
+    clear_weight_cache()
+    expected = Plain(block)(x) if of == "block" else dsconv_cuda.unfuse(module)(x)
+    torch.testing.assert_close(module(x), expected, **CLOSE)
+
+
+def test_gradients(folds, device):
+    """Those of parameters need the folding in the graph; those of the input alone do not."""
+    block, x = build(device), image(device).requires_grad_()
+    with torch.no_grad():
+        block(x), block(x)
+    assert len(folds) == 2
+    for wanted in (True, False):
+        block.requires_grad_(wanted)
+        actual, expected = (
+            torch.autograd.grad(m(x).square().sum(), [x, *(m.parameters() if wanted else ())])
+            for m in (block, Plain(block))
+        )
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    assert len(folds) == 2
+
+
+@torch.no_grad()
+def test_copies_and_moves_take_nothing_along(device):
+    block, x = build(device), image(device)
+    expected = [block(x) for _ in range(3)][-1]
+    for copied in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert "_folded" not in vars(copied)
+        copied.bn1.bias.add_(1)
+        assert not torch.allclose(copied(x), expected)
+    torch.testing.assert_close(block(x), expected)
+    assert "_folded" not in vars(block.double())
+    for _ in range(3):
+        torch.testing.assert_close(block(x.double()).float(), expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_raises_still(device):
+    block, x = build(device), image(device)
+    block(x), block(x)
+    with pytest.raises(ValueError, match=r"input must have shape \[N, C, H, W\]"):
+        block(x[0])
+    with pytest.raises((TypeError, RuntimeError), match="dtype"):
+        block(x.double())
+    block.bn1.weight = nn.Parameter(torch.ones(5, device=device))
+    with pytest.raises(ValueError, match=r"bn1.weight must have shape \[6\], got \[5\]"):
+        block(x)
+    block.bn1 = nn.GroupNorm(2, 6).to(device)
+    with pytest.raises(TypeError, match=r"bn1 must be an nn.BatchNorm2d.*got GroupNorm"):
+        block(x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_compiled(dims, device, monkeypatch):
+    """One op, which keeps the folded weights and notices what changes."""
+    monkeypatch.setattr(compiled_folding, "LEAST_ELEMENTS", 1)
+    if device.type != "cpu" or not compiled_weights.registered:
+        pytest.skip("these kernels keep nothing")
+    torch._dynamo.reset()
+    compiled_weights.clear()
+    ops = []
+
+    def backend(graph, inputs):
+        ops.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    block, x = build(device, dims), image(device, dims)
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    for _ in range(3):
+        torch.testing.assert_close(compiled(x), Plain(block)(x), **CLOSE)
+    assert ops == ["dsconv_cuda.fwd_folded"]
+    assert sum(kept.folds for entries in compiled_folding._kept.values() for kept in entries) == 1
+    block.bn2.running_mean.add_(1)
+    torch.testing.assert_close(compiled(x), Plain(block)(x), **CLOSE)
+    torch._dynamo.reset()
