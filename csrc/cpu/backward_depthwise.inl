@@ -39,15 +39,6 @@ DSCONV_INLINE const T* du_at(const BackwardContext& ctx, int64_t pixel, int64_t 
   return static_cast<const T*>(ctx.du) + (k / width * ctx.plan.pixels + pixel) * width + k % width;
 }
 
-template <typename A, typename B>
-struct SameType {
-  static constexpr bool value = false;
-};
-template <typename A>
-struct SameType<A, A> {
-  static constexpr bool value = true;
-};
-
 // What follows computes rows of a slice of grad_x for a panel of channels, micro.columns of them at most, from c on.
 // Rows are numbered through the image, d_in * h_in of them. `du` is the image's, at these channels of its first plane;
 // `grad` points to the first pixel, `step` from pixel to pixel and `out_row` from row to row.

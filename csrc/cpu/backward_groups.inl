@@ -23,9 +23,9 @@ struct GroupMemory {
 };
 
 // Stage P of a tile.
-template <typename S, typename X, typename T>
+template <typename S, typename X, typename T, typename F>
 static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t tile,
-                                const GroupMemory<T>& memory, ChannelPanel<T> t, T* pw_partial, T* bias_partial) {
+                                const GroupMemory<T>& memory, ChannelPanel<T, F> t, T* pw_partial, T* bias_partial) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
@@ -40,11 +40,16 @@ static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<c
   }
   T *lost = bias_partial + plan.out_columns, *dw_bias_partial = lost + plan.out_columns;
   if (p.grad_pw_bias != nullptr) add_columns_exactly(dy, ld, count, g.c_out, bias_partial, lost);
-  const GradTile<T> grad = {dy, kMicroRows, ld, dy, kMicroRows * ld, ld, true};
+  GradTile<F> grad;
+  if constexpr (SameType<T, F>::value) {
+    grad = {dy, kMicroRows, ld, dy, kMicroRows * ld, ld, true};
+  } else {
+    grad = pair_gradient(ctx, count, memory.g, memory.saved);
+  }
   T* du = static_cast<T*>(ctx.du);
   const bool panels = du != nullptr && plan.du_width == columns;
-  Ahead ahead = next_tile<S>(ctx, x, tile, count);
-  ChannelPanel<T> z = t;
+  Ahead ahead = next_tile<S, F>(ctx, x, tile, count);
+  ChannelPanel<T, F> z = t;
   for (int64_t block = 0; block < g.c_mid; block += plan.z_channels) {
     z.k = block;
     z.width = g.c_mid - block < plan.z_channels ? g.c_mid - block : plan.z_channels;
@@ -53,8 +58,8 @@ static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<c
       t.width = g.c_mid - t.k < columns ? g.c_mid - t.k : columns;
       t.a = z.a + t.k - block;
       t.derivative = z.derivative + t.k - block;
-      t.weight = static_cast<const T*>(ctx.packed.pw_backward);
-      if (t.weight != nullptr) t.weight += t.k * g.c_out;
+      t.weight = static_cast<const F*>(ctx.packed.pw_backward);
+      if (t.weight != nullptr) t.weight += t.k * ceil_div(g.c_out, kNumbersOf<F>);
       t.sums = pw_partial != nullptr ? pw_partial + t.k : nullptr;
       t.sums_ld = plan.mid_columns;
       t.bias_sums = dw_bias_partial + t.k;
@@ -76,13 +81,13 @@ static T* zero_depthwise_partial(const BackwardContext& ctx, int64_t group) {
   return partial;
 }
 
-template <typename S, typename X, typename T>
+template <typename S, typename X, typename T, typename F>
 static void backward_group_of(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t group,
                               void* scratch) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
-  ChannelPanel<T> t;
+  ChannelPanel<T, F> t;
   t.a = static_cast<T*>(scratch);
   t.ld = plan.z_ld;
   t.norm_sums = ctx.norm != nullptr ? ctx.norm_partial + group * 2 * g.c_mid : nullptr;
@@ -111,12 +116,12 @@ static void backward_group_of(const BackwardContext& ctx, const ChannelsLast<con
   }
 }
 
-template <typename S, typename T>
+template <typename S, typename T, typename F>
 static void backward_group(const BackwardContext& ctx, int64_t group, void* scratch) {
   if (ctx.x_turned != nullptr) {
-    backward_group_of<S, T, T>(ctx, x_turned<T>(ctx), group, scratch);
+    backward_group_of<S, T, T, F>(ctx, x_turned<T>(ctx), group, scratch);
   } else {
-    backward_group_of<S, S, T>(ctx, x_as_given<S>(ctx), group, scratch);
+    backward_group_of<S, S, T, F>(ctx, x_as_given<S>(ctx), group, scratch);
   }
 }
 

@@ -9,6 +9,9 @@
 //
 // backward_groups.inl and backward_panels.inl walk tiles and panels, each in its order, into partial sums of their own.
 // Only what the gradients that were asked for need is computed.
+//
+// Both products take their factors as type F: the compute type, or pairs of bf16 (backward_bf16.inl), two numbers that
+// follow one another along k: two pixels for the weight gradient, two output channels for du.
 #ifndef DSCONV_ISA
 #error "backward_pointwise.inl belongs inside an ISA region"
 #endif
@@ -104,25 +107,25 @@ static const T* gradient_in_place(const BackwardContext& ctx, int64_t pixel, int
 // g of a tile as the two GEMMs read it. Output channels for the weight gradient: block number b of kMicroRows of them
 // is rows + b * rows_block, `rows_ld` from pixel to pixel. Pixels for du: block b is at pixels + b * pixels_block,
 // [kMicroRows][pixels_ld] where along_k, else turned, [c_out][pixels_ld].
-template <typename T>
+template <typename F>
 struct GradTile {
-  const T* rows;
+  const F* rows;
   int64_t rows_block, rows_ld;
-  const T* pixels;
+  const F* pixels;
   int64_t pixels_block, pixels_ld;
   bool along_k;
 };
 
 // A panel of channels k .. k + width of z.
-template <typename T>
+template <typename T, typename F = T>
 struct ChannelPanel {
   int64_t k, width;
-  const T* weight;  // [c_out][columns] of pw_weight; null where du is not needed
+  const F* weight;  // [c_out][columns] of pw_weight; null where du is not needed
   T* sums;          // [c_out][sums_ld], its gradient; null where it is not needed
   int64_t sums_ld;
   bool add_to_sums;  // else they are written
   T* bias_sums;      // [columns]
-  T* a;              // [pixels][ld], act(z)
+  T* a;              // [pixels][ld], act(z); then the factors of type F in the same place
   T* derivative;     // [pixels][ld], act'(z), or zhat where there is a norm
   int64_t ld;
   double* norm_sums;  // [2][c_mid], null where there is no norm
@@ -163,23 +166,30 @@ static void recompute_z(const BackwardContext& ctx, const ChannelsLast<const X>&
 }
 
 // And what follows from it.
-template <typename X, typename T>
+template <typename X, typename T, typename F>
 static void recompute_panel(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t x_channel,
-                            int64_t pixel, int64_t count, const ChannelPanel<T>& t) {
+                            int64_t pixel, int64_t count, const ChannelPanel<T, F>& t) {
   const BackwardParams& p = ctx.p;
   const bool linear = p.act == Activation::identity && ctx.norm == nullptr;
   recompute_z(ctx, x, x_channel, pixel, count, t.k, t.width, linear ? t.a : t.derivative, t.ld);
-  if (ctx.norm != nullptr) return activate_zhat(ctx, count, t.width, t.derivative, t.a, t.ld, t.k);
-  if (!linear) activation_pass<ActivateAndDerive, T>(p.act, count * t.ld, t.derivative, t.a);
+  if (ctx.norm != nullptr) {
+    activate_zhat(ctx, count, t.width, t.derivative, t.a, t.ld, t.k);
+  } else if (!linear) {
+    activation_pass<ActivateAndDerive, T>(p.act, count * t.ld, t.derivative, t.a);
+  }
+  if constexpr (!SameType<T, F>::value) {
+    if (p.grad_pw_weight != nullptr) zip_pixels(t.a, t.ld, count, t.width, reinterpret_cast<F*>(t.a), 2 * t.ld);
+  }
 }
 
 // What the tile after `tile`, of `count` pixels, will read of dy, of what was saved, and of x, in parts for the calls
 // of this one's panels.
-template <typename S, typename X>
+template <typename S, typename F, typename X>
 DSCONV_INLINE Ahead next_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t tile, int64_t count) {
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
-  const int64_t blocks = ceil_div(g.c_out, kMicroRows) + chains_of(g.c_out) * ceil_div(count, kMicroRows);
+  const int64_t chains = chains_of(ceil_div(g.c_out, kNumbersOf<F>));
+  const int64_t blocks = ceil_div(g.c_out, kMicroRows) + chains * ceil_div(count, kMicroRows);
   const int64_t calls = blocks * ceil_div(g.c_mid, kMicroVecs * Vec<typename ComputeOf<S>::type>::n);
   Ahead ahead = {};
   if (tile + 1 == ctx.plan.tiles) return ahead;
@@ -192,30 +202,31 @@ DSCONV_INLINE Ahead next_tile(const BackwardContext& ctx, const ChannelsLast<con
 }
 
 // `count` pixels of the panel from `pixel` of x on; du[pixel][columns].
-template <typename T>
-static void backward_pointwise(const BackwardContext& ctx, int64_t count, const GradTile<T>& grad,
-                               const ChannelPanel<T>& t, T* du, Ahead& ahead) {
+template <typename T, typename F>
+static void backward_pointwise(const BackwardContext& ctx, int64_t count, const GradTile<F>& grad,
+                               const ChannelPanel<T, F>& t, T* du, Ahead& ahead) {
   constexpr int n = Vec<T>::n;
-  constexpr int64_t columns = kMicroVecs * n;
+  constexpr int64_t columns = kMicroVecs * n, numbers = kNumbersOf<F>;
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const bool linear = p.act == Activation::identity && ctx.norm == nullptr;
   for (int64_t c = 0; t.sums != nullptr && c < g.c_out; c += kMicroRows) {
-    add_gemm_block<T>(lanes_left(g.c_out - c, kMicroRows), t.width, count,
-                      {grad.rows + c / kMicroRows * grad.rows_block, grad.rows_ld}, {t.a, t.ld}, t.sums + c * t.sums_ld,
-                      t.sums_ld, t.add_to_sums, ahead);
+    const Operand<F> rows = {grad.rows + c / kMicroRows * grad.rows_block, grad.rows_ld};
+    const Operand<F> a = {reinterpret_cast<const F*>(t.a), numbers * t.ld};
+    add_gemm_block<F>(lanes_left(g.c_out - c, kMicroRows), t.width, ceil_div(count, numbers), rows, a,
+                      t.sums + c * t.sums_ld, t.sums_ld, t.add_to_sums, ahead);
   }
   if (t.weight == nullptr) return;
-  const int64_t chains = chains_of(g.c_out);
+  const int64_t k = ceil_div(g.c_out, numbers), chains = chains_of(k);
   for (int64_t chain = 0; chain < chains; ++chain) {
     for (int64_t i = 0; i < count; i += kMicroRows) {
-      const Operand<T> a = {grad.pixels + i / kMicroRows * grad.pixels_block, grad.pixels_ld}, b = {t.weight, columns};
+      const Operand<F> a = {grad.pixels + i / kMicroRows * grad.pixels_block, grad.pixels_ld}, b = {t.weight, columns};
       const SumTarget<T> target = {du + i * columns, columns, chain > 0};
       const int rows = lanes_left(count - i, kMicroRows);
       if (grad.along_k) {
-        gemm_chain<T, true>(chain, chains, rows, t.width, g.c_out, a, b, target, ahead);
+        gemm_chain<F, true>(chain, chains, rows, t.width, k, a, b, target, ahead);
       } else {
-        gemm_chain<T, false>(chain, chains, rows, t.width, g.c_out, a, b, target, ahead);
+        gemm_chain<F, false>(chain, chains, rows, t.width, k, a, b, target, ahead);
       }
     }
   }

@@ -1,4 +1,5 @@
-// The bf16 forward for AVX-512 with AVX512-BF16; the other kernels of this table are those of cpu_avx512.cpp.
+// The bf16 forward for AVX-512 with AVX512-BF16, and stage P of backward; the other kernels of this table are those of
+// cpu_avx512.cpp.
 // isa_region.h says how this file has to be laid out.
 #include "isa_region.h"
 #if DSCONV_BUILDS_BF16
@@ -45,16 +46,28 @@ namespace avx512_bf16 {
 #include "depthwise_bf16.inl"
 #include "depthwise_planes.inl"
 #include "moments.inl"
+#include "norm.inl"
 #include "forward_planes.inl"
 #include "forward.inl"
+#include "turned.inl"
+#include "backward_norm.inl"
+#include "backward_pointwise.inl"
+#include "backward_bf16.inl"
+#include "correlate.inl"
+#include "grad_row.inl"
+#include "backward_depthwise.inl"
+#include "backward_rows.inl"
+#include "backward_groups.inl"
 // clang-format on
 
-static void replace_forward(DTypeKernels& k) {
+static void replace_kernels(DTypeKernels& k) {
   k.bytes.middle = sizeof(bf16);
   k.pack_depthwise_forward = pack_depthwise_forward_bf16;
   k.pack_pointwise_forward = pack_pointwise_pairs;
   k.forward = forward<bf16, float, bf16>;
   k.forward_moments = forward_moments<bf16, float, bf16>;
+  k.pack_pointwise_backward = pack_pointwise_backward_pairs;
+  k.backward_group = backward_group<bf16, float, bf16x2>;
 }
 
 }  // namespace avx512_bf16
@@ -67,7 +80,7 @@ namespace dsconv {
 const KernelTable& kernels_avx512_bf16() {
   static const KernelTable table = [] {
     KernelTable t = kernels_avx512();
-    avx512_bf16::replace_forward(t.by_dtype[static_cast<int>(DType::bf16)]);
+    avx512_bf16::replace_kernels(t.by_dtype[static_cast<int>(DType::bf16)]);
     return t;
   }();
   return table;

@@ -64,7 +64,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
   }
 #endif
   typedef typename Factor<M>::type F;
-  constexpr int64_t columns = kMicroVecs * Vec<T>::n, per_factor = Factor<M>::channels;
+  constexpr int64_t columns = kMicroVecs * Vec<T>::n, per_factor = kNumbersOf<F>;
   const Range pixels = tile_range(plan.order, tile);
   const int64_t pixel = pixels.begin, count = pixels.end - pixel;
   const int64_t k = ceil_div(g.c_mid, per_factor);

@@ -249,11 +249,11 @@ DSCONV_INLINE void gemm_chain(int64_t chain, int64_t chains, int64_t rows, int64
 
 // C[rows] = or += A . B for rows <= kMicroRows, the columns of A along k.
 template <typename T>
-DSCONV_INLINE void add_gemm_block(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b, T* c,
-                                  int64_t ldc, bool accumulate, Ahead& ahead) {
+DSCONV_INLINE void add_gemm_block(int64_t rows, int64_t columns, int64_t k, Operand<T> a, Operand<T> b,
+                                  typename ComputeOf<T>::type* c, int64_t ldc, bool accumulate, Ahead& ahead) {
   const int64_t chains = chains_of(k);
   for (int64_t chain = 0; chain < chains; ++chain) {
-    const SumTarget<T> target = {c, ldc, accumulate || chain > 0};
+    const SumTarget<typename ComputeOf<T>::type> target = {c, ldc, accumulate || chain > 0};
     gemm_chain<T, false>(chain, chains, rows, columns, k, a, b, target, ahead);
   }
 }

@@ -1,7 +1,8 @@
 // Weights for the kernels that multiply pairs of bf16. A pair is 32 bits: two channels next to one another for the
 // pointwise weights, two taps of one channel for the depthwise ones.
 //
-//   pointwise   [out_columns / columns][ceil(c_mid / 2)][columns]: (k, k + 1) of one output channel
+//   pointwise   [out_columns / columns][ceil(c_mid / 2)][columns]: (k, k + 1) of one output channel; in backward
+//               [mid_columns / columns][ceil(c_out / 2)][columns]: two output channels of one k
 //   depthwise   [group of 32 channels][plan.tap_pairs][low, high][lanes], lanes as depthwise_bf16.inl has its sums:
 //               taps of rows 0 and 1, 2 and 3, ... one below the other; of a last single row, neighbours in the row,
 //               and a last single tap with zero; so for each plane of taps along the depth
@@ -42,6 +43,33 @@ static void pack_pointwise_pairs(const PackContext& ctx, int64_t panel) {
         }
         dst[k * columns + j + i].bits = bits;
       }
+    }
+  }
+}
+
+// Panel of k: dst[pair of output channels][column].
+static void pack_pointwise_backward_pairs(const PackContext& ctx, int64_t panel) {
+  constexpr int n = Vec<float>::n;
+  const Geometry& g = ctx.geom;
+  static_assert(kMicroVecs == 2, "a panel is what a vector of bf16 holds");
+  const int64_t first = panel * 2 * n, pairs = ceil_div(g.c_out, 2);
+  const int width = first < g.c_mid ? lanes_left(g.c_mid - first, 2 * n) : 0;
+  bf16x2* dst = static_cast<bf16x2*>(ctx.packed.pw_backward) + first * pairs;
+  const bf16* weight = static_cast<const bf16*>(ctx.pw_weight);
+  for (int64_t c = 0; c < g.c_out; c += 2, dst += 2 * n, weight += 2 * g.c_mid) {
+    const bool partner = c + 1 < g.c_out;
+    if (g.multiplier == 1) {
+      const bf16* from = weight + first;
+      ask_for_row<0>(from + kReadAhead * g.c_mid, width);
+      ask_for_row<0>(from + (kReadAhead + 1) * g.c_mid, width);
+      store_pairs(vload_two(from, width), partner ? vload_two(from + g.c_mid, width) : vzero_two(), dst);
+      continue;
+    }
+    for (int i = 0; i < 2 * n; ++i) {
+      const int64_t k = i < width ? tensor_channel(g, first + i) : 0;
+      const uint32_t lower = i < width ? weight[k].bits : 0,
+                     upper = i < width && partner ? weight[g.c_mid + k].bits : 0;
+      dst[i].bits = lower | upper << 16;
     }
   }
 }

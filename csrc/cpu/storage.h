@@ -12,7 +12,8 @@ struct bf16 {
   uint16_t bits;
 };
 
-// Two adjacent channels, the lower one in the lower bits: what the bf16 dot product multiplies at a time.
+// Two numbers that a product sums over one after the other, the first in the lower bits: what the bf16 dot product
+// multiplies at a time.
 struct bf16x2 {
   uint32_t bits;
 };
@@ -27,16 +28,27 @@ struct ComputeOf<double> {
   using type = double;
 };
 
-// What the GEMM takes from a tile at a time, and how many channels that are.
+// What the GEMM takes from a tile of M at a time, and how many numbers that are.
 template <typename M>
 struct Factor {
   using type = M;
-  static constexpr int channels = 1;
 };
 template <>
 struct Factor<bf16> {
   using type = bf16x2;
-  static constexpr int channels = 2;
+};
+template <typename F>
+constexpr int64_t kNumbersOf = 1;
+template <>
+inline constexpr int64_t kNumbersOf<bf16x2> = 2;
+
+template <typename A, typename B>
+struct SameType {
+  static constexpr bool value = false;
+};
+template <typename A>
+struct SameType<A, A> {
+  static constexpr bool value = true;
 };
 
 }  // namespace dsconv

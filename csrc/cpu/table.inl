@@ -16,7 +16,7 @@ DSCONV_INLINE DTypeKernels kernels_of() {
   k.pack_pointwise_backward = pack_pointwise_backward<S, T>;
   k.forward = forward<S, T, T>;
   k.forward_moments = forward_moments<S, T, T>;
-  k.backward_group = backward_group<S, T>;
+  k.backward_group = backward_group<S, T, T>;
   k.reduce_pointwise = reduce_pointwise<S, T>;
   k.reduce_biases = reduce_biases<S, T>;
   k.backward_turn_x = backward_turn_x<S, T>;

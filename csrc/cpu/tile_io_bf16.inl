@@ -1,4 +1,5 @@
-// bf16 between tensors and tiles where both are bf16: blocks of 32 x 32 turn as pairs of rows, in words.
+// bf16 between tensors and tiles where both are bf16: blocks of 32 x 32 turn as pairs of rows, in words. And tiles of
+// fp32 as the pairs of bf16 that are multiplied.
 #ifndef DSCONV_ISA
 #error "tile_io_bf16.inl belongs inside an ISA region"
 #endif
@@ -48,5 +49,41 @@ static void store_planes(const bf16* rows, int64_t ld, int64_t channel, int64_t 
                         image);
     }
     p += run.length;
+  }
+}
+
+// The 32 numbers of two vectors, so that a zip of halves takes them in their order.
+DSCONV_INLINE __m512i vin_zip_order(__m512i v) {
+  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), v);
+}
+
+// 32 pairs (a, b) in the order of the numbers.
+DSCONV_INLINE void store_pairs(__m512i a, __m512i b, bf16x2* to) {
+  constexpr int n = Vec<bf16x2>::n;
+  a = vin_zip_order(a), b = vin_zip_order(b);
+  vstore(to, vzip_low(a, b));
+  vstore(to + n, vzip_high(a, b));
+}
+
+// Rows 2 j and 2 j + 1 of src[rows][ld] become row j of to[rows / 2][to_ld], pair by pair; columns are rounded up to
+// 32. `to` may be src with to_ld = 2 * ld.
+static void zip_pixels(const float* src, int64_t ld, int64_t rows, int64_t columns, bf16x2* to, int64_t to_ld) {
+  constexpr int n = Vec<float>::n;
+  for (int64_t i = 0; i < rows; i += 2, src += 2 * ld, to += to_ld) {
+    for (int64_t c = 0; c < columns; c += 2 * n) {
+      const __m512i a = vnarrow_two(vload(src + c), vload(src + c + n));
+      const __m512i b = i + 1 < rows ? vnarrow_two(vload(src + ld + c), vload(src + ld + c + n)) : vzero_two();
+      store_pairs(a, b, to + c);
+    }
+  }
+}
+
+// Rows of c_out numbers as pairs of neighbours.
+static void pair_channels(const float* src, int64_t ld, int64_t rows, int64_t c_out, bf16x2* to, int64_t to_ld) {
+  constexpr int n = Vec<float>::n;
+  for (int64_t i = 0; i < rows; ++i, src += ld, to += to_ld) {
+    bf16* const numbers = reinterpret_cast<bf16*>(to);
+    for (int64_t c = 0; c < c_out; c += 2 * n) vstore_two(numbers + c, vload(src + c), vload(src + c + n));
+    if (c_out % 2 != 0) numbers[c_out].bits = 0;
   }
 }
