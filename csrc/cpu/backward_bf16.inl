@@ -23,3 +23,27 @@ static GradTile<bf16x2> pair_gradient(const BackwardContext& ctx, int64_t count,
   if (ctx.p.grad_pw_weight != nullptr) zip_pixels(g, ld, count, c_out, pixels, 2 * ld);
   return {pixels, kMicroRows, 2 * ld, channels, kMicroRows * half, half, true};
 }
+
+// The same for blocks of backward_panels.inl, which has these forms for the compute type.
+DSCONV_INLINE void turn_rows(const Geometry& g, float* g_tile, int64_t ld, int count, bf16x2* to, int64_t rows_block) {
+  constexpr int n = Vec<bf16x2>::n;
+  static_assert(kMicroRows <= n, "a row is one vector");
+  bf16x2* const pairs = reinterpret_cast<bf16x2*>(g_tile);
+  zip_pixels(g_tile, ld, count, g.c_out, pairs, 2 * ld);
+  for (int64_t c = 0; c < g.c_out; c += kMicroRows, to += rows_block) {
+    for (int i = 0; i < count; i += 2) vstore(to + i / 2 * n, vload(pairs + i * ld + c));
+  }
+}
+DSCONV_INLINE void turn_pixels(const Geometry& g, const float* g_tile, int64_t ld, int count, float* memory,
+                               bf16x2* to) {
+  constexpr int n = Vec<float>::n;
+  pair_channels(g_tile, ld, count, g.c_out, reinterpret_cast<bf16x2*>(memory), ld);
+  // Words to be turned, which floats serve for as well as any.
+  const int64_t pairs = ceil_div(g.c_out, 2);
+  for (int64_t c = 0; c < pairs; c += n) {
+    transpose_block(memory + c, ld, count, lanes_left(pairs - c, n), reinterpret_cast<float*>(to) + c * n, n);
+  }
+}
+DSCONV_INLINE void copy_weight_rows(const Geometry& g, const bf16* from, int64_t width, bf16x2* to) {
+  pair_weight_rows(g, from, static_cast<int>(width), to);
+}

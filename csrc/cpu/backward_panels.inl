@@ -9,8 +9,10 @@
 //     stage D              grad_dw_weight and grad_x of these channels (backward_depthwise.inl); over x, and back
 //
 // A block of kMicroRows rows of either operand g lies contiguous, padded to whole vectors:
-//   g_rows   [c_out / kMicroRows][pixels][kRowPitch]                   columns of g, for the weight gradient
+//   g_rows   [c_out / kMicroRows][chunk][chunk_pixels][kRowPitch]      columns of g, for the weight gradient
 //   g_pixels [chunk][chunk_pixels / kMicroRows][c_out][kRowPitch]      pixels, for du
+//
+// As pairs of bf16 there are half as many pixels in the one, and channels in the other.
 //
 // Every panel reads g once more: c_mid / columns times a byte for each column * kMicroRows multiply-adds, against
 // partial sums of c_out * c_mid values for every group of tiles in backward_groups.inl.
@@ -23,15 +25,47 @@ DSCONV_INLINE int64_t row_pitch() {
   return round_up(kMicroRows, Vec<T>::n);
 }
 
+// Factors of type F along the pixels of a chunk, and of all chunks, of which the last may be shorter.
+template <typename F>
+DSCONV_INLINE int64_t chunk_factors(const CpuPlan& plan) {
+  return ceil_div(plan.chunk_pixels, kNumbersOf<F>);
+}
+template <typename F>
+DSCONV_INLINE int64_t all_factors(const CpuPlan& plan) {
+  const int64_t before = plan.chunks - 1;
+  return before * chunk_factors<F>(plan) + ceil_div(plan.pixels - before * plan.chunk_pixels, kNumbersOf<F>);
+}
+
+// g of `count` <= kMicroRows pixels to g_rows, `rows_block` apart.
+template <typename T>
+DSCONV_INLINE void turn_rows(const Geometry& g, T* g_tile, int64_t ld, int count, T* to, int64_t rows_block) {
+  const int64_t pitch = row_pitch<T>();
+  for (int64_t c = 0; c < g.c_out; c += kMicroRows, to += rows_block) {
+    for (int i = 0; i < count; ++i) copy_row(g_tile + i * ld + c, to + i * pitch, kMicroRows);
+  }
+}
+
+// And to g_pixels; `memory` has room for as much as g_tile.
+template <typename T>
+DSCONV_INLINE void turn_pixels(const Geometry& g, const T* g_tile, int64_t ld, int count, T*, T* to) {
+  constexpr int n = Vec<T>::n;
+  const int64_t pitch = row_pitch<T>();
+  for (int64_t c = 0; c < g.c_out; c += n) {
+    const int channels = lanes_left(g.c_out - c, n);
+    for (int i = 0; i < count; i += n) {
+      transpose_block(g_tile + i * ld + c, ld, lanes_left(count - i, n), channels, to + c * pitch + i, pitch);
+    }
+  }
+}
+
 // Blocks of kMicroRows pixels are counted from the beginning of their chunk.
-template <typename S, typename T>
+template <typename S, typename F, typename T>
 static void turn_block(const BackwardContext& ctx, int64_t block, T* g_tile, T* saved_tile, T* bias_sums) {
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
-  constexpr int n = Vec<T>::n;
-  const int64_t pitch = row_pitch<T>(), per_chunk = ceil_div(plan.chunk_pixels, kMicroRows);
-  const int64_t begin = block % per_chunk * kMicroRows, pixel = block / per_chunk * plan.chunk_pixels + begin;
+  const int64_t pitch = row_pitch<T>(), per_chunk = ceil_div(plan.chunk_pixels, kMicroRows), chunk = block / per_chunk;
+  const int64_t begin = block % per_chunk * kMicroRows, pixel = chunk * plan.chunk_pixels + begin;
   int count = lanes_left(plan.chunk_pixels - begin, kMicroRows);
   if (pixel >= plan.pixels) return;
   count = lanes_left(plan.pixels - pixel, count);
@@ -39,25 +73,18 @@ static void turn_block(const BackwardContext& ctx, int64_t block, T* g_tile, T* 
   if (p.grad_pw_bias != nullptr) {
     add_columns_exactly(g_tile, plan.out_ld, count, g.c_out, bias_sums, bias_sums + plan.out_columns);
   }
-  if (ctx.g_rows != nullptr) {
-    for (int64_t c = 0; c < g.c_out; c += kMicroRows) {
-      T* to = static_cast<T*>(ctx.g_rows) + (c / kMicroRows * plan.pixels + pixel) * pitch;
-      for (int i = 0; i < count; ++i, to += pitch) copy_row(g_tile + i * plan.out_ld + c, to, kMicroRows);
-    }
-  }
   if (ctx.g_pixels != nullptr) {
-    T* to = static_cast<T*>(ctx.g_pixels) + block * g.c_out * pitch;
-    for (int64_t c = 0; c < g.c_out; c += n) {
-      const int channels = lanes_left(g.c_out - c, n);
-      for (int i = 0; i < count; i += n) {
-        transpose_block(g_tile + i * plan.out_ld + c, plan.out_ld, lanes_left(count - i, n), channels,
-                        to + c * pitch + i, pitch);
-      }
-    }
+    F* to = static_cast<F*>(ctx.g_pixels) + block * ceil_div(g.c_out, kNumbersOf<F>) * pitch;
+    turn_pixels(g, g_tile, plan.out_ld, count, saved_tile, to);
+  }
+  if (ctx.g_rows != nullptr) {
+    const int64_t of_chunk = chunk_factors<F>(plan);
+    F* to = static_cast<F*>(ctx.g_rows) + (chunk * of_chunk + begin / kNumbersOf<F>)*pitch;
+    turn_rows(g, g_tile, plan.out_ld, count, to, all_factors<F>(plan) * pitch);
   }
 }
 
-template <typename S, typename T>
+template <typename S, typename T, typename F>
 static void backward_turn(const BackwardContext& ctx, int64_t group, void* scratch) {
   const CpuPlan& plan = ctx.plan;
   T* g_tile = static_cast<T*>(scratch);
@@ -67,7 +94,7 @@ static void backward_turn(const BackwardContext& ctx, int64_t group, void* scrat
   if (ctx.p.grad_pw_bias != nullptr) zero_fill(bias_sums, bias_size);
   const int64_t blocks = plan.chunks * ceil_div(plan.chunk_pixels, kMicroRows);
   const int64_t first = blocks * group / plan.pointwise_groups, last = blocks * (group + 1) / plan.pointwise_groups;
-  for (int64_t block = first; block < last; ++block) turn_block<S>(ctx, block, g_tile, saved_tile, bias_sums);
+  for (int64_t block = first; block < last; ++block) turn_block<S, F>(ctx, block, g_tile, saved_tile, bias_sums);
 }
 
 // What a task holds beside its panel.
@@ -78,24 +105,24 @@ struct PanelMemory {
   T* x;        // [chunk_images * d_in * h_in * w_in][columns], where it is turned
 };
 
-template <typename T>
-static GradTile<T> panel_tile(const BackwardContext& ctx, int64_t chunk, int64_t begin) {
+template <typename F>
+static GradTile<F> panel_tile(const BackwardContext& ctx, int64_t chunk, int64_t begin) {
   const CpuPlan& plan = ctx.plan;
-  const int64_t pitch = row_pitch<T>(), per_chunk = ceil_div(plan.chunk_pixels, kMicroRows);
-  const int64_t block = ctx.p.geom.c_out * pitch;
-  return {static_cast<const T*>(ctx.g_rows) + (chunk * plan.chunk_pixels + begin) * pitch,
-          plan.pixels * pitch,
+  const int64_t pitch = row_pitch<F>(), per_chunk = ceil_div(plan.chunk_pixels, kMicroRows);
+  const int64_t of_chunk = chunk_factors<F>(plan), block = ceil_div(ctx.p.geom.c_out, kNumbersOf<F>) * pitch;
+  return {static_cast<const F*>(ctx.g_rows) + (chunk * of_chunk + begin / kNumbersOf<F>)*pitch,
+          all_factors<F>(plan) * pitch,
           pitch,
-          static_cast<const T*>(ctx.g_pixels) + (chunk * per_chunk + begin / kMicroRows) * block,
+          static_cast<const F*>(ctx.g_pixels) + (chunk * per_chunk + begin / kMicroRows) * block,
           block,
           pitch,
           false};
 }
 
 // Between the stages, where all images are one chunk. zhat of a single tile is still there.
-template <typename T>
+template <typename T, typename F>
 static void panel_du_to_dz(const BackwardContext& ctx, const ChannelsLast<const T>& x, int64_t pixels,
-                           const ChannelPanel<T>& t, T* du) {
+                           const ChannelPanel<T, F>& t, T* du) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   finish_norm<T>(ctx, t.k, t.width);
   Ahead nothing = {};
@@ -108,9 +135,9 @@ static void panel_du_to_dz(const BackwardContext& ctx, const ChannelsLast<const 
 
 // Chunk `chunk` of `images` images. `x` and `grad` begin with the panel's channels of its first image, and may be the
 // same memory: grad_x comes last.
-template <typename T>
+template <typename T, typename F>
 static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int64_t images,
-                                 const ChannelsLast<const T>& x, const ChannelsLast<T>& grad, ChannelPanel<T>& t,
+                                 const ChannelsLast<const T>& x, const ChannelsLast<T>& grad, ChannelPanel<T, F>& t,
                                  const PanelMemory<T>& memory) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n;
@@ -122,7 +149,7 @@ static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int6
     const int64_t count = pixels - begin < plan.panel_tile ? pixels - begin : plan.panel_tile;
     if (needs_z(ctx)) recompute_panel(ctx, x, t.k, begin, count, t);
     t.add_to_sums = chunk > 0 || begin > 0;
-    backward_pointwise(ctx, count, panel_tile<T>(ctx, chunk, begin), t, memory.du + begin * columns, nothing);
+    backward_pointwise(ctx, count, panel_tile<F>(ctx, chunk, begin), t, memory.du + begin * columns, nothing);
   }
   if (ctx.norm != nullptr) panel_du_to_dz(ctx, x, pixels, t, memory.du);
   for (int64_t image = 0; image < images; ++image) {
@@ -141,8 +168,8 @@ static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int6
   }
 }
 
-template <typename S, typename T>
-static void store_panel_gradients(const BackwardContext& ctx, const ChannelPanel<T>& t, const T* dw_sums) {
+template <typename S, typename T, typename F>
+static void store_panel_gradients(const BackwardContext& ctx, const ChannelPanel<T, F>& t, const T* dw_sums) {
   constexpr int n = Vec<T>::n;
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
@@ -158,16 +185,25 @@ static void store_panel_gradients(const BackwardContext& ctx, const ChannelPanel
   }
 }
 
+// The columns of pw_weight from `from` on, `width` of a panel.
 template <typename S, typename T>
+DSCONV_INLINE void copy_weight_rows(const Geometry& g, const S* from, int64_t width, T* to) {
+  for (int64_t c = 0; c < g.c_out; ++c, from += g.c_mid, to += kMicroVecs * Vec<T>::n) {
+    ask_for_row<0>(from + kReadAhead * g.c_mid, width);
+    copy_row(from, to, width);
+  }
+}
+
+template <typename S, typename T, typename F>
 static void backward_panel(const BackwardContext& ctx, int64_t task, void* scratch) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n;
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
-  T* weight = static_cast<T*>(scratch);
-  T* sums = weight + g.c_out * columns;
-  ChannelPanel<T> t;
+  F* weight = static_cast<F*>(scratch);
+  T* sums = static_cast<T*>(scratch) + g.c_out * columns;
+  ChannelPanel<T, F> t;
   t.k = task * columns;
   t.width = g.c_mid - t.k < columns ? g.c_mid - t.k : columns;
   t.weight = ctx.g_pixels != nullptr ? weight : nullptr;
@@ -182,13 +218,7 @@ static void backward_panel(const BackwardContext& ctx, int64_t task, void* scrat
   memory.du = memory.dw_sums + plan.taps * columns;
   memory.x = memory.du + plan.chunk_pixels * columns;
 
-  if (t.weight != nullptr) {
-    const S* from = static_cast<const S*>(p.pw_weight) + t.k;
-    for (int64_t c = 0; c < g.c_out; ++c) {
-      ask_for_row<0>(from + (c + kReadAhead) * g.c_mid, t.width);
-      copy_row(from + c * g.c_mid, weight + c * columns, t.width);
-    }
-  }
+  if (t.weight != nullptr) copy_weight_rows(g, static_cast<const S*>(p.pw_weight) + t.k, t.width, weight);
   zero_fill(t.bias_sums, columns + plan.taps * columns);
   const int64_t image_pixels = g.d_in * g.h_in * g.w_in;
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {

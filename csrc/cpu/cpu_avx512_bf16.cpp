@@ -58,6 +58,7 @@ namespace avx512_bf16 {
 #include "backward_depthwise.inl"
 #include "backward_rows.inl"
 #include "backward_groups.inl"
+#include "backward_panels.inl"
 // clang-format on
 
 static void replace_kernels(DTypeKernels& k) {
@@ -68,6 +69,8 @@ static void replace_kernels(DTypeKernels& k) {
   k.forward_moments = forward_moments<bf16, float, bf16>;
   k.pack_pointwise_backward = pack_pointwise_backward_pairs;
   k.backward_group = backward_group<bf16, float, bf16x2>;
+  k.backward_turn = backward_turn<bf16, float, bf16x2>;
+  k.backward_panel = backward_panel<bf16, float, bf16x2>;
 }
 
 }  // namespace avx512_bf16

@@ -47,7 +47,18 @@ static void pack_pointwise_pairs(const PackContext& ctx, int64_t panel) {
   }
 }
 
-// Panel of k: dst[pair of output channels][column].
+// Of the pointwise weights the columns from `weight` on, `width` of 32: dst[pair of output channels][column].
+static void pair_weight_rows(const Geometry& g, const bf16* weight, int width, bf16x2* dst) {
+  constexpr int columns = 2 * Vec<float>::n;
+  for (int64_t c = 0; c < g.c_out; c += 2, dst += columns, weight += 2 * g.c_mid) {
+    ask_for_row<0>(weight + kReadAhead * g.c_mid, width);
+    ask_for_row<0>(weight + (kReadAhead + 1) * g.c_mid, width);
+    const __m512i partner = c + 1 < g.c_out ? vload_two(weight + g.c_mid, width) : vzero_two();
+    store_pairs(vload_two(weight, width), partner, dst);
+  }
+}
+
+// Panel of k.
 static void pack_pointwise_backward_pairs(const PackContext& ctx, int64_t panel) {
   constexpr int n = Vec<float>::n;
   const Geometry& g = ctx.geom;
@@ -56,15 +67,9 @@ static void pack_pointwise_backward_pairs(const PackContext& ctx, int64_t panel)
   const int width = first < g.c_mid ? lanes_left(g.c_mid - first, 2 * n) : 0;
   bf16x2* dst = static_cast<bf16x2*>(ctx.packed.pw_backward) + first * pairs;
   const bf16* weight = static_cast<const bf16*>(ctx.pw_weight);
+  if (g.multiplier == 1) return pair_weight_rows(g, weight + first, width, dst);
   for (int64_t c = 0; c < g.c_out; c += 2, dst += 2 * n, weight += 2 * g.c_mid) {
     const bool partner = c + 1 < g.c_out;
-    if (g.multiplier == 1) {
-      const bf16* from = weight + first;
-      ask_for_row<0>(from + kReadAhead * g.c_mid, width);
-      ask_for_row<0>(from + (kReadAhead + 1) * g.c_mid, width);
-      store_pairs(vload_two(from, width), partner ? vload_two(from + g.c_mid, width) : vzero_two(), dst);
-      continue;
-    }
     for (int i = 0; i < 2 * n; ++i) {
       const int64_t k = i < width ? tensor_channel(g, first + i) : 0;
       const uint32_t lower = i < width ? weight[k].bits : 0,

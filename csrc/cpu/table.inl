@@ -23,8 +23,8 @@ DSCONV_INLINE DTypeKernels kernels_of() {
   k.backward_x = backward_x<S, T>;
   k.backward_dw = backward_dw<S, T>;
   k.reduce_depthwise = reduce_depthwise<S, T>;
-  k.backward_turn = backward_turn<S, T>;
-  k.backward_panel = backward_panel<S, T>;
+  k.backward_turn = backward_turn<S, T, T>;
+  k.backward_panel = backward_panel<S, T, T>;
   k.depthwise_moments = depthwise_moments<S, T>;
   k.norm_moments = norm_moments<S, T>;
   k.norm_forward = norm_forward<S, T>;
