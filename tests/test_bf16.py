@@ -1,4 +1,4 @@
-"""The bfloat16 forward on AVX512-BF16, which not every machine with AVX-512 has, and the same without it."""
+"""bfloat16 on AVX512-BF16, which not every machine with AVX-512 has, and the same without it."""
 
 import pytest
 import torch
@@ -48,9 +48,19 @@ def test_forward_against_the_oracle(case, channels_last, device):
     check_case(case, torch.bfloat16, device, channels_last)
 
 
-@pytest.mark.parametrize("case", LAYERS[:4], ids=identify)
-def test_training_against_the_oracle(case, device):
-    check_case(case, torch.bfloat16, device, channels_last=True, backward=True)
+# By panels of channels (csrc/cpu/backward_panels.inl): odd numbers of pixels in a chunk, of chunks and of channels.
+PANELS = [
+    Case(n=1, c=257, c_out=250, h=7, w=7),
+    Case(n=3, c=260, c_out=401, h=11, w=13, activation="silu", out_activation="relu"),
+    Case(n=9, c=288, c_out=433, h=9, w=9, stride=(2, 2), out_activation="gelu"),
+    Case(n=2, c=256, c_out=33, h=3, w=3),
+]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("case", [*SHAPES, *PANELS], ids=identify)
+def test_training_against_the_oracle(case, channels_last, device):
+    check_case(case, torch.bfloat16, device, channels_last, backward=True)
 
 
 def test_a_view_whose_rows_are_not_dense(device):
@@ -90,6 +100,39 @@ def test_the_same_bits_for_any_number_of_threads(channels_last, device):
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("case", [Case(n=3, c=113, c_out=37, h=23, w=17), PANELS[1]], ids=identify)
+def test_the_same_gradients_for_any_number_of_threads(case, channels_last, device):
+    tensors = case.tensors(torch.bfloat16, device, channels_last, requires_grad=True)
+    dy = torch.randn_like(depthwise_separable_conv2d(*tensors, **case.kwargs))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(torch.autograd.grad(depthwise_separable_conv2d(*tensors, **case.kwargs), tensors, dy))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+@pytest.mark.parametrize("c", [33, 320])  # by groups of tiles, and by panels of channels
+def test_a_gradient_that_is_no_number_reaches_what_it_reaches_in_stock_modules(c, device):
+    """Pairs of pixels and of output channels meet in a product, those without a partner meet zeros."""
+    x = torch.rand(1, c, 5, 5, device=device).to(torch.bfloat16).requires_grad_()
+    weights = [torch.rand(s, device=device).to(torch.bfloat16).requires_grad_() for s in ((c, 1, 3, 3), (c + 1, c))]
+    dy = torch.ones(1, c + 1, 5, 5, device=device, dtype=torch.bfloat16)
+    dy[0, c, 4, 4] = float("inf")  # the last channel of the last pixel
+    y = depthwise_separable_conv2d(x, *weights, padding=1)
+    grad_x, grad_dw, grad_pw = torch.autograd.grad(y, [x, *weights], dy)
+    assert grad_pw[:c].isfinite().all()
+    assert not grad_pw[c].isfinite().any()
+    assert grad_x[0, :, :3].isfinite().all()
+    assert not grad_x[0, :, 3:, 3:].isfinite().any()
+    assert not grad_dw[:, :, 1, 1].isfinite().any()
 
 
 def test_a_module_that_keeps_packed_weights_packs_anew_for_the_other_kernels(device):
