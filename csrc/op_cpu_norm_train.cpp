@@ -15,14 +15,27 @@
 namespace dsconv {
 namespace {
 
+// Parameters of a norm are in the compute type; its running statistics may be in the type of x too.
+ScalarType wide_type(const Tensor& x) {
+  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+void check_vector(const char* op, const char* arg, const Bias& t, const Tensor& x, int64_t channels,
+                  bool may_be_narrow = false) {
+  if (!t.has_value()) return;
+  STD_TORCH_CHECK(t->scalar_type() == wide_type(x) || (may_be_narrow && t->scalar_type() == x.scalar_type()), op, ": ",
+                  arg, " must be float32, beside float64 inputs float64");
+  STD_TORCH_CHECK(t->device() == x.device(), op, ": ", arg, " must be on the device of input");
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", arg, " must have shape [", channels, "]");
+}
+
 // Running statistics of one norm.
 struct Running {
   const Bias &mean, &var, &batches;
   double momentum;
 
   void check(const char* op, const Tensor& x, int64_t channels) const {
-    check_bias(op, "running_mean", mean, x, channels);
-    check_bias(op, "running_var", var, x, channels);
+    check_vector(op, "running_mean", mean, x, channels, true);
+    check_vector(op, "running_var", var, x, channels, true);
     if (!batches.has_value()) return;
     STD_TORCH_CHECK(
         batches->scalar_type() == ScalarType::Long && batches->numel() == 1 && batches->device() == x.device(), op,
@@ -51,15 +64,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_fwd(Tensor x, Tensor dw_weight,
   constexpr const char* op = "dsconv_cuda::train_fwd";
   const CallArguments arguments = kept_of(op, kept)->arguments;
   const Geometry g = geometry_of(op, x, dw_weight, pw_weight, arguments);
-  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float || x.scalar_type() == ScalarType::Double, op,
-                  ": input must be float32 or float64");
   STD_TORCH_CHECK(eps1 > 0 && eps2 > 0, op, ": eps must be positive");
   const double count = pixels_of(g);
   STD_TORCH_CHECK(count > 1, op, ": more than one value a channel is needed");
-  check_bias(op, "weight1", weight1, x, g.c_mid);
-  check_bias(op, "bias1", bias1, x, g.c_mid);
-  check_bias(op, "weight2", weight2, x, g.c_out);
-  check_bias(op, "bias2", bias2, x, g.c_out);
+  check_vector(op, "weight1", weight1, x, g.c_mid);
+  check_vector(op, "bias1", bias1, x, g.c_mid);
+  check_vector(op, "weight2", weight2, x, g.c_out);
+  check_vector(op, "bias2", bias2, x, g.c_out);
   const Running running1{mean1, var1, batches1, momentum1}, running2{mean2, var2, batches2, momentum2};
   running1.check(op, x, g.c_mid);
   running2.check(op, x, g.c_out);
@@ -81,12 +92,17 @@ Bias zeros_like(const Bias& bias) {
   return torch::stable::zero_(grad);
 }
 
-// One row of sums, [2, channels], in the dtype of x.
+// One row of sums, [2, channels], in the dtype of the norm's parameters.
 Tensor row_of_sums(const Tensor& sums, int64_t row, const Tensor& x) {
-  const int64_t channels = sums.size(1), size[1] = {channels};
-  Tensor grad = empty_contiguous(x, {size, 1});
+  const bool doubles = wide_type(x) == ScalarType::Double;
+  const int64_t channels = sums.size(1), unit[1] = {1};
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(1, &channels, unit, doubles ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
+                               aoti_torch_device_type_cpu(), 0, &handle));
+  Tensor grad(handle);
   const double* from = static_cast<const double*>(sums.const_data_ptr()) + row * channels;
-  if (x.scalar_type() == ScalarType::Double) {
+  if (doubles) {
     double* to = static_cast<double*>(grad.mutable_data_ptr());
     for (int64_t c = 0; c < channels; ++c) to[c] = from[c];
   } else {

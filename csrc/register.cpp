@@ -91,9 +91,9 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
       "in_vectors=None, int in_act=0) -> (Tensor, Tensor)");
   // A step of training in two calls, for a block of the CPU with both norms, of which no statistics are shared: what
   // the ops above do one by one, running statistics and the count of batches included. `kept` is what keep() made of
-  // the arguments, out_act that of the second norm; tensors have the dtype of x, float32 or float64. Below autograd,
-  // and for plain tensors only: no fake kernel, no vmap. (out, y before the second norm, and the vectors of both); with
-  // `defer` out is y.
+  // the arguments, out_act that of the second norm; tensors have the dtype of x, parameters of the norms its compute
+  // type. Below autograd, and for plain tensors only: no fake kernel, no vmap. (out, y before the second norm, and the
+  // vectors of both); with `defer` out is y.
   m.def(
       "train_fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor? weight1, "
       "Tensor? bias1, Tensor? weight2, Tensor? bias2, Tensor(a!)? mean1, Tensor(b!)? var1, Tensor(c!)? batches1, "

@@ -6,8 +6,8 @@
               torch.ops.dsconv_cuda.train_bwd
 
 The same numbers as batchnorm.py and batchnorm_autograd.py give, which do it op by op: those are for whatever is not
-plain, and say what is wrong with arguments. Plain are float32 and float64 on the CPU, both norms in training with
-parameters of the input's dtype, statistics of this process alone, no mode, transform, autocast or subclass.
+plain, and say what is wrong with arguments. Plain are tensors on the CPU, under autocast or not, both norms in
+training, statistics of this process alone, no mode, transform or subclass.
 """
 
 import dataclasses
@@ -20,15 +20,18 @@ from torch.autograd import forward_ad
 
 from dsconv_cuda import _checks, _loader
 from dsconv_cuda.activations import ACTIVATIONS
-from dsconv_cuda.autograd import kept_arguments, nobody_watches
+from dsconv_cuda.autograd import kept_arguments, transformed
 from dsconv_cuda.batchnorm import Unnormalised
 from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, operation
 from dsconv_cuda.deferred import Deferred
+from dsconv_cuda.functional import _autocast
+from dsconv_cuda.norms import wide_parameter
 from dsconv_cuda.ops import IDENTITY
 
 _TENSORS = (Tensor, nn.Parameter)
 _PLAIN_TYPES = frozenset((*_TENSORS, type(None)))
-_DTYPES = frozenset((torch.float32, torch.float64))
+_DTYPES = frozenset(_checks.DTYPES)
+_WIDE = frozenset((torch.float32, torch.float64))
 
 _is_grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -101,7 +104,8 @@ def _backward_op_by_op(ctx, grad) -> tuple:
     linear = dataclasses.replace(config, out_act=IDENTITY)
     ctx.op, ctx.block = op, Block(op, linear, config.out_act, *norms, call.recompute, call.in_act, call.defer)
     ctx.count1 = ctx.count2 = float(count)
-    ctx.affine_dtypes = [x.dtype if needed else None for needed in ctx.needs_input_grad[5:9]]
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    ctx.affine_dtypes = [wide if needed else None for needed in ctx.needs_input_grad[5:9]]
     return BatchNormBlock.backward(ctx, grad)
 
 
@@ -159,7 +163,7 @@ def step(
     """The block of these modules, which must compute what their classes say; None where the call is not plain."""
     before = input if type(input) is Unnormalised else None
     x = input if before is None else before.y
-    if type(x) not in _TENSORS or not x.is_cpu or x.dtype not in _DTYPES or not nobody_watches():
+    if type(x) not in _TENSORS or not x.is_cpu or x.dtype not in _DTYPES or transformed():
         return None
     try:
         convolution, norm1, norm2 = depthwise._parameters, bn1._parameters, bn2._parameters
@@ -186,11 +190,18 @@ def step(
         return None
     if kept is None:
         return None
+    operands, affine = tensors[:5], tensors[5:]
+    if torch.is_autocast_enabled("cpu"):
+        operands = _autocast(operands, "cpu")
+    if operands[0].dtype not in _WIDE:
+        affine = map(wide_parameter, affine)
+    tensors = (*operands, *affine)
     call.running, call.recompute, call.defer = running, recompute_output, defer
     in_vectors, call.in_act = (None, 0) if before is None else (before.vectors, before.act)
     one_row = x.dim() == dw_weight.dim() == 3
     if one_row:
-        tensors = (x.unsqueeze(-2), dw_weight.unsqueeze(-2), tensors[2].unsqueeze(-1), *tensors[3:])
+        x, dw_weight, pw_weight, *others = tensors
+        tensors = (x.unsqueeze(-2), dw_weight.unsqueeze(-2), pw_weight.unsqueeze(-1), *others)
     if before is not None and before.deferred is not None:
         tensors = (before.deferred, *tensors[1:])
     try:

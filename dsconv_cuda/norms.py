@@ -148,8 +148,7 @@ def track(bn: BatchNormArguments, moments: Tensor, count: float) -> None:
     if count == 0:  # an empty batch
         return
     running = [t for t in (bn.running_mean, bn.running_var) if t is not None]
-    wide = all(t.dtype in (torch.float32, torch.float64) for t in running)
-    if wide and not torch.compiler.is_compiling() and _loader.tracks_in_one_call(moments.device.type):
+    if not torch.compiler.is_compiling() and _loader.tracks_in_one_call(moments.device.type):
         torch.ops.dsconv_cuda.norm_track(moments, count, bn.momentum, bn.running_mean, bn.running_var)
         torch.autograd.graph.increment_version(running)
         return

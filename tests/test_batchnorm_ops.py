@@ -120,7 +120,7 @@ def test_what_would_read_outside_of_a_tensor_is_refused(device):
         lambda: ops.norm_vectors(of_y[:2], torch.ones(5, device=device, dtype=torch.float16), None, 1e-5),
         lambda: ops.norm_track(of_y, 3.0, 0.1, None, None),
         lambda: ops.norm_track(of_y[:2], 3.0, 0.1, torch.ones(4, device=device), None),
-        lambda: ops.norm_track(of_y[:2], 3.0, 0.1, None, torch.ones(5, device=device, dtype=torch.float16)),
+        lambda: ops.norm_track(of_y[:2], 3.0, 0.1, None, torch.ones(5, device=device, dtype=torch.int32)),
         lambda: ops.bwd_norm(y, y[..., 1:], *operands, vectors, of_y, None, 1.0, *GEOMETRY, SILU, 0, 31),
         lambda: ops.bwd_norm(y, y, *operands, vectors, None, None, 1.0, *GEOMETRY, SILU, 0, 31),
         lambda: ops.bwd_norm_depthwise(y.flatten(), *operands, vectors, vectors[:2], 1.0, *GEOMETRY, 3),
@@ -129,7 +129,7 @@ def test_what_would_read_outside_of_a_tensor_is_refused(device):
             call()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_norm_track(dtype, device):
     """Running statistics as F.batch_norm moves them, in place and through strides, either of them alone too."""
     if not _loader.tracks_in_one_call(device.type):

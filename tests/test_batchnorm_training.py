@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from dsconv_cuda import DepthwiseSeparableConvBN2d, DepthwiseSeparableSequence, batchnorm_training
+from dsconv_cuda import (
+    DepthwiseSeparableConvBN1d,
+    DepthwiseSeparableConvBN2d,
+    DepthwiseSeparableSequence,
+    batchnorm_training,
+)
 from dsconv_cuda._loader import has_kernel, load_library
 
 
@@ -54,12 +59,20 @@ def frozen_parameters():
     return made
 
 
+def float16_beside_float32():
+    made = block(bias=True, dtype=torch.float16)
+    made.bn1.float(), made.bn2.float()
+    return made
+
+
 MODELS = {
     "plain": block,
     "with biases": lambda: block(bias=True, stride=2, activation="silu", out_activation="identity"),
     "with a channel multiplier": lambda: block(channel_multiplier=2, dilation=2),
     "recomputed": lambda: block(recompute_output=True),
     "float64": lambda: block(dtype=torch.float64),
+    "bfloat16": lambda: block(dtype=torch.bfloat16, activation="silu"),
+    "float16, norms in float32": float16_beside_float32,
     "without affine, without statistics": without_affine_and_tracking,
     "frozen parameters": frozen_parameters,
     "a chain": lambda: DepthwiseSeparableSequence(block(), block(10, 7, activation="relu6"), block(7, 5)),
@@ -85,9 +98,25 @@ def test_same_bits_as_one_by_one(name, channels_last, steps, monkeypatch):
     x = torch.randn(3, 6, 9, 8, dtype=next(model.parameters()).dtype)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
+    _assert_same_bits(model, x, steps, monkeypatch)
 
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_same_bits_under_autocast(dtype, dims, steps, monkeypatch):
+    """Which casts the operands and leaves the norms in float32."""
+    if dims == 1:
+        model, x = DepthwiseSeparableConvBN1d(6, 10, 3, padding=1, bias=True), torch.randn(3, 6, 9)
+    else:
+        model, x = MODELS["a chain"](), torch.randn(3, 6, 9, 8)
+    with torch.autocast("cpu", dtype):
+        y = _assert_same_bits(model, x, steps, monkeypatch)
+    assert y.dtype == dtype
+
+
+def _assert_same_bits(model, x, steps, monkeypatch):
     def dy(y):
-        return torch.randn(y.shape, generator=torch.Generator().manual_seed(5), dtype=y.dtype)
+        return torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(y.dtype)
 
     ours = step_of(model, x, dy, False, monkeypatch)
     assert steps
@@ -96,6 +125,7 @@ def test_same_bits_as_one_by_one(name, channels_last, steps, monkeypatch):
     for our, their in zip(ours, theirs, strict=True):
         assert (our.dtype, our.stride()) == (their.dtype, their.stride())
         assert torch.equal(our, their)
+    return ours[0]
 
 
 def test_running_statistics_count_as_written(steps):
@@ -121,11 +151,7 @@ def parametrized(made):
     nn.utils.parametrizations.weight_norm(made.depthwise)
 
 
-def other_dtype(made):
-    made.bfloat16()
-
-
-@pytest.mark.parametrize("change", [momentum_of_all_batches, frozen, parametrized, other_dtype])
+@pytest.mark.parametrize("change", [momentum_of_all_batches, frozen, parametrized])
 def test_left_to_one_by_one(change, steps):
     made = block()
     change(made)
