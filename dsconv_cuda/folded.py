@@ -106,7 +106,9 @@ class Folded:
                     self.vectors = [t for t in tensors if t.dim() == 1]
                 return y
             if self._changed():
-                self._fold_again()
+                # In inference mode others would be made, of no use to calls outside of it.
+                with torch.inference_mode(False), torch.no_grad():
+                    self._fold_again()
             in_norm = self.in_norm
         return self.module.forward(x) if in_norm is None else self._after_norm(x, in_norm)
 
@@ -133,8 +135,7 @@ class Folded:
 
     def _fold_again(self) -> None:
         if self.before is not None:
-            with torch.no_grad():
-                self.in_norm = given_vectors(self.before.norm), self.before.number
+            self.in_norm = given_vectors(self.before.norm), self.before.number
         pairs = (
             (self.module.depthwise, self.depthwise, self.bn1),
             (self.module.pointwise, self.pointwise, self.bn2),
@@ -143,8 +144,7 @@ class Folded:
             if bn is None:
                 mine._parameters.update(conv._parameters)
             else:
-                with torch.no_grad():
-                    weight, bias = fold(conv, bn)
+                weight, bias = fold(conv, bn)
                 mine.weight, mine.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
 
 

@@ -1,4 +1,4 @@
-"""Modules in 2-D and 3-D keep their packed weights between calls that need no gradient, on the CPU.
+"""Modules keep their packed weights between calls that need no gradient, on the CPU.
 
 The kernels read the weights in an order of their own. Packing takes as long as reading them, which for many channels
 on a small map is a fifth of the call; so a module that is called again with the same weights packs them once. What is
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from dsconv_cuda import _checks, compiled_weights
 from dsconv_cuda.activations import activation_number
 from dsconv_cuda.autograd import KeptFunction, kept_arguments, kept_kernels, nobody_watches
+from dsconv_cuda.functional import as_rows
 
 _is_grad_enabled = torch.is_grad_enabled
 
@@ -53,6 +54,7 @@ class KeptCall:
         "__weakref__",
         "activation",
         "arguments",
+        "causal",
         "depthwise",
         "dilation",
         "dw_bias",
@@ -64,6 +66,7 @@ class KeptCall:
         "pointwise",
         "pw_bias",
         "pw_weight",
+        "rank",
         "stride",
     )
 
@@ -97,6 +100,28 @@ class KeptCall:
             return self._drop(module)
         if has_hooks(depthwise) or has_hooks(pointwise):
             return self._drop(module)
+        rank, given = self.rank, input.dim()
+        if given == rank - 1:
+            input = input.unsqueeze(0)
+        elif given != rank:
+            return None
+        if rank == 3:
+            y = self._of_rows(module, input, in_norm)
+        else:
+            y = self._of_images(module, input, dw_weight, pw_weight, in_norm)
+        return y if given == rank or y is None else y.squeeze(0)
+
+    def _of_rows(self, module: nn.Module, input: Tensor, in_norm) -> Tensor | None:
+        if module.causal is not self.causal:
+            return self._drop(module)
+        weights = self.dw_weight.unsqueeze(-2), self.pw_weight.unsqueeze(-1)
+        y = self._of_images(module, input.unsqueeze(-2), *weights, in_norm)
+        return None if y is None else y.squeeze(-2)
+
+    def _of_images(
+        self, module: nn.Module, input: Tensor, dw_weight: Tensor, pw_weight: Tensor, in_norm
+    ) -> Tensor | None:
+        dw_bias, pw_bias = self.dw_bias, self.pw_bias
         try:
             if _is_grad_enabled() and _any_requires_grad(dw_weight, pw_weight, dw_bias, pw_bias, input):
                 return KeptFunction.apply(input, dw_weight, pw_weight, dw_bias, pw_bias, self.arguments)
@@ -107,7 +132,7 @@ class KeptCall:
                 version += pw_bias._version
             memory = self.memory
             if memory is None:
-                memory = self.memory = self._allocate()
+                memory = self.memory = self._allocate(dw_weight, pw_weight)
             arguments = (input, dw_weight, pw_weight, dw_bias, pw_bias, memory, version)
             return self.op(*arguments) if in_norm is None else _fwd_after_norm()(*arguments, *in_norm)
         except (AttributeError, RuntimeError, TypeError, ValueError):
@@ -115,9 +140,9 @@ class KeptCall:
             # checkpointing ends its recomputation by one of its own.
             return self._drop(module)
 
-    def _allocate(self) -> Tensor:
+    def _allocate(self, dw_weight: Tensor, pw_weight: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.ops.dsconv_cuda.keep(self.dw_weight, self.pw_weight, *self.arguments.config.arguments())
+            return torch.ops.dsconv_cuda.keep(dw_weight, pw_weight, *self.arguments.config.arguments())
 
     def _drop(self, module: nn.Module) -> None:
         module.__dict__.pop("_kept_call", None)
@@ -148,7 +173,7 @@ def keep(module: nn.Module, input: Tensor) -> None:
     if type(input) is not Tensor or not input.is_cpu or not nobody_watches() or not kept_kernels():
         return
     depthwise, pointwise = module._modules.get("depthwise"), module._modules.get("pointwise")
-    if type(depthwise) not in (nn.Conv2d, nn.Conv3d) or type(pointwise) is not type(depthwise):
+    if type(depthwise) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or type(pointwise) is not type(depthwise):
         return
     if has_hooks(depthwise) or has_hooks(pointwise) or depthwise.padding_mode != "zeros":
         return
@@ -164,19 +189,28 @@ def keep(module: nn.Module, input: Tensor) -> None:
     if any(type(a) not in (tuple, str) for a in (call.stride, call.padding, call.dilation)):
         return  # could change in place
     call.activation, call.out_activation = module.activation, module.out_activation
-    op, dims = "forward", call.dw_weight.dim() - 2
-    stride, dilation = (
-        _checks.per_axis(op, "stride", call.stride, 1, dims),
-        _checks.per_axis(op, "dilation", call.dilation, 1, dims),
-    )
-    padding = _checks.padding(op, call.padding, call.dw_weight.shape[2:], stride, dilation)
-    activations = activation_number(call.activation), activation_number(call.out_activation)
-    shapes = call.dw_weight.shape, call.pw_weight.shape
-    call.arguments = kept_arguments(*shapes, stride, padding, dilation, *activations)
+    call.rank = call.dw_weight.dim()
+    call.causal = call.rank == 3 and module.causal
+    call.arguments = _arguments(call, *weights)
     call.op = torch.ops.dsconv_cuda.fwd_kept.default
     call.memory = None
     module.__dict__["_kept_call"] = call
     register(call)
+
+
+def _arguments(call: KeptCall, dw_weight: Tensor, pw_weight: Tensor):
+    op, activations = "forward", (activation_number(call.activation), activation_number(call.out_activation))
+    if call.rank == 3:
+        padding = "causal" if call.causal else call.padding
+        (_, dw_weight, pw_weight), stride, padding, dilation = as_rows(
+            op, (dw_weight, dw_weight, pw_weight), call.stride, padding, call.dilation
+        )
+    else:
+        stride, dilation = (
+            _checks.per_axis(op, name, getattr(call, name), 1, call.rank - 2) for name in ("stride", "dilation")
+        )
+        padding = _checks.padding(op, call.padding, dw_weight.shape[2:], stride, dilation)
+    return kept_arguments(dw_weight.shape, pw_weight.shape, stride, padding, dilation, *activations)
 
 
 def clear_weight_cache() -> None:

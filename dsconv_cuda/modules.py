@@ -203,7 +203,7 @@ class DepthwiseSeparableConv2d(_KeepsWeights):
         return self._call(depthwise_separable_conv2d, input, self.depthwise.padding)
 
 
-class DepthwiseSeparableConv1d(_DepthwiseSeparable):
+class DepthwiseSeparableConv1d(_KeepsWeights):
     """Depthwise separable convolution along one dimension: see :func:`dsconv_cuda.depthwise_separable_conv1d`.
 
     ``.depthwise`` and ``.pointwise`` are nn.Conv1d and hold the parameters, as in :class:`DepthwiseSeparableConv2d`.
@@ -256,7 +256,7 @@ class DepthwiseSeparableConv1d(_DepthwiseSeparable):
             dtype=dtype,
         )
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _forward(self, input: Tensor) -> Tensor:
         return self._call(depthwise_separable_conv1d, input, "causal" if self.causal else self.depthwise.padding)
 
     def _input_of_depthwise(self, input: Tensor) -> Tensor:

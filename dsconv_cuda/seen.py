@@ -30,7 +30,8 @@ class Seen:
             return True
         count = sum(1 + t.numel() * t.element_size() for t in vectors)
         count += sum(1 + 2 * t.shape[0] * t.element_size() for t in matrices)
-        self.values = torch.zeros(count, dtype=torch.uint8)
+        with torch.inference_mode(False):  # for calls outside of it, too
+            self.values = torch.zeros(count, dtype=torch.uint8)
         compare(vectors, matrices, self.values)
         return False
 

@@ -141,6 +141,24 @@ def test_clear_weight_cache_makes_the_rest_noticed(of, device):
     torch.testing.assert_close(module(x), expected, **CLOSE)
 
 
+def test_inference_mode(folds, device):
+    """What is kept there serves calls outside of it, and the other way round."""
+    x = image(device)
+    for modes in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
+        block = build(device).requires_grad_(False)
+        del folds[:]
+        for mode in (*modes, torch.enable_grad, *modes):
+            with mode():
+                for _ in range(3):
+                    torch.testing.assert_close(block(x), Plain(block)(x), **CLOSE)
+        assert len(folds) == 2
+        block.bn1.bias.add_(1)
+        with torch.inference_mode():
+            torch.testing.assert_close(block(x), Plain(block)(x), **CLOSE)
+        torch.testing.assert_close(block(x), Plain(block)(x), **CLOSE)
+        assert len(folds) == 4
+
+
 def test_gradients(folds, device):
     """Those of parameters need the folding in the graph; those of the input alone do not."""
     block, x = build(device), image(device).requires_grad_()

@@ -520,3 +520,39 @@ def test_three_dimensions(channels_last):
     gradients = [torch.autograd.grad(call(x).square().sum(), module.parameters()) for call in (module, module._forward)]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
     assert "_kept_call" not in vars(pickle.loads(pickle.dumps(module)))
+
+
+@pytest.mark.parametrize("padding", [2, "same", "causal"])
+def test_one_dimension(padding):
+    """DepthwiseSeparableConv1d too, whose weights are handed on as those of rows."""
+    torch.manual_seed(0)
+    module = dsconv_cuda.DepthwiseSeparableConv1d(20, 24, 3, padding=padding, bias=True, activation="silu")
+    x = torch.randn(2, 20, 33)
+
+    def exchange():
+        module.pointwise.weight.data = torch.randn(24, 20, 1)
+
+    def widen():
+        module.depthwise.dilation = (2,)
+
+    def turn_causal():
+        module.causal, module.depthwise.padding = not module.causal, (0,)
+
+    changes = (lambda: module.pointwise.weight.data.mul_(2), lambda: module.depthwise.weight[0].fill_(1))
+    for change in (lambda: None, *changes, exchange, widen, turn_causal):
+        with torch.no_grad():
+            change()
+            expected = module._forward(x)
+            for _ in range(3):
+                assert torch.equal(module(x), expected)
+            assert torch.equal(module(x[0]), module._forward(x[0]))
+    module(x)
+    assert module._kept_call is not None
+    for inputs in (x, x[1]):
+        grads = [
+            torch.autograd.grad(call(inputs).square().sum(), module.parameters()) for call in (module, module._forward)
+        ]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
+    assert "_kept_call" not in vars(pickle.loads(pickle.dumps(module)))
+    with pytest.raises(ValueError, match=r"\[N, C, L\]"):
+        module(x[None])
