@@ -86,12 +86,24 @@ static void output_norm_gradient(const BackwardContext& ctx, int64_t pixel, int6
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const PixelTensor of = {g.n, g.c_out, g.d_out, g.h_out, g.w_out, ctx.plan.out_ld};
+  const ImageTensor y = {p.saved, p.saved_strides, p.saved_layout}, dy = {p.dy, p.dy_strides, p.dy_layout};
+  if constexpr (!SameType<S, T>::value) {
+    if (in_vectors<T>(of, y) && in_vectors<T>(of, dy)) {
+      NormTile<T, S, T> stored = {};
+      stored.rows = count, stored.channels = g.c_out;
+      stored.of = norm_vectors<T>(ctx.out_norm, ctx.plan.out_columns);
+      stored.v_ld = y.strides.w, stored.v = static_cast<const S*>(y.data) + pixel * stored.v_ld;
+      stored.grad_ld = dy.strides.w, stored.grad = static_cast<const S*>(dy.data) + pixel * stored.grad_ld;
+      stored.out = g_tile, stored.out_ld = ctx.plan.out_ld;
+      return for_activation<NormBackward>(p.out_act, stored);
+    }
+  }
   NormTile<T> t = {};
   t.rows = count;
   t.channels = g.c_out;
   t.of = norm_vectors<T>(ctx.out_norm, ctx.plan.out_columns);
-  t.v = tile_of<S>(of, {p.saved, p.saved_strides, p.saved_layout}, pixel, count, saved_tile, t.v_ld);
-  t.grad = tile_of<S>(of, {p.dy, p.dy_strides, p.dy_layout}, pixel, count, g_tile, t.grad_ld);
+  t.v = tile_of<S>(of, y, pixel, count, saved_tile, t.v_ld);
+  t.grad = tile_of<S>(of, dy, pixel, count, g_tile, t.grad_ld);
   t.out = g_tile, t.out_ld = ctx.plan.out_ld;
   for_activation<NormBackward>(p.out_act, t);
 }

@@ -1,5 +1,5 @@
-// The bf16 forward for AVX-512 with AVX512-BF16, and stage P of backward; the other kernels of this table are those of
-// cpu_avx512.cpp.
+// The kernels of bf16 for AVX-512 with AVX512-BF16: forward and stage P of backward multiply pairs of bf16, the others
+// have its rounding. Those of the other types are those of cpu_avx512.cpp.
 // isa_region.h says how this file has to be laid out.
 #include "isa_region.h"
 #if DSCONV_BUILDS_BF16
@@ -47,6 +47,7 @@ namespace avx512_bf16 {
 #include "depthwise_planes.inl"
 #include "moments.inl"
 #include "norm.inl"
+#include "norm_planes.inl"
 #include "forward_planes.inl"
 #include "forward.inl"
 #include "turned.inl"
@@ -59,9 +60,11 @@ namespace avx512_bf16 {
 #include "backward_rows.inl"
 #include "backward_groups.inl"
 #include "backward_panels.inl"
+#include "table.inl"
 // clang-format on
 
-static void replace_kernels(DTypeKernels& k) {
+static DTypeKernels kernels() {
+  DTypeKernels k = kernels_of<bf16>();
   k.bytes.middle = sizeof(bf16);
   k.pack_depthwise_forward = pack_depthwise_forward_bf16;
   k.pack_pointwise_forward = pack_pointwise_pairs;
@@ -71,6 +74,7 @@ static void replace_kernels(DTypeKernels& k) {
   k.backward_group = backward_group<bf16, float, bf16x2>;
   k.backward_turn = backward_turn<bf16, float, bf16x2>;
   k.backward_panel = backward_panel<bf16, float, bf16x2>;
+  return k;
 }
 
 }  // namespace avx512_bf16
@@ -83,7 +87,7 @@ namespace dsconv {
 const KernelTable& kernels_avx512_bf16() {
   static const KernelTable table = [] {
     KernelTable t = kernels_avx512();
-    avx512_bf16::replace_kernels(t.by_dtype[static_cast<int>(DType::bf16)]);
+    t.by_dtype[static_cast<int>(DType::bf16)] = avx512_bf16::kernels();
     return t;
   }();
   return table;

@@ -6,8 +6,8 @@
 //   norm_sums      sum g and sum g * vhat, g = grad * act'(gamma * vhat + beta)
 //   norm_backward  out = scale * g + along * vhat + across
 //
-// Tiles of some pixels, pixel-major. A tile is the tensor itself where it lies that way in the compute type and in
-// whole vectors, else a copy. nchw tensors whose planes are dense need no tiles: norm_planes.inl.
+// Tiles of some pixels, pixel-major. A tile is the tensor itself where it lies that way in whole vectors, else a copy
+// in the compute type. nchw tensors whose planes are dense need no tiles: norm_planes.inl.
 #ifndef DSCONV_ISA
 #error "norm.inl belongs inside an ISA region"
 #endif
@@ -43,20 +43,21 @@ DSCONV_INLINE NormOf<T> channel_at(const NormVectors<T>& of, int64_t c) {
 }
 
 // A vector of a tile, and a wish for the same of the next tile.
-template <typename T>
-DSCONV_INLINE typename Vec<T>::type load_and_ask(const T* p, int64_t ahead) {
+template <typename S>
+DSCONV_INLINE auto load_and_ask(const S* p, int64_t ahead) {
   __builtin_prefetch(p + ahead, 0, 2);
   return vload(p);
 }
 
-template <typename T>
+// Computed in T; S and Out are what is read and written.
+template <typename T, typename S = T, typename Out = S>
 struct NormTile {
   int64_t rows, channels;
-  const T* v;
+  const S* v;
   int64_t v_ld;
-  const T* grad;
+  const S* grad;
   int64_t grad_ld;
-  T* out;
+  Out* out;
   int64_t out_ld;
   Stores stores;
   // Elements from a value to that of the next tile, asked for as this one is read; 0: the next tile is no further
@@ -74,10 +75,10 @@ struct NormForward {
   DSCONV_INLINE V value(const NormOf<T>& of, V v) {
     return act_value<A, T>(vfma(of.gamma, (v - of.mean) * of.invstd, of.beta));
   }
-  template <Activation A, int R, typename T>
-  DSCONV_INLINE void rows(const NormTile<T>& t, int64_t row) {
-    const T* v = t.v + row * t.v_ld;
-    T* out = t.out + row * t.out_ld;
+  template <Activation A, int R, typename T, typename S, typename Out>
+  DSCONV_INLINE void rows(const NormTile<T, S, Out>& t, int64_t row) {
+    const S* v = t.v + row * t.v_ld;
+    Out* out = t.out + row * t.out_ld;
     for (int64_t c = 0; c < t.channels; c += Vec<T>::n) {
       const NormOf<T> of = channels_at(t.of, c);
       DSCONV_UNROLL
@@ -86,8 +87,8 @@ struct NormForward {
       }
     }
   }
-  template <Activation A, typename T>
-  static void run(const NormTile<T>& t) {
+  template <Activation A, typename T, typename S, typename Out>
+  static void run(const NormTile<T, S, Out>& t) {
     int64_t row = 0;
     for (; row + kNormRows <= t.rows; row += kNormRows) rows<A, kNormRows>(t, row);
     for (; row < t.rows; ++row) rows<A, 1>(t, row);
@@ -108,11 +109,11 @@ struct NormBackward {
     const V g = through_activation<A>(of, v, grad, hat);
     return vfma(of.scale, g, vfma(of.along, hat, of.across));
   }
-  template <Activation A, int R, typename T>
-  DSCONV_INLINE void rows(const NormTile<T>& t, int64_t row) {
-    const T* v = t.v + row * t.v_ld;
-    const T* grad = t.grad + row * t.grad_ld;
-    T* out = t.out + row * t.out_ld;
+  template <Activation A, int R, typename T, typename S, typename Out>
+  DSCONV_INLINE void rows(const NormTile<T, S, Out>& t, int64_t row) {
+    const S* v = t.v + row * t.v_ld;
+    const S* grad = t.grad + row * t.grad_ld;
+    Out* out = t.out + row * t.out_ld;
     for (int64_t c = 0; c < t.channels; c += Vec<T>::n) {
       const NormOf<T> of = channels_at(t.of, c);
       DSCONV_UNROLL
@@ -123,8 +124,8 @@ struct NormBackward {
       }
     }
   }
-  template <Activation A, typename T>
-  static void run(const NormTile<T>& t) {
+  template <Activation A, typename T, typename S, typename Out>
+  static void run(const NormTile<T, S, Out>& t) {
     int64_t row = 0;
     for (; row + kNormRows <= t.rows; row += kNormRows) rows<A, kNormRows>(t, row);
     for (; row < t.rows; ++row) rows<A, 1>(t, row);
@@ -139,8 +140,8 @@ DSCONV_INLINE void add_difference(int64_t count, const T* sum, const T* lost, do
 // With Keep, g goes to out.
 template <bool Keep>
 struct NormSums {
-  template <Activation A, int U, typename T>
-  DSCONV_INLINE void vectors(const NormTile<T>& t, int64_t c) {
+  template <Activation A, int U, typename T, typename S, typename Out>
+  DSCONV_INLINE void vectors(const NormTile<T, S, Out>& t, int64_t c) {
     typedef typename Vec<T>::type V;
     constexpr int n = Vec<T>::n;
     V sum[U], lost[U], paired[U], paired_lost[U];
@@ -187,8 +188,8 @@ struct NormSums {
       add_difference(t.channels - c, out[2], out[3], t.paired + c);
     }
   }
-  template <Activation A, typename T>
-  static void run(const NormTile<T>& t) {
+  template <Activation A, typename T, typename S, typename Out>
+  static void run(const NormTile<T, S, Out>& t) {
     constexpr int n = Vec<T>::n;
     int64_t c = 0;
     for (; c + n < t.channels; c += 2 * n) vectors<A, 2>(t, c);
@@ -201,11 +202,17 @@ struct PixelTensor {
   int64_t n, channels, d, h, w, copy_ld;
 };
 
+// Whether the tensor's pixels are a matrix in whole vectors.
+template <typename T>
+DSCONV_INLINE bool in_vectors(const PixelTensor& of, const ImageTensor& t) {
+  return is_matrix(t, of.n, of.d, of.h, of.w) && of.channels % Vec<T>::n == 0;
+}
+
 template <typename S, typename T>
 DSCONV_INLINE const T* tile_of(const PixelTensor& of, const ImageTensor& t, int64_t pixel, int64_t count, T* copy,
                                int64_t& ld) {
   if constexpr (sizeof(S) == sizeof(T)) {
-    if (is_matrix(t, of.n, of.d, of.h, of.w) && of.channels % Vec<T>::n == 0) {
+    if (in_vectors<T>(of, t)) {
       ld = t.strides.w;
       return static_cast<const T*>(t.data) + pixel * t.strides.w;
     }
@@ -215,44 +222,64 @@ DSCONV_INLINE const T* tile_of(const PixelTensor& of, const ImageTensor& t, int6
   return copy;
 }
 
+// Tiles of tensors that are matrices in whole vectors, from `begin` to `end`.
+template <typename T, typename S, typename Pass>
+static void norm_pass_in_place(const NormContext& ctx, int64_t group, Range pixels, const Pass& pass) {
+  const uint64_t misaligned = reinterpret_cast<uint64_t>(ctx.out) | static_cast<uint64_t>(ctx.channels) * sizeof(S);
+  for (int64_t pixel = pixels.begin; pixel < pixels.end; pixel += ctx.tile_pixels) {
+    NormTile<T, S> t = {};
+    t.rows = pixels.end - pixel < ctx.tile_pixels ? pixels.end - pixel : ctx.tile_pixels;
+    t.channels = ctx.channels;
+    t.v_ld = ctx.v.strides.w, t.grad_ld = ctx.grad.strides.w, t.out_ld = ctx.channels;
+    t.v = static_cast<const S*>(ctx.v.data) + pixel * t.v_ld;
+    t.v_ahead = t.rows * t.v_ld;
+    if (ctx.grad.data != nullptr) {
+      t.grad = static_cast<const S*>(ctx.grad.data) + pixel * t.grad_ld;
+      t.grad_ahead = t.rows * t.grad_ld;
+    }
+    if (ctx.out != nullptr) t.out = static_cast<S*>(ctx.out) + pixel * t.out_ld;
+    if (ctx.out != nullptr && ctx.beyond_cache && misaligned % kCacheLine == 0) t.stores = Stores::stream;
+    t.of = norm_vectors<T>(ctx.vectors, ctx.ld);
+    pass.run(ctx, t, group, pixel - pixels.begin);
+    if (t.stores == Stores::stream) vstream_fence();
+  }
+}
+
 // The task's range of pixels, tile by tile.
 template <typename S, typename T, typename Pass>
 static void norm_pass(const NormContext& ctx, int64_t group, void* scratch, const Pass& pass) {
+  const PixelTensor of = {ctx.n, ctx.channels, ctx.d, ctx.h, ctx.w, ctx.ld};
+  const Range pixels = {ctx.pixels * group / ctx.groups, ctx.pixels * (group + 1) / ctx.groups};
+  if constexpr (Pass::kReadsStored || SameType<S, T>::value) {
+    const bool out = ctx.out == nullptr || ctx.out_layout == Layout::nhwc;
+    if (out && in_vectors<T>(of, ctx.v) && (ctx.grad.data == nullptr || in_vectors<T>(of, ctx.grad))) {
+      return norm_pass_in_place<T, S>(ctx, group, pixels, pass);
+    }
+  }
   T* v_copy = static_cast<T*>(scratch);
   T* grad_copy = v_copy + ctx.tile_pixels * ctx.ld;
   T* out_copy = grad_copy + ctx.tile_pixels * ctx.ld;
-  const PixelTensor of = {ctx.n, ctx.channels, ctx.d, ctx.h, ctx.w, ctx.ld};
-  const int64_t begin = ctx.pixels * group / ctx.groups, end = ctx.pixels * (group + 1) / ctx.groups;
-  for (int64_t pixel = begin; pixel < end; pixel += ctx.tile_pixels) {
+  for (int64_t pixel = pixels.begin; pixel < pixels.end; pixel += ctx.tile_pixels) {
     NormTile<T> t = {};
-    t.rows = end - pixel < ctx.tile_pixels ? end - pixel : ctx.tile_pixels;
+    t.rows = pixels.end - pixel < ctx.tile_pixels ? pixels.end - pixel : ctx.tile_pixels;
     t.channels = ctx.channels;
     t.v = tile_of<S>(of, ctx.v, pixel, t.rows, v_copy, t.v_ld);
     if (ctx.grad.data != nullptr) t.grad = tile_of<S>(of, ctx.grad, pixel, t.rows, grad_copy, t.grad_ld);
     t.v_ahead = t.v != v_copy ? t.rows * t.v_ld : 0;
     t.grad_ahead = t.grad != grad_copy ? t.rows * t.grad_ld : 0;
     t.of = norm_vectors<T>(ctx.vectors, ctx.ld);
-    bool direct = false;
     t.out = out_copy, t.out_ld = ctx.ld;
-    if constexpr (sizeof(S) == sizeof(T)) {
-      if (ctx.out != nullptr && ctx.out_layout == Layout::nhwc && ctx.channels % Vec<T>::n == 0) {
-        t.out = static_cast<T*>(ctx.out) + pixel * ctx.channels, t.out_ld = ctx.channels;
-        const uint64_t misaligned =
-            reinterpret_cast<uint64_t>(ctx.out) | static_cast<uint64_t>(ctx.channels) * sizeof(T);
-        if (ctx.beyond_cache && misaligned % kCacheLine == 0) t.stores = Stores::stream;
-        direct = true;
-      }
-    }
-    pass.run(ctx, t, group, pixel - begin);
-    if (t.stores == Stores::stream) vstream_fence();
-    if (ctx.out != nullptr && !direct) {
+    pass.run(ctx, t, group, pixel - pixels.begin);
+    if (ctx.out != nullptr) {
       store_tile(out_copy, ctx.ld, 0, ctx.channels, pixel, t.rows, static_cast<S*>(ctx.out), ctx.out_layout,
                  ctx.channels, ctx.d * ctx.h * ctx.w);
     }
   }
 }
 
+// kReadsStored: a pass may take a tile in the type of the tensor.
 struct MomentsPass {
+  static constexpr bool kReadsStored = false;
   template <typename T>
   DSCONV_INLINE void run(const NormContext& ctx, const NormTile<T>& t, int64_t group, int64_t before) {
     double* mean = ctx.partial + group * 2 * ctx.channels;
@@ -265,8 +292,9 @@ struct MomentsPass {
   }
 };
 struct SumsPass {
-  template <typename T>
-  DSCONV_INLINE void run(const NormContext& ctx, NormTile<T>& t, int64_t group, int64_t before) {
+  static constexpr bool kReadsStored = true;
+  template <typename T, typename S>
+  DSCONV_INLINE void run(const NormContext& ctx, NormTile<T, S>& t, int64_t group, int64_t before) {
     t.sums = ctx.partial + group * 2 * ctx.channels;
     t.paired = t.sums + ctx.channels;
     for (int64_t i = 0; before == 0 && i < 2 * ctx.channels; ++i) t.sums[i] = 0;
@@ -275,8 +303,9 @@ struct SumsPass {
 };
 template <typename Pass>
 struct OutputPass {
-  template <typename T>
-  DSCONV_INLINE void run(const NormContext& ctx, const NormTile<T>& t, int64_t, int64_t) {
+  static constexpr bool kReadsStored = true;
+  template <typename T, typename S>
+  DSCONV_INLINE void run(const NormContext& ctx, const NormTile<T, S>& t, int64_t, int64_t) {
     for_activation<Pass>(ctx.act, t);
   }
 };

@@ -40,6 +40,7 @@ DSCONV_INLINE MicroTile micro_tile() {
   return tile;
 }
 
+#if !defined(DSCONV_BF16_DOT)
 static void fill_table(KernelTable& table) {
   table.micro_f32 = micro_tile<float>();
   table.micro_f64 = micro_tile<double>();
@@ -48,3 +49,4 @@ static void fill_table(KernelTable& table) {
   table.by_dtype[static_cast<int>(DType::f16)] = kernels_of<f16>();
   table.by_dtype[static_cast<int>(DType::bf16)] = kernels_of<bf16>();
 }
+#endif
