@@ -158,19 +158,19 @@ static void merge_output_moments(const ForwardContext& ctx, int64_t pixel, int64
     if (ctx.plan.by_planes) return merge_plane_moments<T>(ctx, pixel, count, before, mean, m2);
   }
 #endif
-  for (int64_t channel = 0; channel < g.c_out; channel += columns) {
-    const int64_t width = g.c_out - channel < columns ? g.c_out - channel : columns;
-    const S* y = static_cast<const S*>(p.y) + channel * p.y_strides.c;
-    const T* tile = out;
-    int64_t ld = columns;
-    bool as_it_is = false;
-    if constexpr (sizeof(S) == sizeof(T)) {
-      as_it_is = p.y_layout == Layout::nhwc && width % Vec<T>::n == 0;
-      if (as_it_is) tile = y + pixel * g.c_out, ld = g.c_out;
-    }
-    if (!as_it_is) load_tile(y, p.y_strides, p.y_layout, g.d_out, g.h_out, g.w_out, width, pixel, count, out, columns);
+  const S* const outputs = static_cast<const S*>(p.y);
+  // Channels that are whole vectors are read where they are.
+  const int64_t whole = p.y_layout == Layout::nhwc ? g.c_out / Vec<T>::n * Vec<T>::n : 0;
+  if (whole > 0) {
     Ahead nothing = {};
-    merge_tile_moments(tile, ld, count, width, before, mean + channel, m2 + channel, nothing);
+    merge_tile_moments(outputs + pixel * g.c_out, g.c_out, count, whole, before, mean, m2, nothing);
+  }
+  for (int64_t channel = whole; channel < g.c_out; channel += columns) {
+    const int64_t width = g.c_out - channel < columns ? g.c_out - channel : columns;
+    const S* y = outputs + channel * p.y_strides.c;
+    Ahead nothing = {};
+    load_tile(y, p.y_strides, p.y_layout, g.d_out, g.h_out, g.w_out, width, pixel, count, out, columns);
+    merge_tile_moments(out, columns, count, width, before, mean + channel, m2 + channel, nothing);
   }
 }
 

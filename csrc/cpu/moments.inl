@@ -32,8 +32,8 @@ struct TileMoments {
   T shift[size], sum[size], sum_lost[size], squares[size], squares_lost[size];
 };
 
-template <int U, typename T>
-DSCONV_INLINE void tile_moments(const T* tile, int64_t ld, int64_t rows, TileMoments<T>& m, Ahead& ahead) {
+template <int U, typename S, typename T>
+DSCONV_INLINE void tile_moments(const S* tile, int64_t ld, int64_t rows, TileMoments<T>& m, Ahead& ahead) {
   typedef typename Vec<T>::type V;
   constexpr int n = Vec<T>::n;
   V shift[U], sum[U], lost[U], mean[U];
@@ -88,8 +88,8 @@ DSCONV_INLINE void tile_moments(const T* tile, int64_t ld, int64_t rows, TileMom
 }
 
 // The same about m.shift in one pass, of which squares is the sum about m.shift itself.
-template <int U, typename T>
-DSCONV_INLINE void tile_moments_about(const T* tile, int64_t ld, int64_t rows, TileMoments<T>& m, Ahead& ahead) {
+template <int U, typename S, typename T>
+DSCONV_INLINE void tile_moments_about(const S* tile, int64_t ld, int64_t rows, TileMoments<T>& m, Ahead& ahead) {
   typedef typename Vec<T>::type V;
   constexpr int n = Vec<T>::n;
   V shift[U], sum[U], lost[U], squares[U], squares_lost[U];
@@ -135,9 +135,10 @@ DSCONV_INLINE int64_t moments_calls(int64_t rows, int64_t channels) {
 //
 // Where there are some, one pass about their mean is enough: what the squares lose to rounding is small beside
 // rows * delta^2, and at least half of that, the distance of the tile's mean, goes into m2 as well.
-template <typename T>
-static void merge_tile_moments(const T* tile, int64_t ld, int64_t rows, int64_t channels, int64_t before, double* mean,
+template <typename S>
+static void merge_tile_moments(const S* tile, int64_t ld, int64_t rows, int64_t channels, int64_t before, double* mean,
                                double* m2, Ahead& ahead) {
+  typedef typename ComputeOf<S>::type T;
   constexpr int n = Vec<T>::n;
   const double count = static_cast<double>(rows), total = static_cast<double>(before + rows);
   const double share = count / total, spread = static_cast<double>(before) * share, one = 1 / count;

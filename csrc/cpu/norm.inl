@@ -250,11 +250,9 @@ template <typename S, typename T, typename Pass>
 static void norm_pass(const NormContext& ctx, int64_t group, void* scratch, const Pass& pass) {
   const PixelTensor of = {ctx.n, ctx.channels, ctx.d, ctx.h, ctx.w, ctx.ld};
   const Range pixels = {ctx.pixels * group / ctx.groups, ctx.pixels * (group + 1) / ctx.groups};
-  if constexpr (Pass::kReadsStored || SameType<S, T>::value) {
-    const bool out = ctx.out == nullptr || ctx.out_layout == Layout::nhwc;
-    if (out && in_vectors<T>(of, ctx.v) && (ctx.grad.data == nullptr || in_vectors<T>(of, ctx.grad))) {
-      return norm_pass_in_place<T, S>(ctx, group, pixels, pass);
-    }
+  const bool out = ctx.out == nullptr || ctx.out_layout == Layout::nhwc;
+  if (out && in_vectors<T>(of, ctx.v) && (ctx.grad.data == nullptr || in_vectors<T>(of, ctx.grad))) {
+    return norm_pass_in_place<T, S>(ctx, group, pixels, pass);
   }
   T* v_copy = static_cast<T*>(scratch);
   T* grad_copy = v_copy + ctx.tile_pixels * ctx.ld;
@@ -277,11 +275,9 @@ static void norm_pass(const NormContext& ctx, int64_t group, void* scratch, cons
   }
 }
 
-// kReadsStored: a pass may take a tile in the type of the tensor.
 struct MomentsPass {
-  static constexpr bool kReadsStored = false;
-  template <typename T>
-  DSCONV_INLINE void run(const NormContext& ctx, const NormTile<T>& t, int64_t group, int64_t before) {
+  template <typename T, typename S>
+  DSCONV_INLINE void run(const NormContext& ctx, const NormTile<T, S>& t, int64_t group, int64_t before) {
     double* mean = ctx.partial + group * 2 * ctx.channels;
     double* m2 = mean + ctx.channels;
     for (int64_t i = 0; before == 0 && i < 2 * ctx.channels; ++i) mean[i] = 0;
@@ -292,7 +288,6 @@ struct MomentsPass {
   }
 };
 struct SumsPass {
-  static constexpr bool kReadsStored = true;
   template <typename T, typename S>
   DSCONV_INLINE void run(const NormContext& ctx, NormTile<T, S>& t, int64_t group, int64_t before) {
     t.sums = ctx.partial + group * 2 * ctx.channels;
@@ -303,7 +298,6 @@ struct SumsPass {
 };
 template <typename Pass>
 struct OutputPass {
-  static constexpr bool kReadsStored = true;
   template <typename T, typename S>
   DSCONV_INLINE void run(const NormContext& ctx, const NormTile<T, S>& t, int64_t, int64_t) {
     for_activation<Pass>(ctx.act, t);
