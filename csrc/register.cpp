@@ -89,6 +89,14 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
       "bwd_norm_depthwise(Tensor(a!) du, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor "
       "vectors, Tensor sums, float count, int[2] stride, int[4] padding, int[2] dilation, int grad_mask, Tensor? "
       "in_vectors=None, int in_act=0) -> (Tensor, Tensor)");
+  // A norm with given statistics folded into the weight and the bias before it, and the gradients of (weight, bias,
+  // gamma, beta) from those of the two. For plain tensors of the CPU, as the next two.
+  m.def(
+      "fold_norm(Tensor weight, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "fold_norm_bwd(Tensor grad_weight, Tensor grad_bias, Tensor weight, Tensor? bias, Tensor mean, Tensor var, "
+      "Tensor? gamma, float eps) -> (Tensor, Tensor, Tensor, Tensor)");
   // A step of training in two calls, for a block of the CPU with both norms, of which no statistics are shared: what
   // the ops above do one by one, running statistics and the count of batches included. `kept` is what keep() made of
   // the arguments, out_act that of the second norm; tensors have the dtype of x, parameters of the norms its compute
@@ -114,7 +122,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("isa_active", [] { return dsconv::isa_name(dsconv::isa_active()); }, "The one in use");
   m.def("set_isa", &dsconv::set_isa, pybind11::arg("name"), "Uses another one from now on, in the whole process");
   m.def("bf16_dot_available", &dsconv::bf16_dot_available, "Whether this library and machine have AVX512-BF16 kernels");
-  m.def("bf16_dot_active", &dsconv::bf16_dot_active, "Whether a bfloat16 forward uses them");
+  m.def("bf16_dot_active", &dsconv::bf16_dot_active, "Whether bfloat16 uses them");
   m.def("set_bf16_dot", &dsconv::set_bf16_dot, pybind11::arg("on"), "False: bfloat16 is computed in float32");
   dsconv::define_plans(m);
 }

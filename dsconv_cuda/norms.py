@@ -6,11 +6,13 @@ is the convolution with a norm of given statistics after it.
 """
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor, nn
 
 from dsconv_cuda import _loader
+from dsconv_cuda.autograd import transformed
 
 
 @dataclasses.dataclass
@@ -120,10 +122,66 @@ def fold_norm(weight: Tensor, bias: Tensor | None, bn: BatchNormArguments) -> tu
 
     Scale and shift, a number a channel, are made in float64 and rounded once.
     """
-    mean, var, gamma, beta = (
-        None if t is None else t.double() for t in (bn.running_mean, bn.running_var, bn.weight, bn.bias)
-    )
-    scale = torch.rsqrt(var + bn.eps)
+    tensors = (weight, bias, bn.running_mean, bn.running_var, bn.weight, bn.bias)
+    if _in_one_call(tensors):
+        return _Fold.apply(*tensors, bn.eps)
+    return _fold(*tensors, bn.eps)
+
+
+_PLAIN_TYPES = frozenset((Tensor, nn.Parameter))
+_WIDE = frozenset((torch.float32, torch.float64))
+
+
+def _in_one_call(tensors: tuple) -> bool:
+    """Whether there is an op for these, and nothing but first derivatives follows, or derivatives in eager mode."""
+    weight = tensors[0]
+    if torch.compiler.is_compiling() or weight.device.type != "cpu" or not weight.is_contiguous():
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN_TYPES or t.dtype not in _WIDE or t.device.type != "cpu"):
+            return False
+    return not (tensors[2].requires_grad or tensors[3].requires_grad) and not transformed() and _has_fold()
+
+
+@functools.cache
+def _has_fold() -> bool:
+    _loader.load_library()
+    return _loader.has_kernel("fold_norm", "CPU")
+
+
+class _Fold(torch.autograd.Function):
+    """_fold() of plain tensors, the statistics of which get no gradient."""
+
+    @staticmethod
+    def forward(ctx, weight, bias, mean, var, gamma, beta, eps: float):
+        ctx.save_for_backward(weight, bias, mean, var, gamma, beta)
+        ctx.eps = eps
+        return torch.ops.dsconv_cuda.fold_norm.default(weight, bias, mean, var, gamma, beta, eps)
+
+    @staticmethod
+    def backward(ctx, grad_weight, grad_bias):
+        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
+        if torch.is_grad_enabled() or transformed() or type(grad_weight) is not Tensor:
+            asked = [t for t, needed in zip(tensors, wanted, strict=False) if needed]
+            with torch.enable_grad():
+                grads = iter(
+                    torch.autograd.grad(_fold(*tensors, ctx.eps), asked, (grad_weight, grad_bias), create_graph=True)
+                )
+            return (*(next(grads) if needed else None for needed in wanted[:6]), None)
+        weight, bias, mean, var, gamma, _ = tensors
+        of_weight, of_bias, of_gamma, of_beta = torch.ops.dsconv_cuda.fold_norm_bwd.default(
+            grad_weight, grad_bias, weight, bias, mean, var, gamma, ctx.eps
+        )
+        grads = (of_weight, of_bias, None, None, of_gamma, of_beta)
+        return (
+            *(g.to(t.dtype) if needed else None for g, t, needed in zip(grads, tensors, wanted, strict=False)),
+            None,
+        )
+
+
+def _fold(weight: Tensor, bias: Tensor | None, mean, var, gamma, beta, eps: float) -> tuple[Tensor, Tensor]:
+    mean, var, gamma, beta = (None if t is None else t.double() for t in (mean, var, gamma, beta))
+    scale = torch.rsqrt(var + eps)
     if gamma is not None:
         scale = scale * gamma
     shift = (-mean if bias is None else bias.double() - mean) * scale

@@ -337,5 +337,5 @@ def register_python_parts() -> None:
             importlib.import_module(".compiled_folding", __package__).register(_fragment, _fwd_fake)
         # Called below autograd and only there.
         below = ("keep", "fwd_kept", "fwd_after_norm_kept", "fwd_with_pre_kept", "bwd_kept", "seen_again")
-        for name in (*below, "train_fwd", "train_bwd"):
+        for name in (*below, "train_fwd", "train_bwd", "fold_norm", "fold_norm_bwd"):
             _fragment.impl(name, torch.library.fallthrough_kernel, "Autograd")

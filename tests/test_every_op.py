@@ -16,7 +16,8 @@ SCHEMA = ("test_schema",)
 
 # Called below autograd, for plain tensors of the CPU, and never traced: no fake kernels.
 EAGER_ONLY = (
-    "keep", "fwd_kept", "fwd_after_norm_kept", "fwd_with_pre_kept", "bwd_kept", "seen_again", "train_fwd", "train_bwd"
+    "keep", "fwd_kept", "fwd_after_norm_kept", "fwd_with_pre_kept", "bwd_kept", "seen_again", "train_fwd", "train_bwd",
+    "fold_norm", "fold_norm_bwd",
 )  # fmt: skip
 
 
@@ -76,6 +77,9 @@ class Operands:
         of["train_fwd"] = (*weights, pw_bias, *(None,) * 4, *statistics, 1e-5, 0.1, 1e-5, 0.1, kept, None, 0, False)
         _, y, vectors1, vectors2 = ops.train_fwd(*of["train_fwd"])
         of["train_bwd"] = (torch.randn_like(y), y, *weights, pw_bias, vectors1, vectors2, kept, 7, None, 0)
+        norm = (dw_bias, torch.randn(12), torch.rand(12))
+        of["fold_norm"] = (dw, *norm, dw_bias, dw_bias, 1e-5)
+        of["fold_norm_bwd"] = (*map(torch.randn_like, ops.fold_norm(*of["fold_norm"])), dw, *norm, dw_bias, 1e-5)
         return of
 
 

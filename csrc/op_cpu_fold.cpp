@@ -1,0 +1,161 @@
+// A norm with given statistics folded into the weights before it, and the gradients of that: what fold_norm() in
+// dsconv_cuda/norms.py says in some twelve operations of PyTorch, which for small layers take longer than the layer.
+//
+//   scale = gamma / sqrt(var + eps)     weight' = weight * scale     bias' = (bias - mean) * scale + beta
+//
+//   grad weight = grad weight' * scale                         grad bias = grad bias' * scale
+//   grad gamma  = (sum grad weight' * weight + grad bias' * (bias - mean)) / sqrt(var + eps)
+//   grad beta   = grad bias'
+//
+// A channel is a row of the weight. Numbers of a channel and sums are float64, products in the type of the weight.
+
+#include <cmath>
+
+#include "op_args.h"
+
+namespace dsconv {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// A vector of the norm, or of the convolution, float32 or float64; a missing one has one value for all.
+class Channels {
+ public:
+  Channels(const char* op, const char* arg, const Optional& t, int64_t channels, double otherwise)
+      : otherwise_(otherwise) {
+    if (!t.has_value()) return;
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", arg, " must have shape [", channels, "]");
+    doubles_ = t->scalar_type() == ScalarType::Double;
+    STD_TORCH_CHECK(doubles_ || t->scalar_type() == ScalarType::Float, op, ": ", arg, " must be float32 or float64");
+    data_ = t->const_data_ptr();
+    step_ = t->stride(0);
+  }
+  double operator[](int64_t c) const {
+    if (data_ == nullptr) return otherwise_;
+    return doubles_ ? static_cast<const double*>(data_)[c * step_]
+                    : static_cast<double>(static_cast<const float*>(data_)[c * step_]);
+  }
+
+ private:
+  const void* data_ = nullptr;
+  int64_t step_ = 0;
+  bool doubles_ = false;
+  double otherwise_;
+};
+
+struct Norm {
+  Channels bias, mean, var, gamma;
+  double eps;
+
+  Norm(const char* op, const Optional& bias, const Tensor& mean, const Tensor& var, const Optional& gamma,
+       int64_t channels, double eps)
+      : bias(op, "bias", bias, channels, 0),
+        mean(op, "mean", mean, channels, 0),
+        var(op, "var", var, channels, 1),
+        gamma(op, "gamma", gamma, channels, 1),
+        eps(eps) {}
+  double invstd(int64_t c) const { return 1 / std::sqrt(var[c] + eps); }
+};
+
+// Elements of a row.
+int64_t check_weight(const char* op, const char* arg, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() >= 2 && t.is_contiguous(), op, ": ", arg, " must be contiguous, with channels first");
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, op, ": ", arg,
+                  " must be float32 or float64");
+  return t.size(0) == 0 ? 0 : t.numel() / t.size(0);
+}
+
+// Of the same sizes and strides, which say what memory format outputs will have.
+Tensor like_weight(const Tensor& t) { return empty_strided(t, t.dim(), t.sizes().data(), t.strides().data()); }
+
+Tensor empty_vector(const Tensor& like, int64_t channels) { return empty_contiguous(like, {&channels, 1}); }
+
+template <typename T>
+std::tuple<Tensor, Tensor> fold(const Tensor& weight, int64_t row, const Norm& norm, const Channels& beta) {
+  const int64_t channels = weight.size(0);
+  Tensor folded = like_weight(weight), bias = empty_vector(weight, channels);
+  const T* from = static_cast<const T*>(weight.const_data_ptr());
+  T* to = static_cast<T*>(folded.mutable_data_ptr());
+  T* shift = static_cast<T*>(bias.mutable_data_ptr());
+  for (int64_t c = 0; c < channels; ++c, from += row, to += row) {
+    const double scale = norm.invstd(c) * norm.gamma[c];
+    const T rounded = static_cast<T>(scale);
+    for (int64_t i = 0; i < row; ++i) to[i] = from[i] * rounded;
+    shift[c] = static_cast<T>((norm.bias[c] - norm.mean[c]) * scale + beta[c]);
+  }
+  return {folded, bias};
+}
+
+std::tuple<Tensor, Tensor> fold_norm(Tensor weight, Optional bias, Tensor mean, Tensor var, Optional gamma,
+                                     Optional beta, double eps) {
+  constexpr const char* op = "dsconv_cuda::fold_norm";
+  const int64_t row = check_weight(op, "weight", weight), channels = weight.size(0);
+  const Norm norm(op, bias, mean, var, gamma, channels, eps);
+  const Channels shift(op, "beta", beta, channels, 0);
+  return weight.scalar_type() == ScalarType::Double ? fold<double>(weight, row, norm, shift)
+                                                    : fold<float>(weight, row, norm, shift);
+}
+
+// Some sums side by side, which do not wait for one another.
+template <typename T>
+double dot(const T* a, const T* b, int64_t count) {
+  constexpr int64_t kSums = 8;
+  double sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums) {
+    for (int64_t j = 0; j < kSums; ++j) sums[j] += static_cast<double>(a[i + j]) * static_cast<double>(b[i + j]);
+  }
+  for (; i < count; ++i) sums[0] += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  double total = 0;
+  for (const double sum : sums) total += sum;
+  return total;
+}
+
+using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+template <typename T>
+Gradients fold_backward(const Tensor& grad_weight, const Tensor& grad_bias, const Tensor& weight, int64_t row,
+                        const Norm& norm) {
+  const int64_t channels = weight.size(0);
+  Gradients grads = {like_weight(weight), empty_vector(weight, channels), empty_vector(weight, channels),
+                     empty_vector(weight, channels)};
+  const T* g = static_cast<const T*>(grad_weight.const_data_ptr());
+  const T* g_bias = static_cast<const T*>(grad_bias.const_data_ptr());
+  const T* w = static_cast<const T*>(weight.const_data_ptr());
+  T* of_weight = static_cast<T*>(std::get<0>(grads).mutable_data_ptr());
+  T* of_bias = static_cast<T*>(std::get<1>(grads).mutable_data_ptr());
+  T* of_gamma = static_cast<T*>(std::get<2>(grads).mutable_data_ptr());
+  T* of_beta = static_cast<T*>(std::get<3>(grads).mutable_data_ptr());
+  for (int64_t c = 0; c < channels; ++c, g += row, w += row, of_weight += row) {
+    const double invstd = norm.invstd(c), scale = invstd * norm.gamma[c];
+    const T rounded = static_cast<T>(scale);
+    for (int64_t i = 0; i < row; ++i) of_weight[i] = g[i] * rounded;
+    const double sum = dot(g, w, row) + static_cast<double>(g_bias[c]) * (norm.bias[c] - norm.mean[c]);
+    of_bias[c] = static_cast<T>(static_cast<double>(g_bias[c]) * scale);
+    of_gamma[c] = static_cast<T>(sum * invstd);
+    of_beta[c] = g_bias[c];
+  }
+  return grads;
+}
+
+// Of (weight, bias, gamma, beta), in the type of the weight.
+Gradients fold_norm_bwd(Tensor grad_weight, Tensor grad_bias, Tensor weight, Optional bias, Tensor mean, Tensor var,
+                        Optional gamma, double eps) {
+  constexpr const char* op = "dsconv_cuda::fold_norm_bwd";
+  const int64_t row = check_weight(op, "weight", weight), channels = weight.size(0);
+  const Tensor grad = dense(grad_weight), grad_of_bias = dense(grad_bias);
+  STD_TORCH_CHECK(same_sizes(grad, weight) && grad.scalar_type() == weight.scalar_type(), op,
+                  ": grad_weight must be like weight");
+  check_bias(op, "grad_bias", grad_of_bias, weight, channels);
+  const Norm norm(op, bias, mean, var, gamma, channels, eps);
+  return weight.scalar_type() == ScalarType::Double ? fold_backward<double>(grad, grad_of_bias, weight, row, norm)
+                                                    : fold_backward<float>(grad, grad_of_bias, weight, row, norm);
+}
+
+}  // namespace
+}  // namespace dsconv
+
+STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
+  m.impl("fold_norm", TORCH_BOX(&dsconv::fold_norm));
+  m.impl("fold_norm_bwd", TORCH_BOX(&dsconv::fold_norm_bwd));
+}
