@@ -210,12 +210,12 @@ def block_of_chain(
         image = ", ".join(_IMAGES[dims])
         shape = list(tensors[0].shape)
         raise ValueError(f"{op}: input must have shape [N, C, {image}], as nn.BatchNorm{dims}d takes, got {shape}")
-    device = tensors[0].device.type
-    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        tensors = _autocast(tensors, device)
     axes = max(dims, 2)  # of the kernels
     if dims == 1:
         tensors, stride, padding, dilation = as_rows(op, tensors, stride, padding, dilation)
+    device, given = tensors[0].device.type, tensors
+    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
+        tensors = _autocast(tensors, device)
     _checks.check_operands(op, tensors)
     x_shape, dw_shape, pw_shape = _checks.check_shapes(op, tensors, axes)
     stride = _checks.per_axis(op, "stride", stride, 1, axes)
@@ -234,10 +234,11 @@ def block_of_chain(
     if device == "cuda" and not _loader.cuda_kernels_loaded():
         _checks.raise_for_no_cuda(op, tensors[0].device)
     batch1, batch2 = bn1 is not None and bn1.training, bn2 is not None and bn2.training
+    # Before autocast rounds them.
     if bn1 is not None and not batch1:
-        dw_weight, dw_bias = fold_norm(dw_weight, dw_bias, bn1)
+        dw_weight, dw_bias = (t.to(x.dtype) for t in fold_norm(given[1], given[3], bn1))
     if bn2 is not None and not batch2:
-        pw_weight, pw_bias = fold_norm(pw_weight, pw_bias, bn2)
+        pw_weight, pw_bias = (t.to(x.dtype) for t in fold_norm(given[2], given[4], bn2))
     if before is not None and before.deferred is not None:
         x = before.deferred
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias)

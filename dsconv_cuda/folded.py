@@ -1,7 +1,7 @@
 """BatchNorm in evaluation folded into the weights beside it, and kept from one call without gradients to the next.
 
-For the blocks of batchnorm_module.py and the chains of fusion/. In graphs of torch.compile the op of
-compiled_folding.py does the same.
+For the blocks of batchnorm_module.py and the chains of fusion/. Under autocast the folded weights are kept in its
+dtype. In graphs of torch.compile the op of compiled_folding.py does the same.
 
 Weights are folded again when something that goes into them has changed. Noticed are other tensors, every write that
 PyTorch counts (``_version``; BatchNorm's own update of its statistics counts in num_batches_tracked), and by their
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_cuda import kept_weights
+from dsconv_cuda.functional import autocast_dtype
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 from dsconv_cuda.norms import arguments_of, fold_norm, norm_vectors
 from dsconv_cuda.seen import Seen
@@ -55,7 +56,10 @@ class Folded:
         out_activation: str,
         unkept: Callable[[Tensor], Tensor],
         before=None,  # a NormBefore
+        dtype: torch.dtype | None = None,  # of autocast
     ):
+        self.arguments = (depthwise, bn1, activation, pointwise, bn2, out_activation, unkept, before)
+        self.dtype, self.of_autocast = dtype, {}
         self.depthwise, self.pointwise = depthwise, pointwise
         self.before, self.bn1, self.bn2 = before, bn1, bn2
         self.unkept = unkept
@@ -89,7 +93,11 @@ class Folded:
         self.tensors = []
 
     def __call__(self, x: Tensor) -> Tensor:
-        conv, mine = self.depthwise, self.module.depthwise.__dict__
+        conv = self.depthwise
+        dtype = autocast_dtype(x) if autocast_dtype(conv.weight) is not None else None
+        if dtype is not self.dtype:
+            return self._under_autocast(dtype)(x)
+        mine = self.module.depthwise.__dict__
         mine["stride"], mine["padding"], mine["dilation"] = conv.stride, conv.padding, conv.dilation
         tensors = [
             t
@@ -110,9 +118,27 @@ class Folded:
                 with torch.inference_mode(False), torch.no_grad():
                     self._fold_again()
             in_norm = self.in_norm
-        return self.module.forward(x) if in_norm is None else self._after_norm(x, in_norm)
+        if dtype is None:
+            return self._call(x, in_norm)
+        call, x = vars(self.module).get("_kept_call"), x.to(dtype)
+        if call is not None:  # without the detour of switching autocast off
+            y = call(self.module, x, in_norm, True)
+            if y is not None:
+                return y
+        with torch.autocast(x.device.type, enabled=False):
+            return self._call(x, in_norm)
 
-    def _after_norm(self, x: Tensor, in_norm: tuple[Tensor, int]) -> Tensor:
+    def _under_autocast(self, dtype: torch.dtype) -> "Folded":
+        """Of weights of its own: calls of several threads may differ in this."""
+        with self.lock:
+            folded = self.of_autocast.get(dtype)
+            if folded is None:
+                folded = self.of_autocast[dtype] = Folded(*self.arguments, dtype)
+        return folded
+
+    def _call(self, x: Tensor, in_norm: tuple[Tensor, int] | None) -> Tensor:
+        if in_norm is None:
+            return self.module.forward(x)
         if "_kept_call" not in vars(self.module):
             kept_weights.keep(self.module, x)
         call = vars(self.module).get("_kept_call")
@@ -124,7 +150,7 @@ class Folded:
         first = self.seen is None
         if first:
             self.seen = Seen()
-        if not self.norms:  # nothing folds; modules.py looks after the weights themselves
+        if not self.norms and self.dtype is None:  # nothing folds; modules.py looks after the weights themselves
             return first
         versions = [t._version for t in self.tensors] + [bn.eps for bn in self.norms]
         matrices = [self.depthwise._parameters["weight"], self.pointwise._parameters["weight"]]
@@ -141,11 +167,11 @@ class Folded:
             (self.module.pointwise, self.pointwise, self.bn2),
         )
         for mine, conv, bn in pairs:
-            if bn is None:
+            if bn is None and self.dtype is None:
                 mine._parameters.update(conv._parameters)
-            else:
-                weight, bias = fold(conv, bn)
-                mine.weight, mine.bias = (nn.Parameter(t, requires_grad=False) for t in (weight, bias))
+                continue
+            folded = (t if t is None or self.dtype is None else t.to(self.dtype) for t in fold(conv, bn))
+            mine.weight, mine.bias = (None if t is None else nn.Parameter(t, requires_grad=False) for t in folded)
 
 
 def _shell(conv: nn.Module) -> nn.Module:

@@ -139,6 +139,14 @@ def _fast(x: Tensor) -> bool:
     return cudnn.allow_tf32
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast casts `x` and the weights beside it to; None where it does not."""
+    device = x.device.type
+    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device) or x.dtype not in _AUTOCAST_FROM:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def _autocast(tensors: tuple, device: str) -> tuple:
     """Casts what PyTorch's autocast casts for a convolution: floating point tensors of the device, but not float64."""
     dtype = torch.get_autocast_dtype(device)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from dsconv_cuda import _checks, compiled_weights
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.autograd import KeptFunction, kept_arguments, kept_kernels, nobody_watches
+from dsconv_cuda.autograd import KeptFunction, kept_arguments, kept_kernels, nobody_watches, transformed
 from dsconv_cuda.functional import as_rows
 
 _is_grad_enabled = torch.is_grad_enabled
@@ -70,13 +70,15 @@ class KeptCall:
         "stride",
     )
 
-    def __call__(self, module: nn.Module, input: Tensor, in_norm: tuple[Tensor, int] | None = None) -> Tensor | None:
+    def __call__(
+        self, module: nn.Module, input: Tensor, in_norm: tuple[Tensor, int] | None = None, was_cast: bool = False
+    ) -> Tensor | None:
         """What `module` makes of `input`; None where the call is not plain or anything but the input has changed.
 
         in_norm: the vectors of a norm and the number of an activation that the input goes through first, in calls that
-        need no gradient.
+        need no gradient. was_cast: autocast has nothing left to do.
         """
-        if type(input) is not Tensor or not nobody_watches():
+        if type(input) is not Tensor or (transformed() if was_cast else not nobody_watches()):
             return None
         dw_weight, dw_bias = self.dw_weight, self.dw_bias
         pw_weight, pw_bias = self.pw_weight, self.pw_bias

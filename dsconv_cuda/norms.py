@@ -29,7 +29,7 @@ class BatchNormArguments:
     weight: Tensor | None = None
     bias: Tensor | None = None
     training: bool = False
-    momentum: float = 0.1
+    momentum: float | Tensor = 0.1
     eps: float = 1e-5
     process_group: object | None = None
     num_batches_tracked: Tensor | None = None
@@ -38,8 +38,10 @@ class BatchNormArguments:
 def arguments_of(norm: nn.Module, synchronised: bool) -> BatchNormArguments:
     """What nn.BatchNorm2d.forward and nn.SyncBatchNorm.forward hand to F.batch_norm."""
     momentum = 0.0 if norm.momentum is None else norm.momentum
-    if norm.momentum is None and counts_batches(norm):
-        momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0)  # the mean over all batches
+    if norm.momentum is None and counts_batches(norm):  # the mean over all batches
+        batches = norm.num_batches_tracked
+        batches = batches.double() if torch.compiler.is_compiling() else float(batches)  # a number would be a constant
+        momentum = 1.0 / (batches + 1.0)
     tracks = not norm.training or norm.track_running_stats
     return BatchNormArguments(
         # In eval mode without running statistics the batch's are taken and none are tracked.
@@ -206,11 +208,13 @@ def track(bn: BatchNormArguments, moments: Tensor, count: float) -> None:
     if count == 0:  # an empty batch
         return
     running = [t for t in (bn.running_mean, bn.running_var) if t is not None]
-    if not torch.compiler.is_compiling() and _loader.tracks_in_one_call(moments.device.type):
+    as_number = not isinstance(bn.momentum, Tensor)
+    if as_number and not torch.compiler.is_compiling() and _loader.tracks_in_one_call(moments.device.type):
         torch.ops.dsconv_cuda.norm_track(moments, count, bn.momentum, bn.running_mean, bn.running_var)
         torch.autograd.graph.increment_version(running)
         return
     for statistic, row, scale in ((bn.running_mean, 0, 1.0), (bn.running_var, 1, count / (count - 1))):
         if statistic is not None:
             value = moments[row] if scale == 1.0 else moments[row] * scale
-            statistic.lerp_(value.to(statistic.dtype), bn.momentum)
+            momentum = bn.momentum if as_number else bn.momentum.to(statistic.dtype)
+            statistic.lerp_(value.to(statistic.dtype), momentum)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
@@ -229,3 +230,60 @@ def test_compiled(dims, device, monkeypatch):
     block.bn2.running_mean.add_(1)
     torch.testing.assert_close(compiled(x), Plain(block)(x), **CLOSE)
     torch._dynamo.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("of", ["block", "fused model", "fused model without norms"])
+def test_autocast(of, dims, folds, device):
+    """Folded weights are kept in its dtype; changes are noticed by calls under it and outside, whatever the dtype."""
+    block, x = build(device, dims), image(device, dims)
+    parts = (block.depthwise, block.bn1, nn.SiLU(), block.pointwise, block.bn2, nn.ReLU())
+    if of == "fused model without norms":
+        parts = (block.depthwise, nn.SiLU(), block.pointwise)
+    module = block if of == "block" else dsconv_cuda.fuse(nn.Sequential(*parts), inplace=True)
+    plain = Plain(block) if of == "block" else dsconv_cuda.unfuse(module)
+
+    def check():
+        for dtype in (torch.bfloat16, None, torch.float16, torch.bfloat16):
+            with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+                results = [module(x) for _ in range(4)]
+                expected = (Plain(block) if of == "block" else plain)(x)
+            assert {y.dtype for y in results} == {dtype or torch.float32}
+            assert all(torch.equal(results[0], y) for y in results)
+            eps = torch.finfo(dtype or torch.float32).eps
+            torch.testing.assert_close(results[0], expected, rtol=8 * eps, atol=8 * eps * float(expected.abs().max()))
+
+    check()
+    before = len(folds)
+    with torch.autocast(device.type, torch.bfloat16):
+        module(x), module(x)
+    assert len(folds) == before  # kept
+    block.pointwise.weight.data.mul_(1.5)
+    if of != "fused model without norms":
+        block.bn2.running_mean.add_(0.5)
+    check()
+    assert module(x.double().float()).dtype == torch.float32
+
+
+def test_threads_under_autocast_and_not(device):
+    block, x = build(device), image(device)
+    wrong, expected = [], {}
+    dtypes = (None, torch.bfloat16, torch.float16)
+
+    def run(dtype, check=True):
+        with torch.no_grad(), torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+            for _ in range(20):
+                y = block(x)
+                if check and not torch.equal(y, expected[dtype]):
+                    wrong.append(dtype)
+        return y
+
+    for dtype in dtypes:
+        expected[dtype] = run(dtype, False)
+    threads = [threading.Thread(target=run, args=(dtype,)) for dtype in dtypes * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong

@@ -231,6 +231,22 @@ def test_graphs_of_training_hold_the_fused_kernels(what, device):
     ]
 
 
+def test_the_mean_over_all_batches_in_one_graph(device):
+    """momentum=None: how far the statistics move follows the count, which the graph reads."""
+    net = DepthwiseSeparableConvBN2d(6, 10, 3, padding=1, momentum=None).to(device)
+    other = copy.deepcopy(net)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+    for _ in range(4):
+        x = torch.randn(2, 6, 9, 7, device=device)
+        compiled(x).sum().backward()
+        other(x).sum().backward()
+    for name, buffer in other.named_buffers():
+        torch.testing.assert_close(net.get_buffer(name), buffer, msg=name)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 @torch.no_grad()
 def test_training_statistics_without_gradients_in_a_graph(device):
     net = DepthwiseSeparableConvBN2d(6, 10, 3, padding=1).to(device)
