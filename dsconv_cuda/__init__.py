@@ -6,7 +6,7 @@
                                     depthwise_separable_conv_bn2d and BatchNormArguments are its function
     DepthwiseSeparableSequence      a sequence of such blocks that keeps one tensor a block for backward
     fuse, unfuse, explain_fusion    finds the chains of a model of stock modules and fuses them
-    clear_weight_cache              frees the packed weights that modules keep
+    clear_weight_cache              drops the packed and folded weights that modules keep
     decomposition_table             the op as two convolutions, for exports to other runtimes
     models                          networks that use it: MobileNetV1, Xception, ExampleNet
     complexity                      multiply-adds, bytes and bounds of layers and models

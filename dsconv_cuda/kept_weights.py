@@ -216,8 +216,8 @@ def _arguments(call: KeptCall, dw_weight: Tensor, pw_weight: Tensor):
 
 
 def clear_weight_cache() -> None:
-    """Frees the packed and the folded weights that modules and compiled graphs keep between calls without gradient;
-    the next call makes them anew.
+    """Drops the packed and the folded weights that modules and compiled graphs keep between calls without gradient; the
+    next call makes them anew. Packed ones are freed at once.
 
     Needed after a write to a few elements of a weight that PyTorch does not count (through ``.data``, numpy or shared
     memory), and of use where the memory matters: what is kept is as large as the weights in float32.

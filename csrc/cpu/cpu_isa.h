@@ -22,7 +22,7 @@ Isa isa_active();
 // Overrides the choice for the whole process; the same errors.
 void set_isa(const std::string& name);
 
-// AVX512-BF16, which not every machine with avx512 has: bf16 forward then multiplies bf16 numbers two at a time.
+// AVX512-BF16, which not every machine with avx512 has: bf16 is then multiplied two numbers at a time.
 bool bf16_dot_available();  // built, and this machine can run it
 bool bf16_dot_active();     // available, not switched off, and the active ISA is avx512
 void set_bf16_dot(bool on);

@@ -10,7 +10,8 @@
 namespace dsconv {
 
 // Weights as the kernels walk them; k is the channel order of cpu_plan.h, panels have micro.columns columns. Kernels
-// that multiply bf16 have their own forms of dw_weight and pw_forward for the forward (pack_bf16.inl), no larger ones.
+// that multiply bf16 have their own forms of dw_weight (of the forward), pw_forward and pw_backward (pack_bf16.inl), no
+// larger ones.
 struct PackedWeights {
   void* dw_weight;    // [taps][mid_columns]
   void* dw_bias;      // [mid_columns], zeros where there is none
@@ -146,6 +147,6 @@ struct KernelTable {
 const KernelTable& kernels_generic();
 const KernelTable& kernels_avx2();  // x86-64 only, as is the next
 const KernelTable& kernels_avx512();
-const KernelTable& kernels_avx512_bf16();  // the same, but bf16 forward multiplies bf16; only where DSCONV_BUILDS_BF16
+const KernelTable& kernels_avx512_bf16();  // the same, but bf16 is multiplied as it is; only where DSCONV_BUILDS_BF16
 
 }  // namespace dsconv
