@@ -24,7 +24,7 @@ from dsconv_cuda.autograd import kept_arguments, transformed
 from dsconv_cuda.batchnorm import Unnormalised
 from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, operation
 from dsconv_cuda.deferred import Deferred
-from dsconv_cuda.functional import _autocast
+from dsconv_cuda.functional import cast_for_autocast
 from dsconv_cuda.norms import wide_parameter
 from dsconv_cuda.ops import IDENTITY
 
@@ -192,7 +192,7 @@ def step(
         return None
     operands, affine = tensors[:5], tensors[5:]
     if torch.is_autocast_enabled("cpu"):
-        operands = _autocast(operands, "cpu")
+        operands = cast_for_autocast(operands, "cpu")
     if operands[0].dtype not in _WIDE:
         affine = map(wide_parameter, affine)
     tensors = (*operands, *affine)

@@ -98,7 +98,7 @@ def _conv(
     """`border` is the padding worked out already, as (top, left, bottom, right)."""
     device = tensors[0].device.type
     if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        tensors = _autocast(tensors, device)
+        tensors = cast_for_autocast(tensors, device)
     _checks.check_operands(op, tensors)
     x_shape, dw_shape, pw_shape = _checks.check_shapes(op, tensors, dims)
 
@@ -147,7 +147,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _autocast(tensors: tuple, device: str) -> tuple:
+def cast_for_autocast(tensors: tuple, device: str) -> tuple:
     """Casts what PyTorch's autocast casts for a convolution: floating point tensors of the device, but not float64."""
     dtype = torch.get_autocast_dtype(device)
     return tuple(

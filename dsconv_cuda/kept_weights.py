@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from dsconv_cuda import _checks, compiled_weights
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.autograd import KeptFunction, kept_arguments, kept_kernels, nobody_watches, transformed
-from dsconv_cuda.functional import as_rows
+from dsconv_cuda.autograd import KeptFunction, kept_arguments, kept_kernels, transformed
+from dsconv_cuda.functional import as_rows, cast_for_autocast
 
 _is_grad_enabled = torch.is_grad_enabled
+_autocast_enabled = torch._C._is_any_autocast_enabled
 
 _keepers = weakref.WeakSet()  # of everything that eager calls keep; each has forget()
 
@@ -78,8 +79,9 @@ class KeptCall:
         in_norm: the vectors of a norm and the number of an activation that the input goes through first, in calls that
         need no gradient. was_cast: autocast has nothing left to do.
         """
-        if type(input) is not Tensor or (transformed() if was_cast else not nobody_watches()):
+        if type(input) is not Tensor or transformed():
             return None
+        autocast = _autocast_enabled() and not was_cast
         dw_weight, dw_bias = self.dw_weight, self.dw_bias
         pw_weight, pw_bias = self.pw_weight, self.pw_bias
         children = module._modules
@@ -108,25 +110,30 @@ class KeptCall:
         elif given != rank:
             return None
         if rank == 3:
-            y = self._of_rows(module, input, in_norm)
+            y = self._of_rows(module, input, in_norm, autocast)
         else:
-            y = self._of_images(module, input, dw_weight, pw_weight, in_norm)
+            y = self._of_images(module, input, dw_weight, pw_weight, in_norm, autocast)
         return y if given == rank or y is None else y.squeeze(0)
 
-    def _of_rows(self, module: nn.Module, input: Tensor, in_norm) -> Tensor | None:
+    def _of_rows(self, module: nn.Module, input: Tensor, in_norm, autocast: bool) -> Tensor | None:
         if module.causal is not self.causal:
             return self._drop(module)
         weights = self.dw_weight.unsqueeze(-2), self.pw_weight.unsqueeze(-1)
-        y = self._of_images(module, input.unsqueeze(-2), *weights, in_norm)
+        y = self._of_images(module, input.unsqueeze(-2), *weights, in_norm, autocast)
         return None if y is None else y.squeeze(-2)
 
     def _of_images(
-        self, module: nn.Module, input: Tensor, dw_weight: Tensor, pw_weight: Tensor, in_norm
+        self, module: nn.Module, input: Tensor, dw_weight: Tensor, pw_weight: Tensor, in_norm, autocast: bool
     ) -> Tensor | None:
         dw_bias, pw_bias = self.dw_bias, self.pw_bias
         try:
             if _is_grad_enabled() and _any_requires_grad(dw_weight, pw_weight, dw_bias, pw_bias, input):
-                return KeptFunction.apply(input, dw_weight, pw_weight, dw_bias, pw_bias, self.arguments)
+                operands = (input, dw_weight, pw_weight, dw_bias, pw_bias)
+                if autocast and torch.is_autocast_enabled("cpu"):
+                    operands = cast_for_autocast(operands, "cpu")
+                return KeptFunction.apply(*operands, self.arguments)
+            if autocast:  # what would be kept are not the module's own weights
+                return None
             version = dw_weight._version + pw_weight._version
             if dw_bias is not None:
                 version += dw_bias._version
@@ -172,7 +179,7 @@ def _any_requires_grad(*tensors: Tensor | None) -> bool:
 
 def keep(module: nn.Module, input: Tensor) -> None:
     """Prepares the next calls of `module`, which has just been called with `input`, where they may be KeptCalls."""
-    if type(input) is not Tensor or not input.is_cpu or not nobody_watches() or not kept_kernels():
+    if type(input) is not Tensor or not input.is_cpu or transformed() or not kept_kernels():
         return
     depthwise, pointwise = module._modules.get("depthwise"), module._modules.get("pointwise")
     if type(depthwise) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or type(pointwise) is not type(depthwise):

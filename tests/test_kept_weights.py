@@ -295,6 +295,29 @@ def _training_step(forward, module, x, dy, asked):
     return (y, *torch.autograd.grad(y, [t for t, wanted in zip(tensors, asked, strict=True) if wanted], dy))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_training_steps_under_autocast(dims, dtype):
+    """By the short way as well, with the casts that the long one makes."""
+    kind = getattr(dsconv_cuda, f"DepthwiseSeparableConv{dims}d")
+    module, x = kind(20, 36, 3, padding=1, bias=True, activation="silu"), torch.randn(2, 20, *(9, 7, 5)[:dims])
+    module(x)
+    call = module._kept_call
+    with torch.autocast("cpu", dtype):
+        for inputs in (x, x.to(dtype)):
+            dy = torch.randn(module(inputs).shape).to(dtype)
+            ours, expected = (
+                _training_step(forward, module, inputs, dy, (True,) * 5) for forward in (module, module._forward)
+            )
+            assert ours[0].dtype == dtype
+            for our, other in zip(ours, expected, strict=True):
+                assert our.dtype == other.dtype
+                assert torch.equal(our, other)
+    assert module._kept_call is call
+    with pytest.raises((TypeError, RuntimeError), match="dtype"), torch.autocast("cpu", dtype):
+        module(x.double())
+
+
 @pytest.mark.parametrize("out_activation", ["identity", "relu6", "hardswish"])
 @pytest.mark.parametrize("bias", [False, True])
 def test_training_steps_the_same_bits(out_activation, bias):
