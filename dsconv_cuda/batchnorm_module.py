@@ -133,8 +133,8 @@ class DepthwiseSeparableConvBN(nn.Module):
         parts = depthwise, bn1, self.activation, pointwise, bn2, self.out_activation
         folded = self._folded
         if folded is None or not folded.is_of(*parts):
-            folded = self._folded = Folded(*parts, self._with_all_checks)
-        return folded(input)
+            folded = self._folded = Folded(*parts)
+        return folded(input, self._with_all_checks)
 
     def _with_all_checks(
         self, input: Tensor | Unnormalised, padding: int | tuple[int, ...] | str | None = None, defer: bool = False

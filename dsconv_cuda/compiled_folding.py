@@ -8,6 +8,7 @@ again when one of them has changed (a tensor, its version, or what seen.py looks
     in_norm         the same of one that x goes through first, and through in_act, as it is read
 """
 
+import os
 import threading
 import weakref
 
@@ -31,6 +32,17 @@ _SCHEMA = (
 )
 
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In a child process, where the thread that holds it is not."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
 _kept: dict[int, list["_Kept"]] = {}  # by id() of the depthwise weight
 compiled_weights.stores.append(_kept)
 

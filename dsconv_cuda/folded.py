@@ -5,12 +5,13 @@ dtype. In graphs of torch.compile the op of compiled_folding.py does the same.
 
 Weights are folded again when something that goes into them has changed. Noticed are other tensors, every write that
 PyTorch counts (``_version``; BatchNorm's own update of its statistics counts in num_batches_tracked), and by their
-effect also writes through ``.data`` or numpy, to anything but a few elements of the weights: of these the first and the
-last of each row are compared, and all of the other tensors.
+effect also writes through ``.data`` or numpy, to anything but a few elements of a large matrix (seen.py).
 """
 
 import operator
+import os
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -42,8 +43,6 @@ def given_vectors(bn: nn.Module) -> Tensor:
 class Folded:
     """[before] -> depthwise -> [bn1] -> activation -> pointwise -> [bn2] -> out_activation for calls without gradients:
     a module of the folded weights, with `before` behind that norm and its activation.
-
-    `unkept` makes the first call with new tensors, with all its checks, and every call where they are no plain ones.
     """
 
     def __init__(
@@ -54,15 +53,13 @@ class Folded:
         pointwise: nn.Module,
         bn2: nn.Module | None,
         out_activation: str,
-        unkept: Callable[[Tensor], Tensor],
         before=None,  # a NormBefore
         dtype: torch.dtype | None = None,  # of autocast
     ):
-        self.arguments = (depthwise, bn1, activation, pointwise, bn2, out_activation, unkept, before)
+        self.arguments = (depthwise, bn1, activation, pointwise, bn2, out_activation, before)
         self.dtype, self.of_autocast = dtype, {}
         self.depthwise, self.pointwise = depthwise, pointwise
         self.before, self.bn1, self.bn2 = before, bn1, bn2
-        self.unkept = unkept
         self.in_norm: tuple[Tensor, int] | None = None
         sources = (before and before.norm, depthwise, bn1, pointwise, bn2)
         self.sources = [m for m in sources if m is not None]
@@ -81,6 +78,7 @@ class Folded:
         # Of the plain class, which modules.py asks for.
         module.depthwise, module.pointwise = _shell(depthwise), _shell(pointwise)
         kept_weights.register(self)
+        _all.add(self)
 
     def is_of(self, *modules_and_activations) -> bool:
         """Whether these would make it, in the order of __init__."""
@@ -92,32 +90,36 @@ class Folded:
         """Has the next call fold again, and with all checks."""
         self.tensors = []
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, unkept: Callable[[Tensor], Tensor]) -> Tensor:
+        """`unkept` makes the first call with new tensors, with all its checks, and every call where they are no plain
+        ones."""
         conv = self.depthwise
         dtype = autocast_dtype(x) if autocast_dtype(conv.weight) is not None else None
         if dtype is not self.dtype:
-            return self._under_autocast(dtype)(x)
+            return self._under_autocast(dtype)(x, unkept)
         mine = self.module.depthwise.__dict__
         mine["stride"], mine["padding"], mine["dilation"] = conv.stride, conv.padding, conv.dilation
         tensors = [
             t
             for module in self.sources
-            for group in (module._parameters, module._buffers)
-            for t in group.values()
+            for group, names in ((module._parameters, _PARAMETERS), (module._buffers, _BUFFERS))
+            for t in map(group.get, names)
             if t is not None
         ]
         with self.lock:  # else another thread would take for folded what this one is folding
-            if len(tensors) != len(self.tensors) or not all(map(operator.is_, tensors, self.tensors)):
-                y = self.unkept(x)
-                if all(type(t) in (Tensor, nn.Parameter) and not t.is_inference() for t in tensors):
-                    self.tensors, self.seen = tensors, None
-                    self.vectors = [t for t in tensors if t.dim() == 1]
-                return y
-            if self._changed():
+            known = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
+            if known and self._changed():
                 # In inference mode others would be made, of no use to calls outside of it.
                 with torch.inference_mode(False), torch.no_grad():
                     self._fold_again()
             in_norm = self.in_norm
+        if not known:
+            y = unkept(x)
+            if all(map(_is_plain, tensors)):
+                with self.lock:
+                    self.tensors, self.seen = tensors, None
+                    self.vectors = [t for t in tensors if t.dim() == 1]
+            return y
         if dtype is None:
             return self._call(x, in_norm)
         call, x = vars(self.module).get("_kept_call"), x.to(dtype)
@@ -172,6 +174,25 @@ class Folded:
                 continue
             folded = (t if t is None or self.dtype is None else t.to(self.dtype) for t in fold(conv, bn))
             mine.weight, mine.bias = (None if t is None else nn.Parameter(t, requires_grad=False) for t in folded)
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, nn.Parameter) and t.device.type in ("cpu", "cuda") and not t.is_inference()
+
+
+_PARAMETERS = ("weight", "bias")
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_all = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    """In a child process, where the thread that holds one is not."""
+    for folded in list(_all):
+        folded.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _shell(conv: nn.Module) -> nn.Module:

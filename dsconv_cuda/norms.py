@@ -164,8 +164,10 @@ class _Fold(torch.autograd.Function):
     def backward(ctx, grad_weight, grad_bias):
         tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad
         if torch.is_grad_enabled() or transformed() or type(grad_weight) is not Tensor:
-            asked = [t for t, needed in zip(tensors, wanted, strict=False) if needed]
             with torch.enable_grad():
+                # Aliases: whatever else the tensors are used for, and hooks on them, have no part in this.
+                tensors = [t.view_as(t) if needed else t for t, needed in zip(tensors, wanted, strict=False)]
+                asked = [t for t, needed in zip(tensors, wanted, strict=False) if needed]
                 grads = iter(
                     torch.autograd.grad(_fold(*tensors, ctx.eps), asked, (grad_weight, grad_bias), create_graph=True)
                 )

@@ -1,8 +1,10 @@
 """A block in evaluation: its norms fold into the weights once, and again when something has changed."""
 
 import copy
+import gc
 import pickle
 import threading
+import weakref
 
 import pytest
 import torch
@@ -87,6 +89,8 @@ CHANGES = {
     "statistics behind PyTorch": lambda block, x: block.bn2.running_var.data.add_(1),
     "weight": lambda block, x: block.pointwise.weight[:, 1].add_(1),
     "weight behind PyTorch": lambda block, x: block.depthwise.weight.data.mul_(2),
+    "a column behind PyTorch": lambda block, x: block.pointwise.weight.data[:, 3].zero_(),
+    "a tap behind PyTorch": lambda block, x: block.depthwise.weight.data[:, :, 1, 1].fill_(5),
     "other data": lambda block, x: setattr(block.bn1.weight, "data", torch.rand_like(block.bn1.weight)),
     "loaded": lambda block, x: block.load_state_dict(build(x.device).state_dict()),
     "assigned": lambda block, x: block.load_state_dict(build(x.device).state_dict(), assign=True),
@@ -136,7 +140,7 @@ def test_clear_weight_cache_makes_the_rest_noticed(of, device):
     for _ in range(3):
         module(x)
     weight = block.pointwise.weight
-    weight.data[40, 3] += 5  # neither the first nor the last of its row, and not counted
+    weight.data[40, 3] += 5  # of a matrix of which not all is compared, and not counted
     clear_weight_cache()
     expected = Plain(block)(x) if of == "block" else dsconv_cuda.unfuse(module)(x)
     torch.testing.assert_close(module(x), expected, **CLOSE)
@@ -287,3 +291,78 @@ def test_threads_under_autocast_and_not(device):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_training_of_a_fused_model_under_autocast(norms, device):
+    """Every call has the gradients of the first: what is kept for evaluation has none."""
+    block, x = build(device), image(device)
+    parts = (block.depthwise, block.bn1, nn.SiLU(), block.pointwise, block.bn2)
+    if not norms:
+        parts = (block.depthwise, nn.SiLU(), block.pointwise)
+    fused = dsconv_cuda.fuse(nn.Sequential(*parts), inplace=True)
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16):
+        fused(x), fused(x)
+    for _ in range(3):
+        fused.zero_grad()
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = fused(x).float().square().mean()
+        loss.backward()
+        assert all(p.grad is not None for p in fused.parameters())
+
+
+@torch.no_grad()
+def test_meta_tensors_again_and_again():
+    block = build("cpu").to("meta")
+    for _ in range(4):
+        assert block(torch.empty(2, 6, 9, 7, device="meta")).shape == (2, 96, 5, 4)
+
+
+@torch.no_grad()
+def test_other_buffers_are_not_looked_at(device):
+    block, x = build(device), image(device)
+    block.depthwise.register_buffer("mask", torch.ones(3).to_sparse())
+    block.bn1.register_buffer("elsewhere", torch.empty(3, device="meta"))
+    for _ in range(4):
+        torch.testing.assert_close(block(x), Plain(block)(x), **CLOSE)
+
+
+@torch.no_grad()
+def test_it_goes_with_its_last_reference(device):
+    block, x = build(device), image(device)
+    for _ in range(3):
+        block(x)
+    gone = weakref.ref(block)
+    gc.collect()
+    gc.disable()
+    try:
+        del block
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_call_within_a_call(device):
+    block, x = build(device).requires_grad_(False), image(device).requires_grad_()
+    within = []
+
+    def pack(t):
+        if not within:
+            within.append(None)
+            with torch.no_grad():
+                within.append(block(x))
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = block(x)
+    torch.testing.assert_close(within[1], y)
+
+
+@torch.no_grad()
+def test_a_child_process_has_locks_of_its_own(device):
+    """A thread that holds one is not there after a fork."""
+    block, x = build(device), image(device)
+    expected = [block(x) for _ in range(3)][-1]
+    block._folded.lock.acquire()
+    folded._renew_locks()  # what fork() calls in the child
+    assert torch.equal(block(x), expected)

@@ -72,7 +72,7 @@ class Operands:
         of["fwd_after_norm_kept"] = (*weights, pw_bias, ops.keep(dw, pw, *GEOMETRY, SILU, TANH), 0, vectors, SILU)
         of["fwd_with_pre_kept"] = (*weights, pw_bias, kept)
         of["bwd_kept"] = (torch.randn_like(y), *weights, y, kept, 31)
-        of["seen_again"] = ([torch.ones(4)], [torch.ones(2, 3)], torch.zeros(2 + 4 * (4 + 4), dtype=torch.uint8))
+        of["seen_again"] = ([torch.ones(4)], [torch.ones(2, 3)], torch.zeros(1 + 4 * 4 + 9, dtype=torch.uint8))
         statistics = [torch.zeros(12), torch.ones(12), torch.tensor(0), torch.zeros(5), torch.ones(5), torch.tensor(0)]
         of["train_fwd"] = (*weights, pw_bias, *(None,) * 4, *statistics, 1e-5, 0.1, 1e-5, 0.1, kept, None, 0, False)
         _, y, vectors1, vectors2 = ops.train_fwd(*of["train_fwd"])

@@ -78,6 +78,22 @@ def test_derivatives_of_higher_order():
     assert torch.autograd.gradgradcheck(fold, asked)
 
 
+def test_first_derivatives_with_a_graph_of_their_own():
+    """Hooks on parameters and parameters that appear twice count once."""
+    tensors = operands()
+    tensors[4].register_hook(lambda grad: 2 * grad)
+    tensors[5] = tensors[4]
+    asked = [t for t in tensors[:5] if t.requires_grad]
+    results = []
+    for create_graph in (False, True):
+        weight, bias = norms.fold_norm(*_arguments(tensors))
+        results.append(torch.autograd.grad(weight.square().sum() + bias.sum(), asked, create_graph=create_graph))
+    weight, bias = norms._fold(*tensors, 1e-3)
+    results.append(torch.autograd.grad(weight.square().sum() + bias.sum(), asked))
+    for grads in results[1:]:
+        torch.testing.assert_close(grads, results[0], rtol=1e-4, atol=1e-4)
+
+
 def test_what_goes_by_the_composition():
     """Statistics with gradients, other types and layouts, and torch.func."""
     tensors = operands()

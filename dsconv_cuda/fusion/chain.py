@@ -50,7 +50,12 @@ from dsconv_cuda.autograd import transformed
 from dsconv_cuda.batchnorm import Unnormalised, block_of_chain, norm_before
 from dsconv_cuda.deferred import Deferred, break_graphs
 from dsconv_cuda.folded import Folded, fold, given_vectors
-from dsconv_cuda.functional import depthwise_separable_conv1d, depthwise_separable_conv2d, depthwise_separable_conv3d
+from dsconv_cuda.functional import (
+    autocast_dtype,
+    depthwise_separable_conv1d,
+    depthwise_separable_conv2d,
+    depthwise_separable_conv3d,
+)
 from dsconv_cuda.kept_weights import has_hooks
 from dsconv_cuda.norms import BatchNormArguments, arguments_of
 
@@ -258,7 +263,8 @@ class Chain:
         if normed and x.dim() != self.dims + 2:
             # nn.BatchNorm1d takes an unbatched [C, L] for L channels of C images.
             raise ValueError(f"expected {self.dims + 2}D input, a batch, before BatchNorm (got {x.dim()}D input)")
-        wants_gradients = bool(normed) and self._wants_gradients(normed)
+        # Weights are others than the modules' own where norms fold into them, and where autocast casts them.
+        wants_gradients = (bool(normed) or autocast_dtype(x) is not None) and self._wants_gradients(normed)
         out_activation = self.out_activation if extent == ALL else "identity"
         if torch.compiler.is_dynamo_compiling():
             first = None if before is None else before.norm
@@ -273,10 +279,9 @@ class Chain:
         extent = extent, before is not None
         folded = self._folded.get(extent)
         if folded is None:
-            unkept = functools.partial(self._unkept, bn2=bn2, out_activation=out_activation, before=before)
             modules = self.depthwise, bn1, self.activation, self.pointwise, bn2, out_activation
-            folded = self._folded[extent] = Folded(*modules, unkept, before)
-        return folded(x)
+            folded = self._folded[extent] = Folded(*modules, before)
+        return folded(x, functools.partial(self._unkept, bn2=bn2, out_activation=out_activation, before=before))
 
     def _train(self, x: Tensor | Deferred | Unnormalised) -> Tensor:
         """With statistics of the batch in one or both norms."""
