@@ -11,12 +11,7 @@ namespace dsconv {
 enum VectorRow { kMean, kInvstd, kGamma, kBeta, kVectorRows };
 inline Tensor empty_doubles(const Tensor& like, int64_t rows, int64_t columns) {
   const int64_t size[2] = {rows, columns}, stride[2] = {at_least_1(columns), 1};
-  int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(2, size, stride, aoti_torch_dtype_float64(), device_type,
-                                                         like.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_of_dtype(aoti_torch_dtype_float64(), like, 2, size, stride);
 }
 
 inline const double* doubles_of(const char* op, const char* arg, const Tensor& t, int64_t rows, int64_t channels) {
@@ -24,6 +19,26 @@ inline const double* doubles_of(const char* op, const char* arg, const Tensor& t
                       t.is_contiguous(),
                   op, ": ", arg, " must be a contiguous float64 tensor of shape [", rows, ", ", channels, "]");
   return static_cast<const double*>(t.const_data_ptr());
+}
+
+template <typename T>
+void read_values(const Tensor& t, int64_t count, double* to) {
+  const T* from = static_cast<const T*>(t.const_data_ptr());
+  const int64_t step = t.stride(0);
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<double>(from[i * step]);
+}
+
+// A parameter of a norm, float or double; `otherwise` where there is none.
+inline void read_parameter(const char* op, const char* arg, const std::optional<Tensor>& t, int64_t channels,
+                           double otherwise, double* to) {
+  if (!t.has_value()) {
+    for (int64_t i = 0; i < channels; ++i) to[i] = otherwise;
+    return;
+  }
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", arg, " must have shape [", channels, "]");
+  if (t->scalar_type() == ScalarType::Float) return read_values<float>(*t, channels, to);
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Double, op, ": ", arg, " must be float32 or float64");
+  read_values<double>(*t, channels, to);
 }
 
 }  // namespace dsconv

@@ -110,18 +110,26 @@ inline Strides walk_strides(const Tensor& t, Layout layout) {
   return s;
 }
 
-// By strides, and so past the lookup of an op by its name: that takes longer than the allocation.
-inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* size, const int64_t* stride) {
-  int32_t dtype = 0, device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+// By strides, and so past the lookup of an op by its name: that takes longer than the allocation. On the device of
+// `like`, of a dtype that aoti_torch_dtype_*() name.
+inline Tensor empty_of_dtype(int32_t dtype, const Tensor& like, int64_t dims, const int64_t* size,
+                             const int64_t* stride) {
+  int32_t device_type = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(
       aoti_torch_empty_strided(dims, size, stride, dtype, device_type, like.get_device_index(), &handle));
-  Tensor made(handle);
+  return Tensor(handle);
+}
+
+inline Tensor empty_strided(const Tensor& like, int64_t dims, const int64_t* size, const int64_t* stride) {
+  int32_t dtype = 0, device_type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  Tensor made = empty_of_dtype(dtype, like, dims, size, stride);
   if (device_type == aoti_torch_device_type_cpu()) {
     int64_t bytes = 0;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(made.get(), &bytes));
     ask_for_huge_pages(made.mutable_data_ptr(), bytes);
   }
   return made;

@@ -10,51 +10,35 @@
 // A channel is a row of the weight. Numbers of a channel and sums are float64, products in the type of the weight.
 
 #include <cmath>
+#include <vector>
 
-#include "op_args.h"
+#include "norm_args.h"
 
 namespace dsconv {
 namespace {
 
 using Optional = std::optional<Tensor>;
 
-// A vector of the norm, or of the convolution, float32 or float64; a missing one has one value for all.
-class Channels {
- public:
-  Channels(const char* op, const char* arg, const Optional& t, int64_t channels, double otherwise)
-      : otherwise_(otherwise) {
-    if (!t.has_value()) return;
-    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", arg, " must have shape [", channels, "]");
-    doubles_ = t->scalar_type() == ScalarType::Double;
-    STD_TORCH_CHECK(doubles_ || t->scalar_type() == ScalarType::Float, op, ": ", arg, " must be float32 or float64");
-    data_ = t->const_data_ptr();
-    step_ = t->stride(0);
-  }
-  double operator[](int64_t c) const {
-    if (data_ == nullptr) return otherwise_;
-    return doubles_ ? static_cast<const double*>(data_)[c * step_]
-                    : static_cast<double>(static_cast<const float*>(data_)[c * step_]);
-  }
+// A vector of the norm, or of the convolution; a missing one has one value for all.
+using Channels = std::vector<double>;
 
- private:
-  const void* data_ = nullptr;
-  int64_t step_ = 0;
-  bool doubles_ = false;
-  double otherwise_;
-};
+Channels channels_of(const char* op, const char* arg, const Optional& t, int64_t channels, double otherwise) {
+  Channels values(static_cast<size_t>(channels));
+  read_parameter(op, arg, t, channels, otherwise, values.data());
+  return values;
+}
 
 struct Norm {
-  Channels bias, mean, var, gamma;
-  double eps;
+  Channels bias, mean, gamma, invstd;
 
-  Norm(const char* op, const Optional& bias, const Tensor& mean, const Tensor& var, const Optional& gamma,
+  Norm(const char* op, const Optional& of_bias, const Tensor& of_mean, const Tensor& var, const Optional& of_gamma,
        int64_t channels, double eps)
-      : bias(op, "bias", bias, channels, 0),
-        mean(op, "mean", mean, channels, 0),
-        var(op, "var", var, channels, 1),
-        gamma(op, "gamma", gamma, channels, 1),
-        eps(eps) {}
-  double invstd(int64_t c) const { return 1 / std::sqrt(var[c] + eps); }
+      : bias(channels_of(op, "bias", of_bias, channels, 0)),
+        mean(channels_of(op, "mean", of_mean, channels, 0)),
+        gamma(channels_of(op, "gamma", of_gamma, channels, 1)),
+        invstd(channels_of(op, "var", var, channels, 1)) {
+    for (double& v : invstd) v = 1 / std::sqrt(v + eps);
+  }
 };
 
 // Elements of a row.
@@ -78,10 +62,11 @@ std::tuple<Tensor, Tensor> fold(const Tensor& weight, int64_t row, const Norm& n
   T* to = static_cast<T*>(folded.mutable_data_ptr());
   T* shift = static_cast<T*>(bias.mutable_data_ptr());
   for (int64_t c = 0; c < channels; ++c, from += row, to += row) {
-    const double scale = norm.invstd(c) * norm.gamma[c];
+    const double scale = norm.invstd[static_cast<size_t>(c)] * norm.gamma[static_cast<size_t>(c)];
     const T rounded = static_cast<T>(scale);
     for (int64_t i = 0; i < row; ++i) to[i] = from[i] * rounded;
-    shift[c] = static_cast<T>((norm.bias[c] - norm.mean[c]) * scale + beta[c]);
+    shift[c] = static_cast<T>((norm.bias[static_cast<size_t>(c)] - norm.mean[static_cast<size_t>(c)]) * scale +
+                              beta[static_cast<size_t>(c)]);
   }
   return {folded, bias};
 }
@@ -91,7 +76,7 @@ std::tuple<Tensor, Tensor> fold_norm(Tensor weight, Optional bias, Tensor mean, 
   constexpr const char* op = "dsconv_cuda::fold_norm";
   const int64_t row = check_weight(op, "weight", weight), channels = weight.size(0);
   const Norm norm(op, bias, mean, var, gamma, channels, eps);
-  const Channels shift(op, "beta", beta, channels, 0);
+  const Channels shift = channels_of(op, "beta", beta, channels, 0);
   return weight.scalar_type() == ScalarType::Double ? fold<double>(weight, row, norm, shift)
                                                     : fold<float>(weight, row, norm, shift);
 }
@@ -127,13 +112,14 @@ Gradients fold_backward(const Tensor& grad_weight, const Tensor& grad_bias, cons
   T* of_gamma = static_cast<T*>(std::get<2>(grads).mutable_data_ptr());
   T* of_beta = static_cast<T*>(std::get<3>(grads).mutable_data_ptr());
   for (int64_t c = 0; c < channels; ++c, g += row, w += row, of_weight += row) {
-    const double invstd = norm.invstd(c), scale = invstd * norm.gamma[c];
+    const double invstd = norm.invstd[static_cast<size_t>(c)], scale = invstd * norm.gamma[static_cast<size_t>(c)];
     const T rounded = static_cast<T>(scale);
     for (int64_t i = 0; i < row; ++i) of_weight[i] = g[i] * rounded;
-    const double sum = dot(g, w, row) + static_cast<double>(g_bias[c]) * (norm.bias[c] - norm.mean[c]);
+    const double sum = dot(g, w, row) + static_cast<double>(g_bias[c]) *
+                                            (norm.bias[static_cast<size_t>(c)] - norm.mean[static_cast<size_t>(c)]);
     of_bias[c] = static_cast<T>(static_cast<double>(g_bias[c]) * scale);
     of_gamma[c] = static_cast<T>(sum * invstd);
-    of_beta[c] = g_bias[c];
+    of_beta[static_cast<size_t>(c)] = g_bias[c];
   }
   return grads;
 }

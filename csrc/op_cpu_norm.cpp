@@ -70,25 +70,6 @@ auto pixels_of_groups(const CpuPlan& plan, int64_t groups) {
   };
 }
 
-template <typename T>
-void read_values(const Tensor& t, int64_t count, double* to) {
-  const T* from = static_cast<const T*>(t.const_data_ptr());
-  const int64_t step = t.stride(0);
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<double>(from[i * step]);
-}
-
-// A parameter of a norm, float or double; `otherwise` where there is none.
-void read_parameter(const char* op, const char* arg, const Bias& t, int64_t channels, double otherwise, double* to) {
-  if (!t.has_value()) {
-    for (int64_t i = 0; i < channels; ++i) to[i] = otherwise;
-    return;
-  }
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", arg, " must have shape [", channels, "]");
-  if (t->scalar_type() == ScalarType::Float) return read_values<float>(*t, channels, to);
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Double, op, ": ", arg, " must be float32 or float64");
-  read_values<double>(*t, channels, to);
-}
-
 }  // namespace
 
 Tensor norm_vectors(Tensor moments, Bias gamma, Bias beta, double eps) {

@@ -245,13 +245,8 @@ NormGradients bwd_norm_op(Tensor grad, Bias y, Tensor x, Tensor dw_weight, Tenso
 
 Tensor empty_du(const Run& run, const Tensor& x, int64_t elements) {
   const int64_t size[1] = {elements}, stride[1] = {1};
-  int32_t device_type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(x.get(), &device_type));
   const int32_t dtype = run.ctx.p.dtype == DType::f64 ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, size, stride, dtype, device_type, x.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_of_dtype(dtype, x, 1, size, stride);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_norm_pointwise(Tensor grad, Bias y, Tensor x, Tensor dw_weight,

@@ -96,11 +96,8 @@ Bias zeros_like(const Bias& bias) {
 Tensor row_of_sums(const Tensor& sums, int64_t row, const Tensor& x) {
   const bool doubles = wide_type(x) == ScalarType::Double;
   const int64_t channels = sums.size(1), unit[1] = {1};
-  AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(1, &channels, unit, doubles ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(),
-                               aoti_torch_device_type_cpu(), 0, &handle));
-  Tensor grad(handle);
+  Tensor grad =
+      empty_of_dtype(doubles ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32(), x, 1, &channels, unit);
   const double* from = static_cast<const double*>(sums.const_data_ptr()) + row * channels;
   if (doubles) {
     double* to = static_cast<double*>(grad.mutable_data_ptr());

@@ -12,12 +12,18 @@ from torch import Tensor
 ARGUMENTS = ("input", "dw_weight", "pw_weight", "dw_bias", "pw_bias")
 _FIRST_BIAS = 3
 _AXES = ("depth", "height", "width")
+WIDE = frozenset((torch.float32, torch.float64))
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 DEVICES = ("cpu", "cuda", "meta")
 _MAX_EXTENT = 2**61  # csrc/op_args.h: a quarter of what 64 bits hold
 
 
 _NUMBERS = {1: "an int", 2: "an int or a pair of ints", 3: "an int or three ints"}
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type that kernels compute in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _integer(op: str, argument: str, value, dims: int = 2) -> int:

@@ -23,7 +23,7 @@ from dsconv_cuda import _checks, _loader, autograd, batchnorm_graph
 from dsconv_cuda.activations import activation_number
 from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, norm_later, operation
 from dsconv_cuda.deferred import Deferred
-from dsconv_cuda.functional import _AUTOCAST_DEVICES, _fast, _load, as_rows, cast_for_autocast
+from dsconv_cuda.functional import _fast, _load, as_rows, cast_for_autocast
 from dsconv_cuda.norms import BatchNormArguments, check_norm, fold_norm, product, track, wide_parameter
 from dsconv_cuda.ops import IDENTITY
 from dsconv_cuda.second_order import Config
@@ -214,8 +214,7 @@ def block_of_chain(
     if dims == 1:
         tensors, stride, padding, dilation = as_rows(op, tensors, stride, padding, dilation)
     device, given = tensors[0].device.type, tensors
-    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        tensors = cast_for_autocast(tensors, device)
+    tensors = cast_for_autocast(tensors)
     _checks.check_operands(op, tensors)
     x_shape, dw_shape, pw_shape = _checks.check_shapes(op, tensors, axes)
     stride = _checks.per_axis(op, "stride", stride, 1, axes)

@@ -7,17 +7,18 @@ from dsconv_cuda import batchnorm_training, compiled_folding
 from dsconv_cuda.activations import ACTIVATIONS, activation_name
 from dsconv_cuda.autograd import transformed
 from dsconv_cuda.batchnorm import Unnormalised, block_of_chain
-from dsconv_cuda.folded import Folded
-from dsconv_cuda.kept_weights import has_hooks
+from dsconv_cuda.folded import Folded, wants_gradients
+from dsconv_cuda.kept_weights import Keeper, has_hooks
 from dsconv_cuda.modules import _compute_weights, _only_computes_weights, separable_convolutions
 from dsconv_cuda.norms import BatchNormArguments, arguments_of, takes_batch_statistics
 
 
-class DepthwiseSeparableConvBN(nn.Module):
+class DepthwiseSeparableConvBN(Keeper):
     """What the blocks of every rank share, which is all but the kinds of their children."""
 
     _dims: int
     _stock: tuple[type[nn.Module], ...]  # of .depthwise, .bn1, .pointwise and .bn2
+    _kept_name = "_folded"
     _folded: Folded | None = None
 
     def __init__(
@@ -118,9 +119,7 @@ class DepthwiseSeparableConvBN(nn.Module):
             parameters = module._parameters
             if not ("weight" in parameters and "bias" in parameters):
                 return None  # parametrized
-        if torch.is_grad_enabled() and any(
-            p is not None and p.requires_grad for module in modules for p in module._parameters.values()
-        ):
+        if wants_gradients(modules):
             return None
         if torch.compiler.is_compiling():
             if not norms or not compiled_folding.pays(input, depthwise, pointwise, False):
@@ -157,16 +156,6 @@ class DepthwiseSeparableConvBN(nn.Module):
             recompute_output=self.recompute_output,
             defer=defer,
         )
-
-    def __getstate__(self):
-        state = self.__dict__.copy()
-        state.pop("_folded", None)
-        return state
-
-    def _apply(self, *args, **kwargs):
-        # What moves or casts the parameters; the folded ones would only take up memory.
-        self.__dict__.pop("_folded", None)
-        return super()._apply(*args, **kwargs)
 
     def runs_apart(self) -> bool:
         """Whether the input has to be a tensor: hooks on a child may see it, or it is padded first."""

@@ -31,7 +31,6 @@ from dsconv_cuda.ops import IDENTITY
 _TENSORS = (Tensor, nn.Parameter)
 _PLAIN_TYPES = frozenset((*_TENSORS, type(None)))
 _DTYPES = frozenset(_checks.DTYPES)
-_WIDE = frozenset((torch.float32, torch.float64))
 
 _is_grad_enabled = torch.is_grad_enabled
 _functorch_active = torch._C._are_functorch_transforms_active
@@ -104,7 +103,7 @@ def _backward_op_by_op(ctx, grad) -> tuple:
     linear = dataclasses.replace(config, out_act=IDENTITY)
     ctx.op, ctx.block = op, Block(op, linear, config.out_act, *norms, call.recompute, call.in_act, call.defer)
     ctx.count1 = ctx.count2 = float(count)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = _checks.wide_dtype(x.dtype)
     ctx.affine_dtypes = [wide if needed else None for needed in ctx.needs_input_grad[5:9]]
     return BatchNormBlock.backward(ctx, grad)
 
@@ -190,10 +189,8 @@ def step(
         return None
     if kept is None:
         return None
-    operands, affine = tensors[:5], tensors[5:]
-    if torch.is_autocast_enabled("cpu"):
-        operands = cast_for_autocast(operands, "cpu")
-    if operands[0].dtype not in _WIDE:
+    operands, affine = cast_for_autocast(tensors[:5]), tensors[5:]
+    if operands[0].dtype not in _checks.WIDE:
         affine = map(wide_parameter, affine)
     tensors = (*operands, *affine)
     call.running, call.recompute, call.defer = running, recompute_output, defer

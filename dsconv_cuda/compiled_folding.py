@@ -8,8 +8,6 @@ again when one of them has changed (a tensor, its version, or what seen.py looks
     in_norm         the same of one that x goes through first, and through in_act, as it is read
 """
 
-import os
-import threading
 import weakref
 
 import torch
@@ -18,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from dsconv_cuda import _checks, compiled_weights
 from dsconv_cuda.activations import activation_number
+from dsconv_cuda.locks import Lock
 from dsconv_cuda.norms import BatchNormArguments, fold_norm, norm_vectors
 from dsconv_cuda.seen import Seen
 
@@ -31,18 +30,7 @@ _SCHEMA = (
     "Tensor?[] in_norm, float in_eps, int in_act) -> Tensor"
 )
 
-_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    """In a child process, where the thread that holds it is not."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
-
+_lock = Lock()
 _kept: dict[int, list["_Kept"]] = {}  # by id() of the depthwise weight
 compiled_weights.stores.append(_kept)
 

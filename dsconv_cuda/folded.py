@@ -9,9 +9,6 @@ effect also writes through ``.data`` or numpy, to anything but a few elements of
 """
 
 import operator
-import os
-import threading
-import weakref
 from collections.abc import Callable
 
 import torch
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 
 from dsconv_cuda import kept_weights
 from dsconv_cuda.functional import autocast_dtype
+from dsconv_cuda.locks import Lock
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 from dsconv_cuda.norms import arguments_of, fold_norm, norm_vectors
 from dsconv_cuda.seen import Seen
@@ -38,6 +36,13 @@ def fold(conv: nn.Module, bn: nn.Module | None) -> tuple[Tensor, Tensor | None]:
 def given_vectors(bn: nn.Module) -> Tensor:
     """What the ops take of bn in evaluation."""
     return norm_vectors(arguments_of(bn, synchronised=False))
+
+
+def wants_gradients(modules) -> bool:
+    """Whether parameters of these get gradients: folding has to be part of the graph then."""
+    return torch.is_grad_enabled() and any(
+        p is not None and p.requires_grad for module in modules for p in module._parameters.values()
+    )
 
 
 class Folded:
@@ -68,7 +73,7 @@ class Folded:
         self.vectors: list[Tensor] = []
         self.versions: list[float] = []  # of the tensors, and eps of the norms
         self.seen: Seen | None = None
-        self.lock = threading.Lock()
+        self.lock = Lock()
         kind = _MODULES[len(depthwise.kernel_size)]
         self.module = module = kind.__new__(kind)
         nn.Module.__init__(module)
@@ -78,7 +83,6 @@ class Folded:
         # Of the plain class, which modules.py asks for.
         module.depthwise, module.pointwise = _shell(depthwise), _shell(pointwise)
         kept_weights.register(self)
-        _all.add(self)
 
     def is_of(self, *modules_and_activations) -> bool:
         """Whether these would make it, in the order of __init__."""
@@ -182,17 +186,6 @@ def _is_plain(t: Tensor) -> bool:
 
 _PARAMETERS = ("weight", "bias")
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-_all = weakref.WeakSet()
-
-
-def _renew_locks() -> None:
-    """In a child process, where the thread that holds one is not."""
-    for folded in list(_all):
-        folded.lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_locks)
 
 
 def _shell(conv: nn.Module) -> nn.Module:

@@ -97,8 +97,7 @@ def _conv(
 ) -> Tensor:
     """`border` is the padding worked out already, as (top, left, bottom, right)."""
     device = tensors[0].device.type
-    if device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device):
-        tensors = cast_for_autocast(tensors, device)
+    tensors = cast_for_autocast(tensors)
     _checks.check_operands(op, tensors)
     x_shape, dw_shape, pw_shape = _checks.check_shapes(op, tensors, dims)
 
@@ -141,14 +140,21 @@ def _fast(x: Tensor) -> bool:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast casts `x` and the weights beside it to; None where it does not."""
-    device = x.device.type
-    if device not in _AUTOCAST_DEVICES or not torch.is_autocast_enabled(device) or x.dtype not in _AUTOCAST_FROM:
+    if x.dtype not in _AUTOCAST_FROM or not _autocasts(x.device.type):
         return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type)
 
 
-def cast_for_autocast(tensors: tuple, device: str) -> tuple:
-    """Casts what PyTorch's autocast casts for a convolution: floating point tensors of the device, but not float64."""
+def _autocasts(device: str) -> bool:
+    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
+
+
+def cast_for_autocast(tensors: tuple) -> tuple:
+    """Casts what PyTorch's autocast, where it is on for the device of the first, casts for a convolution: floating
+    point tensors of the device, but not float64."""
+    device = tensors[0].device.type
+    if not _autocasts(device):
+        return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(
         t.to(dtype) if t is not None and t.dtype in _AUTOCAST_FROM and t.device.type == device else t for t in tensors

@@ -44,6 +44,22 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+class Keeper(nn.Module):
+    """A module that keeps something made of its weights, in the attribute of this name."""
+
+    _kept_name: str
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        state.pop(self._kept_name, None)
+        return state
+
+    def _apply(self, *args, **kwargs):
+        # What moves or casts the parameters; what was made of them would only take up memory.
+        self.__dict__.pop(self._kept_name, None)
+        return super()._apply(*args, **kwargs)
+
+
 class KeptCall:
     """The calls of one module: its weights and arguments as they were checked, and the memory of packed weights.
 
@@ -129,8 +145,8 @@ class KeptCall:
         try:
             if _is_grad_enabled() and _any_requires_grad(dw_weight, pw_weight, dw_bias, pw_bias, input):
                 operands = (input, dw_weight, pw_weight, dw_bias, pw_bias)
-                if autocast and torch.is_autocast_enabled("cpu"):
-                    operands = cast_for_autocast(operands, "cpu")
+                if autocast:
+                    operands = cast_for_autocast(operands)
                 return KeptFunction.apply(*operands, self.arguments)
             if autocast:  # what would be kept are not the module's own weights
                 return None

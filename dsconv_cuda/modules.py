@@ -97,9 +97,10 @@ class _DepthwiseSeparable(nn.Module):
         return f"activation={self.activation}, out_activation={self.out_activation}"
 
 
-class _KeepsWeights(_DepthwiseSeparable):
+class _KeepsWeights(kept_weights.Keeper, _DepthwiseSeparable):
     """A module whose next calls are quick (kept_weights.py)."""
 
+    _kept_name = "_kept_call"
     _kept_call: kept_weights.KeptCall | None = None
 
     def forward(self, input: Tensor) -> Tensor:
@@ -114,16 +115,6 @@ class _KeepsWeights(_DepthwiseSeparable):
         if self._kept_call is None:
             kept_weights.keep(self, input)
         return y
-
-    def __getstate__(self):
-        state = self.__dict__.copy()
-        state.pop("_kept_call", None)
-        return state
-
-    def _apply(self, *args, **kwargs):
-        # What moves or casts the parameters; the packed ones would only take up memory.
-        self.__dict__.pop("_kept_call", None)
-        return super()._apply(*args, **kwargs)
 
 
 class DepthwiseSeparableConv2d(_KeepsWeights):

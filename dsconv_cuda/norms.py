@@ -11,7 +11,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from dsconv_cuda import _loader
+from dsconv_cuda import _checks, _loader
 from dsconv_cuda.autograd import transformed
 
 
@@ -85,7 +85,7 @@ def check_norm(op: str, name: str, bn: BatchNormArguments | None, x: Tensor, cha
         return
     if not isinstance(bn, BatchNormArguments):
         raise TypeError(f"{op}: {name} must be a BatchNormArguments or None, got {type(bn).__name__}")
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = _checks.wide_dtype(x.dtype)
     for argument in ("running_mean", "running_var", "weight", "bias"):
         t = getattr(bn, argument)
         if t is None:
@@ -131,7 +131,6 @@ def fold_norm(weight: Tensor, bias: Tensor | None, bn: BatchNormArguments) -> tu
 
 
 _PLAIN_TYPES = frozenset((Tensor, nn.Parameter))
-_WIDE = frozenset((torch.float32, torch.float64))
 
 
 def _in_one_call(tensors: tuple) -> bool:
@@ -140,7 +139,7 @@ def _in_one_call(tensors: tuple) -> bool:
     if torch.compiler.is_compiling() or weight.device.type != "cpu" or not weight.is_contiguous():
         return False
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN_TYPES or t.dtype not in _WIDE or t.device.type != "cpu"):
+        if t is not None and (type(t) not in _PLAIN_TYPES or t.dtype not in _checks.WIDE or t.device.type != "cpu"):
             return False
     return not (tensors[2].requires_grad or tensors[3].requires_grad) and not transformed() and _has_fold()
 

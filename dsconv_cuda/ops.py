@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsconv_cuda import _loader, compiled_weights
+from dsconv_cuda import _checks, _loader, compiled_weights
 from dsconv_cuda.activations import ACTIVATIONS, derivative_from_output
 
 # params.h GradBit, in the order of bwd's outputs
@@ -168,7 +168,7 @@ def _bwd_norm_pointwise_fake(
     act, out_act, mask, in_vectors=None, in_act=0, fast=False,
 ):  # fmt: skip
     shape = _output_shape("dsconv_cuda::bwd_norm_pointwise", x, dw_weight, pw_weight, stride, padding, dilation)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = _checks.wide_dtype(x.dtype)
     du = torch.empty(_du_size(x, dw_weight, shape), dtype=dtype, device=x.device)
     sizes = ((pw_weight.shape, GRAD_PW_WEIGHT), ((pw_weight.shape[0],), GRAD_PW_BIAS))
     grads = (_empty(x, size if mask & bit else (0,)) for size, bit in sizes)

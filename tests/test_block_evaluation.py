@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize, prune
 
 import dsconv_cuda
 from bench.accuracy import Plain
-from dsconv_cuda import clear_weight_cache, compiled_folding, compiled_weights, folded
+from dsconv_cuda import clear_weight_cache, compiled_folding, compiled_weights, folded, locks
 
 pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
 
@@ -363,6 +363,6 @@ def test_a_child_process_has_locks_of_its_own(device):
     """A thread that holds one is not there after a fork."""
     block, x = build(device), image(device)
     expected = [block(x) for _ in range(3)][-1]
-    block._folded.lock.acquire()
-    folded._renew_locks()  # what fork() calls in the child
+    block._folded.lock.__enter__()
+    locks.renew_all()  # what fork() calls in the child
     assert torch.equal(block(x), expected)

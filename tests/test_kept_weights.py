@@ -523,6 +523,27 @@ def test_the_op_refuses_memory_that_is_not_its_own():
         ops.bwd_kept(torch.randn(2, 4, 9, 7), x, dw, pw[:4], None, None, arguments, 31)
 
 
+def _check_changes(module, x, *changes):
+    """The same bits as without anything kept, batched and not, before and after changes."""
+    written = (lambda: module.pointwise.weight.data.mul_(2), lambda: module.depthwise.weight[0].fill_(1))
+    for change in (lambda: None, *written, *changes):
+        with torch.no_grad():
+            change()
+            expected = module._forward(x)
+            for _ in range(3):
+                assert torch.equal(module(x), expected)
+            assert torch.equal(module(x[0]), module._forward(x[0]))
+    module(x)
+    assert module._kept_call is not None
+
+
+def _check_gradients_and_copies(module, *inputs):
+    for x in inputs:
+        grads = [torch.autograd.grad(call(x).square().sum(), module.parameters()) for call in (module, module._forward)]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
+    assert "_kept_call" not in vars(pickle.loads(pickle.dumps(module)))
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_three_dimensions(channels_last):
     """DepthwiseSeparableConv3d keeps its weights as well: the same bits, and a change is noticed."""
@@ -530,19 +551,8 @@ def test_three_dimensions(channels_last):
     module = dsconv_cuda.DepthwiseSeparableConv3d(20, 24, 3, padding=1, bias=True, activation="silu")
     memory_format = torch.channels_last_3d if channels_last else torch.contiguous_format
     x = torch.randn(2, 20, 3, 9, 7).contiguous(memory_format=memory_format)
-    for change in (None, lambda: module.pointwise.weight.data.mul_(2), lambda: module.depthwise.weight[0].fill_(1)):
-        with torch.no_grad():
-            if change is not None:
-                change()
-            expected = module._forward(x)
-            for _ in range(3):
-                assert torch.equal(module(x), expected)
-            assert torch.equal(module(x[0]), module._forward(x[0]))
-    module(x)
-    assert module._kept_call is not None
-    gradients = [torch.autograd.grad(call(x).square().sum(), module.parameters()) for call in (module, module._forward)]
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(*gradients, strict=True))
-    assert "_kept_call" not in vars(pickle.loads(pickle.dumps(module)))
+    _check_changes(module, x)
+    _check_gradients_and_copies(module, x)
 
 
 @pytest.mark.parametrize("padding", [2, "same", "causal"])
@@ -561,21 +571,7 @@ def test_one_dimension(padding):
     def turn_causal():
         module.causal, module.depthwise.padding = not module.causal, (0,)
 
-    changes = (lambda: module.pointwise.weight.data.mul_(2), lambda: module.depthwise.weight[0].fill_(1))
-    for change in (lambda: None, *changes, exchange, widen, turn_causal):
-        with torch.no_grad():
-            change()
-            expected = module._forward(x)
-            for _ in range(3):
-                assert torch.equal(module(x), expected)
-            assert torch.equal(module(x[0]), module._forward(x[0]))
-    module(x)
-    assert module._kept_call is not None
-    for inputs in (x, x[1]):
-        grads = [
-            torch.autograd.grad(call(inputs).square().sum(), module.parameters()) for call in (module, module._forward)
-        ]
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(*grads, strict=True))
-    assert "_kept_call" not in vars(pickle.loads(pickle.dumps(module)))
+    _check_changes(module, x, exchange, widen, turn_causal)
+    _check_gradients_and_copies(module, x, x[1])
     with pytest.raises(ValueError, match=r"\[N, C, L\]"):
         module(x[None])

@@ -80,6 +80,19 @@ static void finish_norm(const BackwardContext& ctx, int64_t k, int64_t channels)
   }
 }
 
+// The gradient of `count` pixels behind out_act and the norm before it -> that of y, the value before the norm.
+template <typename S, typename T>
+DSCONV_INLINE void through_output_norm(const BackwardContext& ctx, int64_t count, const S* y, int64_t y_ld,
+                                       const S* grad, int64_t grad_ld, T* out) {
+  NormTile<T, S, T> t = {};
+  t.rows = count, t.channels = ctx.p.geom.c_out;
+  t.of = norm_vectors<T>(ctx.out_norm, ctx.plan.out_columns);
+  t.v = y, t.v_ld = y_ld;
+  t.grad = grad, t.grad_ld = grad_ld;
+  t.out = out, t.out_ld = ctx.plan.out_ld;
+  for_activation<NormBackward>(ctx.p.out_act, t);
+}
+
 // dy of `count` pixels -> the gradient of y = p.saved, through out_act and the norm before it, into g[pixel][out_ld].
 template <typename S, typename T>
 static void output_norm_gradient(const BackwardContext& ctx, int64_t pixel, int64_t count, T* g_tile, T* saved_tile) {
@@ -89,21 +102,13 @@ static void output_norm_gradient(const BackwardContext& ctx, int64_t pixel, int6
   const ImageTensor y = {p.saved, p.saved_strides, p.saved_layout}, dy = {p.dy, p.dy_strides, p.dy_layout};
   if constexpr (!SameType<S, T>::value) {
     if (in_vectors<T>(of, y) && in_vectors<T>(of, dy)) {
-      NormTile<T, S, T> stored = {};
-      stored.rows = count, stored.channels = g.c_out;
-      stored.of = norm_vectors<T>(ctx.out_norm, ctx.plan.out_columns);
-      stored.v_ld = y.strides.w, stored.v = static_cast<const S*>(y.data) + pixel * stored.v_ld;
-      stored.grad_ld = dy.strides.w, stored.grad = static_cast<const S*>(dy.data) + pixel * stored.grad_ld;
-      stored.out = g_tile, stored.out_ld = ctx.plan.out_ld;
-      return for_activation<NormBackward>(p.out_act, stored);
+      const int64_t y_ld = y.strides.w, dy_ld = dy.strides.w;
+      return through_output_norm(ctx, count, static_cast<const S*>(y.data) + pixel * y_ld, y_ld,
+                                 static_cast<const S*>(dy.data) + pixel * dy_ld, dy_ld, g_tile);
     }
   }
-  NormTile<T> t = {};
-  t.rows = count;
-  t.channels = g.c_out;
-  t.of = norm_vectors<T>(ctx.out_norm, ctx.plan.out_columns);
-  t.v = tile_of<S>(of, y, pixel, count, saved_tile, t.v_ld);
-  t.grad = tile_of<S>(of, dy, pixel, count, g_tile, t.grad_ld);
-  t.out = g_tile, t.out_ld = ctx.plan.out_ld;
-  for_activation<NormBackward>(p.out_act, t);
+  int64_t y_ld = 0, dy_ld = 0;
+  const T* y_tile = tile_of<S>(of, y, pixel, count, saved_tile, y_ld);
+  const T* dy_tile = tile_of<S>(of, dy, pixel, count, g_tile, dy_ld);
+  through_output_norm(ctx, count, y_tile, y_ld, dy_tile, dy_ld, g_tile);
 }

@@ -52,11 +52,6 @@ static void store_planes(const bf16* rows, int64_t ld, int64_t channel, int64_t 
   }
 }
 
-// The 32 numbers of two vectors, so that a zip of halves takes them in their order.
-DSCONV_INLINE __m512i vin_zip_order(__m512i v) {
-  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), v);
-}
-
 // 32 pairs (a, b) in the order of the numbers.
 DSCONV_INLINE void store_pairs(__m512i a, __m512i b, bf16x2* to) {
   constexpr int n = Vec<bf16x2>::n;

@@ -2,6 +2,7 @@
 //
 //   vfma(a, b, c)      c + a.lower * b.lower + a.upper * b.upper in each lane; denormals count as zero
 //   vzip_low, vzip_high(a, b)   32 numbers of a and b as pairs (a, b): of the lower and the upper half of each 128 bits
+//   vin_zip_order(v)   32 numbers, so that such zips of halves take them in their order
 //   vunzip(low, high)  rounds the sums of such pairs: 32 numbers in their order in memory again
 //   vzip_order(v0, v1) 32 floats in their order in memory, as sums of such pairs have them
 //
@@ -38,9 +39,10 @@ DSCONV_INLINE __m512i vzero_two() { return _mm512_set1_epi32(0); }
 
 DSCONV_INLINE __m512i vzip_low(__m512i a, __m512i b) { return _mm512_unpacklo_epi16(a, b); }
 DSCONV_INLINE __m512i vzip_high(__m512i a, __m512i b) { return _mm512_unpackhi_epi16(a, b); }
-DSCONV_INLINE __m512i vunzip(__m512 low, __m512 high) {
-  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), vnarrow_two(low, high));
+DSCONV_INLINE __m512i vin_zip_order(__m512i v) {
+  return _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7), v);
 }
+DSCONV_INLINE __m512i vunzip(__m512 low, __m512 high) { return vin_zip_order(vnarrow_two(low, high)); }
 DSCONV_INLINE void vzip_order(__m512 v0, __m512 v1, __m512& low, __m512& high) {
   low = _mm512_shuffle_f32x4(v0, v1, 0x88);
   high = _mm512_shuffle_f32x4(v0, v1, 0xdd);

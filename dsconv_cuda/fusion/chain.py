@@ -49,7 +49,7 @@ from dsconv_cuda.activations import activation_number
 from dsconv_cuda.autograd import transformed
 from dsconv_cuda.batchnorm import Unnormalised, block_of_chain, norm_before
 from dsconv_cuda.deferred import Deferred, break_graphs
-from dsconv_cuda.folded import Folded, fold, given_vectors
+from dsconv_cuda.folded import Folded, fold, given_vectors, wants_gradients
 from dsconv_cuda.functional import (
     autocast_dtype,
     depthwise_separable_conv1d,
@@ -169,7 +169,7 @@ class Chain:
             and norm._buffers.get("running_mean") is not None
         ):
             return False
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = _checks.wide_dtype(x.dtype)
         of_norm = (norm._parameters["weight"], norm._buffers["running_mean"])
         if x.dtype != self._operand_dtype(x) or any(t is not None and t.dtype not in (x.dtype, wide) for t in of_norm):
             return False
@@ -264,17 +264,18 @@ class Chain:
             # nn.BatchNorm1d takes an unbatched [C, L] for L channels of C images.
             raise ValueError(f"expected {self.dims + 2}D input, a batch, before BatchNorm (got {x.dim()}D input)")
         # Weights are others than the modules' own where norms fold into them, and where autocast casts them.
-        wants_gradients = (bool(normed) or autocast_dtype(x) is not None) and self._wants_gradients(normed)
+        others = bool(normed) or autocast_dtype(x) is not None
+        in_graph = others and wants_gradients((self.depthwise, self.pointwise, *normed))
         out_activation = self.out_activation if extent == ALL else "identity"
         if torch.compiler.is_dynamo_compiling():
             first = None if before is None else before.norm
             convolutions = self.depthwise, self.pointwise
-            if normed and not wants_gradients and compiled_folding.pays(x, *convolutions, first is not None):
+            if normed and not in_graph and compiled_folding.pays(x, *convolutions, first is not None):
                 norms = (bn and arguments_of(bn, synchronised=False) for bn in (bn1, bn2, first))
                 activations = self.activation, out_activation, "identity" if before is None else before.activation
                 return compiled_folding.apply(x, *convolutions, *norms, *activations)
             return self._unkept(x, bn2, out_activation, before)
-        if wants_gradients or transformed():
+        if in_graph or transformed():
             return self._unkept(x, bn2, out_activation, before)
         extent = extent, before is not None
         folded = self._folded.get(extent)
@@ -311,13 +312,6 @@ class Chain:
             self.activation,
             self.out_activation,
         )
-
-    def _wants_gradients(self, normed: list) -> bool:
-        """Of the parameters: folding has to be part of the graph then."""
-        if not torch.is_grad_enabled():
-            return False
-        modules = (self.depthwise, self.pointwise, *normed)
-        return any(p is not None and p.requires_grad for m in modules for p in m._parameters.values())
 
     def _unkept(
         self, x: Tensor, bn2: nn.Module | None, out_activation: str, before: NormBefore | None = None
