@@ -66,7 +66,8 @@ static void check_mma(const ForwardPlan& plan, const ForwardParams& p, const Dev
   CHECK(int64_t{mma.groups} * mma.tiles_of_group * tile.channels >= g.c_out);
   CHECK(int64_t{mma.groups - 1} * mma.tiles_of_group * tile.channels < g.c_out);
   CHECK(plan.blocks == box.tiles * mma.groups && mma.shared.bytes <= device.shared_per_block);
-  CHECK(mma.tiles_of_group == 1 || mma.z_tiles * (kChunkBytes / mma_element_bytes(p.dtype)) >= g.c_mid);
+  const bool all_of_z = mma.tiles_of_group > 1 || makes_z_first(mma.kind);
+  CHECK(!all_of_z || mma.z_tiles * (kChunkBytes / mma_element_bytes(p.dtype)) >= g.c_mid);
   if (!box.staged) return;
   CHECK(box.in_h == (box.h - 1) * g.stride_h + (g.kernel_h - 1) * g.dilation_h + 1);
   CHECK(box.in_w >= (box.w - 1) * g.stride_w + (g.kernel_w - 1) * g.dilation_w + 1);
@@ -133,7 +134,7 @@ static void check_mma_backward(const BackwardPlan& plan, const BackwardParams& p
   CHECK(du.shared.dy_offsets >= du.shared.weights + 2 * du_of.mid * kChunkBytes);
   CHECK(!bent || du.shared.taps >= du.shared.staged + du.x_stages * du.box.stage_bytes);
   CHECK(!bent || du.shared.dy_offsets >= du.shared.taps + du.x_stages * du.box.tap_bytes);
-  CHECK(du.shared.dy_offsets >= du.shared.slices + kWarpsOfBlock * slice_bytes({0, 0, 32, 0}));
+  CHECK(du.shared.dy_offsets >= du.shared.slices + kWarpsOfBlock * slice_bytes(element));
   CHECK(sum.shared.z >= sum_of.pixels * sum_of.out * element);
   CHECK(sum.shared.staged >= sum.shared.z + sum_of.pixels * kSumMid * element);
   CHECK(sum.shared.taps >= sum.shared.staged + sum.x_stages * sum.box.stage_bytes);

@@ -164,27 +164,38 @@ DSCONV_DEVICE void in_turn(Acc (&values)[kCount], const F& f) {
   }
 }
 
-// act of several values, and act' of several values before the activation. The kinds of most networks go straight
-// through, the others in turn.
+// act of several values, of a kind that is_piecewise(): what most networks have, straight through.
 template <typename Acc, int kCount>
-DSCONV_DEVICE void activate_all(Activation kind, Acc (&values)[kCount]) {
-  if (kind == Activation::identity) return;
-  if (is_piecewise(kind)) {
-    const Acc below = kind == Activation::leaky_relu ? Acc(kLeakySlope) : Acc(0);
-    const Acc most = kind == Activation::relu6 ? Acc(6) : Acc(HUGE_VAL);
+DSCONV_DEVICE void activate_piecewise(Activation kind, Acc (&values)[kCount]) {
+  const Acc below = kind == Activation::identity ? Acc(1) : kind == Activation::leaky_relu ? Acc(kLeakySlope) : Acc(0);
+  const Acc most = kind == Activation::relu6 ? Acc(6) : Acc(HUGE_VAL);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const Acc v = values[i];
-      values[i] = v <= Acc(0) ? (below != Acc(0) ? v * below : Acc(0)) : v >= most ? most : v;
-    }
-    return;
+  for (int i = 0; i < kCount; ++i) {
+    const Acc v = values[i];
+    values[i] = v <= Acc(0) ? (below != Acc(0) ? v * below : Acc(0)) : v >= most ? most : v;
   }
+}
+
+// The same of the other kinds, in turn.
+template <typename Acc, int kCount>
+DSCONV_DEVICE void activate_in_turn(Activation kind, Acc (&values)[kCount]) {
   in_turn(values, [&](Acc v) {
     if (kind == Activation::hardswish) return hardswish_of(v);
     return kind == Activation::hardsigmoid ? hardsigmoid_of(v) : smooth_value(kind, v);
   });
 }
 
+template <typename Acc, int kCount>
+DSCONV_DEVICE void activate_all(Activation kind, Acc (&values)[kCount]) {
+  if (kind == Activation::identity) return;
+  if (is_piecewise(kind)) {
+    activate_piecewise(kind, values);
+  } else {
+    activate_in_turn(kind, values);
+  }
+}
+
+// act' of several values before the activation.
 template <typename Acc, int kCount>
 DSCONV_DEVICE void derive_all(Activation kind, Acc (&values)[kCount]) {
   in_turn(values, [&](Acc v) { return is_smooth(kind) ? smooth_slope(kind, v) : sharp_slope(kind, v); });

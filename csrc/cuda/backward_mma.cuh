@@ -47,32 +47,9 @@ struct DuMmaTraits {
   using Warp = WarpTile<32, kWarpMid>;
   static constexpr int kWeightRowBytes = kMid * kElement, kWeightBytes = kWeightRowBytes * kChunkChannels<T>;
   static constexpr int kGradBytes = kPixels * kChunkBytes;
+  static constexpr int kSliceBytes = static_cast<int>(slice_bytes(kElement));
   static_assert(kWeightBytes == kMid * kChunkBytes, "as planned");
 };
-
-// Calls compute(chunk) for `chunks` of x, start(chunk) having begun to copy one of them, to place chunk % stages: as
-// many ahead as there are places. All that was committed before is there too at the first call.
-template <typename Start, typename Compute>
-DSCONV_DEVICE void walk_chunks(int chunks, int stages, const Start& start, const Compute& compute) {
-  int next = 0;
-#pragma unroll 1
-  for (int chunk = 0; chunk < chunks; ++chunk) {
-    const int ahead = chunk + stages < chunks ? chunk + stages : chunks;
-    if (chunk > 0 && next < ahead) __syncthreads();  // the chunk that lay there has been read
-#pragma unroll 1
-    for (; next < ahead; ++next) {
-      start(next);
-      cp_async_commit();
-    }
-    if (next > chunk + 1) {
-      cp_async_wait<1>();
-    } else {
-      cp_async_wait<0>();
-    }
-    __syncthreads();
-    compute(chunk);
-  }
-}
 
 // act'(z) of the box and the block's mid channels, [chunk] tiles of box_input, those behind the last channel left out.
 template <class Traits>
@@ -125,6 +102,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   using T = typename Traits::T;
   using Input = typename Traits::Input;
   constexpr int kChunk = kChunkChannels<T>;
+  never_on_sm_75<!std::is_same_v<T, Half>>();
   DSCONV_DYNAMIC_SHARED(unsigned char, shared);
   const MmaDuShared& at = plan.shared;
   const Geometry& g = p.geom;
@@ -159,10 +137,11 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
     cp_async_commit();
   };
 
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  const int m0 = warp / Traits::kWarpColumns * 32, n0 = warp % Traits::kWarpColumns * Traits::kWarpMid;
-  const bool works = c0 + n0 < c_mid;
-  const auto weight_at = ColumnFragments<T, Traits::kWeightRowBytes>::of_b(n0);
+  // The warp's part of the tile, made anew where it is asked for: registers are short.
+  const auto first_row = [] { return thread_here() / 32 / Traits::kWarpColumns * 32; };
+  const auto first_column = [] { return thread_here() / 32 % Traits::kWarpColumns * Traits::kWarpMid; };
+  const bool works = c0 + first_column() < c_mid;
+  const auto weight_at = ColumnFragments<T, Traits::kWeightRowBytes>::of_b(first_column());
   typename Traits::Warp own;
   own.clear();
   const int32_t chunks = (c_out + kChunk - 1) / kChunk;
@@ -172,6 +151,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
     __syncthreads();
     if (chunk + 1 < chunks) start((chunk + 1) * kChunk, (chunk + 1) & 1);
     if (chunk < 0 || !works) continue;
+    const int m0 = first_row();
     const unsigned char* grad = shared + at.grad + (chunk & 1) * Traits::kGradBytes;
     const unsigned char* weight = shared + at.weights + (chunk & 1) * Traits::kWeightBytes;
 #pragma unroll
@@ -186,16 +166,11 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   }
   __syncthreads();  // what follows takes the place of the product's tiles
   if (!works) return;
+  const int m0 = first_row(), n0 = first_column();
   if (bent) multiply_by_slope<Traits>(own, m0, n0, c_mid - c0, shared + at.slope);
-  const Outputs<T> outputs{nullptr,
-                           nullptr,
-                           Activation::identity,
-                           static_cast<T*>(du),
-                           c_mid,
-                           du_strides.c,
-                           slots_are_runs<T>(box, g, du_strides, du)};
-  store_warp_tile<Traits::kAlongC>(outputs, own, input.offsets() + m0, c0 + n0,
-                                   shared + at.slices + warp * 4 * 32 * kSliceChannels);
+  const OutputTensor<T> out{static_cast<T*>(du), c_mid, du_strides.c, slots_are_runs<T>(box, g, du_strides, du)};
+  store_warp_tile<Traits::kAlongC>(out, own, input.offsets() + m0, c0 + n0,
+                                   shared + at.slices + thread_here() / 32 * Traits::kSliceBytes, [](float (&)[4]) {});
 }
 
 // ------------------------------------------------------------------------------------------------- grad_pw_weight,
@@ -225,6 +200,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   using T = typename Traits::T;
   using Input = typename Traits::Input;
   constexpr int kChunk = kChunkChannels<T>;
+  never_on_sm_75<!std::is_same_v<T, Half>>();
   DSCONV_DYNAMIC_SHARED(unsigned char, shared);
   const MmaSumShared& at = plan.shared;
   const Geometry& g = p.geom;

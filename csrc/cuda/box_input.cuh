@@ -346,6 +346,30 @@ DSCONV_DEVICE void stage_taps(const DepthwiseInput<T>& in, int32_t c0, T* staged
   }
 }
 
+// Calls compute(chunk) for `chunks` of x, start(chunk) having begun to copy one of them, to place chunk % stages: as
+// many ahead as there are places. All that was committed before is there too at the first call.
+template <typename Start, typename Compute>
+DSCONV_DEVICE void walk_chunks(int chunks, int stages, const Start& start, const Compute& compute) {
+  int next = 0;
+#pragma unroll 1
+  for (int chunk = 0; chunk < chunks; ++chunk) {
+    const int ahead = chunk + stages < chunks ? chunk + stages : chunks;
+    if (chunk > 0 && next < ahead) __syncthreads();  // the chunk that lay there has been read
+#pragma unroll 1
+    for (; next < ahead; ++next) {
+      start(next);
+      cp_async_commit();
+    }
+    if (next > chunk + 1) {
+      cp_async_wait<1>();
+    } else {
+      cp_async_wait<0>();
+    }
+    __syncthreads();
+    compute(chunk);
+  }
+}
+
 // ------------------------------------------------------------------------------------------------- the depthwise sums
 
 // What a strip walks along: a is its own direction, b the other one. Bytes from tap to tap.

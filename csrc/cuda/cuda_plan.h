@@ -112,6 +112,7 @@ constexpr bool same_plan(const ForwardPlan& a, const ForwardPlan& b) {
 // Tensor cores are used wherever they can be: fp16 has them everywhere, bf16 and TF32 from sm_80 on.
 constexpr bool can_run(const ForwardParams& p, const ForwardPlan& plan, const DeviceLimits& device) {
   const bool wanted = has_tensor_cores(p.dtype, p.tf32, device.capability);
+  if (plan.tensor_cores && !has_registers(p, plan.mma.kind, device.capability)) return false;
   return plan.tensor_cores == wanted && plan.mma.shared.bytes <= device.shared_per_block;
 }
 
@@ -131,7 +132,7 @@ inline KernelCost forward_cost(const ForwardParams& p, const ForwardPlan& plan, 
     const MmaTile mma = mma_tile(plan.mma.kind);
     const double mma_rate = p.dtype == DType::f32 ? device.mma_tf32 : device.mma_f16;
     constexpr const char* kNames[kMmaTileKinds] = {"forward_mma, wide tile", "forward_mma, narrow tile",
-                                                   "forward_mma, small tile"};
+                                                   "forward_mma, small tile", "forward_mma, square tile"};
     cost.name = kNames[static_cast<int>(plan.mma.kind)];
     cost.tile_rows = mma.pixels;
     cost.tile_columns = mma.channels;

@@ -203,12 +203,12 @@ inline KernelCost du_mma_cost(const BackwardParams& p, const MmaDuPlan& plan, co
   cost.dram_bytes = gradient_bytes(p, element) + weights + du + (bent ? x + g.c_mid * taps * element : 0);
   cost.l2_bytes = plan.mid_tiles * gradient_bytes(p, element) + plan.box.tiles * weights + du;
   if (bent) cost.l2_bytes += plan.box.tiles * g.c_mid * (box_elements(plan.box, g) + taps) * element;
-  // Of a block: ldmatrix of every warp, and the tiles on their way in; act'(z); sums to the stores and back.
+  // Of a block: ldmatrix of every warp, and the tiles on their way in; act'(z); the results.
   const double product =
       (kWarpsOfBlock * (32 + tile.warp_mid) + tile.pixels + tile.mid) * static_cast<double>(kChunkBytes) / 128;
   cost.wavefronts =
       static_cast<double>(cost.blocks) *
-      (static_cast<double>(out_chunks) * product + tile.pixels * tile.mid * (2 * 4.0 + 1) / 128 +
+      (static_cast<double>(out_chunks) * product + slice_wavefronts(p.x_layout, element, tile.pixels * tile.mid) +
        (bent ? tile.mid / static_cast<double>(chunk) * box_wavefronts(plan.box, g, p.x_layout, tile.pixels, element)
              : 0));
   return cost;
@@ -232,7 +232,7 @@ inline MmaDuPlan du_mma_candidate(const BackwardParams& p, MmaDuTileKind kind, m
   SharedParts product = parts, results = parts;
   product.take(2 * tile.pixels * kChunkBytes);
   s.weights = product.take(2 * tile.mid * kChunkBytes);
-  results.take(kWarpsOfBlock * slice_bytes({0, 0, 32, 0}));
+  results.take(kWarpsOfBlock * slice_bytes(mma_element_bytes(p.dtype)));
   if (results.at > product.at) product.at = results.at;
   // A second chunk of x where it fits in the place of the product.
   const int64_t chunk = box_round_up(int64_t{plan.box.stage_bytes}, 16) + plan.box.tap_bytes;

@@ -2,6 +2,8 @@
 //
 // Forward: a block owns a box of pixels (pixel_box.h) and a group of output channel tiles. It computes act(z) of its
 // box once, a chunk of channels at a time; where the group has more than one tile, all chunks stay in shared memory.
+// Square tiles come after all of act(z): a warp has 64 x 32 of the sums, for which it loads a quarter less than for two
+// times 32 x 32, but whose registers the depthwise stage needs.
 #pragma once
 
 #include "../params.h"
@@ -22,8 +24,8 @@ struct MmaTile {
   int pixels, channels, warp_pixels, warp_channels;
 };
 
-enum class MmaTileKind : int32_t { wide, narrow, small };
-constexpr int kMmaTileKinds = 3;
+enum class MmaTileKind : int32_t { wide, narrow, small, square };
+constexpr int kMmaTileKinds = 4;
 
 constexpr MmaTile mma_tile(MmaTileKind kind) {
   switch (kind) {
@@ -31,14 +33,22 @@ constexpr MmaTile mma_tile(MmaTileKind kind) {
       return {128, 64, 32, 32};
     case MmaTileKind::narrow:
       return {256, 32, 32, 32};
+    case MmaTileKind::square:
+      return {128, 128, 64, 32};
     default:
       return {64, 64, 32, 16};
   }
 }
+constexpr bool makes_z_first(MmaTileKind kind) { return kind == MmaTileKind::square; }
+// For what a kind that makes z first has no registers: activations that are not taken at once, and sm_75's products.
+inline bool has_registers(const ForwardParams& p, MmaTileKind kind, int64_t capability) {
+  const bool at_once = is_clamp(p.out_act) || p.out_act == Activation::leaky_relu;
+  return !makes_z_first(kind) || (at_once && capability >= 80);
+}
 
-// A warp hands its results, in fp32, over to the stores by way of shared memory, in slices of so many channels.
-constexpr int kSliceChannels = 16;
-constexpr int64_t slice_bytes(const MmaTile& tile) { return 4 * int64_t{tile.warp_pixels} * kSliceChannels; }
+// A warp hands its results over to the stores by way of shared memory, in slices, in the type of the output.
+constexpr int kSlicePixels = 32, kSliceChannels = 16;
+constexpr int64_t slice_bytes(int64_t element) { return element * kSlicePixels * kSliceChannels; }
 
 // Byte offsets into the dynamic shared memory.
 struct MmaShared {
@@ -56,7 +66,7 @@ struct MmaForwardPlan {
   MmaShared shared;
 };
 
-inline MmaShared mma_forward_shared(const MmaForwardPlan& plan) {
+inline MmaShared mma_forward_shared(const MmaForwardPlan& plan, int64_t element) {
   const MmaTile tile = mma_tile(plan.kind);
   const auto larger = [](int64_t a, int64_t b) { return a > b ? a : b; };
   MmaShared s{};
@@ -67,7 +77,7 @@ inline MmaShared mma_forward_shared(const MmaForwardPlan& plan) {
     return static_cast<int32_t>(begin);
   };
   s.weights = take(2 * tile.channels * kChunkBytes);
-  s.scratch = take(larger(int64_t{plan.x_stages} * plan.box.stage_bytes, kWarpsOfBlock * slice_bytes(tile)));
+  s.scratch = take(larger(int64_t{plan.x_stages} * plan.box.stage_bytes, kWarpsOfBlock * slice_bytes(element)));
   s.taps = take(int64_t{plan.x_stages} * plan.box.tap_bytes);
   s.tables.spans = take(8 * int64_t{plan.box.spans});
   s.tables.strips = take(8 * tile.pixels / kStripPixels);
@@ -83,7 +93,8 @@ BoxSource box_source(const Params& p) {
   return {p.x, p.x_strides, p.x_layout, mma_element_bytes(p.dtype)};
 }
 
-// A block takes `tiles_of_group` tiles of output channels, fewer where z of all chunks does not fit.
+// A block takes `tiles_of_group` tiles of output channels, fewer where z of all chunks does not fit; there a kind that
+// needs all of z cannot run.
 inline MmaForwardPlan mma_forward_candidate(const ForwardParams& p, MmaTileKind kind, int64_t tiles_of_group,
                                             const DeviceLimits& device) {
   const Geometry& g = p.geom;
@@ -98,9 +109,9 @@ inline MmaForwardPlan mma_forward_candidate(const ForwardParams& p, MmaTileKind 
   const int64_t o_tiles = box_ceil_div(g.c_out, tile.channels), chunks = box_ceil_div(g.c_mid, kChunkBytes / element);
   const int64_t half = device.shared_per_multiprocessor / 2 - 1024;
   plan.tiles_of_group = static_cast<int32_t>(tiles_of_group);
-  if (plan.tiles_of_group > 1) {
+  if (plan.tiles_of_group > 1 || makes_z_first(kind)) {
     plan.z_tiles = static_cast<int32_t>(chunks < INT16_MAX ? chunks : INT16_MAX);
-    if (mma_forward_shared(plan).bytes > device.shared_per_block) {
+    if (!makes_z_first(kind) && mma_forward_shared(plan, element).bytes > device.shared_per_block) {
       plan.z_tiles = 1;
       plan.tiles_of_group = 1;
     }
@@ -109,9 +120,9 @@ inline MmaForwardPlan mma_forward_candidate(const ForwardParams& p, MmaTileKind 
   plan.blocks = plan.box.tiles * plan.groups;
   if (plan.box.staged && chunks > 1) {
     plan.x_stages = 2;
-    if (mma_forward_shared(plan).bytes > half) plan.x_stages = 1;
+    if (mma_forward_shared(plan, element).bytes > half) plan.x_stages = 1;
   }
-  plan.shared = mma_forward_shared(plan);
+  plan.shared = mma_forward_shared(plan, element);
   return plan;
 }
 
@@ -139,15 +150,21 @@ inline double box_wavefronts(const PixelBox& box, const Geometry& g, Layout layo
          static_cast<double>(items) / 32 * static_cast<double>(g.kernel_d * loads + pixels + 4);
 }
 
+// Of results that go to slices, across their rows a word a lane, and from there to memory.
+constexpr double slice_wavefronts(Layout layout, int64_t element, int64_t results) {
+  const int64_t bytes = (layout == Layout::nhwc ? element : 4) + element + 1;
+  return static_cast<double>(results * bytes) / 128;
+}
+
 // Of all that a block does.
 inline double mma_forward_wavefronts(const ForwardParams& p, const MmaForwardPlan& plan) {
   const int64_t element = mma_element_bytes(p.dtype);
   const MmaTile tile = mma_tile(plan.kind);
   const double chunks = static_cast<double>(box_ceil_div(p.geom.c_mid, kChunkBytes / element));
-  // ldmatrix of every warp, 64 bytes of k a chunk; the weights on their way in; sums to the epilogue and back.
+  // ldmatrix of every warp, 64 bytes of k a chunk; the weights on their way in.
   const double product = kWarpsOfBlock * (tile.warp_pixels + tile.warp_channels) * kChunkBytes / 128.0;
   const double weights = tile.channels * kChunkBytes / 128.0;
-  const double outputs = tile.pixels * tile.channels * (2 * 4.0 + 1) / 128;
+  const double outputs = slice_wavefronts(p.y_layout, element, tile.pixels * tile.channels);
   return chunks * box_wavefronts(plan.box, p.geom, p.x_layout, tile.pixels, element) +
          static_cast<double>(plan.tiles_of_group) * (chunks * (product + weights) + outputs);
 }

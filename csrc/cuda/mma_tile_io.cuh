@@ -49,130 +49,143 @@ DSCONV_DEVICE bool slots_are_runs(const PixelBox& box, const Geometry& g, const 
          (g.d_out == 1 || strides.d % kVec == 0) && (whole_rows || adjacent_rows);
 }
 
-// A warp's results: + bias, `before` the activation where it is asked for, and `after` it. Either null bias or before
-// is none.
+// Where a warp's results go.
 template <typename T>
-struct Outputs {
-  const T* bias;
-  T* before;
-  Activation act;
-  T* after;
+struct OutputTensor {
+  T* data;
   int32_t channels;
   int64_t channel_stride;  // elements
   bool runs;               // slots_are_runs
 };
 
-// kVecWidth<T> elements of a vector of `count` from `first` on, zeros behind it.
-template <typename T>
-DSCONV_DEVICE Vec<T, kVecWidth<T>> load_run(const T* from, int32_t first, int32_t count) {
-  constexpr int kVec = kVecWidth<T>;
-  if (first + kVec <= count && is_aligned(from + first, 16)) {
-    return *reinterpret_cast<const Vec<T, kVec>*>(from + first);
-  }
-  Vec<T, kVec> result = {};
+// acc += bias of output channels o0 .., null for none.
+template <typename T, typename Warp>
+DSCONV_DEVICE void add_bias(Warp& warp, const T* bias, int32_t o0, int32_t channels) {
+  if (bias == nullptr) return;
+  const int t = thread_here() % 4;
 #pragma unroll
-  for (int e = 0; e < kVec; ++e) {
-    if (first + e < count) result.v[e] = from[first + e];
+  for (int j = 0; j < Warp::kN / 8; ++j) {
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int32_t o = o0 + 8 * j + 2 * t + e;
+      const float added = o < channels ? to_acc(bias[o]) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < Warp::kM / 16; ++i) {
+        warp.acc[i][j][e] += added;
+        warp.acc[i][j][2 + e] += added;
+      }
+    }
   }
-  return result;
+}
+
+// acc = act(acc): a kind that is_piecewise() at once, the others some values after the other with one copy of the code.
+template <typename Warp>
+DSCONV_DEVICE void activate_tile(Activation act, Warp& warp) {
+  constexpr int kRow = Warp::kN / 8 * 4, kAll = Warp::kM / 16 * kRow, kFew = 8;
+  if (act == Activation::identity) return;
+  if (is_piecewise(act)) {
+#pragma unroll
+    for (int i = 0; i < Warp::kM / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < Warp::kN / 8; ++j) activate_piecewise(act, warp.acc[i][j]);
+    }
+    return;
+  }
+  const auto value = [&](int at) -> float& { return warp.acc[at / kRow][at % kRow / 4][at % 4]; };
+#pragma unroll 1
+  for (int turn = 0; turn < kAll / kFew; ++turn) {
+    float part[kFew];
+#pragma unroll
+    for (int e = 0; e < kFew; ++e) part[e] = value(e);
+    activate_in_turn(act, part);
+#pragma unroll
+    for (int at = 0; at < kAll; ++at) value(at) = at + kFew < kAll ? value(at + kFew) : part[at + kFew - kAll];
+  }
+}
+
+// A slice of a warp's tile in shared memory, as it goes to an output tensor: `slots` are the offsets of its pixels, o0
+// the first of its channels. A lane has 16 bytes of it along the unit-strided dimension.
+template <bool kAlongC, typename T>
+DSCONV_DEVICE void store_slice(const OutputTensor<T>& out, const int64_t* slots, int32_t o0,
+                               const unsigned char* slice) {
+  constexpr int kVec = kVecWidth<T>;
+  constexpr int kRows = kAlongC ? kSlicePixels : kSliceChannels, kColumns = kAlongC ? kSliceChannels : kSlicePixels;
+  constexpr int kRowBytes = kColumns * static_cast<int>(sizeof(T));
+  const int lane = thread_here() % 32;
+  if (!kAlongC && !out.runs) {
+#pragma unroll 1
+    for (int i = lane; i < kRows * kColumns; i += 32) {
+      const int32_t o = o0 + i / kColumns;
+      const int64_t slot = slots[i % kColumns];
+      if (slot < 0 || o >= out.channels) continue;
+      out.data[slot + o * out.channel_stride] =
+          *reinterpret_cast<const T*>(slice + at_row<T, kRowBytes>(i / kColumns, i % kColumns));
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int i = lane; i < kRows * (kColumns / kVec); i += 32) {
+    const int row = i / (kColumns / kVec), first = i % (kColumns / kVec) * kVec;
+    const auto values = *reinterpret_cast<const Vec<T, kVec>*>(slice + at_row<T, kRowBytes>(row, first));
+    // The run's place in y, and which of its elements exist, all of them in a row or not.
+    const int32_t o = o0 + (kAlongC ? first : row);
+    const int64_t* run = slots + (kAlongC ? row : first);
+    const int64_t at = run[0] + o * out.channel_stride;
+    const bool together =
+        run[0] >= 0 && (kAlongC ? o + kVec <= out.channels : o < out.channels && run[kVec - 1] == run[0] + kVec - 1);
+    if (together && is_aligned(out.data + at, 16)) {
+      *reinterpret_cast<Vec<T, kVec>*>(out.data + at) = values;
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < kVec; ++e) {
+      const int64_t slot = kAlongC ? run[0] : run[e];
+      const int32_t of = o + (kAlongC ? e : 0);
+      if (slot >= 0 && of < out.channels) out.data[slot + of * out.channel_stride] = values.v[e];
+    }
+  }
 }
 
 // The one place where accumulators become outputs: channels o0 .. of the warp's tile, `slots` being the offsets of its
-// pixels. A slice of kSliceChannels channels at a time goes through `slice`, the warp's own, so that a lane has 16
-// bytes of outputs along the unit-strided dimension of y.
-template <bool kYAlongC, typename T, typename Warp>
-DSCONV_DEVICE void store_warp_tile(const Outputs<T>& out, const Warp& warp, const int64_t* slots, int32_t o0,
-                                   unsigned char* slice) {
-  constexpr int kVec = kVecWidth<T>;
-  constexpr int kRows = kYAlongC ? Warp::kM : kSliceChannels;
-  constexpr int kColumns = kYAlongC ? kSliceChannels : Warp::kM, kRowBytes = 4 * kColumns;
+// pixels. A slice of kSlicePixels x kSliceChannels at a time goes through `slice`, the warp's own; finish(values)
+// changes four of them on their way.
+template <bool kYAlongC, typename T, typename Warp, typename Finish>
+DSCONV_DEVICE void store_warp_tile(const OutputTensor<T>& out, const Warp& warp, const int64_t* slots, int32_t o0,
+                                   unsigned char* slice, const Finish& finish) {
+  constexpr int kRowBytes = (kYAlongC ? kSliceChannels : kSlicePixels) * static_cast<int>(sizeof(T));
+  constexpr int kDown = Warp::kM / kSlicePixels, kSlices = kDown * (Warp::kN / kSliceChannels);
+  constexpr int kI = kSlicePixels / 16, kJ = kSliceChannels / 8;  // fragments of a slice
   const int lane = thread_here() % 32, g = lane / 4, t = lane % 4;
-  const int32_t c_out = out.channels;
-  const T* bias = out.bias;
+  // at_row() of a row and a column is the exclusive or of at_row() of their bits.
+  const int lane_at = kYAlongC ? at_row<T, kRowBytes>(g, 2 * t) : at_row<T, kRowBytes>(2 * t, g);
 #pragma unroll 1
-  for (int s = 0; s < Warp::kN / kSliceChannels; ++s) {
-    const int32_t slice_o = o0 + s * kSliceChannels;
-    if (slice_o >= c_out) break;
+  for (int s = 0; s < kSlices; ++s) {
+    const int32_t slice_o = o0 + s / kDown * kSliceChannels;
+    if (slice_o >= out.channels) break;
 #pragma unroll
     for (int column = 0; column < Warp::kN / 8; ++column) {
-      if (column / (kSliceChannels / 8) != s) continue;
-      const int j = column % (kSliceChannels / 8);
 #pragma unroll
       for (int i = 0; i < Warp::kM / 16; ++i) {
-        const float (&acc)[4] = warp.acc[i][column];
+        if (column / kJ * kDown + i / kI != s) continue;
+        float values[4];
+#pragma unroll
+        for (int r = 0; r < 4; ++r) values[r] = warp.acc[i][column][r];
+        finish(values);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int pixel = 16 * i + g + 8 * half, channel = 8 * j + 2 * t;
+          const int pixel = 16 * (i % kI) + 8 * half, channel = 8 * (column % kJ);
+          const T first = from_acc<T>(values[2 * half]), second = from_acc<T>(values[2 * half + 1]);
           if constexpr (kYAlongC) {
-            *reinterpret_cast<Vec<float, 2>*>(slice + at_row<float, kRowBytes>(pixel, channel)) = {acc[2 * half],
-                                                                                                   acc[2 * half + 1]};
+            *reinterpret_cast<Vec<T, 2>*>(slice + (lane_at ^ at_row<T, kRowBytes>(pixel, channel))) = {first, second};
           } else {
-            *reinterpret_cast<float*>(slice + at_row<float, kRowBytes>(channel, pixel)) = acc[2 * half];
-            *reinterpret_cast<float*>(slice + at_row<float, kRowBytes>(channel + 1, pixel)) = acc[2 * half + 1];
+            *reinterpret_cast<T*>(slice + (lane_at ^ at_row<T, kRowBytes>(channel, pixel))) = first;
+            *reinterpret_cast<T*>(slice + (lane_at ^ at_row<T, kRowBytes>(channel + 1, pixel))) = second;
           }
         }
       }
     }
     __syncwarp();
-    if (!kYAlongC && !out.runs) {
-#pragma unroll 1
-      for (int i = lane; i < kRows * kColumns; i += 32) {
-        const int32_t o = slice_o + i / kColumns;
-        const int64_t slot = slots[i % kColumns];
-        if (slot < 0 || o >= c_out) continue;
-        float value[1] = {
-            *reinterpret_cast<const float*>(slice + at_row<float, kRowBytes>(i / kColumns, i % kColumns))};
-        if (bias != nullptr) value[0] += to_acc(bias[o]);
-        const int64_t at = slot + o * out.channel_stride;
-        if (out.before != nullptr) out.before[at] = from_acc<T>(value[0]);
-        activate_all(out.act, value);
-        out.after[at] = from_acc<T>(value[0]);
-      }
-      __syncwarp();
-      continue;
-    }
-    // Along channels a lane has the same ones in every run.
-    static_assert(!kYAlongC || 32 % (kColumns / kVec) == 0);
-    [[maybe_unused]] Vec<T, kVec> added = {};
-    if (kYAlongC && bias != nullptr) added = load_run(bias, slice_o + lane % (kColumns / kVec) * kVec, c_out);
-#pragma unroll 1
-    for (int i = lane; i < kRows * (kColumns / kVec); i += 32) {
-      const int row = i / (kColumns / kVec), first = i % (kColumns / kVec) * kVec;
-      float values[kVec];
-#pragma unroll
-      for (int e = 0; e < kVec; e += 4) {
-        const auto four = *reinterpret_cast<const Vec<float, 4>*>(slice + at_row<float, kRowBytes>(row, first + e));
-#pragma unroll
-        for (int f = 0; f < 4; ++f) values[e + f] = four.v[f];
-      }
-      const int32_t o = slice_o + (kYAlongC ? first : row);
-      if (!kYAlongC && bias != nullptr && o < c_out) added.v[0] = bias[o];
-#pragma unroll
-      for (int e = 0; e < kVec; ++e) values[e] += to_acc(added.v[kYAlongC ? e : 0]);
-      // The run's place in y, and which of its elements exist, all of them in a row or not.
-      const int64_t* run = slots + (kYAlongC ? row : first);
-      const int64_t at = run[0] + o * out.channel_stride;
-      const bool together =
-          run[0] >= 0 && (kYAlongC ? o + kVec <= c_out : o < c_out && run[kVec - 1] == run[0] + kVec - 1);
-      const auto store = [&](T* y) {
-        if (together && is_aligned(y + at, 16)) {
-          Vec<T, kVec> packed;
-#pragma unroll
-          for (int e = 0; e < kVec; ++e) packed.v[e] = from_acc<T>(values[e]);
-          *reinterpret_cast<Vec<T, kVec>*>(y + at) = packed;
-          return;
-        }
-#pragma unroll
-        for (int e = 0; e < kVec; ++e) {
-          const int64_t slot = kYAlongC ? run[0] : run[e];
-          const int32_t of = o + (kYAlongC ? e : 0);
-          if (slot >= 0 && of < c_out) y[slot + of * out.channel_stride] = from_acc<T>(values[e]);
-        }
-      };
-      if (out.before != nullptr) store(out.before);
-      activate_all(out.act, values);
-      store(out.after);
-    }
+    store_slice<kYAlongC>(out, slots + s % kDown * kSlicePixels, slice_o, slice);
     __syncwarp();
   }
 }

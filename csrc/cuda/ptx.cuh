@@ -31,6 +31,28 @@ DSCONV_DEVICE int thread_here() {
 #endif
 }
 
+// The same of blockIdx.x.
+DSCONV_DEVICE unsigned block_here() {
+#if defined(__CUDA_ARCH__)
+  unsigned block;
+  asm volatile("mov.u32 %0, %%ctaid.x;\n" : "=r"(block));
+  return block;
+#else
+  return blockIdx.x;
+#endif
+}
+
+// The same of a value: what follows from it is not computed ahead of a loop, for all of the loop's turns.
+DSCONV_DEVICE int fresh(int value) {
+#if defined(__CUDA_ARCH__)
+  int copy;
+  asm volatile("mov.u32 %0, %1;\n" : "=r"(copy) : "r"(value));
+  return copy;
+#else
+  return value;
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------ asynchronous copies
 
 // Copies the first `valid` of kBytes bytes from global to shared memory, asynchronously from sm_80 on, and puts zeros
@@ -118,12 +140,23 @@ DSCONV_DEVICE void ldmatrix_x4_trans(const void* row, uint32_t (&out)[4]) {
 // d += a . b^T over 8 columns, half a k16 step: what sm_75 has. a: a[0], a[1] of above; b: b[0].
 DSCONV_DEVICE void mma_m16n8k8_f16(float (&d)[4], const uint32_t (&a)[2], uint32_t b) {
 #if defined(__CUDA_ARCH__)
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};\n"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(b));
+  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};\n"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(b));
 #elif !defined(__CUDACC__)
   const uint32_t a4[4] = {a[0], a[1], 0, 0}, b2[2] = {b, 0};
   cuda_host::mma(cuda_host::MmaType::f16_k8, d, a4, b2);
+#endif
+}
+
+// At the start of a kernel that the planner sends to sm_80 and later only: for sm_75 nothing of it is compiled.
+template <bool kOnlySm80>
+DSCONV_DEVICE void never_on_sm_75() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  if constexpr (kOnlySm80) {
+    asm volatile("trap;\n");
+    __builtin_unreachable();
+  }
 #endif
 }
 
@@ -135,7 +168,8 @@ DSCONV_DEVICE void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
 template <>
 DSCONV_DEVICE void mma<Half>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -150,12 +184,13 @@ DSCONV_DEVICE void mma<Half>(float (&d)[4], const uint32_t (&a)[4], const uint32
 template <>
 DSCONV_DEVICE void mma<BFloat16>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif defined(__CUDA_ARCH__)
-  asm volatile("trap;\n");
+  never_on_sm_75<true>();
 #elif !defined(__CUDACC__)
   cuda_host::mma(cuda_host::MmaType::bf16, d, a, b);
 #endif
@@ -164,12 +199,13 @@ DSCONV_DEVICE void mma<BFloat16>(float (&d)[4], const uint32_t (&a)[4], const ui
 template <>
 DSCONV_DEVICE void mma<float>(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};\n"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #elif defined(__CUDA_ARCH__)
-  asm volatile("trap;\n");
+  never_on_sm_75<true>();
 #elif !defined(__CUDACC__)
   cuda_host::mma(cuda_host::MmaType::tf32, d, a, b);
 #endif
