@@ -4,6 +4,9 @@
 //   vectors [4, C]   mean, invstd, gamma, beta                                          all float64
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include "op_args.h"
 
 namespace dsconv {
@@ -28,7 +31,7 @@ void read_values(const Tensor& t, int64_t count, double* to) {
   for (int64_t i = 0; i < count; ++i) to[i] = static_cast<double>(from[i * step]);
 }
 
-// A parameter of a norm, float or double; `otherwise` where there is none.
+// A parameter of a norm; `otherwise` where there is none.
 inline void read_parameter(const char* op, const char* arg, const std::optional<Tensor>& t, int64_t channels,
                            double otherwise, double* to) {
   if (!t.has_value()) {
@@ -36,9 +39,16 @@ inline void read_parameter(const char* op, const char* arg, const std::optional<
     return;
   }
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", arg, " must have shape [", channels, "]");
-  if (t->scalar_type() == ScalarType::Float) return read_values<float>(*t, channels, to);
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Double, op, ": ", arg, " must be float32 or float64");
-  read_values<double>(*t, channels, to);
+  switch (dtype_of(op, *t)) {
+    case DType::f32:
+      return read_values<float>(*t, channels, to);
+    case DType::f64:
+      return read_values<double>(*t, channels, to);
+    case DType::f16:
+      return read_values<torch::headeronly::Half>(*t, channels, to);
+    case DType::bf16:
+      return read_values<torch::headeronly::BFloat16>(*t, channels, to);
+  }
 }
 
 }  // namespace dsconv

@@ -158,9 +158,13 @@ inline Tensor empty_contiguous(const Tensor& like, torch::headeronly::IntHeaderO
   return empty_strided(like, dims, size.data(), stride);
 }
 
+inline void check_device(const char* op, const char* arg, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.device() == x.device(), op, ": ", arg, " must be on the device of input");
+}
+
 inline void check_operand(const char* op, const char* arg, const Tensor& t, const Tensor& x) {
   STD_TORCH_CHECK(t.scalar_type() == x.scalar_type(), op, ": ", arg, " must have the dtype of input");
-  STD_TORCH_CHECK(t.device() == x.device(), op, ": ", arg, " must be on the device of input");
+  check_device(op, arg, t, x);
 }
 
 inline void check_bias(const char* op, const char* arg, const std::optional<Tensor>& t, const Tensor& x, int64_t size) {

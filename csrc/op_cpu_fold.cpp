@@ -7,7 +7,11 @@
 //   grad gamma  = (sum grad weight' * weight + grad bias' * (bias - mean)) / sqrt(var + eps)
 //   grad beta   = grad bias'
 //
-// A channel is a row of the weight. Numbers of a channel and sums are float64, products in the type of the weight.
+// A channel is a row of the weight. Numbers of a channel and sums are float64, products in the type of the weight, of
+// 16-bit ones in float. csrc/cuda/op_cuda_fold.cu has the first of the two.
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <cmath>
 #include <vector>
@@ -44,8 +48,6 @@ struct Norm {
 // Elements of a row.
 int64_t check_weight(const char* op, const char* arg, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() >= 2 && t.is_contiguous(), op, ": ", arg, " must be contiguous, with channels first");
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == ScalarType::Double, op, ": ", arg,
-                  " must be float32 or float64");
   return t.size(0) == 0 ? 0 : t.numel() / t.size(0);
 }
 
@@ -53,6 +55,25 @@ int64_t check_weight(const char* op, const char* arg, const Tensor& t) {
 Tensor like_weight(const Tensor& t) { return empty_strided(t, t.dim(), t.sizes().data(), t.strides().data()); }
 
 Tensor empty_vector(const Tensor& like, int64_t channels) { return empty_contiguous(like, {&channels, 1}); }
+
+// In which a weight of type T is multiplied.
+template <typename T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Calls f with a value of the weight's type.
+template <typename F>
+auto by_type(const char* op, const Tensor& weight, const F& f) {
+  switch (dtype_of(op, weight)) {
+    case DType::f64:
+      return f(double{});
+    case DType::f16:
+      return f(torch::headeronly::Half{});
+    case DType::bf16:
+      return f(torch::headeronly::BFloat16{});
+    default:
+      return f(float{});
+  }
+}
 
 template <typename T>
 std::tuple<Tensor, Tensor> fold(const Tensor& weight, int64_t row, const Norm& norm, const Channels& beta) {
@@ -63,10 +84,11 @@ std::tuple<Tensor, Tensor> fold(const Tensor& weight, int64_t row, const Norm& n
   T* shift = static_cast<T*>(bias.mutable_data_ptr());
   for (int64_t c = 0; c < channels; ++c, from += row, to += row) {
     const double scale = norm.invstd[static_cast<size_t>(c)] * norm.gamma[static_cast<size_t>(c)];
-    const T rounded = static_cast<T>(scale);
-    for (int64_t i = 0; i < row; ++i) to[i] = from[i] * rounded;
-    shift[c] = static_cast<T>((norm.bias[static_cast<size_t>(c)] - norm.mean[static_cast<size_t>(c)]) * scale +
-                              beta[static_cast<size_t>(c)]);
+    const auto rounded = static_cast<Wide<T>>(scale);
+    for (int64_t i = 0; i < row; ++i) to[i] = static_cast<T>(static_cast<Wide<T>>(from[i]) * rounded);
+    shift[c] = static_cast<T>(
+        static_cast<Wide<T>>((norm.bias[static_cast<size_t>(c)] - norm.mean[static_cast<size_t>(c)]) * scale +
+                             beta[static_cast<size_t>(c)]));
   }
   return {folded, bias};
 }
@@ -77,8 +99,7 @@ std::tuple<Tensor, Tensor> fold_norm(Tensor weight, Optional bias, Tensor mean, 
   const int64_t row = check_weight(op, "weight", weight), channels = weight.size(0);
   const Norm norm(op, bias, mean, var, gamma, channels, eps);
   const Channels shift = channels_of(op, "beta", beta, channels, 0);
-  return weight.scalar_type() == ScalarType::Double ? fold<double>(weight, row, norm, shift)
-                                                    : fold<float>(weight, row, norm, shift);
+  return by_type(op, weight, [&](auto value) { return fold<decltype(value)>(weight, row, norm, shift); });
 }
 
 // Some sums side by side, which do not wait for one another.
@@ -113,12 +134,12 @@ Gradients fold_backward(const Tensor& grad_weight, const Tensor& grad_bias, cons
   T* of_beta = static_cast<T*>(std::get<3>(grads).mutable_data_ptr());
   for (int64_t c = 0; c < channels; ++c, g += row, w += row, of_weight += row) {
     const double invstd = norm.invstd[static_cast<size_t>(c)], scale = invstd * norm.gamma[static_cast<size_t>(c)];
-    const T rounded = static_cast<T>(scale);
-    for (int64_t i = 0; i < row; ++i) of_weight[i] = g[i] * rounded;
+    const auto rounded = static_cast<Wide<T>>(scale);
+    for (int64_t i = 0; i < row; ++i) of_weight[i] = static_cast<T>(static_cast<Wide<T>>(g[i]) * rounded);
     const double sum = dot(g, w, row) + static_cast<double>(g_bias[c]) *
                                             (norm.bias[static_cast<size_t>(c)] - norm.mean[static_cast<size_t>(c)]);
-    of_bias[c] = static_cast<T>(static_cast<double>(g_bias[c]) * scale);
-    of_gamma[c] = static_cast<T>(sum * invstd);
+    of_bias[c] = static_cast<T>(static_cast<Wide<T>>(static_cast<double>(g_bias[c]) * scale));
+    of_gamma[c] = static_cast<T>(static_cast<Wide<T>>(sum * invstd));
     of_beta[static_cast<size_t>(c)] = g_bias[c];
   }
   return grads;
@@ -134,8 +155,8 @@ Gradients fold_norm_bwd(Tensor grad_weight, Tensor grad_bias, Tensor weight, Opt
                   ": grad_weight must be like weight");
   check_bias(op, "grad_bias", grad_of_bias, weight, channels);
   const Norm norm(op, bias, mean, var, gamma, channels, eps);
-  return weight.scalar_type() == ScalarType::Double ? fold_backward<double>(grad, grad_of_bias, weight, row, norm)
-                                                    : fold_backward<float>(grad, grad_of_bias, weight, row, norm);
+  return by_type(op, weight,
+                 [&](auto value) { return fold_backward<decltype(value)>(grad, grad_of_bias, weight, row, norm); });
 }
 
 }  // namespace

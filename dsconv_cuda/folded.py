@@ -5,7 +5,8 @@ dtype. In graphs of torch.compile the op of compiled_folding.py does the same.
 
 Weights are folded again when something that goes into them has changed. Noticed are other tensors, every write that
 PyTorch counts (``_version``; BatchNorm's own update of its statistics counts in num_batches_tracked), and by their
-effect also writes through ``.data`` or numpy, to anything but a few elements of a large matrix (seen.py).
+effect also writes through ``.data`` or numpy, to anything but a few elements of a large matrix (seen.py). On CUDA,
+where looking for these would have the host wait, every call folds, with a launch for each norm.
 """
 
 import operator

@@ -136,18 +136,22 @@ _PLAIN_TYPES = frozenset((Tensor, nn.Parameter))
 def _in_one_call(tensors: tuple) -> bool:
     """Whether there is an op for these, and nothing but first derivatives follows, or derivatives in eager mode."""
     weight = tensors[0]
-    if torch.compiler.is_compiling() or weight.device.type != "cpu" or not weight.is_contiguous():
+    if torch.compiler.is_compiling() or not weight.is_contiguous():
         return False
+    device = weight.device
     for t in tensors:
-        if t is not None and (type(t) not in _PLAIN_TYPES or t.dtype not in _checks.WIDE or t.device.type != "cpu"):
+        if t is not None and (type(t) not in _PLAIN_TYPES or t.dtype not in _checks.DTYPES or t.device != device):
             return False
-    return not (tensors[2].requires_grad or tensors[3].requires_grad) and not transformed() and _has_fold()
+    if tensors[2].requires_grad or tensors[3].requires_grad or transformed():
+        return False
+    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    return device.type in ("cpu", "cuda") and _has_fold(device.type.upper(), gradients)
 
 
 @functools.cache
-def _has_fold() -> bool:
+def _has_fold(key: str, gradients: bool) -> bool:
     _loader.load_library()
-    return _loader.has_kernel("fold_norm", "CPU")
+    return _loader.has_kernel("fold_norm", key) and (not gradients or _loader.has_kernel("fold_norm_bwd", key))
 
 
 class _Fold(torch.autograd.Function):

@@ -2,7 +2,8 @@
 
 For what PyTorch does not count in ``_version``: writes through ``.data``, numpy or shared memory. Of vectors all is
 compared, of matrices what kept_weights.py says: all of small ones, of large ones a part of every row, which together
-meet all columns; on CUDA the sums of all rows and columns.
+meet all columns. On CUDA nothing is compared, and so nothing is the same: the host would have to wait for the device,
+at every call, and a graph that is being captured could not.
 """
 
 import functools
@@ -21,11 +22,8 @@ class Seen:
 
     def again(self, vectors: list[Tensor], matrices: list[Tensor]) -> bool:
         """Whether they are the same still; no at first."""
-        if _compares_itself(matrices[0].device.type):
-            return self._again_on_cpu(vectors, matrices)
-        return self._again_by_pytorch(vectors, matrices)
-
-    def _again_on_cpu(self, vectors: list[Tensor], matrices: list[Tensor]) -> bool:
+        if not _compares_itself(matrices[0].device.type):
+            return False
         compare = torch.ops.dsconv_cuda.seen_again.default
         if self.values is not None and compare(vectors, matrices, self.values):
             return True
@@ -35,12 +33,6 @@ class Seen:
             self.values = torch.zeros(count, dtype=torch.uint8)
         compare(vectors, matrices, self.values)
         return False
-
-    def _again_by_pytorch(self, vectors: list[Tensor], matrices: list[Tensor]) -> bool:
-        with torch.no_grad():
-            values = torch.cat([*vectors, *(t.flatten(1).float().sum(i) for t in matrices for i in (0, 1))])
-        old, self.values = self.values, values
-        return old is not None and (old.dtype, old.device) == (values.dtype, values.device) and torch.equal(values, old)
 
 
 @functools.cache

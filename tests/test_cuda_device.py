@@ -72,6 +72,24 @@ def test_a_captured_call_gives_the_same_bits_on_other_values(gpu, case, dtype, c
 
 @pytest.mark.one_isa
 @pytest.mark.parametrize("dtype", DTYPES)
+@torch.no_grad()
+def test_a_block_in_evaluation_is_captured(gpu, dtype):
+    """Its norms fold within the graph: new statistics count at the next replay."""
+    block = dsconv_cuda.DepthwiseSeparableConvBN2d(24, 40, 3, padding=1).to(gpu, dtype).eval()
+    x = torch.randn(2, 24, 14, 14, device=gpu, dtype=dtype)
+    for _ in range(3):
+        call = warmed_up(lambda: block(x))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    block.bn1.running_var.data.mul_(3)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, block(x))
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_work_goes_to_the_current_stream(gpu, dtype):
     case = CASES[0]
     tensors, dy = tensors_of(case, dtype, gpu, False)

@@ -206,6 +206,18 @@ def test_16_bits(volume, channels_last, dtype, device):
     check(volume.tensors(dtype, device, channels_last), volume.kwargs, backward, depthwise_separable_conv3d)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kernel", [(14, 3, 3), (15, 3, 3), (6, 5, 5)], ids=str)
+def test_more_taps_than_shared_memory_takes(kernel, channels_last, dtype, device):
+    """Square planes of 126, 135 and 150 taps; CUDA leaves more than 128 in global memory."""
+    volume = Volume(n=1, c=7, c_out=9, size=(kernel[0] + 1, 6, 5), kernel=kernel, padding=(1, 1, 1), activation="silu")
+    for stride in ((1, 1, 1), (1, 2, 2)):
+        volume = replace(volume, stride=stride)
+        tensors = volume.tensors(dtype, device, channels_last)
+        check(tensors, volume.kwargs, dtype == torch.bfloat16, depthwise_separable_conv3d)
+
+
 VIEWS = {
     "sliced": lambda x: torch.cat([x, x], 4)[..., 1 : x.shape[4] + 1],
     "every second slice": lambda x: torch.cat([x, x], 2)[:, :, ::2],

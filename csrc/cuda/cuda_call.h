@@ -26,6 +26,7 @@ struct CurrentDevice {
 };
 
 inline std::string device_name(int) { return "the emulated device"; }
+constexpr int64_t compiled_capability(int64_t capability) { return capability; }
 inline std::string architectures() { return "the host"; }
 
 // DSCONV_SPLIT_IMAGES: what can be split is, a forward into groups of so many images; 0: nothing is. Else the plan
@@ -33,6 +34,11 @@ inline std::string architectures() { return "the host"; }
 inline int64_t asked_split_images() {
   const char* asked = std::getenv("DSCONV_SPLIT_IMAGES");
   return asked != nullptr ? std::atoll(asked) : -1;
+}
+// DSCONV_FORWARD_PLAN: this one of forward_candidate()'s, where the call can run it.
+inline int asked_forward_plan() {
+  const char* asked = std::getenv("DSCONV_FORWARD_PLAN");
+  return asked != nullptr ? std::atoi(asked) : -1;
 }
 
 #else
@@ -59,10 +65,23 @@ class CurrentDevice {
 };
 
 constexpr int64_t asked_split_images() { return -1; }
+constexpr int asked_forward_plan() { return -1; }
 
 extern "C" const char* dsconv_cuda_architectures();  // cuda_build_info.cu
 
 inline std::string architectures() { return dsconv_cuda_architectures(); }
+
+// What a device of this capability runs: the newest that was compiled and is not newer, which as PTX may be much older.
+inline int64_t compiled_capability(int64_t capability) {
+  int64_t newest = 0;
+  for (const char* at = dsconv_cuda_architectures(); *at != 0;) {
+    char* end = nullptr;
+    const int64_t compiled = std::strtol(at, &end, 10) / 10;
+    if (compiled <= capability && compiled > newest) newest = compiled;
+    at = *end == ',' ? end + 1 : end;
+  }
+  return newest > 0 ? newest : capability;
+}
 
 inline std::string device_name(int device) {
   cudaDeviceProp properties{};
@@ -87,9 +106,18 @@ inline DeviceLimits device_limits() {
   minor = device_attribute(cudaDevAttrComputeCapabilityMinor, device);
   read(cudaDevAttrMultiProcessorCount, multiprocessors);
   DeviceLimits limits = limits_of(10 * major + minor, multiprocessors);
+  limits.capability = compiled_capability(limits.capability);
   read(cudaDevAttrMaxSharedMemoryPerBlockOptin, limits.shared_per_block);
   read(cudaDevAttrMaxSharedMemoryPerMultiprocessor, limits.shared_per_multiprocessor);
   return limits;
+}
+
+inline ForwardPlan planned_forward(const ForwardParams& p, const DeviceLimits& device) {
+  if (asked_forward_plan() >= 0) {
+    const ForwardPlan plan = forward_candidate(p, asked_forward_plan(), device);
+    if (can_run(p, plan, device)) return plan;
+  }
+  return plan_forward(p, device);
 }
 
 inline void check_launch(const char* op, const LaunchStatus& status) {

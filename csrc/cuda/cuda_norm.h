@@ -31,12 +31,24 @@ constexpr int64_t parts_splits(int64_t tiles) {
 LaunchStatus launch_norm_parts(const void* parts, bool doubles, int64_t tiles, int64_t channels, double* partial,
                                double* result, void* stream);
 
-// vectors out of moments; gamma and beta are null, or floats, or doubles.
-struct NormParameters {
-  const void *gamma, *beta;
-  bool gamma_double, beta_double;
+// A value a channel; null: there are none.
+struct ChannelValues {
+  const void* data;
+  DType dtype;
 };
-LaunchStatus launch_norm_vectors(const double* moments, const NormParameters& parameters, double eps, int64_t channels,
-                                 double* vectors, void* stream);
+
+// vectors out of moments.
+LaunchStatus launch_norm_vectors(const double* moments, const ChannelValues& gamma, const ChannelValues& beta,
+                                 double eps, int64_t channels, double* vectors, void* stream);
+
+// weight [channels][row] and bias of a convolution with a norm of given statistics after it.
+struct FoldPass {
+  const void* weight;
+  int64_t channels, row;
+  ChannelValues bias, mean, var, gamma, beta;
+  double eps;
+  void *folded, *shift;
+};
+LaunchStatus launch_fold_norm(const FoldPass& pass, DType dtype, void* stream);
 
 }  // namespace dsconv

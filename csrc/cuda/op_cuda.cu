@@ -44,7 +44,7 @@ ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight
   check_extents(op, call.params.geom);
   const CurrentDevice device(x);
   const DeviceLimits limits = device_limits();
-  const ForwardPlan fused = plan_forward(call.params, limits);
+  const ForwardPlan fused = planned_forward(call.params, limits);
   const SplitForwardPlan split = chosen_split(call.params, fused, fast, limits);
   if (split.images == 0) {
     check_launch(op, forward(call.params, fused, device.stream()));

@@ -23,6 +23,13 @@ using Ints = std::vector<int64_t>;
    : (dtype) == DType::bf16 ? launch<DType::bf16>(__VA_ARGS__) \
                             : launch<DType::f32>(__VA_ARGS__))
 
+// doubles_of(), and on the device of x.
+const double* doubles_beside(const Tensor& x, const char* op, const char* arg, const Tensor& t, int64_t rows,
+                             int64_t channels) {
+  check_device(op, arg, t, x);
+  return doubles_of(op, arg, t, rows, channels);
+}
+
 // v as the passes take it: dense, channels together or pixels together.
 struct Dense {
   Tensor tensor;
@@ -119,28 +126,55 @@ Tensor z_moments(Tensor before, Tensor dw_weight, Tensor pw_weight, Bias dw_bias
   return run_sums(op, pass, call.params.dtype, NormUse::moments, x, device);
 }
 
+// A vector of a norm, `kept` alive and dense.
+ChannelValues values_of(const char* op, const char* arg, const Bias& t, const Tensor& beside, int64_t channels,
+                        std::vector<Tensor>& kept) {
+  if (!t.has_value()) return {};
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", arg, " must have shape [", channels, "]");
+  check_device(op, arg, *t, beside);
+  kept.push_back(dense(*t));
+  return {kept.back().const_data_ptr(), dtype_of(op, *t)};
+}
+
 Tensor norm_vectors(Tensor moments, Bias gamma, Bias beta, double eps) {
   constexpr const char* op = "dsconv_cuda::norm_vectors";
   STD_TORCH_CHECK(moments.dim() == 2, op, ": moments must have shape [2, C]");
   const int64_t channels = moments.size(1);
   const double* from = doubles_of(op, "moments", moments, 2, channels);
-  NormParameters parameters{};
-  Bias kept_gamma, kept_beta;
-  const auto take = [&](const char* arg, const Bias& t, Bias& kept, const void*& pointer, bool& is_double) {
-    if (!t.has_value()) return;
-    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", arg, " must have shape [", channels, "]");
-    is_double = t->scalar_type() == ScalarType::Double;
-    STD_TORCH_CHECK(is_double || t->scalar_type() == ScalarType::Float, op, ": ", arg, " must be float32 or float64");
-    kept = dense(*t);
-    pointer = kept->const_data_ptr();
-  };
-  take("weight", gamma, kept_gamma, parameters.gamma, parameters.gamma_double);
-  take("bias", beta, kept_beta, parameters.beta, parameters.beta_double);
   const CurrentDevice device(moments);
+  std::vector<Tensor> kept;
+  const ChannelValues of_gamma = values_of(op, "weight", gamma, moments, channels, kept);
+  const ChannelValues of_beta = values_of(op, "bias", beta, moments, channels, kept);
   Tensor result = empty_doubles(moments, kVectorRows, channels);
-  check_launch(op, launch_norm_vectors(from, parameters, eps, channels, static_cast<double*>(result.mutable_data_ptr()),
-                                       device.stream()));
+  check_launch(op, launch_norm_vectors(from, of_gamma, of_beta, eps, channels,
+                                       static_cast<double*>(result.mutable_data_ptr()), device.stream()));
   return result;
+}
+
+std::tuple<Tensor, Tensor> fold_norm(Tensor weight, Bias bias, Tensor mean, Tensor var, Bias gamma, Bias beta,
+                                     double eps) {
+  constexpr const char* op = "dsconv_cuda::fold_norm";
+  STD_TORCH_CHECK(weight.dim() >= 2 && weight.is_contiguous(), op, ": weight must be contiguous, with channels first");
+  const int64_t channels = weight.size(0);
+  const CurrentDevice device(weight);
+  std::vector<Tensor> kept;
+  const auto values = [&](const char* arg, const Bias& t) { return values_of(op, arg, t, weight, channels, kept); };
+  // Of the same strides, which say what memory format outputs will have.
+  Tensor folded = empty_strided(weight, weight.dim(), weight.sizes().data(), weight.strides().data());
+  Tensor shift = empty_contiguous(weight, {&channels, 1});
+  const FoldPass pass = {weight.const_data_ptr(),
+                         channels,
+                         channels == 0 ? 0 : weight.numel() / channels,
+                         values("bias", bias),
+                         values("mean", mean),
+                         values("var", var),
+                         values("gamma", gamma),
+                         values("beta", beta),
+                         eps,
+                         folded.mutable_data_ptr(),
+                         shift.mutable_data_ptr()};
+  check_launch(op, launch_fold_norm(pass, dtype_of(op, weight), device.stream()));
+  return {folded, shift};
 }
 
 struct Folded {
@@ -180,12 +214,12 @@ std::tuple<Tensor, Tensor> fwd_norm(Tensor before, Tensor dw_weight, Tensor pw_w
                                      arguments_of(op, stride, padding, dilation, act, 0), false);
   call.params.tf32 = fast;
   check_extents(op, call.params.geom);
-  const double* of = doubles_of(op, "vectors", vectors, kVectorRows, call.params.geom.c_mid);
+  const double* of = doubles_beside(x, op, "vectors", vectors, kVectorRows, call.params.geom.c_mid);
   const CurrentDevice device(x);
   const Folded folded = fold(op, call.params, of, dw_weight, device);
   call.params.dw_weight = folded.weight.const_data_ptr();
   call.params.dw_bias = folded.bias.const_data_ptr();
-  const ForwardPlan plan = plan_forward(call.params, device_limits());
+  const ForwardPlan plan = planned_forward(call.params, device_limits());
   const int64_t tiles = pixel_tiles_of(plan), channels = call.params.geom.c_out;
   Bias parts;
   if (want_moments) {
@@ -216,7 +250,7 @@ TensorPass pass_over(const char* op, const Tensor& v, const Bias& grad, const Te
   TensorPass of = {{}, dense_images(v), {}, dtype_of(op, v)};
   set_v(of.pass.source, of.v);
   of.pass.act = activation_of(op, "activation", act);
-  of.pass.vectors = doubles_of(op, "vectors", vectors, kVectorRows, of.pass.source.channels);
+  of.pass.vectors = doubles_beside(v, op, "vectors", vectors, kVectorRows, of.pass.source.channels);
   if (!grad.has_value()) return of;
   check_operand(op, "grad_output", *grad, v);
   STD_TORCH_CHECK(same_sizes(*grad, v), op, ": grad_output must have the shape of the output");
@@ -263,7 +297,7 @@ Tensor norm_act_grad(Tensor grad, Tensor v, Tensor vectors, Bias sums, double co
   constexpr const char* op = "dsconv_cuda::norm_act_grad";
   const CurrentDevice device(v);
   TensorPass of = pass_over(op, v, grad, vectors, act);
-  of.pass.sums = sums.has_value() ? doubles_of(op, "sums", *sums, 2, of.pass.source.channels) : nullptr;
+  of.pass.sums = sums.has_value() ? doubles_beside(v, op, "sums", *sums, 2, of.pass.source.channels) : nullptr;
   of.pass.count = count == 0 ? static_cast<double>(source_pixels(of.pass.source)) : count;
   Tensor out = output_of(of, v);
   run(op, of.pass, of.dtype, NormUse::backward, device);
@@ -320,7 +354,7 @@ Pointwise stage_pointwise(const char* op, const Tensor& grad, const Bias& y, con
   BackwardParams& p = call.params;
   p.tf32 = fast;
   check_extents(op, p.geom);
-  const double* of = doubles_of(op, "vectors", vectors, kVectorRows, p.geom.c_mid);
+  const double* of = doubles_beside(x, op, "vectors", vectors, kVectorRows, p.geom.c_mid);
   const CurrentDevice device(x);
   const BackwardPlan plan = plan_backward(p, device_limits());
   Tensor workspace = workspace_for(p.geom, p.dtype, plan.workspace_bytes, x);
@@ -353,11 +387,12 @@ std::tuple<Tensor, Tensor> stage_depthwise(const char* op, const Tensor& du, con
   check_extents(op, p.geom);
   const CurrentDevice device(x);
   const BackwardPlan plan = plan_backward(p, device_limits());
+  check_device(op, "du", du, x);
   STD_TORCH_CHECK(du.scalar_type() == (p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float) &&
                       du.is_contiguous() && du.numel() == du_elements(p.geom),
                   op, ": du is not what bwd_norm_pointwise returned");
-  const double* of = doubles_of(op, "vectors", vectors, kVectorRows, p.geom.c_mid);
-  const double* summed = doubles_of(op, "sums", sums, 2, p.geom.c_mid);
+  const double* of = doubles_beside(x, op, "vectors", vectors, kVectorRows, p.geom.c_mid);
+  const double* summed = doubles_beside(x, op, "sums", sums, 2, p.geom.c_mid);
   if (p.geom.n > 0 && (p.grad_x != nullptr || p.grad_dw_weight != nullptr)) {
     const Tensor workspace = workspace_for(p.geom, p.dtype, plan.workspace_bytes, x);
     NormPass pass = du_pass(p, of, du);
@@ -418,6 +453,7 @@ std::tuple<Tensor, Tensor> bwd_norm_depthwise(Tensor du, Tensor before, Tensor d
 STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, DSCONV_DISPATCH_KEY, m) {
   m.impl("z_moments", TORCH_BOX(&dsconv::z_moments));
   m.impl("norm_vectors", TORCH_BOX(&dsconv::norm_vectors));
+  m.impl("fold_norm", TORCH_BOX(&dsconv::fold_norm));
   m.impl("fwd_norm", TORCH_BOX(&dsconv::fwd_norm));
   m.impl("moments", TORCH_BOX(&dsconv::moments));
   m.impl("norm_act", TORCH_BOX(&dsconv::norm_act));

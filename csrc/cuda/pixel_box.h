@@ -138,7 +138,8 @@ inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int
   box.tap_bytes = box.staged && taps <= kMostStagedTaps ? static_cast<int32_t>(kChunkBytes * (taps + 1)) : 0;
   box.kernel = box.staged ? BoxKernel::looped : BoxKernel::unstaged;
   if (!box.staged) return;
-  const bool known_direction = s.layout == Layout::nhwc ? !box.flat : box.strips_down;
+  // Along channels the unrolled kernels take the taps of neighbouring channels to lie together, as they are staged.
+  const bool known_direction = s.layout == Layout::nhwc ? !box.flat && box.tap_bytes > 0 : box.strips_down;
   if (known_direction && g.kernel_h == g.kernel_w && g.stride_h == g.stride_w && g.dilation_h == 1 &&
       g.dilation_w == 1) {
     if (g.kernel_h == 3 && g.stride_h == 1) box.kernel = BoxKernel::k3s1;

@@ -44,11 +44,23 @@
 #endif
 
 #include <cstddef>
+#include <mutex>
 
 namespace dsconv {
 
 constexpr unsigned kGridYZLimit = 65535;                // gridDim.y and gridDim.z; gridDim.x goes to 2^31 - 1
 constexpr std::size_t kDefaultSharedBytes = 48 * 1024;  // what a block may have without asking
+
+// Lets the kernel have so much dynamic shared memory. The limit belongs to the kernel on this device, for all threads
+// of the process and for graphs that hold launches of it: it is raised and never lowered.
+inline cudaError_t allow_shared_bytes(const void* kernel, std::size_t bytes) {
+  static std::mutex raising;
+  const std::lock_guard<std::mutex> lock(raising);
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
+  if (error != cudaSuccess || static_cast<std::size_t>(attributes.maxDynamicSharedSizeBytes) >= bytes) return error;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+}
 
 // Launches, and returns the error of the launch itself (it does not wait for the kernel). The error is taken out of the
 // runtime's last-error slot, so that nobody else reports it a second time.
@@ -57,8 +69,7 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, std::size_t
                    Args... args) {
   cudaError_t error = cudaSuccess;
   if (dynamic_bytes > kDefaultSharedBytes) {
-    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(dynamic_bytes));
+    error = allow_shared_bytes(reinterpret_cast<const void*>(kernel), dynamic_bytes);
   }
   if (error == cudaSuccess) {
     cudaLaunchConfig_t config{};

@@ -127,6 +127,14 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
   return cuda_host::remember(cudaErrorInvalidValue);
 }
 
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* kernel) {
+  const std::lock_guard<std::mutex> lock(cuda_host::launching);
+  const auto found = cuda_host::dynamic_limits.find(kernel);
+  attributes->maxDynamicSharedSizeBytes =
+      static_cast<int>(found != cuda_host::dynamic_limits.end() ? found->second : cuda_host::kDefaultSharedBytes);
+  return cudaSuccess;
+}
+
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   if (value < 0 || value > cuda_host::device_now.shared_per_block_optin)
