@@ -169,11 +169,11 @@ constexpr bool is_better(const Prediction& a, const Prediction& b) {
   return a.seconds < b.seconds || (a.seconds == b.seconds && a.arithmetic_seconds < b.arithmetic_seconds);
 }
 
-inline ForwardPlan mma_plan_of(const ForwardParams& p, MmaTileKind kind, int64_t tiles_of_group,
+inline ForwardPlan mma_plan_of(const ForwardParams& p, MmaTileKind kind, const PixelBox& box, int64_t tiles_of_group,
                                const DeviceLimits& device) {
   ForwardPlan plan{};
   plan.tensor_cores = true;
-  plan.mma = mma_forward_candidate(p, kind, tiles_of_group, device);
+  plan.mma = mma_forward_candidate(p, kind, box, tiles_of_group, device);
   plan.kernel = unrolled_kernel(p.geom);
   plan.pixel_tiles = plan.mma.box.tiles;
   plan.channel_tiles = plan.mma.groups;
@@ -189,11 +189,12 @@ inline ForwardPlan forward_candidate(const ForwardParams& p, int i, const Device
   if (i < 2) return forward_plan_of(p, i == 0);
   const auto kind = static_cast<MmaTileKind>(i - 2);
   int64_t tiles = ceil_div(p.geom.c_out, mma_tile(kind).channels);
-  ForwardPlan best = mma_plan_of(p, kind, tiles, device);
+  const PixelBox box = mma_forward_box(p, kind, device);
+  ForwardPlan best = mma_plan_of(p, kind, box, tiles, device);
   Prediction least = predict(forward_cost(p, best, device), device);
   while (tiles > 1) {
     tiles = ceil_div(tiles, 2);
-    const ForwardPlan plan = mma_plan_of(p, kind, tiles, device);
+    const ForwardPlan plan = mma_plan_of(p, kind, box, tiles, device);
     const Prediction found = predict(forward_cost(p, plan, device), device);
     if (is_better(found, least)) {
       best = plan;

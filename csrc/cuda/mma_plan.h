@@ -93,17 +93,21 @@ BoxSource box_source(const Params& p) {
   return {p.x, p.x_strides, p.x_layout, mma_element_bytes(p.dtype)};
 }
 
+// Two blocks share a multiprocessor; a chunk of x takes less than half of what one block may have.
+inline PixelBox mma_forward_box(const ForwardParams& p, MmaTileKind kind, const DeviceLimits& device) {
+  return plan_box(p.geom, box_source(p), mma_tile(kind).pixels, device.shared_per_block * 2 / 5);
+}
+
 // A block takes `tiles_of_group` tiles of output channels, fewer where z of all chunks does not fit; there a kind that
 // needs all of z cannot run.
-inline MmaForwardPlan mma_forward_candidate(const ForwardParams& p, MmaTileKind kind, int64_t tiles_of_group,
-                                            const DeviceLimits& device) {
+inline MmaForwardPlan mma_forward_candidate(const ForwardParams& p, MmaTileKind kind, const PixelBox& box,
+                                            int64_t tiles_of_group, const DeviceLimits& device) {
   const Geometry& g = p.geom;
   const int64_t element = mma_element_bytes(p.dtype);
   const MmaTile tile = mma_tile(kind);
   MmaForwardPlan plan{};
   plan.kind = kind;
-  // Two blocks share a multiprocessor; a chunk of x takes less than half of what one block may have.
-  plan.box = plan_box(g, box_source(p), tile.pixels, device.shared_per_block * 2 / 5);
+  plan.box = box;
   plan.x_stages = 1;
   plan.z_tiles = 1;
   const int64_t o_tiles = box_ceil_div(g.c_out, tile.channels), chunks = box_ceil_div(g.c_mid, kChunkBytes / element);

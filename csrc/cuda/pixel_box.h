@@ -160,24 +160,43 @@ inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int
   box.runs_at = static_cast<int32_t>(runs_at);
 }
 
-// Wavefronts of shared memory that the first warps of an nchw box's strips, down its columns, take for a value each.
-// A channel has so many strips that whole warps, or a part of one, are its.
-inline int64_t strip_wavefronts(const PixelBox& box, const Geometry& g, int64_t strips, int64_t element) {
-  const int64_t height = box.h / kStripPixels, used = box.n * height * box.w;
+// Where the first two warps' strips of an nchw box begin, down its columns: a channel has so many strips that whole
+// warps, or a part of one, are its. Warps of strips that are not used are left out.
+struct StripStarts {
+  struct Start {
+    int64_t channel, slice, row, column;  // row and column of x, from the box's first
+  } of[64];
+  int count[2] = {};  // of each warp
+
+  StripStarts(const PixelBox& box, const Geometry& g, int64_t strips) {
+    const int64_t height = box.h / kStripPixels, used = box.n * height * box.w;
+    for (int64_t lane = 0; lane < 64; ++lane) {
+      const int64_t channel = lane / strips, strip = lane - channel * strips;
+      if (strip >= used) continue;
+      const int64_t line = strip / box.w, column = strip - line * box.w, slice = line / height;
+      const int64_t row = (line - slice * height) * kStripPixels;
+      const int64_t warp = lane / 32;
+      of[32 * warp + count[warp]++] = {channel, slice * g.kernel_d, row * g.stride_h, column * g.stride_w};
+    }
+  }
+};
+
+// Wavefronts of shared memory that these take for a value each.
+inline int64_t strip_wavefronts(const PixelBox& box, const StripStarts& starts, int64_t element) {
   int64_t wavefronts = 0;
-  for (int64_t first = 0; first < 64; first += 32) {
+  for (int64_t warp = 0; warp < 2; ++warp) {
     for (int64_t shift = 0; shift < 4; shift += element) {
-      int64_t words[32] = {}, in_bank[32] = {}, most = 0;
-      for (int64_t lane = 0; lane < 32; ++lane) {
-        const int64_t channel = (first + lane) / strips, strip = first + lane - channel * strips;
-        const int64_t line = strip / box.w, column = strip - line * box.w;
-        const int64_t slice = line / height, row = (line - slice * height) * kStripPixels;
-        const int64_t byte = channel * box.channel_pitch + slice * g.kernel_d * box.plane_pitch +
-                             row * g.stride_h * box.row_pitch + column * g.stride_w * element + shift;
-        words[lane] = strip < used ? byte / 4 : -1;
-        bool found = strip >= used;
-        for (int64_t other = 0; other < lane; ++other) found = found || words[other] == words[lane];
-        if (!found && ++in_bank[byte / 4 % 32] > most) most = in_bank[byte / 4 % 32];
+      int64_t words[32][32], in_bank[32] = {}, most = 0;  // the different words of each bank
+      for (int i = 0; i < starts.count[warp]; ++i) {
+        const StripStarts::Start& at = starts.of[32 * warp + i];
+        const int64_t byte = at.channel * box.channel_pitch + at.slice * box.plane_pitch + at.row * box.row_pitch +
+                             at.column * element + shift;
+        const int64_t word = byte / 4, bank = word % 32;
+        bool found = false;
+        for (int64_t other = 0; other < in_bank[bank] && !found; ++other) found = words[bank][other] == word;
+        if (found) continue;
+        words[bank][in_bank[bank]++] = word;
+        if (in_bank[bank] > most) most = in_bank[bank];
       }
       wavefronts += most;
     }
@@ -187,15 +206,15 @@ inline int64_t strip_wavefronts(const PixelBox& box, const Geometry& g, int64_t 
 
 // Puts the rows of an nchw box so far apart that its strips are in different banks, as far as that can be.
 inline void spread_rows(PixelBox& box, const Geometry& g, const BoxSource& s, int64_t slots, int64_t most_bytes) {
-  const int64_t strips = slots / kStripPixels;
   if (!box.staged || !box.strips_down) return;
+  const StripStarts starts(box, g, slots / kStripPixels);
   PixelBox padded = box;
-  int64_t least = strip_wavefronts(box, g, strips, s.element);
+  int64_t least = strip_wavefronts(box, starts, s.element);
   const int64_t conflict_free = 2 * 4 / s.element;
   for (int64_t pad = box.copy_bytes; pad < 64 && least > conflict_free; pad += box.copy_bytes) {
     finish_box(padded, g, s, box.copy_bytes, most_bytes, pad);
     if (!padded.staged) return;
-    const int64_t found = strip_wavefronts(padded, g, strips, s.element);
+    const int64_t found = strip_wavefronts(padded, starts, s.element);
     if (found >= least) continue;
     least = found;
     box = padded;
