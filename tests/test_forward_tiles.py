@@ -17,7 +17,7 @@ pytestmark = [
     ),
 ]
 
-PLANS = {"wide": 2, "narrow": 3, "small": 4, "square": 5}
+PLANS = {"wide": 2, "narrow": 3, "small": 4, "square": 5, "flat": 6}
 DTYPES = [torch.float16, torch.bfloat16]
 # Around tiles of 128 pixels and channels, chunks of 32 channels, and one or two of them in shared memory.
 CASES = [

@@ -132,7 +132,8 @@ inline KernelCost forward_cost(const ForwardParams& p, const ForwardPlan& plan, 
     const MmaTile mma = mma_tile(plan.mma.kind);
     const double mma_rate = p.dtype == DType::f32 ? device.mma_tf32 : device.mma_f16;
     constexpr const char* kNames[kMmaTileKinds] = {"forward_mma, wide tile", "forward_mma, narrow tile",
-                                                   "forward_mma, small tile", "forward_mma, square tile"};
+                                                   "forward_mma, small tile", "forward_mma, square tile",
+                                                   "forward_mma, flat tile"};
     cost.name = kNames[static_cast<int>(plan.mma.kind)];
     cost.tile_rows = mma.pixels;
     cost.tile_columns = mma.channels;
@@ -165,8 +166,15 @@ inline KernelCost forward_cost(const ForwardParams& p, const ForwardPlan& plan, 
   return cost;
 }
 
+// The shorter one. Of two that are as good as equal, by the few per cent that such a prediction is worth at most, that
+// which keeps all resources together busy for less: where one of them bounds both, the others still matter.
 constexpr bool is_better(const Prediction& a, const Prediction& b) {
-  return a.seconds < b.seconds || (a.seconds == b.seconds && a.arithmetic_seconds < b.arithmetic_seconds);
+  constexpr double kEqual = 0.05;
+  const auto all = [](const Prediction& p) {
+    return p.dram_seconds + p.l2_seconds + p.shared_seconds + p.arithmetic_seconds;
+  };
+  const double apart = a.seconds - b.seconds, equal = kEqual * b.seconds;
+  return apart < -equal || (apart <= equal && all(a) < all(b));
 }
 
 inline ForwardPlan mma_plan_of(const ForwardParams& p, MmaTileKind kind, const PixelBox& box, int64_t tiles_of_group,
@@ -204,8 +212,7 @@ inline ForwardPlan forward_candidate(const ForwardParams& p, int i, const Device
   return best;
 }
 
-// The candidate that is predicted to take the least time, and of those the one with the least arithmetic: where memory
-// bounds them all, the prediction does not see the difference. All sum in the same order: the choice changes no bit.
+// The best of the candidates, as is_better() has it. All sum in the same order: the choice changes no bit.
 inline ForwardPlan plan_forward(const ForwardParams& p, const DeviceLimits& device) {
   ForwardPlan best{};
   Prediction least{};

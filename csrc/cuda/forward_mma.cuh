@@ -209,6 +209,8 @@ LaunchStatus launch_forward_mma(const ForwardParams& p, const MmaForwardPlan& pl
       return launch_kind(std::integral_constant<MmaTileKind, MmaTileKind::narrow>{});
     case MmaTileKind::square:
       return launch_kind(std::integral_constant<MmaTileKind, MmaTileKind::square>{});
+    case MmaTileKind::flat:
+      return launch_kind(std::integral_constant<MmaTileKind, MmaTileKind::flat>{});
     default:
       return launch_kind(std::integral_constant<MmaTileKind, MmaTileKind::small>{});
   }

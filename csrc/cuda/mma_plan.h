@@ -24,8 +24,8 @@ struct MmaTile {
   int pixels, channels, warp_pixels, warp_channels;
 };
 
-enum class MmaTileKind : int32_t { wide, narrow, small, square };
-constexpr int kMmaTileKinds = 4;
+enum class MmaTileKind : int32_t { wide, narrow, small, square, flat };
+constexpr int kMmaTileKinds = 5;
 
 constexpr MmaTile mma_tile(MmaTileKind kind) {
   switch (kind) {
@@ -35,6 +35,8 @@ constexpr MmaTile mma_tile(MmaTileKind kind) {
       return {256, 32, 32, 32};
     case MmaTileKind::square:
       return {128, 128, 64, 32};
+    case MmaTileKind::flat:
+      return {64, 128, 32, 32};
     default:
       return {64, 64, 32, 16};
   }

@@ -41,7 +41,7 @@ LaunchStatus step(const ForwardParams& call, const DeviceLimits& device, Make ma
   z.source = z_source(call);
   z.vectors = vectors;
   run_pass(z, NormUse::moments, moments);
-  run(launch_norm_vectors(moments, {}, 1e-5, g.c_mid, vectors, nullptr));
+  run(launch_norm_vectors(moments, {}, {}, 1e-5, g.c_mid, vectors, nullptr));
   phase("statistics");
 
   ForwardParams folded = call;
@@ -60,7 +60,7 @@ LaunchStatus step(const ForwardParams& call, const DeviceLimits& device, Make ma
   run(forward(folded, plan, nullptr));
   run(launch_norm_parts(folded.y_parts, kDouble, tiles, g.c_out,
                         doubles("partial", parts_splits(tiles) * kPartialRows * g.c_out), out_moments, nullptr));
-  run(launch_norm_vectors(out_moments, {}, 1e-5, g.c_out, out_vectors, nullptr));
+  run(launch_norm_vectors(out_moments, {}, {}, 1e-5, g.c_out, out_vectors, nullptr));
   phase("forward");
 
   NormPass y{};
@@ -125,7 +125,7 @@ LaunchStatus every_launch(const ForwardParams& call, const DeviceLimits& device)
     }
   }
   run(launch_norm_parts(nullptr, kType == DType::f64, 1, 1, nullptr, nullptr, nullptr));
-  run(launch_norm_vectors(nullptr, {}, 1, 1, nullptr, nullptr));
+  run(launch_norm_vectors(nullptr, {}, {}, 1, 1, nullptr, nullptr));
   return status;
 }
 
