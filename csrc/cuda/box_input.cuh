@@ -6,9 +6,10 @@
 // Ownership, an item being a strip of kStripPixels pixels of one column or row, or a patch of kPatchPixels in two rows:
 //   x unit-strided along c: lanes along channels, 4 bytes of them each; a half warp is a patch, its neighbour another
 //   row of patches
-//   x unit-strided along w: lanes along strips, so along columns; a warp is one channel or two
+//   x unit-strided along w: lanes along strips, so along columns; a warp is one channel or two. Of 2-byte types an item
+//   is two strips side by side where the planner says so (PixelBox::pairs)
 // An item's pixels share values and taps in registers: a 3x3 patch reads 24 values for 72 multiply-adds, a strip 18 for
-// 36. Sums in fp32: the operands that they become are rounded to 11 bits or fewer.
+// 36, a pair of strips 18 words for 72. Sums in fp32: the operands that they become are rounded to 11 bits or fewer.
 //
 //   The tile:  x along c: [kSlots] rows of kChunkBytes of channels     along w: [channels] rows of kSlots pixels
 //
@@ -42,6 +43,8 @@ struct alignas(8) StripPlace {
   DSCONV_DEVICE int slot_of(int i) const {
     return kAlongC ? slot + i / 4 * step + i % 4 : slot + i * step;
   }
+  // The first of the two slots of a pair in row i. Strips that are not of the box have their slots in a row.
+  DSCONV_DEVICE int slot_of_pair(int i) const { return slot + i * (step == 1 ? 2 : step); }
 };
 
 DSCONV_DEVICE int clamped(int64_t value, int most) {
@@ -508,10 +511,56 @@ DSCONV_DEVICE void column_strip(const unsigned char* x, int32_t row_pitch, const
   }
 }
 
+// Two such strips side by side, z[row][column], of 2-byte types: their columns by words of two. x: the first of them;
+// `odd`: it is the second column of its word. The sums are those of column_strip.
+template <typename T, int kKernel, int kStride>
+DSCONV_DEVICE void column_pair(const unsigned char* x, bool odd, int32_t row_pitch, const T* weight,
+                               float (&z)[2 * kStripPixels]) {
+  static_assert(sizeof(T) == 2, "two columns a word");
+  constexpr int kColumns = kStride + kKernel, kWords = (kColumns + 1) / 2, kLoads = (kColumns + 2) / 2;
+  float taps[kKernel][kKernel];
+#pragma unroll
+  for (int kh = 0; kh < kKernel; ++kh) {
+#pragma unroll
+    for (int kw = 0; kw < kKernel; ++kw) taps[kh][kw] = to_acc(weight[kh * kKernel + kw]);
+  }
+  if (odd) x -= sizeof(T);
+#pragma unroll
+  for (int r = 0; r < (kStripPixels - 1) * kStride + kKernel; ++r) {
+    uint32_t words[kLoads + 1] = {};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (i < kWords || odd) words[i] = *reinterpret_cast<const uint32_t*>(x + 4 * i);
+    }
+    x += row_pitch;
+    float row[2 * kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      const uint32_t word = odd ? words[i] >> 16 | words[i + 1] << 16 : words[i];
+      row[2 * i] = to_acc(T{static_cast<uint16_t>(word)});
+      row[2 * i + 1] = to_acc(T{static_cast<uint16_t>(word >> 16)});
+    }
+#pragma unroll
+    for (int i = 0; i < kStripPixels; ++i) {
+      const int kh = r - i * kStride;
+      if (kh < 0 || kh >= kKernel) continue;
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        float sum = 0;
+#pragma unroll
+        for (int kw = 0; kw < kKernel; ++kw) sum = fused_multiply_add(row[column * kStride + kw], taps[kh][kw], sum);
+        z[2 * i + column] += sum;
+      }
+    }
+  }
+}
+
 template <typename T, bool kAlongC, int kUnit, int kKernel, int kStride, int kValues>
 DSCONV_DEVICE void unrolled_item(const unsigned char* x, int32_t row_pitch, const T* weight, float (&z)[kValues]) {
   if constexpr (kAlongC) {
     unrolled_patch<T, kUnit, kKernel, kStride>(x, row_pitch, weight, z);
+  } else if constexpr (kValues == 2 * kStripPixels) {
+    column_pair<T, kKernel, kStride>(x, (reinterpret_cast<uintptr_t>(x) & 2) != 0, row_pitch, weight, z);
   } else {
     column_strip<T, kKernel, kStride>(x, row_pitch, weight, z);
   }
@@ -575,6 +624,7 @@ struct BoxInput {
   static constexpr int kItem = kAlongC ? kPatchPixels : kStripPixels;  // pixels
   static constexpr int kStrips = kSlots / kItem;
   static_assert(kBlockThreads % kStrips == 0 && kStrips <= kBlockThreads, "threads share strips evenly");
+  static constexpr bool kHasPairs = !kAlongC && sizeof(T) == 2;
 
   const PixelBox& box;
   const DepthwiseInput<T>& in;
@@ -626,6 +676,16 @@ struct BoxInput {
                              unsigned char* tile) const {
     spread(c0, staged);
     const int thread = thread_here();
+    if constexpr (kHasPairs) {
+      if (box.pairs) {
+        constexpr int kPairs = kStrips / 2;
+#pragma unroll 1
+        for (int k = thread / kPairs; k < kChunkChannels<T>; k += kBlockThreads / kPairs) {
+          pair<kZeroed>(middle, strips()[thread % kPairs * 2], k, c0, staged, taps, tile);
+        }
+        return;
+      }
+    }
     constexpr int kItemsAtOnce = kAlongC ? kBlockThreads / (kChunkBytes / 4) : kBlockThreads / kStrips;
     constexpr int kItems = kAlongC ? kStrips : kChunkChannels<T>;
 #pragma unroll 1
@@ -635,9 +695,12 @@ struct BoxInput {
     }
   }
 
-  // z of kUnit channels from c0 + k on, of one strip or patch that has a pixel, [pixel][channel]. `z` comes as zeros.
+  // z of kUnit channels from c0 + k on, of one strip or patch that has a pixel, [pixel][channel], or of a pair of
+  // strips, [row][column]. `z` comes as zeros.
+  template <int kValues>
   DSCONV_DEVICE void depthwise(StripPlace strip, int k, int32_t c0, const unsigned char* staged,
-                               const unsigned char* taps, float (&z)[kItem * kUnit]) const {
+                               const unsigned char* taps, float (&z)[kValues]) const {
+    constexpr bool kPair = !kAlongC && kValues == 2 * kStripPixels;
     const int32_t plane_taps = static_cast<int32_t>(in.geom.kernel_h * in.geom.kernel_w);
     const int32_t channel_taps = plane_taps * static_cast<int32_t>(in.geom.kernel_d);
     const unsigned char* x = staged + strip.corner + k * box.channel_pitch;
@@ -657,7 +720,7 @@ struct BoxInput {
       for (int u = 0; u < kUnit; ++u) {
         const float value = to_acc(bias[u * unit]);
 #pragma unroll
-        for (int i = 0; i < kItem; ++i) z[i * kUnit + u] = value;
+        for (int i = 0; i < kValues / kUnit; ++i) z[i * kUnit + u] = value;
       }
     }
     const int32_t planes = box.staged ? static_cast<int32_t>(in.geom.kernel_d) : 1;
@@ -676,11 +739,14 @@ struct BoxInput {
         case BoxKernel::k5s2:
           unrolled_item<T, kAlongC, kUnit, 5, 2>(x, box.row_pitch, weight, z);
           break;
-        case BoxKernel::looped:
-          looped_item<T, kUnit, kItem / 4>(x, run_pitch(), weight, weight_unit, strip_steps(box, in.geom), z);
-          break;
         default:
-          unstaged_item(strip, c0 + k, z);
+          if constexpr (!kPair) {
+            if (box.kernel == BoxKernel::looped) {
+              looped_item<T, kUnit, kItem / 4>(x, run_pitch(), weight, weight_unit, strip_steps(box, in.geom), z);
+            } else {
+              unstaged_item(strip, c0 + k, z);
+            }
+          }
       }
       x += box.plane_pitch;
       weight += box.tap_bytes == 0 ? plane_taps : kChunkChannels<T> * plane_taps;
@@ -713,6 +779,32 @@ struct BoxInput {
       }
       const int at = kAlongC ? at_row<T, kRowBytes>(slot, k) : at_row<T, kRowBytes, true>(k, slot);
       *reinterpret_cast<Vec<T, kUnit>*>(tile + at) = operands;
+    }
+  }
+
+  // The channel c0 + k, of a pair of strips.
+  template <bool kZeroed>
+  DSCONV_DEVICE void pair(Middle middle, StripPlace strip, int k, int32_t c0, const unsigned char* staged,
+                          const unsigned char* taps, unsigned char* tile) const {
+    float z[2 * kStripPixels] = {};  // [row][column]
+    if (strip.corner >= 0) {
+      depthwise(strip, k, c0, staged, taps, z);
+      if (middle == Middle::value) {
+        activate_all(in.act, z);
+      } else {
+        derive_all(in.act, z);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kStripPixels; ++i) {
+      const int slot = strip.slot_of_pair(i);
+      Vec<T, 2> operands;
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const bool zero = kZeroed && offsets()[slot + column] < 0;
+        operands.v[column] = zero ? T{} : from_acc<T>(z[2 * i + column]);
+      }
+      *reinterpret_cast<Vec<T, 2>*>(tile + at_row<T, kRowBytes, true>(k, slot)) = operands;
     }
   }
 

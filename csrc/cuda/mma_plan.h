@@ -92,7 +92,7 @@ constexpr int64_t mma_element_bytes(DType dtype) { return dtype == DType::f32 ? 
 
 template <typename Params>
 BoxSource box_source(const Params& p) {
-  return {p.x, p.x_strides, p.x_layout, mma_element_bytes(p.dtype)};
+  return {p.x, p.x_strides, p.x_layout, mma_element_bytes(p.dtype), 0, true};
 }
 
 // Two blocks share a multiprocessor; a chunk of x takes less than half of what one block may have.
@@ -147,11 +147,13 @@ inline double box_wavefronts(const PixelBox& box, const Geometry& g, Layout layo
     loads = (3 * g.stride_w + g.kernel_w) * (g.stride_h + g.kernel_h + again) +
             (g.kernel_h == 3 ? taps : (2 * g.kernel_h) * g.kernel_w * unit);
   } else {
-    loads = (3 * g.stride_h + g.kernel_h) * g.kernel_w + taps;
+    // Columns one by one, or words of two.
+    const int64_t across = box.pairs ? (g.stride_w + g.kernel_w + 2) / 2 : g.kernel_w;
+    loads = (3 * g.stride_h + g.kernel_h) * across + taps;
   }
   // A warp is two patches, or 32 items of a channel each.
-  const int64_t items =
-      along_c ? box_ceil_div(used, pixels) * (kChunkBytes / 4) : slots / pixels * (kChunkBytes / element);
+  const int64_t strips = slots / pixels / (box.pairs ? 2 : 1);
+  const int64_t items = along_c ? box_ceil_div(used, pixels) * (kChunkBytes / 4) : strips * (kChunkBytes / element);
   return static_cast<double>(box.stage_bytes) / 128 +
          static_cast<double>(items) / 32 * static_cast<double>(g.kernel_d * loads + pixels + 4);
 }

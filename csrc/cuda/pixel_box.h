@@ -41,6 +41,7 @@ struct PixelBox {
   BoxKernel kernel;
   int32_t n, h, w;   // n * h * w slots; pixels beyond the slice are slots that nobody stores
   bool strips_down;  // nchw: a strip is kStripPixels rows of a column (h a multiple), else columns
+  bool pairs;        // nchw: items are two strips side by side, loaded by words of two columns (w is even)
   bool flat;         // nhwc: patches of one row (w a multiple of 8), else h is even and w a multiple of 4
   int64_t tiles_h, tiles_w, tiles;  // boxes, columns of boxes fastest
 
@@ -70,6 +71,7 @@ struct BoxSource {
   Layout layout;
   int64_t element;       // bytes
   int64_t channels = 0;  // of a chunk, nchw; 0: kChunkBytes of them
+  bool pairs = false;    // whether the kernel takes pairs of strips where it can: box_input.cuh, compute()
 };
 
 // The widest piece, at most 16 bytes, that source and target can be copied by.
@@ -160,8 +162,8 @@ inline void finish_box(PixelBox& box, const Geometry& g, const BoxSource& s, int
   box.runs_at = static_cast<int32_t>(runs_at);
 }
 
-// Where the first two warps' strips of an nchw box begin, down its columns: a channel has so many strips that whole
-// warps, or a part of one, are its. Warps of strips that are not used are left out.
+// Where the first two warps' items of an nchw box begin, down its columns: a channel has so many strips, or half as
+// many pairs, that whole warps, or a part of one, are its. Warps of strips that are not used are left out.
 struct StripStarts {
   struct Start {
     int64_t channel, slice, row, column;  // row and column of x, from the box's first
@@ -169,9 +171,9 @@ struct StripStarts {
   int count[2] = {};  // of each warp
 
   StripStarts(const PixelBox& box, const Geometry& g, int64_t strips) {
-    const int64_t height = box.h / kStripPixels, used = box.n * height * box.w;
+    const int64_t height = box.h / kStripPixels, used = box.n * height * box.w, together = box.pairs ? 2 : 1;
     for (int64_t lane = 0; lane < 64; ++lane) {
-      const int64_t channel = lane / strips, strip = lane - channel * strips;
+      const int64_t channel = lane * together / strips, strip = lane * together - channel * strips;
       if (strip >= used) continue;
       const int64_t line = strip / box.w, column = strip - line * box.w, slice = line / height;
       const int64_t row = (line - slice * height) * kStripPixels;
@@ -181,11 +183,11 @@ struct StripStarts {
   }
 };
 
-// Wavefronts of shared memory that these take for a value each.
+// Wavefronts of shared memory that these take for a value each, or for a word.
 inline int64_t strip_wavefronts(const PixelBox& box, const StripStarts& starts, int64_t element) {
   int64_t wavefronts = 0;
   for (int64_t warp = 0; warp < 2; ++warp) {
-    for (int64_t shift = 0; shift < 4; shift += element) {
+    for (int64_t shift = 0; shift < 4; shift += box.pairs ? 4 : element) {
       int64_t words[32][32], in_bank[32] = {}, most = 0;  // the different words of each bank
       for (int i = 0; i < starts.count[warp]; ++i) {
         const StripStarts::Start& at = starts.of[32 * warp + i];
@@ -204,16 +206,25 @@ inline int64_t strip_wavefronts(const PixelBox& box, const StripStarts& starts, 
   return wavefronts;
 }
 
+// Two columns of an unrolled kernel; every row starts at a whole word.
+inline bool takes_pairs(const PixelBox& box, const BoxSource& s) {
+  const bool unrolled = box.kernel != BoxKernel::unstaged && box.kernel != BoxKernel::looped;
+  return s.pairs && s.layout == Layout::nchw && s.element == 2 && box.strips_down && unrolled && box.w % 2 == 0 &&
+         box.row_pitch % 4 == 0;
+}
+
 // Puts the rows of an nchw box so far apart that its strips are in different banks, as far as that can be.
 inline void spread_rows(PixelBox& box, const Geometry& g, const BoxSource& s, int64_t slots, int64_t most_bytes) {
   if (!box.staged || !box.strips_down) return;
+  box.pairs = takes_pairs(box, s);
   const StripStarts starts(box, g, slots / kStripPixels);
   PixelBox padded = box;
   int64_t least = strip_wavefronts(box, starts, s.element);
-  const int64_t conflict_free = 2 * 4 / s.element;
+  const int64_t conflict_free = box.pairs ? 2 : 2 * 4 / s.element;
   for (int64_t pad = box.copy_bytes; pad < 64 && least > conflict_free; pad += box.copy_bytes) {
     finish_box(padded, g, s, box.copy_bytes, most_bytes, pad);
     if (!padded.staged) return;
+    if (box.pairs && padded.row_pitch % 4 != 0) continue;
     const int64_t found = strip_wavefronts(padded, starts, s.element);
     if (found >= least) continue;
     least = found;
