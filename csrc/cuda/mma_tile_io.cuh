@@ -63,17 +63,21 @@ template <typename T, typename Warp>
 DSCONV_DEVICE void add_bias(Warp& warp, const T* bias, int32_t o0, int32_t channels) {
   if (bias == nullptr) return;
   const int t = thread_here() % 4;
+  const bool aligned = is_aligned(bias + o0, 2 * sizeof(T));
 #pragma unroll
   for (int j = 0; j < Warp::kN / 8; ++j) {
+    const int32_t o = o0 + 8 * j + 2 * t;
+    Vec<T, 2> two = {};
+    if (aligned && o + 1 < channels) {
+      two = *reinterpret_cast<const Vec<T, 2>*>(bias + o);
+    } else {
+      if (o < channels) two.v[0] = bias[o];
+      if (o + 1 < channels) two.v[1] = bias[o + 1];
+    }
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int32_t o = o0 + 8 * j + 2 * t + e;
-      const float added = o < channels ? to_acc(bias[o]) : 0.0f;
+    for (int i = 0; i < Warp::kM / 16; ++i) {
 #pragma unroll
-      for (int i = 0; i < Warp::kM / 16; ++i) {
-        warp.acc[i][j][e] += added;
-        warp.acc[i][j][2 + e] += added;
-      }
+      for (int r = 0; r < 4; ++r) warp.acc[i][j][r] += to_acc(two.v[r % 2]);
     }
   }
 }
