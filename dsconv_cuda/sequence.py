@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dsconv_cuda import _checks
 from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN
-from dsconv_cuda.kept_weights import has_hooks
+from dsconv_cuda.children import has_hooks
 from dsconv_cuda.norms import takes_batch_statistics
 
 
@@ -73,9 +73,7 @@ class DepthwiseSeparableSequence(nn.Sequential):
         for block, following in zip_longest(blocks, blocks[1:]):
             depthwise, c_out = block.depthwise, block.pointwise.out_channels
             x = n * depthwise.in_channels * math.prod(extents)
-            padding = _checks.padding(
-                op, depthwise.padding, depthwise.kernel_size, depthwise.stride, depthwise.dilation
-            )
+            padding = _checks.padding(op, block.padding, block.kernel_size, block.stride, block.dilation)
             sizes = (n, depthwise.in_channels, *extents), depthwise.weight.shape, block.pointwise.weight.shape
             extents = _checks.check_extents(op, *sizes, depthwise.stride, padding, depthwise.dilation)
             pixels = n * math.prod(extents)
