@@ -1,9 +1,9 @@
 """The block dw -> BatchNorm -> act -> pw -> BatchNorm -> act as modules with the children they stand for."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from dsconv_cuda import batchnorm_training, compiled_folding
+from dsconv_cuda import batchnorm_training, compiled_folding, symbolic
 from dsconv_cuda.activations import ACTIVATIONS, activation_name
 from dsconv_cuda.autograd import transformed
 from dsconv_cuda.batchnorm import Unnormalised, block_of_chain
@@ -74,6 +74,8 @@ class DepthwiseSeparableConvBN(Keeper, SeparableConvolution):
         self.bn2 = self._stock[3](out_channels, eps, momentum, **of)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return symbolic.record(self, DepthwiseSeparableConvBN, input)
         return self.forward_in_chain(input)
 
     def forward_in_chain(self, input: Tensor | Unnormalised, defer: bool = False) -> Tensor | Unnormalised:
@@ -81,7 +83,7 @@ class DepthwiseSeparableConvBN(Keeper, SeparableConvolution):
         acting = self._acting()
         if acting:
             if not all(only_computes_weights(*child) for child in acting):
-                return self._one_by_one(input)
+                return self.one_by_one(input)
             compute_weights(*(child for child, _ in acting))
         depthwise, pointwise = self._modules["depthwise"], self._modules["pointwise"]
         check(self, input.y if type(input) is Unnormalised else input, depthwise, pointwise)
@@ -176,7 +178,8 @@ class DepthwiseSeparableConvBN(Keeper, SeparableConvolution):
         whole = all(only_computes_weights(*child) for child in self._acting())
         return self.depthwise.padding_mode != "zeros" or not whole
 
-    def _one_by_one(self, input: Tensor) -> Tensor:
+    def one_by_one(self, input: Tensor) -> Tensor:
+        """By calls of the children."""
         a = ACTIVATIONS[self.activation].value(self.bn1(self.call_depthwise(input)))
         return ACTIVATIONS[self.out_activation].value(self.bn2(self.pointwise(a)))
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from dsconv_cuda import kept_weights
+from dsconv_cuda import kept_weights, symbolic
 from dsconv_cuda.activations import ACTIVATIONS, activation_name
 from dsconv_cuda.children import SeparableConvolution, acts, check, compute_weights, only_computes_weights
 from dsconv_cuda.functional import (
@@ -73,8 +73,7 @@ class _DepthwiseSeparable(SeparableConvolution):
         depthwise, pointwise, stock = self.depthwise, self.pointwise, self._convolution
         if acts(depthwise, stock) or acts(pointwise, stock):
             if not (only_computes_weights(depthwise, stock) and only_computes_weights(pointwise, stock)):
-                z = ACTIVATIONS[self.activation].value(self.call_depthwise(input))
-                return ACTIVATIONS[self.out_activation].value(pointwise(z))
+                return self.one_by_one(input)
             compute_weights(depthwise, pointwise)
         check(self, input, depthwise, pointwise)
         input, padding = self.pad(input)
@@ -90,6 +89,11 @@ class _DepthwiseSeparable(SeparableConvolution):
             self.activation,
             self.out_activation,
         )
+
+    def one_by_one(self, input: Tensor) -> Tensor:
+        """By calls of the children."""
+        z = ACTIVATIONS[self.activation].value(self.call_depthwise(input))
+        return ACTIVATIONS[self.out_activation].value(self.pointwise(z))
 
     def extra_repr(self) -> str:
         # Sizes are in the repr of the two children.
@@ -110,6 +114,8 @@ class _KeepsWeights(kept_weights.Keeper, _DepthwiseSeparable):
             y = call(self, input)
             if y is not None:
                 return y
+        if isinstance(input, fx.Proxy):
+            return symbolic.record(self, _KeepsWeights, input)
         y = self._forward(input)
         if self._kept_call is None:
             kept_weights.keep(self, input)

@@ -5,9 +5,9 @@ import math
 from itertools import zip_longest
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from dsconv_cuda import _checks
+from dsconv_cuda import _checks, symbolic
 from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN
 from dsconv_cuda.children import has_hooks
 from dsconv_cuda.norms import takes_batch_statistics
@@ -41,6 +41,8 @@ class DepthwiseSeparableSequence(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return symbolic.record(self, DepthwiseSeparableSequence, input)
         modules = list(self)
         for module, following in zip_longest(modules, modules[1:]):
             if _can_be_joined(module):
@@ -48,6 +50,10 @@ class DepthwiseSeparableSequence(nn.Sequential):
             else:
                 input = module(input)
         return input
+
+    def one_by_one(self, input: Tensor) -> Tensor:
+        """By calls of the blocks with tensors."""
+        return super().forward(input)
 
     def kept_bytes(self, input_size: tuple[int, ...], dtype: torch.dtype | None = None) -> "KeptBytes":
         """What a training step on an input of this size keeps for backward, counted from the shapes.
