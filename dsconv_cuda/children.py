@@ -59,6 +59,8 @@ _ZEROS = {dims: (0,) * dims for dims in (1, 2, 3)}
 
 
 def _check_pointwise(op: str, pointwise: nn.Module) -> None:
+    if any(size != 1 for size in pointwise.kernel_size):
+        return  # the op says that first of all
     for name, expected, same in (("stride", 1, ()), ("padding", 0, ("same", "valid")), ("groups", 1, ())):
         value = getattr(pointwise, name)
         numbers = value if isinstance(value, (tuple, list, torch.Size)) else (value,)

@@ -228,6 +228,13 @@ def test_a_second_convolution_that_is_not_pointwise_is_refused(name, attribute, 
             module(x)
 
 
+def test_a_second_convolution_that_is_larger_is_called_that(device):
+    module, x = _make("ConvBN2d", device), _image("ConvBN2d", 4, device)
+    module.pointwise = nn.Conv2d(4, 6, 3, padding=1).to(device)
+    with pytest.raises(ValueError, match="pw_weight must be 1x1"):
+        module(x)
+
+
 def test_spellings_of_a_pointwise_convolution(device):
     module, x = _make("Conv2d", device), _image("Conv2d", 4, device)
     expected = module(x)
