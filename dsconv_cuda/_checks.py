@@ -54,11 +54,14 @@ def per_axis(op: str, argument: str, value, least: int, dims: int = 2) -> tuple[
 
 
 def padding(op: str, value, kernel: tuple[int, ...], stride, dilation) -> tuple[int, ...]:
-    """`value`, an int, one for each axis, "same" or "valid", as (top, left, bottom, right), in 3-D with a depth."""
+    """`value`, an int, one for each axis, "same" or "valid", as (top, left, bottom, right), in 3-D with a depth; in
+    1-D, where it may be "causal" too, as (left, right)."""
     dims = len(stride)
     if isinstance(value, str):
         if value == "valid":
             return (0,) * (2 * dims)
+        if value == "causal" and dims == 1:
+            return (dilation[0] * (kernel[0] - 1), 0)
         if value != "same":
             raise ValueError(f'{op}: padding must be {_NUMBERS[dims]}, "same" or "valid", got {value!r}')
         if any(step != 1 for step in stride):

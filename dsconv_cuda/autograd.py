@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from dsconv_cuda import _loader, compiled_weights, decompositions, second_order
+from dsconv_cuda import _loader, compiled_weights, decompositions, flops, second_order
 from dsconv_cuda.activations import derivative_from_output
 from dsconv_cuda.ops import GRAD_BITS, IDENTITY, backward_vmap, forward_vmap, grad_mask
 from dsconv_cuda.second_order import Config
@@ -59,6 +59,7 @@ class DepthwiseSeparable(torch.autograd.Function):
     def backward(ctx, dy, *_):
         if dy is None:
             return (None,) * 6
+        flops.register_in_modes()
         *primals, saved = ctx.saved_tensors
         mask = grad_mask(*ctx.needs_input_grad[:5])
         if _derivatives_may_follow((dy, *primals)):

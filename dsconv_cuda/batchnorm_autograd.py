@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from dsconv_cuda import flops
 from dsconv_cuda.deferred import Deferred
 from dsconv_cuda.ops import IDENTITY, grad_mask
 from dsconv_cuda.second_order import Config
@@ -145,6 +146,7 @@ class BatchNormBlock(torch.autograd.Function):
     def backward(ctx, grad_out, *_):
         if grad_out is None:
             return (None,) * 11
+        flops.register_in_modes()
         return (*_once(_gradients, ctx, grad_out), None, None)
 
     @staticmethod

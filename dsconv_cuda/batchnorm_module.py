@@ -1,19 +1,22 @@
 """The block dw -> BatchNorm -> act -> pw -> BatchNorm -> act as modules with the children they stand for."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from dsconv_cuda import batchnorm_training, compiled_folding
+from dsconv_cuda import batchnorm_training, compiled_folding, symbolic
 from dsconv_cuda.activations import ACTIVATIONS, activation_name
 from dsconv_cuda.autograd import transformed
 from dsconv_cuda.batchnorm import Unnormalised, block_of_chain
+from dsconv_cuda.children import SeparableConvolution, acts, check, compute_weights, only_computes_weights
 from dsconv_cuda.folded import Folded, wants_gradients
-from dsconv_cuda.kept_weights import Keeper, has_hooks
-from dsconv_cuda.modules import _compute_weights, _only_computes_weights, separable_convolutions
+from dsconv_cuda.kept_weights import Keeper
+from dsconv_cuda.modules import is_causal, separable_convolutions
 from dsconv_cuda.norms import BatchNormArguments, arguments_of, takes_batch_statistics
 
+_CONVOLUTIONS = ("depthwise", "pointwise")
 
-class DepthwiseSeparableConvBN(Keeper):
+
+class DepthwiseSeparableConvBN(Keeper, SeparableConvolution):
     """What the blocks of every rank share, which is all but the kinds of their children."""
 
     _dims: int
@@ -32,6 +35,7 @@ class DepthwiseSeparableConvBN(Keeper):
         dilation: int | tuple[int, ...] = 1,
         channel_multiplier: int = 1,
         bias: bool = False,
+        padding_mode: str = "zeros",
         activation: str | nn.Module | None = "relu",
         out_activation: str | nn.Module | None = "relu",
         eps: float = 1e-5,
@@ -45,6 +49,8 @@ class DepthwiseSeparableConvBN(Keeper):
         self.activation = activation_name(activation, "activation", name)
         self.out_activation = activation_name(out_activation, "out_activation", name)
         self.recompute_output = recompute_output
+        if self._dims == 1:
+            self.causal = is_causal(name, padding, padding_mode)
         depthwise, pointwise = separable_convolutions(
             self._stock[0],
             name,
@@ -52,10 +58,11 @@ class DepthwiseSeparableConvBN(Keeper):
             out_channels,
             kernel_size,
             stride,
-            padding,
+            0 if self.causal else padding,
             dilation=dilation,
             channel_multiplier=channel_multiplier,
             bias=bias,
+            padding_mode=padding_mode,
             device=device,
             dtype=dtype,
         )
@@ -67,26 +74,35 @@ class DepthwiseSeparableConvBN(Keeper):
         self.bn2 = self._stock[3](out_channels, eps, momentum, **of)
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return symbolic.record(self, DepthwiseSeparableConvBN, input)
         return self.forward_in_chain(input)
 
     def forward_in_chain(self, input: Tensor | Unnormalised, defer: bool = False) -> Tensor | Unnormalised:
         """See :func:`dsconv_cuda.batchnorm.block_of_chain`; input is a Tensor and `defer` False where runs_apart()."""
-        hooked = [child for child in self._modules.values() if has_hooks(child)]
-        if hooked:
-            if not all(map(_only_computes_weights, hooked)):
-                return self._one_by_one(input)
-            _compute_weights(*hooked)
-        padding = self.depthwise.padding
-        if self.depthwise.padding_mode != "zeros":
-            around = self.depthwise._reversed_padding_repeated_twice
-            input, padding = nn.functional.pad(input, around, mode=self.depthwise.padding_mode), 0
-        elif not hooked:
+        acting = self._acting()
+        if acting:
+            if not all(only_computes_weights(*child) for child in acting):
+                return self.one_by_one(input)
+            compute_weights(*(child for child, _ in acting))
+        depthwise, pointwise = self._modules["depthwise"], self._modules["pointwise"]
+        check(self, input.y if type(input) is Unnormalised else input, depthwise, pointwise)
+        if depthwise.padding_mode == "zeros" and not acting:
             out = self._step(input, defer) if self.bn2.training else None
             if out is None:
                 out = self._evaluate(input)
             if out is not None:
                 return out
-        return self._with_all_checks(input, padding, defer)
+        return self._with_all_checks(*self.pad(input), defer)
+
+    def _acting(self) -> list[tuple[nn.Module, type[nn.Module] | None]]:
+        """The children that have to be called, and whose forward each convolution of them should have."""
+        acting, convolution = [], self._stock[0]
+        for name, child in self._modules.items():
+            stock = convolution if name in _CONVOLUTIONS else None
+            if acts(child, stock):
+                acting.append((child, stock))
+        return acting
 
     def _step(self, input: Tensor | Unnormalised, defer: bool) -> Tensor | Unnormalised | None:
         """A plain training step; None where the call is another."""
@@ -96,7 +112,7 @@ class DepthwiseSeparableConvBN(Keeper):
         modules = children.get("depthwise"), children.get("bn1"), children.get("pointwise"), children.get("bn2")
         if tuple(map(type, modules)) != self._stock:
             return None
-        arguments = {"recompute_output": self.recompute_output, "defer": defer}
+        arguments = {"causal": self.causal, "recompute_output": self.recompute_output, "defer": defer}
         return batchnorm_training.step(input, *modules, self.activation, self.out_activation, **arguments)
 
     def _evaluate(self, input: Tensor | Unnormalised) -> Tensor | None:
@@ -126,13 +142,13 @@ class DepthwiseSeparableConvBN(Keeper):
                 return None
             arguments = self._arguments("bn1"), self._arguments("bn2"), None
             activations = self.activation, self.out_activation, "identity"
-            return compiled_folding.apply(input, depthwise, pointwise, *arguments, *activations)
+            return compiled_folding.apply(input, depthwise, pointwise, *arguments, *activations, causal=self.causal)
         if transformed():
             return None
         parts = depthwise, bn1, self.activation, pointwise, bn2, self.out_activation
         folded = self._folded
-        if folded is None or not folded.is_of(*parts):
-            folded = self._folded = Folded(*parts)
+        if folded is None or not folded.is_of(*parts, self.causal):
+            folded = self._folded = Folded(*parts, causal=self.causal)
         return folded(input, self._with_all_checks)
 
     def _with_all_checks(
@@ -149,7 +165,7 @@ class DepthwiseSeparableConvBN(Keeper):
             self._arguments("bn1"),
             self._arguments("bn2"),
             depthwise.stride,
-            depthwise.padding if padding is None else padding,
+            self.padding if padding is None else padding,
             depthwise.dilation,
             self.activation,
             self.out_activation,
@@ -158,12 +174,13 @@ class DepthwiseSeparableConvBN(Keeper):
         )
 
     def runs_apart(self) -> bool:
-        """Whether the input has to be a tensor: hooks on a child may see it, or it is padded first."""
-        hooked = [child for child in self._modules.values() if has_hooks(child)]
-        return self.depthwise.padding_mode != "zeros" or not all(map(_only_computes_weights, hooked))
+        """Whether the input has to be a tensor: a child is called with it, or it is padded first."""
+        whole = all(only_computes_weights(*child) for child in self._acting())
+        return self.depthwise.padding_mode != "zeros" or not whole
 
-    def _one_by_one(self, input: Tensor) -> Tensor:
-        a = ACTIVATIONS[self.activation].value(self.bn1(self.depthwise(input)))
+    def one_by_one(self, input: Tensor) -> Tensor:
+        """By calls of the children."""
+        a = ACTIVATIONS[self.activation].value(self.bn1(self.call_depthwise(input)))
         return ACTIVATIONS[self.out_activation].value(self.bn2(self.pointwise(a)))
 
     def _arguments(self, name: str) -> BatchNormArguments | None:
@@ -175,7 +192,8 @@ class DepthwiseSeparableConvBN(Keeper):
         if not stock and forward is not nn.SyncBatchNorm.forward:
             raise TypeError(
                 f"{type(self).__name__}: {name} must be an nn.{self._stock[1].__name__}, an nn.SyncBatchNorm or an "
-                f"nn.Identity, or of a subclass with the same forward, got {type(norm).__name__}; for other norms use "
+                f"nn.Identity, or of a subclass with the same forward, got {type(norm).__module__}."
+                f"{type(norm).__qualname__}; for other norms use "
                 f"the four modules one after the other"
             )
         return arguments_of(norm, forward is nn.SyncBatchNorm.forward)
@@ -183,6 +201,7 @@ class DepthwiseSeparableConvBN(Keeper):
     def extra_repr(self) -> str:
         # Sizes are in the repr of the children.
         text = f"activation={self.activation}, out_activation={self.out_activation}"
+        text += ", padding=causal" if self.causal else ""
         return text + (", recompute_output=True" if self.recompute_output else "")
 
 
@@ -202,17 +221,17 @@ class DepthwiseSeparableConvBN2d(DepthwiseSeparableConvBN):
     ``.depthwise``, ``.bn1``, ``.pointwise`` and ``.bn2`` are these four modules. They hold the parameters, the running
     statistics and the choice of train() or eval(), each for itself, so freezing one is ``block.bn1.eval()``; the
     state_dict is interchangeable with that of a plain module with the same children. Their forward is not called,
-    unless hooks are attached to them: then they run one after the other as in PyTorch. The hooks with which pruning and
-    the older forms of weight_norm and spectral_norm compute a weight are run, and the block stays one. A
-    ``padding_mode`` that is set on ``.depthwise`` is made around the input first.
+    unless hooks are attached to them or one of them has a forward of its own, as a subclass of nn.Conv2d may: then they
+    run one after the other as in PyTorch. The hooks with which pruning and the older forms of weight_norm and
+    spectral_norm compute a weight are run, and the block stays one.
 
     A norm may be replaced by another ``nn.BatchNorm2d`` (with affine=False or track_running_stats=False too, or of a
     subclass with the same forward), by ``nn.SyncBatchNorm``, so ``nn.SyncBatchNorm.convert_sync_batchnorm(model)``
     works, on the CPU too, and by ``nn.Identity`` for no norm.
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, channel_multiplier, bias: as in
-            :class:`dsconv_cuda.DepthwiseSeparableConv2d`.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, channel_multiplier, bias, padding_mode: as in
+            :class:`dsconv_cuda.DepthwiseSeparableConv2d`, which has the same attributes, too.
         activation, out_activation: after the first and after the second norm; a name, None or an instance of the
             matching torch.nn module, of which the name is kept.
         eps, momentum: of both norms.
@@ -222,9 +241,10 @@ class DepthwiseSeparableConvBN2d(DepthwiseSeparableConvBN):
     Shape: ``[N, in_channels, H, W]`` to ``[N, out_channels, H_out, W_out]``, with the H_out and W_out of nn.Conv2d.
 
     Raises:
-        TypeError: at the call, a norm of another kind.
+        TypeError: a bias that is no bool; at the call, a norm of another kind.
         ValueError: a channel_multiplier below 1, an unknown activation, what nn.Conv2d and nn.BatchNorm2d refuse, and
-            in training one value per channel, as nn.BatchNorm2d does.
+            in training one value per channel, as nn.BatchNorm2d does; at the call, an input with other channels than
+            in_channels, and a pointwise child with a stride, a padding or groups.
     """
 
     _dims = 2
@@ -233,6 +253,8 @@ class DepthwiseSeparableConvBN2d(DepthwiseSeparableConvBN):
 
 class DepthwiseSeparableConvBN1d(DepthwiseSeparableConvBN):
     """:class:`DepthwiseSeparableConvBN2d` along one dimension, of nn.Conv1d and nn.BatchNorm1d.
+
+    padding may be ``"causal"`` as in :class:`dsconv_cuda.DepthwiseSeparableConv1d`; ``.depthwise`` has padding 0 then.
 
     Shape: ``[N, in_channels, L]`` to ``[N, out_channels, L_out]``, with the L_out of nn.Conv1d.
     """

@@ -156,6 +156,7 @@ def step(
     activation: str,
     out_activation: str,
     *,
+    causal: bool = False,
     recompute_output: bool = False,
     defer: bool = False,
 ) -> Tensor | Unnormalised | None:
@@ -183,7 +184,7 @@ def step(
         return None
     try:
         shapes = dw_weight.shape, tensors[2].shape
-        geometry = depthwise.stride, depthwise.padding, depthwise.dilation
+        geometry = depthwise.stride, "causal" if causal else depthwise.padding, depthwise.dilation
         call.kept = kept = _arguments(*shapes, *geometry, activation, out_activation)
     except (AttributeError, TypeError):  # no weight; a list for a tuple
         return None

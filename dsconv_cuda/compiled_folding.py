@@ -93,11 +93,14 @@ def apply(
     activation: str,
     out_activation: str,
     in_activation: str,
+    *,
+    causal: bool = False,
 ) -> Tensor:
+    """What `conv`, `pointwise` and the norms make of x; causal is that of Folded."""
     op = "fwd_folded"
     kernel, dims = tuple(conv.weight.shape[2:]), x.dim() - 2
     stride, dilation = (_checks.per_axis(op, n, getattr(conv, n), 1, dims) for n in ("stride", "dilation"))
-    padding = _checks.padding(op, conv.padding, kernel, stride, dilation)
+    padding = _checks.padding(op, "causal" if causal else conv.padding, kernel, stride, dilation)
     if dims == 1:
         stride, dilation = (1, *stride), (1, *dilation)
         padding = (0, padding[0], 0, padding[1])

@@ -355,7 +355,8 @@ def _has_row(module: nn.Module) -> bool:
 
 
 def _pair(name: str, first: nn.Module, second: nn.Module, x: torch.Size, y: torch.Size, itemsize: int) -> Row:
-    z = (*y[:-3], first.out_channels, *y[-2:])
+    z = [*y]
+    z[-1 - len(first.kernel_size)] = first.out_channels
     works = _work(first, x, z, itemsize), _work(second, z, y, itemsize)
     fused = Work(works[0].macs + works[1].macs, sum(w.bytes for w in works) - 2 * math.prod(z) * itemsize)
     return Row(name, f"{_kind(first)} + 1x1", tuple(y), _size(first) + _size(second), works, fused)

@@ -61,6 +61,8 @@ class Folded:
         out_activation: str,
         before=None,  # a NormBefore
         dtype: torch.dtype | None = None,  # of autocast
+        *,
+        causal: bool = False,  # of one dimension: the padding, whatever `depthwise` has
     ):
         self.arguments = (depthwise, bn1, activation, pointwise, bn2, out_activation, before)
         self.dtype, self.of_autocast = dtype, {}
@@ -78,7 +80,7 @@ class Folded:
         kind = _MODULES[len(depthwise.kernel_size)]
         self.module = module = kind.__new__(kind)
         nn.Module.__init__(module)
-        module.causal = False  # of a 1-D one
+        module.causal = causal
         module.activation = activation
         module.out_activation = out_activation
         # Of the plain class, which modules.py asks for.
@@ -88,7 +90,15 @@ class Folded:
     def is_of(self, *modules_and_activations) -> bool:
         """Whether these would make it, in the order of __init__."""
         module = self.module
-        mine = (self.depthwise, self.bn1, module.activation, self.pointwise, self.bn2, module.out_activation)
+        mine = (
+            self.depthwise,
+            self.bn1,
+            module.activation,
+            self.pointwise,
+            self.bn2,
+            module.out_activation,
+            module.causal,
+        )
         return all(map(operator.is_, mine, modules_and_activations))
 
     def forget(self) -> None:
@@ -140,7 +150,7 @@ class Folded:
         with self.lock:
             folded = self.of_autocast.get(dtype)
             if folded is None:
-                folded = self.of_autocast[dtype] = Folded(*self.arguments, dtype)
+                folded = self.of_autocast[dtype] = Folded(*self.arguments, dtype, causal=self.module.causal)
         return folded
 
     def _call(self, x: Tensor, in_norm: tuple[Tensor, int] | None) -> Tensor:
@@ -174,6 +184,7 @@ class Folded:
             (self.module.pointwise, self.pointwise, self.bn2),
         )
         for mine, conv, bn in pairs:
+            mine.groups = conv.groups  # as many as its weight has, in what was pruned
             if bn is None and self.dtype is None:
                 mine._parameters.update(conv._parameters)
                 continue

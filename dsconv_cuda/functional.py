@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from dsconv_cuda import _checks, _loader, autograd
+from dsconv_cuda import _checks, _loader, autograd, flops
 from dsconv_cuda.activations import activation_number
 from dsconv_cuda.second_order import Config
 
@@ -14,6 +14,7 @@ _AUTOCAST_FROM = (torch.float32, torch.float16, torch.bfloat16)
 
 def _load() -> None:
     _loader.load_library()
+    flops.register_in_modes()
 
 
 # What torch.compiler.assume_constant_result() sets, without its import of the compiler: a traced call loads the library

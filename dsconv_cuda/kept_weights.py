@@ -30,18 +30,14 @@ from torch import Tensor, nn
 from dsconv_cuda import _checks, compiled_weights
 from dsconv_cuda.activations import activation_number
 from dsconv_cuda.autograd import KeptFunction, kept_arguments, kept_kernels, transformed
+from dsconv_cuda.children import acts
+from dsconv_cuda.children import has_hooks as has_hooks  # of this module for fusion/
 from dsconv_cuda.functional import as_rows, cast_for_autocast
 
 _is_grad_enabled = torch.is_grad_enabled
 _autocast_enabled = torch._C._is_any_autocast_enabled
 
 _keepers = weakref.WeakSet()  # of everything that eager calls keep; each has forget()
-
-
-def has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 class Keeper(nn.Module):
@@ -72,6 +68,7 @@ class KeptCall:
         "activation",
         "arguments",
         "causal",
+        "channels",
         "depthwise",
         "dilation",
         "dw_bias",
@@ -82,6 +79,8 @@ class KeptCall:
         "padding",
         "pointwise",
         "pw_bias",
+        "pw_padding",
+        "pw_stride",
         "pw_weight",
         "rank",
         "stride",
@@ -104,27 +103,45 @@ class KeptCall:
         depthwise, pointwise = children.get("depthwise"), children.get("pointwise")
         if depthwise is not self.depthwise or pointwise is not self.pointwise:
             return self._drop(module)
-        parameters = depthwise._parameters
+        # The attributes of modules, and acts() of both, by the dictionaries: as calls they would take twice as long.
+        of_depthwise, of_pointwise = depthwise.__dict__, pointwise.__dict__
+        parameters = of_depthwise["_parameters"]
         if parameters.get("weight") is not dw_weight or parameters.get("bias") is not dw_bias:
             return self._drop(module)
-        parameters = pointwise._parameters
+        parameters = of_pointwise["_parameters"]
         if parameters.get("weight") is not pw_weight or parameters.get("bias") is not pw_bias:
             return self._drop(module)
         if (
-            depthwise.stride is not self.stride
-            or depthwise.padding is not self.padding
-            or depthwise.dilation is not self.dilation
+            of_depthwise["stride"] is not self.stride
+            or of_depthwise["padding"] is not self.padding
+            or of_depthwise["dilation"] is not self.dilation
+            or of_depthwise["padding_mode"] != "zeros"
+            or of_pointwise["stride"] is not self.pw_stride
+            or of_pointwise["padding"] is not self.pw_padding
             or module.activation is not self.activation
             or module.out_activation is not self.out_activation
         ):
             return self._drop(module)
-        if has_hooks(depthwise) or has_hooks(pointwise):
+        if (
+            of_depthwise["_forward_pre_hooks"]
+            or of_depthwise["_forward_hooks"]
+            or of_depthwise["_backward_pre_hooks"]
+            or of_depthwise["_backward_hooks"]
+            or "forward" in of_depthwise
+            or of_pointwise["_forward_pre_hooks"]
+            or of_pointwise["_forward_hooks"]
+            or of_pointwise["_backward_pre_hooks"]
+            or of_pointwise["_backward_hooks"]
+            or "forward" in of_pointwise
+        ):
             return self._drop(module)
         rank, given = self.rank, input.dim()
         if given == rank - 1:
             input = input.unsqueeze(0)
         elif given != rank:
             return None
+        if input.size(1) != self.channels:
+            return None  # the call with all its checks says what is wrong
         if rank == 3:
             y = self._of_rows(module, input, in_norm, autocast)
         else:
@@ -200,7 +217,7 @@ def keep(module: nn.Module, input: Tensor) -> None:
     depthwise, pointwise = module._modules.get("depthwise"), module._modules.get("pointwise")
     if type(depthwise) not in (nn.Conv1d, nn.Conv2d, nn.Conv3d) or type(pointwise) is not type(depthwise):
         return
-    if has_hooks(depthwise) or has_hooks(pointwise) or depthwise.padding_mode != "zeros":
+    if acts(depthwise) or acts(pointwise) or depthwise.padding_mode != "zeros":
         return
     call = KeptCall()
     call.depthwise, call.pointwise = depthwise, pointwise
@@ -211,10 +228,12 @@ def keep(module: nn.Module, input: Tensor) -> None:
     if any(type(p) is not nn.Parameter or not p.is_cpu or p.is_inference() for p in (*weights, *biases)):
         return
     call.stride, call.padding, call.dilation = depthwise.stride, depthwise.padding, depthwise.dilation
-    if any(type(a) not in (tuple, str) for a in (call.stride, call.padding, call.dilation)):
+    call.pw_stride, call.pw_padding = pointwise.stride, pointwise.padding
+    geometry = (call.stride, call.padding, call.dilation, call.pw_stride, call.pw_padding)
+    if any(type(a) not in (tuple, str) for a in geometry):
         return  # could change in place
     call.activation, call.out_activation = module.activation, module.out_activation
-    call.rank = call.dw_weight.dim()
+    call.rank, call.channels = call.dw_weight.dim(), depthwise.groups
     call.causal = call.rank == 3 and module.causal
     call.arguments = _arguments(call, *weights)
     call.op = torch.ops.dsconv_cuda.fwd_kept.default

@@ -3,15 +3,24 @@
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from dsconv_cuda import kept_weights
+from dsconv_cuda import kept_weights, symbolic
 from dsconv_cuda.activations import ACTIVATIONS, activation_name
+from dsconv_cuda.children import SeparableConvolution, acts, check, compute_weights, only_computes_weights
 from dsconv_cuda.functional import (
     depthwise_separable_conv1d,
     depthwise_separable_conv2d,
     depthwise_separable_conv3d,
 )
+
+
+def is_causal(name: str, padding: int | tuple[int, ...] | str, padding_mode: str) -> bool:
+    """Whether `padding` is what .depthwise of the module `name` cannot do itself, and has padding 0 in its place."""
+    causal = isinstance(padding, str) and padding == "causal"
+    if causal and padding_mode != "zeros":
+        raise ValueError(f"{name}: padding 'causal' takes padding_mode 'zeros' only, got {padding_mode!r}")
+    return causal
 
 
 def separable_convolutions(
@@ -31,6 +40,11 @@ def separable_convolutions(
     dtype: torch.dtype | None,
 ) -> tuple[nn.Module, nn.Module]:
     """The depthwise and the pointwise convolution of the module `name`."""
+    if not isinstance(bias, bool):
+        raise TypeError(
+            f"{name}: bias must be True or False, got {bias!r}; dilation, the sixth argument of nn.Conv2d, is given by "
+            f"its name: dilation={bias!r}"
+        )
     if channel_multiplier < 1:
         raise ValueError(f"{name}: channel_multiplier must be at least 1, got {channel_multiplier}")
     channels = in_channels * channel_multiplier
@@ -49,33 +63,21 @@ def separable_convolutions(
     return depthwise, convolution(channels, out_channels, 1, **of)
 
 
-def _only_computes_weights(module: nn.Module) -> bool:
-    """Whether all hooks are those of torch.nn.utils: pruning, weight_norm and spectral_norm. They look at no input."""
-    others = module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
-    hooks = module._forward_pre_hooks.values()
-    return not others and all(type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks)
-
-
-def _compute_weights(*modules: nn.Module) -> None:
-    for module in modules:
-        for hook in module._forward_pre_hooks.values():
-            hook(module, None)
-
-
-class _DepthwiseSeparable(nn.Module):
+class _DepthwiseSeparable(SeparableConvolution):
     """What the modules of every rank share: two children, activations, and the way of a call."""
 
-    def _call(self, operation: Callable[..., Tensor], input: Tensor, padding: int | tuple[int, ...] | str) -> Tensor:
-        depthwise, pointwise = self.depthwise, self.pointwise
-        if kept_weights.has_hooks(depthwise) or kept_weights.has_hooks(pointwise):
-            if not (_only_computes_weights(depthwise) and _only_computes_weights(pointwise)):
-                z = ACTIVATIONS[self.activation].value(depthwise(self._input_of_depthwise(input)))
-                return ACTIVATIONS[self.out_activation].value(pointwise(z))
-            _compute_weights(depthwise, pointwise)
-        if depthwise.padding_mode != "zeros":
-            input = nn.functional.pad(input, depthwise._reversed_padding_repeated_twice, mode=depthwise.padding_mode)
-            padding = 0
-        return operation(
+    _convolution: type[nn.Module]
+    _operation: Callable[..., Tensor]
+
+    def _forward(self, input: Tensor) -> Tensor:
+        depthwise, pointwise, stock = self.depthwise, self.pointwise, self._convolution
+        if acts(depthwise, stock) or acts(pointwise, stock):
+            if not (only_computes_weights(depthwise, stock) and only_computes_weights(pointwise, stock)):
+                return self.one_by_one(input)
+            compute_weights(depthwise, pointwise)
+        check(self, input, depthwise, pointwise)
+        input, padding = self.pad(input)
+        return self._operation(
             input,
             depthwise.weight,
             pointwise.weight,
@@ -88,9 +90,10 @@ class _DepthwiseSeparable(nn.Module):
             self.out_activation,
         )
 
-    def _input_of_depthwise(self, input: Tensor) -> Tensor:
-        """What .depthwise is given where it is called itself."""
-        return input
+    def one_by_one(self, input: Tensor) -> Tensor:
+        """By calls of the children."""
+        z = ACTIVATIONS[self.activation].value(self.call_depthwise(input))
+        return ACTIVATIONS[self.out_activation].value(self.pointwise(z))
 
     def extra_repr(self) -> str:
         # Sizes are in the repr of the two children.
@@ -111,6 +114,8 @@ class _KeepsWeights(kept_weights.Keeper, _DepthwiseSeparable):
             y = call(self, input)
             if y is not None:
                 return y
+        if isinstance(input, fx.Proxy):
+            return symbolic.record(self, _KeepsWeights, input)
         y = self._forward(input)
         if self._kept_call is None:
             kept_weights.keep(self, input)
@@ -129,9 +134,11 @@ class DepthwiseSeparableConv2d(_KeepsWeights):
 
     ``.depthwise`` and ``.pointwise`` are these two modules. They hold the parameters, so initialisation, state_dict,
     parametrizations and everything else that works on parameters is theirs, and the state_dict is interchangeable with
-    that of a plain module with the same two children. Their forward is not called, unless hooks are attached to them:
-    then they run one after the other as in PyTorch. The hooks with which pruning and the older forms of weight_norm and
-    spectral_norm compute a weight run as well, and the result goes into the fused operation.
+    that of a plain module with the same two children. Their forward is not called, unless hooks are attached to them or
+    one of them has a forward of its own, as a subclass of nn.Conv2d or another module in its place may: then they run
+    one after the other as in PyTorch. The hooks with which pruning and the older forms of weight_norm and spectral_norm
+    compute a weight run as well, and the result goes into the fused operation. ``in_channels``, ``out_channels``,
+    ``kernel_size``, ``stride``, ``padding``, ``dilation`` and ``padding_mode`` are read from the two.
 
     Args:
         in_channels, out_channels: channels of the input and of the output.
@@ -150,8 +157,12 @@ class DepthwiseSeparableConv2d(_KeepsWeights):
     and W_out of nn.Conv2d.
 
     Raises:
-        ValueError: a channel_multiplier below 1, an unknown activation, and what nn.Conv2d refuses.
+        TypeError: a bias that is no bool: the sixth argument of nn.Conv2d is dilation.
+        ValueError: a channel_multiplier below 1, an unknown activation, and what nn.Conv2d refuses; at the call, an
+            input with other channels than in_channels, and a pointwise child with a stride, a padding or groups.
     """
+
+    _convolution, _operation = nn.Conv2d, staticmethod(depthwise_separable_conv2d)
 
     def __init__(
         self,
@@ -190,9 +201,6 @@ class DepthwiseSeparableConv2d(_KeepsWeights):
             dtype=dtype,
         )
 
-    def _forward(self, input: Tensor) -> Tensor:
-        return self._call(depthwise_separable_conv2d, input, self.depthwise.padding)
-
 
 class DepthwiseSeparableConv1d(_KeepsWeights):
     """Depthwise separable convolution along one dimension: see :func:`dsconv_cuda.depthwise_separable_conv1d`.
@@ -206,6 +214,8 @@ class DepthwiseSeparableConv1d(_KeepsWeights):
 
     Shape: ``[N, in_channels, L]`` or ``[in_channels, L]`` to ``[N, out_channels, L_out]``.
     """
+
+    _convolution, _operation = nn.Conv1d, staticmethod(depthwise_separable_conv1d)
 
     def __init__(
         self,
@@ -226,9 +236,7 @@ class DepthwiseSeparableConv1d(_KeepsWeights):
     ):
         super().__init__()
         name = type(self).__name__
-        self.causal = isinstance(padding, str) and padding == "causal"
-        if self.causal and padding_mode != "zeros":
-            raise ValueError(f"{name}: padding 'causal' takes padding_mode 'zeros' only, got {padding_mode!r}")
+        self.causal = is_causal(name, padding, padding_mode)
         self.activation = activation_name(activation, "activation", name)
         self.out_activation = activation_name(out_activation, "out_activation", name)
         self.depthwise, self.pointwise = separable_convolutions(
@@ -247,13 +255,6 @@ class DepthwiseSeparableConv1d(_KeepsWeights):
             dtype=dtype,
         )
 
-    def _forward(self, input: Tensor) -> Tensor:
-        return self._call(depthwise_separable_conv1d, input, "causal" if self.causal else self.depthwise.padding)
-
-    def _input_of_depthwise(self, input: Tensor) -> Tensor:
-        left = self.depthwise.dilation[0] * (self.depthwise.kernel_size[0] - 1) if self.causal else 0
-        return nn.functional.pad(input, (left, 0))
-
     def extra_repr(self) -> str:
         return super().extra_repr() + (", padding=causal" if self.causal else "")
 
@@ -268,6 +269,8 @@ class DepthwiseSeparableConv3d(_KeepsWeights):
 
     Shape: ``[N, in_channels, D, H, W]`` or ``[in_channels, D, H, W]`` to ``[N, out_channels, D_out, H_out, W_out]``.
     """
+
+    _convolution, _operation = nn.Conv3d, staticmethod(depthwise_separable_conv3d)
 
     def __init__(
         self,
@@ -305,9 +308,6 @@ class DepthwiseSeparableConv3d(_KeepsWeights):
             device=device,
             dtype=dtype,
         )
-
-    def _forward(self, input: Tensor) -> Tensor:
-        return self._call(depthwise_separable_conv3d, input, self.depthwise.padding)
 
 
 DepthwiseSeparableConv = DepthwiseSeparableConv2d  # the name under which tutorials know it

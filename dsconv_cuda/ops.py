@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsconv_cuda import _checks, _loader, compiled_weights
+from dsconv_cuda import _checks, _loader, compiled_weights, flops
 from dsconv_cuda.activations import ACTIVATIONS, derivative_from_output
 
 # params.h GradBit, in the order of bwd's outputs
@@ -339,3 +339,4 @@ def register_python_parts() -> None:
         below = ("keep", "fwd_kept", "fwd_after_norm_kept", "fwd_with_pre_kept", "bwd_kept", "seen_again")
         for name in (*below, "train_fwd", "train_bwd", "fold_norm", "fold_norm_bwd"):
             _fragment.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    flops.register()

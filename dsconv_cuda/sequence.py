@@ -5,11 +5,11 @@ import math
 from itertools import zip_longest
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from dsconv_cuda import _checks
+from dsconv_cuda import _checks, symbolic
 from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN
-from dsconv_cuda.kept_weights import has_hooks
+from dsconv_cuda.children import has_hooks
 from dsconv_cuda.norms import takes_batch_statistics
 
 
@@ -41,6 +41,8 @@ class DepthwiseSeparableSequence(nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):
+            return symbolic.record(self, DepthwiseSeparableSequence, input)
         modules = list(self)
         for module, following in zip_longest(modules, modules[1:]):
             if _can_be_joined(module):
@@ -48,6 +50,10 @@ class DepthwiseSeparableSequence(nn.Sequential):
             else:
                 input = module(input)
         return input
+
+    def one_by_one(self, input: Tensor) -> Tensor:
+        """By calls of the blocks with tensors."""
+        return super().forward(input)
 
     def kept_bytes(self, input_size: tuple[int, ...], dtype: torch.dtype | None = None) -> "KeptBytes":
         """What a training step on an input of this size keeps for backward, counted from the shapes.
@@ -73,9 +79,7 @@ class DepthwiseSeparableSequence(nn.Sequential):
         for block, following in zip_longest(blocks, blocks[1:]):
             depthwise, c_out = block.depthwise, block.pointwise.out_channels
             x = n * depthwise.in_channels * math.prod(extents)
-            padding = _checks.padding(
-                op, depthwise.padding, depthwise.kernel_size, depthwise.stride, depthwise.dilation
-            )
+            padding = _checks.padding(op, block.padding, block.kernel_size, block.stride, block.dilation)
             sizes = (n, depthwise.in_channels, *extents), depthwise.weight.shape, block.pointwise.weight.shape
             extents = _checks.check_extents(op, *sizes, depthwise.stride, padding, depthwise.dilation)
             pixels = n * math.prod(extents)

@@ -224,6 +224,82 @@ def test_causal_training_sees_nothing_of_what_comes_after(device):
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
 
 
+class Stock(nn.Module):
+    """The children of a block one after the other, behind `left` zeros at the left."""
+
+    def __init__(self, block: nn.Module, left: int = 0):
+        super().__init__()
+        self.left = left
+        for name, child in block.named_children():
+            setattr(self, name, copy.deepcopy(child))
+
+    def forward(self, x):
+        a = self.bn1(self.depthwise(nn.functional.pad(x, (self.left, 0)))).relu()
+        return self.bn2(self.pointwise(a)).relu()
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("padding", [1, (2,), "same"])
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_padding_mode_of_the_block(dims, mode, padding, device):
+    """The keyword of nn.Conv2d."""
+    padding = padding * dims if isinstance(padding, tuple) else padding
+    block = BLOCKS[dims](5, 9, 3, padding=padding, padding_mode=mode).to(device, torch.float64)
+    x = torch.randn(2, 5, *(8, 6, 7)[:dims], device=device, dtype=torch.float64)
+    for train in (True, False):
+        stock = Stock(block).train(train)
+        expected = stock(x)
+        torch.testing.assert_close(block.train(train)(x), expected)
+        assert torch.equal(block.bn1.num_batches_tracked, stock.bn1.num_batches_tracked)
+
+
+CAUSAL = {"stride": 2, "dilation": 3, "padding": "causal"}
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("change", [None, "bn1 eval", "bn2 eval", "eval", "hook", "identity", "many channels, eval"])
+def test_causal_padding_of_the_block(change, compiled, device):
+    channels = 128 if change == "many channels, eval" else 5
+    block = BLOCKS[1](channels, channels, 4, **CAUSAL).to(device)
+    assert block.padding == "causal"
+    assert "padding=causal" in repr(block)
+    if change == "identity":
+        block.bn1 = nn.Identity()
+    for norm in (block.bn1, block.bn2):
+        if change is not None and (
+            "eval" in change and (norm is getattr(block, change[:3], None) or "bn" not in change)
+        ):
+            norm.eval()
+    stock = Stock(block, left=9)
+    if change == "hook":
+        block.pointwise.register_forward_hook(lambda module, inputs, output: None)
+    torch._dynamo.reset()
+    call = torch.compile(block, backend="aot_eager") if compiled else block
+    x = torch.randn(3, channels, 30, device=device)
+    for grad in (False, True, False, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(call(x), stock(x), rtol=1e-4, atol=1e-4)
+    for a, b in zip(block.buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert torch.equal(copy.deepcopy(block).eval()(x), block.eval()(x))
+
+
+@pytest.mark.one_isa
+def test_causal_blocks_in_a_sequence_and_under_autocast(device):
+    chain = DepthwiseSeparableSequence(*(BLOCKS[1](5, 5, 4, **(CAUSAL | {"stride": 1})) for _ in range(3))).to(device)
+    stock = nn.Sequential(*(Stock(block, left=9) for block in chain))
+    x = torch.randn(3, 5, 30, device=device)
+    for train in (True, False):
+        torch.testing.assert_close(chain.train(train)(x), stock.train(train)(x), rtol=1e-4, atol=1e-4)
+    assert chain.train().kept_bytes(x.shape).chain == 4 * 3 * x.numel() + 4 * x.numel()
+    chain.eval()
+    with torch.no_grad(), torch.autocast(x.device.type, dtype=torch.bfloat16):
+        for _ in range(3):
+            torch.testing.assert_close(chain(x).float(), stock(x).float(), rtol=5e-2, atol=5e-2)
+
+
 @pytest.mark.one_isa
 @pytest.mark.parametrize("dims", [1, 3])
 def test_evaluation_and_frozen_norms(dims, device):
@@ -353,7 +429,7 @@ def test_opcheck(biases, channels_last, device):
     [
         (ROWS[0], (13, 50), r"\[N, C, L\], as nn.BatchNorm1d takes, got \[13, 50\]"),
         (ROWS[0], (2, 13, 5, 5), r"\[N, C, L\]"),
-        (ROWS[0], (2, 12, 50), "dw_weight must have shape"),
+        (ROWS[0], (2, 12, 50), "input must have 13 channels, as many as .depthwise takes, got 12"),
         (VOLUMES[0], (13, 5, 5, 5), r"\[N, C, D, H, W\]"),
         (VOLUMES[0], (2, 13, 5, 0, 5), "larger than the padded input|more than 1 value"),
     ],

@@ -131,10 +131,12 @@ def test_norms_of_other_kinds_are_refused(device):
     block, x = Shape().block().to(device), Shape().input().to(device)
     block.bn1 = Same(13).to(device)
     block(x)
-    for norm in (Own(13), nn.GroupNorm(1, 13), nn.InstanceNorm2d(13)):
+    namesake = type("BatchNorm2d", (Own,), {"__module__": "elsewhere"})
+    for norm in (Own(13), nn.GroupNorm(1, 13), nn.InstanceNorm2d(13), namesake(13)):
         block.bn1 = norm.to(device)
-        with pytest.raises(TypeError, match="bn1 must be an nn"):
+        with pytest.raises(TypeError, match="bn1 must be an nn") as error:
             block(x)
+        assert f"got {type(norm).__module__}.{type(norm).__qualname__};" in str(error.value)
 
 
 def test_hooks_on_children_see_what_pytorch_shows_them(device):

@@ -163,12 +163,13 @@ def test_left_to_one_by_one(change, steps):
 def test_refusals_change_nothing_and_say_why(steps):
     made = block()
     before = copy.deepcopy(made.state_dict())
-    for shape, message in (
-        ((2, 5, 4, 4), "dw_weight must have shape"),
-        ((1, 6, 1, 1), "more than 1 value per channel"),
+    for x, error, message in (
+        (torch.randn(2, 5, 4, 4), ValueError, "input must have 6 channels, as many as .depthwise takes, got 5"),
+        (torch.randn(2, 6, 4, 4).double(), TypeError, "must have the dtype of input"),
+        (torch.randn(1, 6, 1, 1), ValueError, "more than 1 value per channel"),
     ):
-        with pytest.raises(ValueError, match=message):
-            made(torch.randn(shape))
+        with pytest.raises(error, match=message):
+            made(x)
     made.bn2.running_var = torch.ones(3)
     with pytest.raises(ValueError, match=r"bn2\.running_var must have shape"):
         made(torch.randn(2, 6, 4, 4))

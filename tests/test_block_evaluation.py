@@ -209,7 +209,9 @@ def test_what_does_not_fit_raises_still(device):
     with pytest.raises(ValueError, match=r"bn1.weight must have shape \[6\], got \[5\]"):
         block(x)
     block.bn1 = nn.GroupNorm(2, 6).to(device)
-    with pytest.raises(TypeError, match=r"bn1 must be an nn.BatchNorm2d.*got GroupNorm"):
+    with pytest.raises(
+        TypeError, match=r"bn1 must be an nn.BatchNorm2d.*got torch\.nn\.modules\.normalization\.GroupNorm"
+    ):
         block(x)
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 
 import pytest
 import torch
@@ -63,6 +64,23 @@ def test_a_fused_layer():
     assert [work.bytes for work in row.unfused] == [2 * (x + z + dw), 2 * (z + y + pw)]
     assert row.bytes_fused == 2 * (x + y + dw + pw)
     assert row.fused.intensity == 2 * row.macs / row.bytes_fused
+
+
+@pytest.mark.parametrize("multiplier", [1, 2])
+@pytest.mark.parametrize("size", [(2, 8, 50), (2, 8, 12, 10), (2, 8, 6, 10, 9)])
+def test_a_pair_is_the_sum_of_its_layers_in_every_dimension(size, multiplier):
+    dims = len(size) - 2
+    kind = getattr(dsconv_cuda, f"DepthwiseSeparableConv{dims}d")
+    module = kind(8, 20, 3, 2, 1, True, channel_multiplier=multiplier)
+    depthwise = complexity.table(module.depthwise, size)
+    between = depthwise.rows[0].output
+    pointwise = complexity.table(module.pointwise, between)
+    stock = nn.Sequential(module.depthwise, nn.ReLU(), module.pointwise)
+    for table in (complexity.table(module, size), complexity.table(stock, size)):
+        (row,) = table.rows
+        assert row.macs == depthwise.macs + pointwise.macs
+        assert row.bytes_unfused == depthwise.bytes_unfused + pointwise.bytes_unfused
+        assert row.bytes_fused == row.bytes_unfused - 2 * 4 * math.prod(between)
 
 
 def test_bounds_are_those_of_the_machine():

@@ -397,7 +397,7 @@ def test_wrong_inputs_say_the_same_as_ever():
     module = _settled(_module(), torch.randn(X))
     with torch.no_grad():
         for wrong, error, text in (
-            (torch.randn(2, 19, 9, 7), ValueError, "dw_weight must have shape"),
+            (torch.randn(2, 19, 9, 7), ValueError, "input must have 20 channels, as many as .depthwise takes, got 19"),
             (torch.randn(X).double(), TypeError, "must have the dtype of input"),
             (torch.randn(X).to_sparse(), TypeError, "input must be a dense tensor"),
             (torch.empty(X, device="meta"), RuntimeError, "must be on the device of input"),
