@@ -9,6 +9,7 @@ import torch
 from fusion_models import MODELS, assert_as_precise, build, calls, depthwise, image, pointwise, randomized
 from shapes import ALL, WINDOWS, identify, thinned, with_dtype
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from dsconv_cuda import _loader, explain_fusion, fuse, unfuse
@@ -171,6 +172,26 @@ def test_hooks_and_exchanges_that_come_later(training, at, device):
         with torch.set_grad_enabled(training):
             torch.testing.assert_close(fused(x), model_(x), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(seen, expected_seen, rtol=1e-4, atol=1e-4)
+
+
+@ONE_ISA
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("at", [3, 6])
+def test_weights_that_are_computed_later(at, training, device):
+    """A parametrized or pruned convolution of the chain: its modules run one by one, the norm before with them."""
+    model, x = block().to(device, torch.float64).train(training), image(device, torch.float64)
+    for change in (
+        lambda conv: prune.l1_unstructured(conv, "weight", 0.3),
+        lambda conv: nn.utils.parametrize.register_parametrization(conv, "weight", nn.Identity()),
+        nn.utils.parametrizations.weight_norm,
+    ):
+        stock = copy.deepcopy(model)
+        fused = fuse(copy.deepcopy(model))
+        change(stock[at]), change(fused[at])
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(fused(x), stock(x))
+        assert not fused[at]._fused_chain.extent()
+        assert "one by one" in explain_fusion(fused)[0].reason
 
 
 @ONE_ISA

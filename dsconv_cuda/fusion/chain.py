@@ -241,7 +241,10 @@ class Chain:
         return extent
 
     def _trains_as_one(self) -> bool:
-        device_type = self.depthwise._parameters["weight"].device.type
+        weight = self.depthwise._parameters.get("weight")
+        if weight is None:  # parametrized or pruned
+            return False
+        device_type = weight.device.type
         if torch.compiler.is_dynamo_compiling():
             return _batch_norm_kernels(device_type)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
