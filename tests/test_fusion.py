@@ -18,6 +18,7 @@ from fusion_models import (
     calls,
     depthwise,
     image,
+    mobilenet_v1,
     pointwise,
     randomized,
     results,
@@ -728,6 +729,64 @@ def test_explaining_changes_nothing():
     explain_fusion(model)
     assert [m.training for m in model.modules()] == modes
     assert [type(m) for m in model.modules()] == classes
+
+
+class Remembers(nn.Module):
+    """Whose forward changes it in every way that a module of plain Python can be changed."""
+
+    def __init__(self, traceable: bool):
+        super().__init__()
+        self.block, self.traceable = mobilenet_v1(), traceable
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("noise", torch.zeros(3))
+        self.scale, self.cached, self.count = torch.ones(2), None, 0
+        self.log, self.by_name, self.seen = [], {"lists": [[]]}, set()
+
+    def forward(self, x):
+        self.count += 1
+        self.steps += 1
+        self.noise.normal_()
+        self.scale.mul_(2)
+        self.log.append(x)
+        self.by_name["lists"][0].append(x)
+        self.by_name["x"] = x
+        self.seen.add(self.count)
+        self.extra = nn.ReLU()
+        y = self.block(x)
+        if not self.traceable and x.sum() > 0:
+            return y
+        if self.cached is None:
+            self.cached = y.mean((2, 3))
+        return y + self.cached[:, :, None, None]
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+@pytest.mark.parametrize("what", ["explain", "fuse", "inplace", "measure", "table"])
+def test_looking_at_a_model_leaves_no_traces(what, traceable, monkeypatch):
+    timed(monkeypatch, 0.5)
+    model, x = randomized(Remembers(traceable)).eval(), image()
+    expected = copy.deepcopy(model.state_dict())
+    random = torch.get_rng_state()
+    if what == "explain":
+        explain_fusion(model)
+    elif what == "table":
+        if not traceable:
+            pytest.skip("meta tensors have no values")
+        dsconv_cuda.complexity.table(model, x.shape)
+    else:
+        example = {"example_input": x} if what == "measure" else {}
+        fused = fuse(model, inplace=what == "inplace", **example)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name])
+    # A plain tensor is given back where nothing has been computed for real.
+    assert what == "measure" or model.scale.tolist() == [1, 1]
+    assert (model.cached, model.count, model.log, model.seen) == (None, 0, [], set())
+    assert model.by_name == {"lists": [[]]}
+    assert "extra" not in model._modules
+    pickle.dumps(model)
+    if what in ("fuse", "inplace", "measure"):
+        assert calls(copy.deepcopy(fused), x).fused == 1
 
 
 # ---- where it would be slower ----------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
 """Fuses the depthwise separable convolutions of a model that was written with stock modules, and takes it back.
 
-find.py     which modules make a chain, and why others do not
-chain.py    what takes their place
-folded.py   BatchNorm folded into their weights, kept between calls
-measure.py  where it would be slower
+find.py         which modules make a chain, and why others do not
+chain.py        what takes their place
+folded.py       BatchNorm folded into their weights, kept between calls
+measure.py      where it would be slower
+untouched.py    that a model is not changed by being looked at
 """
 
 import copy

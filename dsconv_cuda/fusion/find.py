@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 from dsconv_cuda import activations
 from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN
 from dsconv_cuda.fusion.chain import NONE, Chain, NormBefore, chain_of
+from dsconv_cuda.fusion.untouched import untouched
 from dsconv_cuda.kept_weights import has_hooks
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 
@@ -350,7 +351,8 @@ def trace(root: nn.Module, opaque: set[nn.Module]) -> Graph:
     tracer = _Tracer(opaque)
     parameters = inspect.signature(root.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    graph = tracer.trace(root, concrete_args=defaults or None)
+    with untouched(root):
+        graph = tracer.trace(root, concrete_args=defaults or None)
     modules, calls = {}, {}
     for node in graph.nodes:
         if node.op == "call_module":

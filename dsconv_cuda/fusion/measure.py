@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dsconv_cuda.activations import ACTIVATIONS
 from dsconv_cuda.fusion.chain import ALL, NONE, Chain
+from dsconv_cuda.fusion.untouched import attributes_restored
 
 SLOWER = 1.03
 _ROUNDS, _LEAST_SECONDS, _WARM_UP_CALLS = 15, 1e-3, 3
@@ -197,11 +198,11 @@ def _inputs(model: nn.Module, example, convolutions: list[nn.Module]) -> dict[nn
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Statistics of BatchNorm, and random numbers, are afterwards what they were."""
+    """Attributes, statistics of BatchNorm and random numbers are afterwards what they were."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices):
+        with attributes_restored(model), torch.random.fork_rng(devices):
             yield
     finally:
         with torch.no_grad():
