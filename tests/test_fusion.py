@@ -25,6 +25,7 @@ from fusion_models import (
 )
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 import dsconv_cuda
 from dsconv_cuda import _loader, explain_fusion, folded, fuse, unfuse
@@ -318,6 +319,79 @@ def test_a_module_that_is_exchanged_later_is_computed(device):
     torch.testing.assert_close(other(x), nn.Sequential(*model[:2], nn.SiLU(), *model[3:])(x))
 
 
+OTHER_WAY = "whose first module computes all of it, and was given something else"
+
+
+@pytest.mark.parametrize("mode", ["eval", "inference", "train", "compiled", "compiled train"])
+@pytest.mark.parametrize("kind", ["attribute", "attribute in place"])
+def test_another_way_through_a_chain_is_never_silent(kind, mode, device):
+    torch._dynamo.reset()
+    if mode == "inference" and kind == "attribute in place":
+        pytest.skip("tensors of inference mode do not count writes")
+    if "compiled" in mode and kind == "attribute in place":
+        pytest.skip("a graph does not count writes")
+    model = randomized(Optional(kind)).to(device, torch.float64).train("train" in mode)
+    fused, x = fuse(copy.deepcopy(model)), image(device, torch.float64)
+    call = torch.compile(fused, backend="eager") if "compiled" in mode else fused
+    with torch.inference_mode(mode == "inference"), torch.set_grad_enabled("train" in mode):
+        torch.testing.assert_close(call(x), model(x))
+        model.switched = fused.switched = True
+        with pytest.raises(RuntimeError, match=OTHER_WAY):
+            call(x)
+        torch.testing.assert_close(unfuse(fused)(x), model(x))
+        fused.switched = model.switched = False
+        torch.testing.assert_close(call(x), model(x))
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_model_that_begins_within_a_chain_raises(device):
+    model = build("mobilenet_v1", device).eval()
+    fused, x = fuse(model), image(device)
+    result = fused[:2](x)  # what the chain makes, which the rest hands on
+    torch.testing.assert_close(fused[2:](result), model(x), rtol=1e-4, atol=1e-5)
+    for rest in (fused[2:], fused[3:], fused[4:], copy.deepcopy(fused)[2:]):
+        with pytest.raises(RuntimeError, match=OTHER_WAY):
+            rest(result.clone())
+    hook = fused[2].register_forward_hook(lambda *_: None)  # one by one
+    z = model[:2](x)
+    torch.testing.assert_close(fused[2:](z), model[2:](z))
+    hook.remove()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("cut", [1, 2, 4])
+@pytest.mark.parametrize("compiled", ["head", "tail", "both"])
+def test_parts_of_a_chain_that_are_compiled_by_themselves(compiled, cut, training, device):
+    torch._dynamo.reset()
+    model = build("mobilenet_v1", device, torch.float64).train(training)
+    fused, x = fuse(copy.deepcopy(model)), image(device, torch.float64)
+    parts = [fused[:cut], fused[cut:]]
+    for i, name in enumerate(("head", "tail")):
+        if compiled in (name, "both"):
+            parts[i] = torch.compile(parts[i], backend="eager")
+    with torch.set_grad_enabled(training):
+        for _ in range(2):
+            torch.testing.assert_close(parts[1](parts[0](x)), model(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_chain_in_a_checkpoint_compiles_to_one_graph(training, device):
+    torch._dynamo.reset()
+    model = build("mobilenet_v2", device, torch.float64).train(training)
+    fused, x = fuse(copy.deepcopy(model)), image(device, torch.float64)
+
+    def checkpointed(x):
+        return checkpoint(fused, x, use_reentrant=False)
+
+    y = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")(x.requires_grad_())
+    torch.testing.assert_close(y, model(x))
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy), torch.autograd.grad(model(x), x, dy))
+    torch._dynamo.reset()
+
+
 # ---- a good citizen --------------------------------------------------------------------------------------------------
 
 
@@ -579,6 +653,68 @@ class OptionalArgument(nn.Module):
         return x if scale is None else x * scale
 
 
+class Optional(nn.Module):
+    """The convolution module of a Conformer as it is often written, and what else arguments with a default do."""
+
+    def __init__(self, kind: str = ""):
+        super().__init__()
+        self.kind, self.switched = kind, False
+        self.depthwise, self.norm, self.act, (self.pointwise, self.norm2) = (
+            depthwise(),
+            nn.BatchNorm2d(8),
+            nn.SiLU(),
+            pointwise(),
+        )
+
+    def middle(self, x, given):
+        if self.kind == "mask" and given is not None:
+            x = x.masked_fill(given, 0.0)
+        if self.kind == "in place" and given is not None:
+            x.masked_fill_(given, 0.0)
+        if self.kind == "flag" and given:
+            x = x * 2
+        if self.kind == "attribute" and self.switched:
+            x = x + 1
+        if self.kind == "attribute in place" and self.switched:
+            x += 1
+        return x
+
+    def forward(self, x):
+        return self.rest(self.middle(self.depthwise(x), None))
+
+    def rest(self, x):
+        return self.norm2(self.pointwise(self.act(self.norm(x))))
+
+
+class Masked(Optional):
+    def forward(self, x, given=None):
+        return self.rest(self.middle(self.depthwise(x), given))
+
+
+class Flagged(Optional):
+    def forward(self, x, given=False, scale=1.0):
+        return self.rest(self.middle(self.depthwise(x), given)) * scale
+
+
+class Headless(Optional):
+    def forward(self, x, features_only=False):
+        features = self.act(self.norm(self.depthwise(x)))
+        return features if features_only else self.norm2(self.pointwise(features))
+
+
+class Passes(nn.Module):
+    """The optional argument is passed on; the model is deep and does what cannot be traced with one."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Masked("mask")
+
+    def forward(self, x, mask=None):
+        if mask is not None and mask.sum() > 1e9:
+            return x
+        return self.block(x, mask)
+
+
 class OwnRow(nn.Conv1d):
     pass
 
@@ -604,6 +740,14 @@ LEFT = {
     "called twice": (lambda: CalledTwice(sequential(after=nn.Conv2d(8, 8, 1))), "called 2 times"),
     "unused": (Unused, "does not call it"),
     "untraceable": (Untraceable, "cannot be traced"),
+    "mask": (
+        lambda: Masked("mask"),
+        "masked_fill() between it and the 1x1 convolution, where forward of Masked is given",
+    ),
+    "mask in place": (lambda: Masked("in place"), "is given 'given'"),
+    "flag": (lambda: Flagged("flag"), "mul() between it and the 1x1 convolution, where forward of Flagged is given"),
+    "features": (Headless, "where forward of Headless is given 'features_only'"),
+    "mask from outside": (Passes, "where forward of block is given 'given'"),
     "optional argument": (OptionalArgument, "forward of OptionalArgument cannot be rewritten: it takes arguments"),
     "slope of a function": (lambda: Applied(lambda x: F.leaky_relu(x, 0.2)), "leaky_relu() between"),
     "function": (lambda: Applied(F.mish), "mish() between"),

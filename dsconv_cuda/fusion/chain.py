@@ -8,8 +8,10 @@ everything else that walks over a model sees what it saw before. What changes is
                    AbsorbedReLU6,
 
 Each new class is a subclass of the old one. The first asks the chain how much of it is one operation now, and the
-others get its answer for what it has made; whoever is called with anything else asks anew. That depends on the state of
-the modules alone, so that all get the same answer:
+others get its answer for what it has made. What is not that tensor, or has been written to since, they never hand on
+as if it were the result: where forward does something in between that its trace did not show, or begins within the
+chain, they raise. Only in backward, where checkpointing runs a part of a model again, they are given copies; then they
+ask the chain anew, whose answer depends on the state of the modules alone:
 
     ALL     everything
     PAIR    up to the pointwise convolution; the BatchNorm after that and what follows run their old forward
@@ -39,6 +41,7 @@ changed (folded.py).
 import functools
 import weakref
 from dataclasses import dataclass, field
+from threading import get_ident
 
 import torch
 from torch import Tensor, fx, nn
@@ -100,7 +103,12 @@ class Chain:
     rewritten: nn.Module | None = None  # the module of which the forward is rewritten then
     before: NormBefore | None = None
     _folded: dict[tuple[int, bool], Folded] = field(default_factory=dict, repr=False)
-    _made: "tuple[weakref.ref, int] | None" = field(default=None, repr=False)  # the last result, and its extent
+    # The last result, its extent and version; and the same of each thread.
+    _made: "tuple[weakref.ref, int, int | None] | None" = field(default=None, repr=False)
+    _made_by: dict[int, tuple] = field(default_factory=dict, repr=False)
+    _made_in_graph: Tensor | None = field(
+        default=None, repr=False
+    )  # and while a graph is traced, up to the last module
     _made_by_norm: bool = False  # in a graph: the norm before has computed the chain
 
     @property
@@ -110,10 +118,17 @@ class Chain:
     def all_places(self) -> list[Place]:
         return [*(self.before.places if self.before is not None else ()), *self.places]
 
+    def way(self) -> tuple:
+        """What is computed, in order."""
+        return self.activation, self.out_activation, *(child for _, _, child in self.places)
+
     def start(self, x: Tensor) -> Tensor | None:
         """What the chain makes of the depthwise convolution's input; None where nothing of it is one operation."""
         if self._made_by_norm:
             self._made_by_norm = False
+            noted = self._made_in_graph
+            if noted is not None and noted is not x and not _in_subgraph():
+                raise RuntimeError(self._unknown(self.depthwise))
             return x
         extent = self.extent()
         if extent == NONE:
@@ -121,8 +136,11 @@ class Chain:
         if type(x) is Deferred and not self._takes(x, extent):
             x = x.value()
         y = self.compute(x, extent)
-        if not torch.compiler.is_dynamo_compiling():
-            self._made = weakref.ref(y), extent
+        if torch.compiler.is_dynamo_compiling():
+            self._note_in_graph(y)
+        else:
+            version = None if y.is_inference() else y._version
+            self._made = self._made_by[get_ident()] = weakref.ref(y), extent, version
         return y
 
     def defer(self, x: Tensor) -> Tensor | None:
@@ -133,9 +151,12 @@ class Chain:
             if not (self._defers(x) and self._alone_in_graph()):
                 return None
             self._made_by_norm = True
-            if not norm.training:
-                return self._evaluate(x, ALL, before)
-            return self._train(norm_before(self.dims, x, _of_batch(norm), before.activation, self))
+            if norm.training:
+                y = self._train(norm_before(self.dims, x, _of_batch(norm), before.activation, self))
+            else:
+                y = self._evaluate(x, ALL, before)
+            self._note_in_graph(y)
+            return y
         if torch._C._get_tracing_state() is not None or type(x) not in (Tensor, nn.Parameter):
             return None
         if not self._defers(x):
@@ -206,13 +227,51 @@ class Chain:
         weight = self.depthwise._parameters.get("weight")
         return x.dtype if weight is None else weight.dtype
 
-    def extent_at(self, x: Tensor) -> int:
-        """extent() for a module after the depthwise one, which is given `x`."""
-        if not torch.compiler.is_dynamo_compiling():
-            made = self._made
-            if made is not None and made[0]() is x:
-                return made[1]
-        return self.extent()
+    def extent_at(self, x: Tensor, module: nn.Module, passed_on: int) -> int:
+        """extent() for `module`, one after the depthwise one, which is given `x`, and hands that on from `passed_on`
+        on."""
+        if torch.compiler.is_dynamo_compiling():
+            extent = self.extent()
+            noted = self._made_in_graph
+            if extent >= passed_on and noted is not None and not _in_subgraph():
+                if noted is not x:
+                    raise RuntimeError(self._unknown(module))
+                if module is self.places[-1][2]:
+                    self._made_in_graph = None
+            return extent
+        made = self._made
+        if made is not None and made[0]() is x and (made[2] is None or made[2] == x._version):
+            return made[1]
+        return self._extent_at_another(x, module, passed_on)
+
+    def _note_in_graph(self, y: Tensor) -> None:
+        if not _in_subgraph():
+            self._made_in_graph = y
+
+    def _extent_at_another(self, x: Tensor, module: nn.Module, passed_on: int) -> int:
+        """Where `x` is not what the chain has made last."""
+        made = self._made_by.get(get_ident())
+        if made is not None and made[0]() is x and (made[2] is None or made[2] == x._version):
+            return made[1]
+        extent = self.extent()
+        if extent < passed_on:
+            return extent
+        if x is self._made_in_graph:  # the graph ended within the chain
+            if module is self.places[-1][2]:
+                self._made_in_graph = None
+            return extent
+        if torch._C._current_graph_task_id() == -1:  # not in backward
+            raise RuntimeError(self._unknown(module))
+        return extent
+
+    def _unknown(self, module: nn.Module) -> str:
+        kind = module._fused_original.__name__
+        return (
+            f"fuse: a {kind} is part of a fused chain, whose first module computes all of it, and was given something "
+            f"else than the result of that: the model does more between the two than when it was fused (an optional "
+            f"argument, an attribute, another method), or begins within the chain. Take the fused operations out of it "
+            f"with dsconv_cuda.unfuse, or fuse only parts of the model"
+        )
 
     def extent(self) -> int:
         """How much of the chain one call of the op computes now."""
@@ -331,11 +390,25 @@ class Chain:
         )
 
     def __getstate__(self):
-        return {**self.__dict__, "_folded": {}, "_made": None, "_made_by_norm": False}
+        made = {"_made": None, "_made_by": {}, "_made_in_graph": None, "_made_by_norm": False}
+        return {**self.__dict__, "_folded": {}, **made}
 
 
 def _of_batch(norm: nn.Module) -> BatchNormArguments:
     return arguments_of(norm, isinstance(norm, nn.SyncBatchNorm))
+
+
+def _in_subgraph() -> bool:
+    """Whether torch.compile traces the body of a higher-order operation, of checkpointing for one, which must not note
+    anything outside of it. The answer is a constant of the graph."""
+    try:
+        tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.current_tracer
+        return tracer.parent is not None
+    except AttributeError:  # another version of PyTorch
+        return True
+
+
+_in_subgraph._dynamo_marked_constant = True  # as functional._load
 
 
 def _batch_norm_kernels(device_type: str) -> bool:
@@ -413,7 +486,7 @@ class _Absorbed(Copied):
     def forward(self, x):
         if isinstance(x, fx.Proxy):
             return _call_in_graph(self, x)
-        return super().forward(x) if self._fused_chain.extent_at(x) == NONE else x
+        return super().forward(x) if self._fused_chain.extent_at(x, self, PAIR) == NONE else x
 
 
 class _AbsorbedAfter(Copied):
@@ -422,7 +495,7 @@ class _AbsorbedAfter(Copied):
     def forward(self, x):
         if isinstance(x, fx.Proxy):
             return _call_in_graph(self, x)
-        return x if self._fused_chain.extent_at(x) == ALL else super().forward(x)
+        return x if self._fused_chain.extent_at(x, self, ALL) == ALL else super().forward(x)
 
 
 MIXINS = {

@@ -344,15 +344,14 @@ def _trace_all(model: nn.Module, training: bool) -> _Mode:
         return _Mode(graphs, failures)
 
 
-def trace(root: nn.Module, opaque: set[nn.Module]) -> Graph:
+def trace(root: nn.Module, opaque: set[nn.Module], given: dict | None = None) -> Graph:
+    """`given`: values of arguments with a default, which else keep that; ``PH`` for one that the graph takes."""
     if isinstance(root, (nn.ModuleList, nn.ModuleDict)):
         raise NotImplementedError(f"{type(root).__name__} has no forward")
-    # Arguments with a default keep it: most are switches.
     tracer = _Tracer(opaque)
-    parameters = inspect.signature(root.forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+    values = defaults_of(root) | (given or {})  # most are switches
     with untouched(root):
-        graph = tracer.trace(root, concrete_args=defaults or None)
+        graph = tracer.trace(root, concrete_args={n: v for n, v in values.items() if v is not fx.PH} or None)
     modules, calls = {}, {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -360,6 +359,17 @@ def trace(root: nn.Module, opaque: set[nn.Module]) -> Graph:
             modules[node] = module
             calls.setdefault(module, []).append(node)
     return Graph(root, graph, modules, calls)
+
+
+def trace_around(root: nn.Module, members: set[nn.Module], given: dict | None = None) -> Graph:
+    """With nothing in it but the code of `root`, and of the modules between it and `members`."""
+    beside = {m for m in root.modules() if m is not root and members.isdisjoint(m.modules())}
+    return trace(root, beside | members, given)
+
+
+def defaults_of(root: nn.Module) -> dict:
+    parameters = inspect.signature(root.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 @contextlib.contextmanager
@@ -381,10 +391,7 @@ def _chain_in_every_mode(conv: nn.Module, modes: list[_Mode], names: dict, place
     chains = [chain for mode in modes if (chain := _chain_in(conv, mode, names, places)) is not None]
     if not chains:
         raise _No("forward does not call it")
-    if (
-        len({(chain.activation, chain.out_activation, *(child for _, _, child in chain.places)) for chain in chains})
-        > 1
-    ):
+    if len({chain.way() for chain in chains}) > 1:
         raise _No("training and evaluation take different ways")
     ways = {None if chain.before is None else (chain.before.norm, chain.before.activation) for chain in chains}
     if len(ways) > 1:
@@ -407,8 +414,9 @@ def _chain_in(conv: nn.Module, mode: _Mode, names: dict, places: dict) -> Chain 
         raise _No("it is called with more than one argument")
     chain = Walk(graph, node).chain(conv, places)
     if chain.needs_rewriting:
-        chain.rewritten = _common_parent(chain, names)
+        chain.rewritten = _checked_for_rewriting(_common_parent(chain, names), chain, names)
     else:
+        _check_arguments(_common_parent(chain, names), chain, names)
         chain.before = _norm_before(graph, node, places)
     return chain
 
@@ -445,13 +453,16 @@ def _norm_before(graph: Graph, conv: fx.Node, places: dict) -> NormBefore | None
 
 
 def _common_parent(chain: Chain, names: dict) -> nn.Module:
-    """The smallest module that holds the whole chain, where its forward can be rewritten."""
+    """The smallest module that holds the whole chain."""
     paths = [names[child].split(".")[:-1] for _, _, child in chain.places]
     depth = 0
     while all(len(path) > depth for path in paths) and len({path[depth] for path in paths}) == 1:
         depth += 1
     by_name = {name: module for module, name in names.items()}
-    parent = by_name[".".join(paths[0][:depth])]
+    return by_name[".".join(paths[0][:depth])]
+
+
+def _checked_for_rewriting(parent: nn.Module, chain: Chain, names: dict) -> nn.Module:
     from dsconv_cuda.fusion import rewrite  # which needs this module to read graphs
 
     try:
@@ -461,6 +472,36 @@ def _common_parent(chain: Chain, names: dict) -> nn.Module:
         line = str(error).splitlines()[0]
         raise _No(f"an activation is no module of its own, and forward of {name} cannot be rewritten: {line}") from None
     return parent
+
+
+# What an argument is given beside its default, to see whether that changes the way through a chain.
+_OTHER_VALUES = {None: fx.PH, False: True, True: False}
+
+
+def _check_arguments(parent: nn.Module, chain: Chain, names: dict) -> None:
+    """That the chain is the same whether or not an optional argument is given to the module that holds it.
+
+    As far as forward can be traced so; what it does otherwise is noticed when it happens (chain.py).
+    """
+    children = {child: (above, name, child) for above, name, child in chain.places}
+    for argument, default in defaults_of(parent).items():
+        if not (default is None or isinstance(default, bool)):
+            continue
+        try:
+            graph = trace_around(parent, set(children), {argument: _OTHER_VALUES[default]})
+        except Exception:
+            continue
+        for node in graph.calls.get(chain.depthwise, ()):
+            try:
+                again = Walk(graph, node).chain(chain.depthwise, children)
+                reason = "another way is taken" if chain.way() != again.way() else None
+            except _No as no:
+                reason = str(no)
+            except KeyError:  # a module that is not in the chain
+                reason = "another way is taken"
+            if reason is not None:
+                name = names[parent] or type(parent).__name__
+                raise _No(f"{reason}, where forward of {name} is given {argument!r}")
 
 
 class Walk:
