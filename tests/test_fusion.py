@@ -261,6 +261,28 @@ def test_hooks_that_come_later_are_called(device):
     assert calls(fused, x).fused == 1
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_on_what_holds_a_part_of_a_chain_see_its_value(training, compiled, device):
+    """As torchvision's Conv2dNormActivation does; the chain is one operation again when they are gone."""
+    torch._dynamo.reset()
+    model = build("mobilenet_v2", device).train(training)
+    fused, x = fuse(copy.deepcopy(model)), image(device)
+    seen, expected_seen = [], []
+    hook = fused.conv[1].register_forward_hook(_hooked(seen))
+    assert "one by one" in explain_fusion(fused)[0].reason
+    model.conv[1].register_forward_hook(_hooked(expected_seen))
+    assert "hooks are attached to the Sequential around a part" in explain_fusion(model)[0].reason
+    call = torch.compile(fused, backend="eager") if compiled else fused
+    torch.testing.assert_close(call(x), model(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen, expected_seen, rtol=1e-4, atol=1e-4)
+    hook.remove()
+    model.conv[1]._forward_hooks.clear()
+    torch.testing.assert_close(call(x), model(x), rtol=1e-4, atol=1e-4)
+    assert calls(fused.eval(), x).fused == 1
+    torch._dynamo.reset()
+
+
 def test_a_rewritten_forward_gives_way_too(device):
     model = build("functional", device).eval()
     fused = fuse(model)

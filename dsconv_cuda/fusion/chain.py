@@ -15,8 +15,8 @@ ask the chain anew, whose answer depends on the state of the modules alone:
 
     ALL     everything
     PAIR    up to the pointwise convolution; the BatchNorm after that and what follows run their old forward
-    NONE    every module runs its old forward: where a hook or a parametrization was added, a module was exchanged, or
-            the device has no kernels
+    NONE    every module runs its old forward: where a hook or a parametrization was added, a hook also to what only a
+            part of the chain is in, a module was exchanged, or the device has no kernels
 
 A BatchNorm before the depthwise convolution, and the activation between them, are made by the chain's kernels as they
 read their input, in training and in evaluation without gradients; so two tensors less are written:
@@ -24,7 +24,8 @@ read their input, in training and in evaluation without gradients; so two tensor
     BatchNorm before      ->  DeferredBatchNorm2d  its forward returns a Deferred (deferred.py)
     activation after it   ->  DeferredReLU6        the same with the activation
 
-Whoever else is given a Deferred finds the value that it stands for. In graphs of torch.compile, which know no such
+Whoever else is given a Deferred finds the value that it stands for; where there are hooks on what holds a part of these
+modules, which may do anything with what they see, the norm runs its old forward. In graphs of torch.compile, which know no such
 tensors, the BatchNorm before computes the whole chain, and the others hand that on.
 
 A BatchNorm that takes statistics of the batch goes the way of batchnorm.py. Where that is closed (a device without
@@ -79,7 +80,7 @@ class NormBefore:
     activation: str
     places: list[Place]
     within: nn.Module | None  # the activation, where it is part of the norm's forward
-    # Modules that the two are part of, and the depthwise convolution is not: what comes of them is the value too.
+    # Modules that some of these and of the depthwise convolution are part of: what goes in or out there is the value.
     containers: list[nn.Module] = field(default_factory=list)
     everywhere: bool = False  # all that calls them is known, and the depthwise convolution always follows
 
@@ -102,6 +103,8 @@ class Chain:
     needs_rewriting: bool = False  # an activation is no module of its own: see rewrite.py
     rewritten: nn.Module | None = None  # the module of which the forward is rewritten then
     before: NormBefore | None = None
+    # Modules that some of the chain's are part of, and others not.
+    containers: list[nn.Module] = field(default_factory=list)
     _folded: dict[tuple[int, bool], Folded] = field(default_factory=dict, repr=False)
     # The last result, its extent and version; and the same of each thread.
     _made: "tuple[weakref.ref, int, int | None] | None" = field(default=None, repr=False)
@@ -167,7 +170,7 @@ class Chain:
         if norm.training:
             return norm_before(self.dims, x, _of_batch(norm), activation, self)
         vectors = functools.partial(given_vectors, norm)
-        return Deferred(x, vectors, activation_number(activation), self)
+        return Deferred(x, vectors, activation_number(activation), self, norm)
 
     def compute_with_norm(self, x: Tensor) -> Tensor:
         """What the norm before and the whole chain make of `x`, which defer() takes."""
@@ -199,17 +202,25 @@ class Chain:
             return False
         if any(parent._modules.get(name) is not child or has_hooks(child) for parent, name, child in places):
             return False
+        for container in self.before.containers:
+            if has_hooks(container):
+                return False
         return forward_ad._current_level < 0 and self._trains_as_one()
 
     def _alone_in_graph(self) -> bool:
         """Whether nothing but the chain gets what the norm before makes, in a graph that cannot hold a Deferred."""
-        before = self.before
-        apart = before.everywhere and not any(map(has_hooks, before.containers))
-        return apart and not torch.compiler.is_exporting() and self.extent() == ALL
+        return self.before.everywhere and not torch.compiler.is_exporting() and self.extent() == ALL
 
     def _takes(self, x: Deferred, extent: int) -> bool:
         """Whether the kernels can make what `x` stands for as they read it."""
-        if x.owner is not self or extent != ALL or x.act != self.before.number or torch.compiler.is_compiling():
+        x.check_sources()
+        if (
+            x.is_made()
+            or x.owner is not self
+            or extent != ALL
+            or x.act != self.before.number
+            or torch.compiler.is_compiling()
+        ):
             return False
         y = x.y  # a plain tensor, quicker to ask
         if not self._trains() and (torch.is_grad_enabled() or torch.is_autocast_enabled(y.device.type)):
@@ -291,6 +302,9 @@ class Chain:
             extent = PAIR
         for parent, name, child in self.places:
             if parent._modules.get(name) is not child or has_hooks(child):
+                return NONE
+        for container in self.containers:
+            if has_hooks(container):
                 return NONE
         weight = self.depthwise._parameters["weight"]
         if not torch.compiler.is_dynamo_compiling() and (

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from dsconv_cuda import activations
@@ -61,6 +62,7 @@ def find(model: nn.Module, *, forget_times: bool = False) -> list[Finding]:
     names = {module: name for name, module in model.named_modules()}
     places = {child: (parent, name, child) for parent in names for name, child in parent._modules.items() if child}
     inside_fused = {c for m in names if isinstance(m, FUSED_MODULES) for c in m.modules() if c is not m}
+    inside = {m: set(m.modules()) for m in names}
     candidates = [m for m in names if is_depthwise(m) and m not in inside_fused]
     findings = []
     modes = None
@@ -76,7 +78,8 @@ def find(model: nn.Module, *, forget_times: bool = False) -> list[Finding]:
             if modes is None:
                 modes = [_trace_all(model, training) for training in (True, False)]
             chain = _chain_in_every_mode(module, modes, names, places)
-            _see_norm_before(chain, modes, names)
+            _see_norm_before(chain, modes)
+            _see_containers(chain, inside)
         except _No as no:
             findings.append(Finding(names[module], False, str(no)))
         else:
@@ -95,15 +98,26 @@ def find(model: nn.Module, *, forget_times: bool = False) -> list[Finding]:
     return sorted(findings, key=lambda finding: order.index(finding.name))
 
 
-def _see_norm_before(chain: Chain, modes: "list[_Mode]", names: dict) -> None:
-    """Whether all calls of the norm before are known, and what holds it and not the depthwise convolution."""
+def _see_containers(chain: Chain, inside: dict[nn.Module, set]) -> None:
+    """Which modules hold a part of the chain; `inside` are the modules of each."""
+
+    def partly(members: list[nn.Module]) -> list[nn.Module]:
+        group = set(members)
+        return [m for m, modules in inside.items() if m not in group and 0 < len(group & modules) < len(group)]
+
+    chain.containers = partly([child for _, _, child in chain.places])
+    for container in chain.containers:
+        if has_hooks(container):
+            raise _No(f"hooks are attached to the {type(container).__name__} around a part of the chain")
+    if chain.before is not None:
+        chain.before.containers = partly([*(child for _, _, child in chain.before.places), chain.depthwise])
+
+
+def _see_norm_before(chain: Chain, modes: "list[_Mode]") -> None:
+    """Whether all calls of the norm before are known."""
     before = chain.before
     if before is None:
         return
-    inside = set(before.norm.modules())
-    before.containers = [
-        m for m in names if m is not before.norm and inside & set(m.modules()) and chain.depthwise not in m.modules()
-    ]
     calls = [
         [node for graph in mode.graphs for m in (before.norm, chain.depthwise) for node in graph.calls.get(m, ())]
         for mode in modes
@@ -132,7 +146,10 @@ def _fused_already(module: nn.Module, names: dict) -> Finding:
     members = tuple(names[child] for _, _, child in chain.all_places() if child in names)
     reason = _describe(chain)
     if chain.extent() == NONE:
-        reason = "fused, but its modules run one by one: one was changed since, or BatchNorm trains without kernels"
+        reason = (
+            "fused, but its modules run one by one: one was changed since or hooks are attached, or BatchNorm trains "
+            "without kernels"
+        )
     return Finding(names[module], True, reason, members)
 
 
@@ -351,6 +368,9 @@ def trace(root: nn.Module, opaque: set[nn.Module], given: dict | None = None) ->
     tracer = _Tracer(opaque)
     values = defaults_of(root) | (given or {})  # most are switches
     with untouched(root):
+        for module in root.modules():
+            if has_hooks(module) and not isinstance(module, LazyModuleMixin):
+                _clear_hooks(module)
         graph = tracer.trace(root, concrete_args={n: v for n, v in values.items() if v is not fx.PH} or None)
     modules, calls = {}, {}
     for node in graph.nodes:
@@ -359,6 +379,12 @@ def trace(root: nn.Module, opaque: set[nn.Module], given: dict | None = None) ->
             modules[node] = module
             calls.setdefault(module, []).append(node)
     return Graph(root, graph, modules, calls)
+
+
+def _clear_hooks(module: nn.Module) -> None:
+    """They are somebody's, and not made for a tracer; where there are any, chains look after them themselves."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
+        hooks.clear()
 
 
 def trace_around(root: nn.Module, members: set[nn.Module], given: dict | None = None) -> Graph:
@@ -441,6 +467,8 @@ def _norm_before(graph: Graph, conv: fx.Node, places: dict) -> NormBefore | None
                 within = module.act if _has_activation(module) else None
                 if within is not None and activation is not None:
                     return None
+                if any(_writes(user, graph.modules.get(user)) for user in node.args[0].users):
+                    return None  # to the input of the norm, which is read after that
                 activation = activation if within is None else _activation_of_module(within)
                 return NormBefore(module, activation or "identity", [places[m] for m in members], within)
             if type(module) is nn.Identity:
@@ -450,6 +478,18 @@ def _norm_before(graph: Graph, conv: fx.Node, places: dict) -> NormBefore | None
             activation = _activation_of_module(module)
         except _No:
             return None
+
+
+def _writes(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a call writes to what it is given."""
+    if module is not None:
+        return getattr(module, "inplace", False)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or bool(node.kwargs.get("inplace")) or node.target in _IN_PLACE_OPERATORS
+
+
+_IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
 
 
 def _common_parent(chain: Chain, names: dict) -> nn.Module:
