@@ -130,9 +130,9 @@ class _Sources:
         if [t._version for t in self.tensors] == self.versions and (norm is None or norm.eps == self.eps):
             return
         raise RuntimeError(
-            "fuse: what a BatchNorm before a depthwise convolution gave had not been computed yet when its input or the "
-            "norm was written to in place; ask for it before, for example with .clone(), or take the fused operations "
-            "out of the model with dsconv_cuda.unfuse"
+            "fuse: what a BatchNorm before a depthwise convolution gave had not been computed yet when its input or "
+            "the norm was written to in place; ask for it before, for example with .clone(), or take the fused "
+            "operations out of the model with dsconv_cuda.unfuse"
         )
 
 

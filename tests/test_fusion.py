@@ -283,6 +283,62 @@ def test_hooks_on_what_holds_a_part_of_a_chain_see_its_value(training, compiled,
     torch._dynamo.reset()
 
 
+class OwnActivation(nn.Module):
+    def __init__(self, kind="silu"):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x, inplace=False):
+        return F.silu(x, inplace) if self.kind == "silu" else torch.tanh(x)
+
+
+class OwnReLU(nn.ReLU):
+    def forward(self, input):
+        return torch.relu(input)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "change"),
+    [
+        (nn.ReLU, lambda m: setattr(m[0], "padding_mode", "circular")),
+        (nn.LeakyReLU, lambda m: setattr(m[2], "negative_slope", 0.3)),
+        (nn.GELU, lambda m: setattr(m[2], "approximate", "tanh")),
+        (OwnActivation, lambda m: setattr(m[2], "kind", "tanh")),
+        (lambda: nn.Dropout(0.0), lambda m: setattr(m[2], "p", 1.0)),
+        (nn.ReLU, lambda m: setattr(m[0], "forward", lambda x: x + 1)),
+        (nn.ReLU, lambda m: setattr(m[2], "forward", lambda x: x + 1)),
+        (nn.ReLU, lambda m: setattr(m[4], "forward", lambda x: x + 1)),
+    ],
+    ids=["padding", "slope", "approximate", "own", "dropout", "depthwise", "activation", "norm"],
+)
+def test_settings_and_forwards_that_come_later(activation, change, training, compiled, device):
+    torch._dynamo.reset()
+    model = randomized(nn.Sequential(depthwise(), nn.BatchNorm2d(8), activation(), *pointwise())).to(device)
+    fused, x = fuse(copy.deepcopy(model.train(training))), image(device)
+    call = torch.compile(fused, backend="eager") if compiled else fused
+    torch.testing.assert_close(call(x), model(x), rtol=1e-4, atol=1e-4)
+    change(model), change(fused)
+    torch.testing.assert_close(call(x), model(x), rtol=1e-4, atol=1e-4)
+    assert "one by one" in explain_fusion(fused)[0].reason
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", [OwnActivation, OwnReLU])
+def test_activations_of_other_classes(kind, device):
+    model = randomized(nn.Sequential(depthwise(), nn.BatchNorm2d(8), kind(), *pointwise(), kind())).to(device).eval()
+    fused, x = fuse(model), image(device)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+    assert calls(fused, x).fused == 1
+    name = "silu" if kind is OwnActivation else "relu"
+    reason = f"depthwise -> BatchNorm -> {name} -> pointwise -> BatchNorm -> {name}"
+    assert explain_fusion(model)[0].reason == explain_fusion(fused)[0].reason == reason
+    assert isinstance(fused[2], kind)
+    assert type(unfuse(fused)[2]) is kind
+    assert calls(pickle.loads(pickle.dumps(fused)), x).fused == 1
+
+
 def test_a_rewritten_forward_gives_way_too(device):
     model = build("functional", device).eval()
     fused = fuse(model)
@@ -737,6 +793,11 @@ class Passes(nn.Module):
         return self.block(x, mask)
 
 
+class OwnMish(nn.Module):
+    def forward(self, x):
+        return F.mish(x)
+
+
 class OwnRow(nn.Conv1d):
     pass
 
@@ -779,6 +840,11 @@ LEFT = {
     "activation": (lambda: sequential(nn.PReLU()), "PReLU(num_parameters=1) is no activation"),
     "slope": (lambda: sequential(nn.LeakyReLU(0.2)), "is no activation of the kernels"),
     "dropout": (lambda: sequential(nn.Dropout()), "Dropout between"),
+    "own activation": (lambda: sequential(OwnMish()), "mish() between"),
+    "own forward": (
+        lambda: changed(sequential(nn.ReLU()), lambda m: setattr(m[1], "forward", torch.sin)),
+        "the ReLU has a forward of its own",
+    ),
     "two activations": (lambda: sequential(nn.ReLU(), nn.ReLU()), "ReLU between"),
     "instance norm": (lambda: sequential(nn.InstanceNorm2d(8)), "InstanceNorm2d between"),
     "no statistics": (lambda: sequential(nn.BatchNorm2d(8, track_running_stats=False)), "without running statistics"),
@@ -861,6 +927,26 @@ def test_what_is_taken():
     assert finding.members == before + chain
     assert finding.reason == "BatchNorm -> relu6 -> depthwise -> BatchNorm -> relu6 -> pointwise -> BatchNorm"
     assert str(explain_fusion(build("shufflenet"))).startswith("2 of 2 depthwise convolutions")
+
+
+def test_a_dropout_of_nothing_is_no_obstacle(device):
+    model = sequential(nn.ReLU(), nn.Dropout2d(0.0)).to(device)
+    fused, x = fuse(model), image(device)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+    assert calls(fused, x).fused == 1
+
+
+def test_arguments_of_other_types_raise():
+    model, x = build("mobilenet_v1").eval(), image()
+    for function in (fuse, unfuse, explain_fusion):
+        with pytest.raises(TypeError, match=f"{function.__name__}: model must be an nn.Module, got function"):
+            function(lambda x: x)
+        with pytest.raises(TypeError, match=r"fuse before torch\.jit"):
+            function(torch.jit.trace(model, x))
+    for function in (fuse, explain_fusion):
+        for example, kind in (([x], "list"), ({"x": x}, "dict")):
+            with pytest.raises(TypeError, match=f"example_input must be a tensor, or a tuple .* got {kind}"):
+                function(model, example_input=example)
 
 
 def test_the_chain_ends_where_something_does_not_fit():
@@ -1003,6 +1089,12 @@ def test_explaining_with_times(device, monkeypatch):
     assert len(explain_fusion(model).taken) == 2
     timed(monkeypatch, 1.0, 1.02)  # as fast, or nearly: taken, it needs less memory
     assert len(explain_fusion(model, example_input=x).taken) == 2
+
+
+def test_a_gain_well_below_one_is_never_taken():
+    """Whatever the median says: it can be of a machine that was busy."""
+    for one_by_one, fused, ratio, slower in ((1.0, 2.0, 0.9, True), (1.0, 1.06, 1.0, True), (1.0, 1.04, 1.0, False)):
+        assert measure.Verdict(one_by_one, fused, ratio, "").slower is slower
 
 
 def test_equal_chains_are_measured_once(device, monkeypatch):

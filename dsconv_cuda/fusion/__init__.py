@@ -9,6 +9,7 @@ untouched.py    that a model is not changed by being looked at
 
 import copy
 
+import torch
 from torch import Tensor, nn
 
 from dsconv_cuda.fusion import chain as _chain
@@ -56,10 +57,11 @@ def fuse(model: nn.Module, *, inplace: bool = False, example_input: Tensor | tup
     derivative; and under torch.func and on devices without kernels for it, the modules around a BatchNorm that trains
     run one by one.
     """
+    _check_model("fuse", model)
     if not inplace:
         model = _copy_sharing_tensors(model)
     rewritten: dict[nn.Module, list] = {}
-    for finding in _findings(model, example_input):
+    for finding in _findings("fuse", model, example_input):
         if finding.chain is None:
             continue
         if not finding.taken:
@@ -82,6 +84,7 @@ def unfuse(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     Raises:
         RuntimeError: a module of a chain has been given another class meanwhile, as parametrizations do.
     """
+    _check_model("unfuse", model)
     if not inplace:
         model = _copy_sharing_tensors(model)
     for module in list(model.modules()):
@@ -118,12 +121,25 @@ def explain_fusion(model: nn.Module, *, example_input: Tensor | tuple | None = N
     that of the one operation. `model` is not changed; it may be fused already, and then what :func:`fuse` left because
     it was slower is said with its times.
     """
-    return Explanation(_findings(model, example_input))
+    _check_model("explain_fusion", model)
+    return Explanation(_findings("explain_fusion", model, example_input))
 
 
-def _findings(model: nn.Module, example_input) -> list[Finding]:
+def _check_model(function: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"{function}: the code of a scripted or traced model cannot be changed; fuse before torch.jit")
+
+
+def _findings(function: str, model: nn.Module, example_input) -> list[Finding]:
     if example_input is None:
         return _find.find(model)
+    if not isinstance(example_input, (Tensor, tuple)):
+        kind = type(example_input).__name__
+        raise TypeError(
+            f"{function}: example_input must be a tensor, or a tuple of all that the model is called with, got {kind}"
+        )
     findings = _find.find(model, forget_times=True)
     verdicts = _measure.judge(model, example_input, [f.chain for f in findings if f.chain is not None])
     for finding in findings:

@@ -16,7 +16,8 @@ ask the chain anew, whose answer depends on the state of the modules alone:
     ALL     everything
     PAIR    up to the pointwise convolution; the BatchNorm after that and what follows run their old forward
     NONE    every module runs its old forward: where a hook or a parametrization was added, a hook also to what only a
-            part of the chain is in, a module was exchanged, or the device has no kernels
+            part of the chain is in, a module or its forward was exchanged, padding_mode or the slope of an activation
+            is another one, or the device has no kernels
 
 A BatchNorm before the depthwise convolution, and the activation between them, are made by the chain's kernels as they
 read their input, in training and in evaluation without gradients; so two tensors less are written:
@@ -25,8 +26,8 @@ read their input, in training and in evaluation without gradients; so two tensor
     activation after it   ->  DeferredReLU6        the same with the activation
 
 Whoever else is given a Deferred finds the value that it stands for; where there are hooks on what holds a part of these
-modules, which may do anything with what they see, the norm runs its old forward. In graphs of torch.compile, which know no such
-tensors, the BatchNorm before computes the whole chain, and the others hand that on.
+modules, which may do anything with what they see, the norm runs its old forward. In graphs of torch.compile, which know
+no such tensors, the BatchNorm before computes the whole chain, and the others hand that on.
 
 A BatchNorm that takes statistics of the batch goes the way of batchnorm.py. Where that is closed (a device without
 kernels for it, torch.func), it runs by itself: PAIR, or NONE if it is the one between.
@@ -82,6 +83,7 @@ class NormBefore:
     within: nn.Module | None  # the activation, where it is part of the norm's forward
     # Modules that some of these and of the depthwise convolution are part of: what goes in or out there is the value.
     containers: list[nn.Module] = field(default_factory=list)
+    settings: list[tuple[nn.Module, str, object]] = field(default_factory=list)  # as of a Chain
     everywhere: bool = False  # all that calls them is known, and the depthwise convolution always follows
 
     @property
@@ -105,6 +107,7 @@ class Chain:
     before: NormBefore | None = None
     # Modules that some of the chain's are part of, and others not.
     containers: list[nn.Module] = field(default_factory=list)
+    settings: list[tuple[nn.Module, str, object]] = field(default_factory=list)  # attributes that it has to have
     _folded: dict[tuple[int, bool], Folded] = field(default_factory=dict, repr=False)
     # The last result, its extent and version; and the same of each thread.
     _made: "tuple[weakref.ref, int, int | None] | None" = field(default=None, repr=False)
@@ -200,10 +203,14 @@ class Chain:
         places, within = self.before.places, self.before.within
         if within is not None and (norm._modules.get("act") is not within or has_hooks(within)):
             return False
-        if any(parent._modules.get(name) is not child or has_hooks(child) for parent, name, child in places):
-            return False
+        for parent, name, child in places:
+            if parent._modules.get(name) is not child or has_hooks(child) or "forward" in child.__dict__:
+                return False
         for container in self.before.containers:
             if has_hooks(container):
+                return False
+        for module, name, value in self.before.settings:
+            if getattr(module, name) != value:
                 return False
         return forward_ad._current_level < 0 and self._trains_as_one()
 
@@ -301,10 +308,13 @@ class Chain:
                 return NONE
             extent = PAIR
         for parent, name, child in self.places:
-            if parent._modules.get(name) is not child or has_hooks(child):
+            if parent._modules.get(name) is not child or has_hooks(child) or "forward" in child.__dict__:
                 return NONE
         for container in self.containers:
             if has_hooks(container):
+                return NONE
+        for module, name, value in self.settings:
+            if getattr(module, name) != value:
                 return NONE
         weight = self.depthwise._parameters["weight"]
         if not torch.compiler.is_dynamo_compiling() and (

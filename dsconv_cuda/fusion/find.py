@@ -35,6 +35,7 @@ FUSED_MODULES = (
 )
 _BATCH_NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 _CONVOLUTIONS = tuple(_BATCH_NORMS)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 @dataclass
@@ -80,6 +81,7 @@ def find(model: nn.Module, *, forget_times: bool = False) -> list[Finding]:
             chain = _chain_in_every_mode(module, modes, names, places)
             _see_norm_before(chain, modes)
             _see_containers(chain, inside)
+            _see_settings(chain)
         except _No as no:
             findings.append(Finding(names[module], False, str(no)))
         else:
@@ -111,6 +113,29 @@ def _see_containers(chain: Chain, inside: dict[nn.Module, set]) -> None:
             raise _No(f"hooks are attached to the {type(container).__name__} around a part of the chain")
     if chain.before is not None:
         chain.before.containers = partly([*(child for _, _, child in chain.before.places), chain.depthwise])
+
+
+# What can be set later and is not read at each call, by class.
+_SETTINGS = {nn.LeakyReLU: "negative_slope", nn.GELU: "approximate", **dict.fromkeys(_DROPOUTS, "p")}
+
+
+def _see_settings(chain: Chain) -> None:
+    def settings(places: list) -> list[tuple[nn.Module, str, object]]:
+        return [setting for _, _, module in places for setting in _settings(module)]
+
+    chain.settings = [(chain.depthwise, "padding_mode", "zeros"), *settings(chain.places)]
+    if chain.before is not None:
+        chain.before.settings = settings(chain.before.places)
+
+
+def _settings(module: nn.Module) -> list[tuple[nn.Module, str, object]]:
+    name = _SETTINGS.get(type(module))
+    if name is not None:
+        return [(module, name, getattr(module, name))]
+    if _own_activation(module) is None:
+        return []
+    simple = (bool, int, float, str)  # whatever its forward may look at
+    return [(module, n, v) for n, v in vars(module).items() if type(v) in simple and n[0] != "_" and n != "training"]
 
 
 def _see_norm_before(chain: Chain, modes: "list[_Mode]") -> None:
@@ -188,8 +213,7 @@ def _check_convolution(conv: nn.Module) -> None:
 def _check_parameters(module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
         raise _No(f"the {_kind(module)} is parametrized")
-    if has_hooks(module):
-        raise _No(f"hooks are attached to the {_kind(module)}")
+    _check_hooks(module)
     if not isinstance(module._parameters.get("weight"), nn.Parameter) and getattr(module, "weight", None) is not None:
         raise _No(f"the weight of the {_kind(module)} is no parameter but computed")
 
@@ -262,6 +286,9 @@ _ACTIVATION_CALLS = {
 }
 
 
+_INPLACE_SECOND = ("relu", "relu6", "silu", "hardswish", "hardsigmoid")  # F.relu(x, True)
+
+
 def _activation_of_call(node: fx.Node, argument: fx.Node) -> str | None:
     """The activation that the call of a function or method is, if it is one of the kernels'."""
     if node.op not in ("call_function", "call_method") or node.target not in _ACTIVATION_CALLS:
@@ -269,6 +296,8 @@ def _activation_of_call(node: fx.Node, argument: fx.Node) -> str | None:
     name, options = _ACTIVATION_CALLS[node.target], dict(node.kwargs)
     options.pop("inplace", None)
     arguments = [*node.args, *([options.pop("input")] if "input" in options else [])]
+    if name in _INPLACE_SECOND and len(arguments) == 2 and isinstance(arguments[1], bool):
+        arguments.pop()
     if name == "leaky_relu" and len(arguments) == 1:
         slope = options.pop("negative_slope", activations.LEAKY_RELU_SLOPE)
         name = name if slope == activations.LEAKY_RELU_SLOPE else None
@@ -280,13 +309,36 @@ def _activation_of_call(node: fx.Node, argument: fx.Node) -> str | None:
 _ACTIVATION_MODULES = ("torch.nn.modules.activation",)
 
 
-def _activation_of_module(module: nn.Module) -> str:
+def _check_hooks(module: nn.Module) -> None:
     if has_hooks(module):
-        raise _No(f"hooks are attached to the {type(module).__name__}")
+        raise _No(f"hooks are attached to the {_kind(module)}")
+    if "forward" in vars(module):
+        raise _No(f"the {_kind(module)} has a forward of its own")
+
+
+def _activation_of_module(module: nn.Module) -> str:
+    _check_hooks(module)
+    own = _own_activation(module)
+    if own is not None:
+        return own
     try:
         return activations.activation_name(module)
     except (TypeError, ValueError):
         raise _No(f"{module} is no activation of the kernels") from None
+
+
+def _own_activation(module: nn.Module) -> str | None:
+    """The activation that is all that a module of somebody else's class computes, as ``return F.silu(x)``."""
+    theirs = type(module).__module__.startswith("torch.nn.") or isinstance(module, torch.jit.ScriptModule)
+    if theirs or any((module._modules, module._parameters, module._buffers)):
+        return None
+    try:
+        with untouched(module):
+            nodes = list(fx.Tracer().trace(module, concrete_args=defaults_of(module) or None).nodes)
+    except Exception:
+        return None
+    x, result = nodes[0], nodes[-1].args[0]
+    return _activation_of_call(result, x) if isinstance(result, fx.Node) and list(x.users) == [result] else None
 
 
 # ---- graphs ---------------------------------------------------------------------------------------------------------
@@ -365,7 +417,7 @@ def trace(root: nn.Module, opaque: set[nn.Module], given: dict | None = None) ->
     """`given`: values of arguments with a default, which else keep that; ``PH`` for one that the graph takes."""
     if isinstance(root, (nn.ModuleList, nn.ModuleDict)):
         raise NotImplementedError(f"{type(root).__name__} has no forward")
-    tracer = _Tracer(opaque)
+    tracer = _Tracer(opaque | {module for module in root.modules() if _own_activation(module) is not None} - {root})
     values = defaults_of(root) | (given or {})  # most are switches
     with untouched(root):
         for module in root.modules():
@@ -584,9 +636,9 @@ class Walk:
                     within = _activation_of_module(module.act) if _has_activation(module) else None
                     norm, activation = module, within if within != "identity" else None
                     self.members.append(module)
-                elif type(module) is nn.Identity:
+                elif type(module) is nn.Identity or (type(module) in _DROPOUTS and module.p == 0):
                     self._check_single(module)
-                    _activation_of_module(module)  # hooks
+                    _check_hooks(module)
                     self.members.append(module)
                 elif module is not None and _is_activation(module) and activation is None:
                     activation = _activation_of_module(module)
@@ -676,4 +728,5 @@ def _is_permute(module: nn.Module | None) -> bool:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    return type(module).__module__ in _ACTIVATION_MODULES or "activation" in type(module).__module__
+    ours = type(module).__module__ in _ACTIVATION_MODULES or "activation" in type(module).__module__
+    return ours or _own_activation(module) is not None
