@@ -116,14 +116,17 @@ class _Sources:
 
     def __init__(self, y: Tensor, norm: nn.Module | None):
         self.norm, self.eps = norm, None
-        self.tensors = () if y.is_inference() else (y,)  # which count no writes
+        tensors = [] if y.is_inference() else [y]  # which count no writes
         if norm is not None:
             self.eps = norm.eps
-            self.tensors += _of_norm(norm)
+            tensors += norm._parameters.values()
+            tensors += norm._buffers.values()
         try:
-            self.versions = [t._version for t in self.tensors]
-        except RuntimeError:  # a norm of inference tensors
-            self.tensors, self.versions = (), []
+            self.versions = [t._version for t in tensors]
+        except (AttributeError, RuntimeError):  # None, and a norm of inference tensors
+            tensors = [t for t in tensors if t is not None and not t.is_inference()]
+            self.versions = [t._version for t in tensors]
+        self.tensors = tensors
 
     def check(self) -> None:
         norm = self.norm
@@ -134,11 +137,6 @@ class _Sources:
             "the norm was written to in place; ask for it before, for example with .clone(), or take the fused "
             "operations out of the model with dsconv_cuda.unfuse"
         )
-
-
-def _of_norm(norm: nn.Module) -> tuple[Tensor, ...]:
-    of_norm = (*map(norm._parameters.get, ("weight", "bias")), *map(norm._buffers.get, ("running_mean", "running_var")))
-    return tuple(t for t in of_norm if t is not None)
 
 
 def _value_of(t):
