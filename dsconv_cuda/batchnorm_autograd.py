@@ -172,7 +172,8 @@ class NormLater(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         if owner is None:
             return y.view_as(y)
-        return Deferred(y, vectors, act, owner, (NormLater, (y, gamma, beta, vectors, op, batch, count)))
+        later = NormLater, (y, gamma, beta, vectors, op, batch, count)
+        return Deferred(y, vectors, act, owner, later=later)
 
     @staticmethod
     def backward(ctx, grad):

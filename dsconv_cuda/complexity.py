@@ -315,6 +315,8 @@ def table(model: nn.Module, input_size: Sequence[int], *, dtype=torch.float32, m
 
 def _record_calls(model: nn.Module, input_size: Sequence[int]) -> list[tuple[str, nn.Module, torch.Size, torch.Size]]:
     """(name, module, shape of its input, shape of its output) for each call of a module that has a row."""
+    from dsconv_cuda.fusion.untouched import untouched
+
     calls, hooks = [], []
     modes = {module: module.training for module in model.modules()}
 
@@ -334,7 +336,7 @@ def _record_calls(model: nn.Module, input_size: Sequence[int]) -> list[tuple[str
     x = torch.empty(tuple(input_size), device="meta", dtype=floating[0] if floating else torch.float32)
     try:
         model.eval()  # BatchNorm refuses to train on one pixel
-        with torch.no_grad():
+        with untouched(model), torch.no_grad():
             torch.func.functional_call(model, state, (x,))
     finally:
         for hook in hooks:

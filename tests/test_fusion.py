@@ -18,12 +18,14 @@ from fusion_models import (
     calls,
     depthwise,
     image,
+    mobilenet_v1,
     pointwise,
     randomized,
     results,
 )
 from torch import nn
 from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
 
 import dsconv_cuda
 from dsconv_cuda import _loader, explain_fusion, folded, fuse, unfuse
@@ -259,6 +261,84 @@ def test_hooks_that_come_later_are_called(device):
     assert calls(fused, x).fused == 1
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_on_what_holds_a_part_of_a_chain_see_its_value(training, compiled, device):
+    """As torchvision's Conv2dNormActivation does; the chain is one operation again when they are gone."""
+    torch._dynamo.reset()
+    model = build("mobilenet_v2", device).train(training)
+    fused, x = fuse(copy.deepcopy(model)), image(device)
+    seen, expected_seen = [], []
+    hook = fused.conv[1].register_forward_hook(_hooked(seen))
+    assert "one by one" in explain_fusion(fused)[0].reason
+    model.conv[1].register_forward_hook(_hooked(expected_seen))
+    assert "hooks are attached to the Sequential around a part" in explain_fusion(model)[0].reason
+    call = torch.compile(fused, backend="eager") if compiled else fused
+    torch.testing.assert_close(call(x), model(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(seen, expected_seen, rtol=1e-4, atol=1e-4)
+    hook.remove()
+    model.conv[1]._forward_hooks.clear()
+    torch.testing.assert_close(call(x), model(x), rtol=1e-4, atol=1e-4)
+    assert calls(fused.eval(), x).fused == 1
+    torch._dynamo.reset()
+
+
+class OwnActivation(nn.Module):
+    def __init__(self, kind="silu"):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x, inplace=False):
+        return F.silu(x, inplace) if self.kind == "silu" else torch.tanh(x)
+
+
+class OwnReLU(nn.ReLU):
+    def forward(self, input):
+        return torch.relu(input)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("activation", "change"),
+    [
+        (nn.ReLU, lambda m: setattr(m[0], "padding_mode", "circular")),
+        (nn.LeakyReLU, lambda m: setattr(m[2], "negative_slope", 0.3)),
+        (nn.GELU, lambda m: setattr(m[2], "approximate", "tanh")),
+        (OwnActivation, lambda m: setattr(m[2], "kind", "tanh")),
+        (lambda: nn.Dropout(0.0), lambda m: setattr(m[2], "p", 1.0)),
+        (nn.ReLU, lambda m: setattr(m[0], "forward", lambda x: x + 1)),
+        (nn.ReLU, lambda m: setattr(m[2], "forward", lambda x: x + 1)),
+        (nn.ReLU, lambda m: setattr(m[4], "forward", lambda x: x + 1)),
+    ],
+    ids=["padding", "slope", "approximate", "own", "dropout", "depthwise", "activation", "norm"],
+)
+def test_settings_and_forwards_that_come_later(activation, change, training, compiled, device):
+    torch._dynamo.reset()
+    model = randomized(nn.Sequential(depthwise(), nn.BatchNorm2d(8), activation(), *pointwise())).to(device)
+    fused, x = fuse(copy.deepcopy(model.train(training))), image(device)
+    call = torch.compile(fused, backend="eager") if compiled else fused
+    torch.testing.assert_close(call(x), model(x), rtol=1e-4, atol=1e-4)
+    change(model), change(fused)
+    torch.testing.assert_close(call(x), model(x), rtol=1e-4, atol=1e-4)
+    assert "one by one" in explain_fusion(fused)[0].reason
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", [OwnActivation, OwnReLU])
+def test_activations_of_other_classes(kind, device):
+    model = randomized(nn.Sequential(depthwise(), nn.BatchNorm2d(8), kind(), *pointwise(), kind())).to(device).eval()
+    fused, x = fuse(model), image(device)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+    assert calls(fused, x).fused == 1
+    name = "silu" if kind is OwnActivation else "relu"
+    reason = f"depthwise -> BatchNorm -> {name} -> pointwise -> BatchNorm -> {name}"
+    assert explain_fusion(model)[0].reason == explain_fusion(fused)[0].reason == reason
+    assert isinstance(fused[2], kind)
+    assert type(unfuse(fused)[2]) is kind
+    assert calls(pickle.loads(pickle.dumps(fused)), x).fused == 1
+
+
 def test_a_rewritten_forward_gives_way_too(device):
     model = build("functional", device).eval()
     fused = fuse(model)
@@ -315,6 +395,79 @@ def test_a_module_that_is_exchanged_later_is_computed(device):
     other = fuse(model)
     other[2] = nn.SiLU()
     torch.testing.assert_close(other(x), nn.Sequential(*model[:2], nn.SiLU(), *model[3:])(x))
+
+
+OTHER_WAY = "whose first module computes all of it, and was given something else"
+
+
+@pytest.mark.parametrize("mode", ["eval", "inference", "train", "compiled", "compiled train"])
+@pytest.mark.parametrize("kind", ["attribute", "attribute in place"])
+def test_another_way_through_a_chain_is_never_silent(kind, mode, device):
+    torch._dynamo.reset()
+    if mode == "inference" and kind == "attribute in place":
+        pytest.skip("tensors of inference mode do not count writes")
+    if "compiled" in mode and kind == "attribute in place":
+        pytest.skip("a graph does not count writes")
+    model = randomized(Optional(kind)).to(device, torch.float64).train("train" in mode)
+    fused, x = fuse(copy.deepcopy(model)), image(device, torch.float64)
+    call = torch.compile(fused, backend="eager") if "compiled" in mode else fused
+    with torch.inference_mode(mode == "inference"), torch.set_grad_enabled("train" in mode):
+        torch.testing.assert_close(call(x), model(x))
+        model.switched = fused.switched = True
+        with pytest.raises(RuntimeError, match=OTHER_WAY):
+            call(x)
+        torch.testing.assert_close(unfuse(fused)(x), model(x))
+        fused.switched = model.switched = False
+        torch.testing.assert_close(call(x), model(x))
+    torch._dynamo.reset()
+
+
+@torch.no_grad()
+def test_a_model_that_begins_within_a_chain_raises(device):
+    model = build("mobilenet_v1", device).eval()
+    fused, x = fuse(model), image(device)
+    result = fused[:2](x)  # what the chain makes, which the rest hands on
+    torch.testing.assert_close(fused[2:](result), model(x), rtol=1e-4, atol=1e-5)
+    for rest in (fused[2:], fused[3:], fused[4:], copy.deepcopy(fused)[2:]):
+        with pytest.raises(RuntimeError, match=OTHER_WAY):
+            rest(result.clone())
+    hook = fused[2].register_forward_hook(lambda *_: None)  # one by one
+    z = model[:2](x)
+    torch.testing.assert_close(fused[2:](z), model[2:](z))
+    hook.remove()
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("cut", [1, 2, 4])
+@pytest.mark.parametrize("compiled", ["head", "tail", "both"])
+def test_parts_of_a_chain_that_are_compiled_by_themselves(compiled, cut, training, device):
+    torch._dynamo.reset()
+    model = build("mobilenet_v1", device, torch.float64).train(training)
+    fused, x = fuse(copy.deepcopy(model)), image(device, torch.float64)
+    parts = [fused[:cut], fused[cut:]]
+    for i, name in enumerate(("head", "tail")):
+        if compiled in (name, "both"):
+            parts[i] = torch.compile(parts[i], backend="eager")
+    with torch.set_grad_enabled(training):
+        for _ in range(2):
+            torch.testing.assert_close(parts[1](parts[0](x)), model(x))
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_chain_in_a_checkpoint_compiles_to_one_graph(training, device):
+    torch._dynamo.reset()
+    model = build("mobilenet_v2", device, torch.float64).train(training)
+    fused, x = fuse(copy.deepcopy(model)), image(device, torch.float64)
+
+    def checkpointed(x):
+        return checkpoint(fused, x, use_reentrant=False)
+
+    y = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")(x.requires_grad_())
+    torch.testing.assert_close(y, model(x))
+    dy = torch.randn_like(y)
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy), torch.autograd.grad(model(x), x, dy))
+    torch._dynamo.reset()
 
 
 # ---- a good citizen --------------------------------------------------------------------------------------------------
@@ -578,6 +731,73 @@ class OptionalArgument(nn.Module):
         return x if scale is None else x * scale
 
 
+class Optional(nn.Module):
+    """The convolution module of a Conformer as it is often written, and what else arguments with a default do."""
+
+    def __init__(self, kind: str = ""):
+        super().__init__()
+        self.kind, self.switched = kind, False
+        self.depthwise, self.norm, self.act, (self.pointwise, self.norm2) = (
+            depthwise(),
+            nn.BatchNorm2d(8),
+            nn.SiLU(),
+            pointwise(),
+        )
+
+    def middle(self, x, given):
+        if self.kind == "mask" and given is not None:
+            x = x.masked_fill(given, 0.0)
+        if self.kind == "in place" and given is not None:
+            x.masked_fill_(given, 0.0)
+        if self.kind == "flag" and given:
+            x = x * 2
+        if self.kind == "attribute" and self.switched:
+            x = x + 1
+        if self.kind == "attribute in place" and self.switched:
+            x += 1
+        return x
+
+    def forward(self, x):
+        return self.rest(self.middle(self.depthwise(x), None))
+
+    def rest(self, x):
+        return self.norm2(self.pointwise(self.act(self.norm(x))))
+
+
+class Masked(Optional):
+    def forward(self, x, given=None):
+        return self.rest(self.middle(self.depthwise(x), given))
+
+
+class Flagged(Optional):
+    def forward(self, x, given=False, scale=1.0):
+        return self.rest(self.middle(self.depthwise(x), given)) * scale
+
+
+class Headless(Optional):
+    def forward(self, x, features_only=False):
+        features = self.act(self.norm(self.depthwise(x)))
+        return features if features_only else self.norm2(self.pointwise(features))
+
+
+class Passes(nn.Module):
+    """The optional argument is passed on; the model is deep and does what cannot be traced with one."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Masked("mask")
+
+    def forward(self, x, mask=None):
+        if mask is not None and mask.sum() > 1e9:
+            return x
+        return self.block(x, mask)
+
+
+class OwnMish(nn.Module):
+    def forward(self, x):
+        return F.mish(x)
+
+
 class OwnRow(nn.Conv1d):
     pass
 
@@ -603,6 +823,14 @@ LEFT = {
     "called twice": (lambda: CalledTwice(sequential(after=nn.Conv2d(8, 8, 1))), "called 2 times"),
     "unused": (Unused, "does not call it"),
     "untraceable": (Untraceable, "cannot be traced"),
+    "mask": (
+        lambda: Masked("mask"),
+        "masked_fill() between it and the 1x1 convolution, where forward of Masked is given",
+    ),
+    "mask in place": (lambda: Masked("in place"), "is given 'given'"),
+    "flag": (lambda: Flagged("flag"), "mul() between it and the 1x1 convolution, where forward of Flagged is given"),
+    "features": (Headless, "where forward of Headless is given 'features_only'"),
+    "mask from outside": (Passes, "where forward of block is given 'given'"),
     "optional argument": (OptionalArgument, "forward of OptionalArgument cannot be rewritten: it takes arguments"),
     "slope of a function": (lambda: Applied(lambda x: F.leaky_relu(x, 0.2)), "leaky_relu() between"),
     "function": (lambda: Applied(F.mish), "mish() between"),
@@ -612,6 +840,11 @@ LEFT = {
     "activation": (lambda: sequential(nn.PReLU()), "PReLU(num_parameters=1) is no activation"),
     "slope": (lambda: sequential(nn.LeakyReLU(0.2)), "is no activation of the kernels"),
     "dropout": (lambda: sequential(nn.Dropout()), "Dropout between"),
+    "own activation": (lambda: sequential(OwnMish()), "mish() between"),
+    "own forward": (
+        lambda: changed(sequential(nn.ReLU()), lambda m: setattr(m[1], "forward", torch.sin)),
+        "the ReLU has a forward of its own",
+    ),
     "two activations": (lambda: sequential(nn.ReLU(), nn.ReLU()), "ReLU between"),
     "instance norm": (lambda: sequential(nn.InstanceNorm2d(8)), "InstanceNorm2d between"),
     "no statistics": (lambda: sequential(nn.BatchNorm2d(8, track_running_stats=False)), "without running statistics"),
@@ -696,6 +929,26 @@ def test_what_is_taken():
     assert str(explain_fusion(build("shufflenet"))).startswith("2 of 2 depthwise convolutions")
 
 
+def test_a_dropout_of_nothing_is_no_obstacle(device):
+    model = sequential(nn.ReLU(), nn.Dropout2d(0.0)).to(device)
+    fused, x = fuse(model), image(device)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+    assert calls(fused, x).fused == 1
+
+
+def test_arguments_of_other_types_raise():
+    model, x = build("mobilenet_v1").eval(), image()
+    for function in (fuse, unfuse, explain_fusion):
+        with pytest.raises(TypeError, match=f"{function.__name__}: model must be an nn.Module, got function"):
+            function(lambda x: x)
+        with pytest.raises(TypeError, match=r"fuse before torch\.jit"):
+            function(torch.jit.trace(model, x))
+    for function in (fuse, explain_fusion):
+        for example, kind in (([x], "list"), ({"x": x}, "dict")):
+            with pytest.raises(TypeError, match=f"example_input must be a tensor, or a tuple .* got {kind}"):
+                function(model, example_input=example)
+
+
 def test_the_chain_ends_where_something_does_not_fit():
     """What follows the pointwise convolution stays outside: hooks, a result that is used twice, another activation."""
     for tail, members in (
@@ -728,6 +981,64 @@ def test_explaining_changes_nothing():
     explain_fusion(model)
     assert [m.training for m in model.modules()] == modes
     assert [type(m) for m in model.modules()] == classes
+
+
+class Remembers(nn.Module):
+    """Whose forward changes it in every way that a module of plain Python can be changed."""
+
+    def __init__(self, traceable: bool):
+        super().__init__()
+        self.block, self.traceable = mobilenet_v1(), traceable
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("noise", torch.zeros(3))
+        self.scale, self.cached, self.count = torch.ones(2), None, 0
+        self.log, self.by_name, self.seen = [], {"lists": [[]]}, set()
+
+    def forward(self, x):
+        self.count += 1
+        self.steps += 1
+        self.noise.normal_()
+        self.scale.mul_(2)
+        self.log.append(x)
+        self.by_name["lists"][0].append(x)
+        self.by_name["x"] = x
+        self.seen.add(self.count)
+        self.extra = nn.ReLU()
+        y = self.block(x)
+        if not self.traceable and x.sum() > 0:
+            return y
+        if self.cached is None:
+            self.cached = y.mean((2, 3))
+        return y + self.cached[:, :, None, None]
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+@pytest.mark.parametrize("what", ["explain", "fuse", "inplace", "measure", "table"])
+def test_looking_at_a_model_leaves_no_traces(what, traceable, monkeypatch):
+    timed(monkeypatch, 0.5)
+    model, x = randomized(Remembers(traceable)).eval(), image()
+    expected = copy.deepcopy(model.state_dict())
+    random = torch.get_rng_state()
+    if what == "explain":
+        explain_fusion(model)
+    elif what == "table":
+        if not traceable:
+            pytest.skip("meta tensors have no values")
+        dsconv_cuda.complexity.table(model, x.shape)
+    else:
+        example = {"example_input": x} if what == "measure" else {}
+        fused = fuse(model, inplace=what == "inplace", **example)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, expected[name])
+    # A plain tensor is given back where nothing has been computed for real.
+    assert what == "measure" or model.scale.tolist() == [1, 1]
+    assert (model.cached, model.count, model.log, model.seen) == (None, 0, [], set())
+    assert model.by_name == {"lists": [[]]}
+    assert "extra" not in model._modules
+    pickle.dumps(model)
+    if what in ("fuse", "inplace", "measure"):
+        assert calls(copy.deepcopy(fused), x).fused == 1
 
 
 # ---- where it would be slower ----------------------------------------------------------------------------------------
@@ -778,6 +1089,12 @@ def test_explaining_with_times(device, monkeypatch):
     assert len(explain_fusion(model).taken) == 2
     timed(monkeypatch, 1.0, 1.02)  # as fast, or nearly: taken, it needs less memory
     assert len(explain_fusion(model, example_input=x).taken) == 2
+
+
+def test_a_gain_well_below_one_is_never_taken():
+    """Whatever the median says: it can be of a machine that was busy."""
+    for one_by_one, fused, ratio, slower in ((1.0, 2.0, 0.9, True), (1.0, 1.06, 1.0, True), (1.0, 1.04, 1.0, False)):
+        assert measure.Verdict(one_by_one, fused, ratio, "").slower is slower
 
 
 def test_equal_chains_are_measured_once(device, monkeypatch):

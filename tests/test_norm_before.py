@@ -9,6 +9,7 @@ import torch
 from fusion_models import MODELS, assert_as_precise, build, calls, depthwise, image, pointwise, randomized
 from shapes import ALL, WINDOWS, identify, thinned, with_dtype
 from torch import nn
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from dsconv_cuda import _loader, explain_fusion, fuse, unfuse
@@ -174,6 +175,26 @@ def test_hooks_and_exchanges_that_come_later(training, at, device):
 
 
 @ONE_ISA
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("at", [3, 6])
+def test_weights_that_are_computed_later(at, training, device):
+    """A parametrized or pruned convolution of the chain: its modules run one by one, the norm before with them."""
+    model, x = block().to(device, torch.float64).train(training), image(device, torch.float64)
+    for change in (
+        lambda conv: prune.l1_unstructured(conv, "weight", 0.3),
+        lambda conv: nn.utils.parametrize.register_parametrization(conv, "weight", nn.Identity()),
+        nn.utils.parametrizations.weight_norm,
+    ):
+        stock = copy.deepcopy(model)
+        fused = fuse(copy.deepcopy(model))
+        change(stock[at]), change(fused[at])
+        with torch.set_grad_enabled(training):
+            torch.testing.assert_close(fused(x), stock(x))
+        assert not fused[at]._fused_chain.extent()
+        assert "one by one" in explain_fusion(fused)[0].reason
+
+
+@ONE_ISA
 def test_autocast_and_lower_precision(device):
     needs_kernels(device)
     for training in (False, True):
@@ -325,6 +346,136 @@ def test_a_part_that_is_compiled_by_itself(cut, training, device):
                 for ours, theirs in zip(fused.parameters(), stock.parameters(), strict=True):
                     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
     torch._dynamo.reset()
+
+
+IN_PLACE = {
+    "multiplied": lambda t: t.mul_(0.5),
+    "channels": lambda t: t.__setitem__((slice(None), slice(None, None, 2)), 0),
+    "clamped": lambda t: t.clamp_(max=0.1),
+    "view": lambda t: t.view(-1)[::3].zero_(),
+    "data": lambda t: t.data.zero_(),
+}
+
+
+@ONE_ISA
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("edit", IN_PLACE)
+def test_what_is_written_to_the_value_stays(edit, training, device):
+    """By a hook on what holds the norm, by whoever calls the model in parts, and by a pre-hook on the convolution."""
+    needs_kernels(device)
+    layers = block(out=12)
+    model = nn.Sequential(nn.Sequential(layers[:3]), *layers[3:]).to(device, torch.float64).train(training)
+    x, write = image(device, torch.float64), IN_PLACE[edit]
+
+    def hook(module, inputs, output=None):
+        write(inputs[0] if output is None else output)
+
+    def by_hook(m):
+        m[0].register_forward_hook(hook)
+        return m(x)
+
+    def by_inner_hook(m):
+        m[1].register_forward_pre_hook(hook)
+        return m(x)
+
+    def in_parts(m):
+        middle = m[0](x)
+        write(middle)
+        return m[1:](middle)
+
+    for call in (by_hook, by_inner_hook, in_parts):
+        fused, stock = fuse(copy.deepcopy(model)), copy.deepcopy(model)
+        assert type(fused[0](x.clone().requires_grad_(training))) is Deferred or not training
+        with torch.set_grad_enabled(training):
+            y, expected = call(fused), call(stock)
+        torch.testing.assert_close(y, expected)
+        if training:
+            dy = torch.randn_like(y)
+            y.backward(dy), expected.backward(dy)
+            for ours, theirs in zip(fused.parameters(), stock.parameters(), strict=True):
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+
+
+@ONE_ISA
+def test_gradients_at_the_value(device):
+    """As Grad-CAM takes them: by a hook on the tensor, by retain_grad(), in a hook on a module or between two parts."""
+    needs_kernels(device)
+    layers = block(out=12)
+    model = nn.Sequential(nn.Sequential(layers[:3]), *layers[3:]).to(device, torch.float64)
+    x = image(device, torch.float64)
+
+    def watch(found, value):
+        value.retain_grad()
+        value.register_hook(lambda grad: found.append(grad.clone()))
+        found.append(value)
+
+    def by_hook(m, found):
+        m[0].register_forward_hook(lambda module, inputs, output: watch(found, output))
+        return m(x)
+
+    def in_parts(m, found):
+        middle = m[0](x)
+        watch(found, middle)
+        return m[1:](middle)
+
+    for call in (by_hook, in_parts):
+        runs = []
+        for m in (fuse(copy.deepcopy(model)), copy.deepcopy(model)):
+            found = []
+            call(m, found).square().sum().backward()
+            value, grad = found
+            runs.append((value.detach() + 0, value.grad, grad))
+        torch.testing.assert_close(*runs)
+
+
+@ONE_ISA
+@torch.no_grad()
+def test_what_changes_before_the_value_is_made(device):
+    """It never becomes another one: what is asked for later than that raises, what was asked for before stays."""
+    needs_kernels(device)
+    model = block().to(device).eval()
+    for change in (
+        lambda m, y: m[1].weight.mul_(2),
+        lambda m, y: m[1].running_mean.add_(1),
+        lambda m, y: m[1].load_state_dict(copy.deepcopy(model[1]).state_dict()),
+        lambda m, y: setattr(m[1], "eps", 0.5),
+        lambda m, y: y.mul_(2),
+    ):
+        fused = fuse(copy.deepcopy(model))
+        y = fused[0](image(device))
+        early, late, used = (fused[1:3](y) for _ in range(3))
+        before = early + 0
+        change(fused, y)
+        assert torch.equal(early + 0, before)
+        with pytest.raises(RuntimeError, match=r"had not been computed yet .* written to in place"):
+            late + 0
+        with pytest.raises(RuntimeError, match="had not been computed yet"):
+            fused[3:](used)
+
+
+class WritesToTheInput(nn.Module):
+    """The input of the norm is written to while what comes of the norm is on its way to the convolution."""
+
+    def __init__(self, write):
+        super().__init__()
+        layers = block(out=12)
+        self.expand, self.head, self.tail, self.write = layers[0], layers[1:3], layers[3:], write
+
+    def forward(self, x):
+        y = self.expand(x)
+        u = self.head(y)
+        self.write(y)
+        return self.tail(u)
+
+
+@ONE_ISA
+@torch.no_grad()
+@pytest.mark.parametrize("write", [lambda y: y.relu_(), lambda y: nn.functional.relu(y, inplace=True)])
+def test_a_norm_whose_input_is_written_to_runs_by_itself(write, device):
+    model = WritesToTheInput(write).to(device).eval()
+    assert explain_fusion(model)[0].reason.startswith("depthwise")
+    x = image(device)
+    torch.testing.assert_close(fuse(model)(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 class Recorder:

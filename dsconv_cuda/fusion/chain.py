@@ -8,13 +8,16 @@ everything else that walks over a model sees what it saw before. What changes is
                    AbsorbedReLU6,
 
 Each new class is a subclass of the old one. The first asks the chain how much of it is one operation now, and the
-others get its answer for what it has made; whoever is called with anything else asks anew. That depends on the state of
-the modules alone, so that all get the same answer:
+others get its answer for what it has made. What is not that tensor, or has been written to since, they never hand on
+as if it were the result: where forward does something in between that its trace did not show, or begins within the
+chain, they raise. Only in backward, where checkpointing runs a part of a model again, they are given copies; then they
+ask the chain anew, whose answer depends on the state of the modules alone:
 
     ALL     everything
     PAIR    up to the pointwise convolution; the BatchNorm after that and what follows run their old forward
-    NONE    every module runs its old forward: where a hook or a parametrization was added, a module was exchanged, or
-            the device has no kernels
+    NONE    every module runs its old forward: where a hook or a parametrization was added, a hook also to what only a
+            part of the chain is in, a module or its forward was exchanged, padding_mode or the slope of an activation
+            is another one, or the device has no kernels
 
 A BatchNorm before the depthwise convolution, and the activation between them, are made by the chain's kernels as they
 read their input, in training and in evaluation without gradients; so two tensors less are written:
@@ -22,8 +25,9 @@ read their input, in training and in evaluation without gradients; so two tensor
     BatchNorm before      ->  DeferredBatchNorm2d  its forward returns a Deferred (deferred.py)
     activation after it   ->  DeferredReLU6        the same with the activation
 
-Whoever else is given a Deferred finds the value that it stands for. In graphs of torch.compile, which know no such
-tensors, the BatchNorm before computes the whole chain, and the others hand that on.
+Whoever else is given a Deferred finds the value that it stands for; where there are hooks on what holds a part of these
+modules, which may do anything with what they see, the norm runs its old forward. In graphs of torch.compile, which know
+no such tensors, the BatchNorm before computes the whole chain, and the others hand that on.
 
 A BatchNorm that takes statistics of the batch goes the way of batchnorm.py. Where that is closed (a device without
 kernels for it, torch.func), it runs by itself: PAIR, or NONE if it is the one between.
@@ -39,6 +43,7 @@ changed (folded.py).
 import functools
 import weakref
 from dataclasses import dataclass, field
+from threading import get_ident
 
 import torch
 from torch import Tensor, fx, nn
@@ -76,8 +81,9 @@ class NormBefore:
     activation: str
     places: list[Place]
     within: nn.Module | None  # the activation, where it is part of the norm's forward
-    # Modules that the two are part of, and the depthwise convolution is not: what comes of them is the value too.
+    # Modules that some of these and of the depthwise convolution are part of: what goes in or out there is the value.
     containers: list[nn.Module] = field(default_factory=list)
+    settings: list[tuple[nn.Module, str, object]] = field(default_factory=list)  # as of a Chain
     everywhere: bool = False  # all that calls them is known, and the depthwise convolution always follows
 
     @property
@@ -99,8 +105,16 @@ class Chain:
     needs_rewriting: bool = False  # an activation is no module of its own: see rewrite.py
     rewritten: nn.Module | None = None  # the module of which the forward is rewritten then
     before: NormBefore | None = None
+    # Modules that some of the chain's are part of, and others not.
+    containers: list[nn.Module] = field(default_factory=list)
+    settings: list[tuple[nn.Module, str, object]] = field(default_factory=list)  # attributes that it has to have
     _folded: dict[tuple[int, bool], Folded] = field(default_factory=dict, repr=False)
-    _made: "tuple[weakref.ref, int] | None" = field(default=None, repr=False)  # the last result, and its extent
+    # The last result, its extent and version; and the same of each thread.
+    _made: "tuple[weakref.ref, int, int | None] | None" = field(default=None, repr=False)
+    _made_by: dict[int, tuple] = field(default_factory=dict, repr=False)
+    _made_in_graph: Tensor | None = field(
+        default=None, repr=False
+    )  # and while a graph is traced, up to the last module
     _made_by_norm: bool = False  # in a graph: the norm before has computed the chain
 
     @property
@@ -110,10 +124,17 @@ class Chain:
     def all_places(self) -> list[Place]:
         return [*(self.before.places if self.before is not None else ()), *self.places]
 
+    def way(self) -> tuple:
+        """What is computed, in order."""
+        return self.activation, self.out_activation, *(child for _, _, child in self.places)
+
     def start(self, x: Tensor) -> Tensor | None:
         """What the chain makes of the depthwise convolution's input; None where nothing of it is one operation."""
         if self._made_by_norm:
             self._made_by_norm = False
+            noted = self._made_in_graph
+            if noted is not None and noted is not x and not _in_subgraph():
+                raise RuntimeError(self._unknown(self.depthwise))
             return x
         extent = self.extent()
         if extent == NONE:
@@ -121,8 +142,11 @@ class Chain:
         if type(x) is Deferred and not self._takes(x, extent):
             x = x.value()
         y = self.compute(x, extent)
-        if not torch.compiler.is_dynamo_compiling():
-            self._made = weakref.ref(y), extent
+        if torch.compiler.is_dynamo_compiling():
+            self._note_in_graph(y)
+        else:
+            version = None if y.is_inference() else y._version
+            self._made = self._made_by[get_ident()] = weakref.ref(y), extent, version
         return y
 
     def defer(self, x: Tensor) -> Tensor | None:
@@ -133,9 +157,12 @@ class Chain:
             if not (self._defers(x) and self._alone_in_graph()):
                 return None
             self._made_by_norm = True
-            if not norm.training:
-                return self._evaluate(x, ALL, before)
-            return self._train(norm_before(self.dims, x, _of_batch(norm), before.activation, self))
+            if norm.training:
+                y = self._train(norm_before(self.dims, x, _of_batch(norm), before.activation, self))
+            else:
+                y = self._evaluate(x, ALL, before)
+            self._note_in_graph(y)
+            return y
         if torch._C._get_tracing_state() is not None or type(x) not in (Tensor, nn.Parameter):
             return None
         if not self._defers(x):
@@ -146,7 +173,7 @@ class Chain:
         if norm.training:
             return norm_before(self.dims, x, _of_batch(norm), activation, self)
         vectors = functools.partial(given_vectors, norm)
-        return Deferred(x, vectors, activation_number(activation), self)
+        return Deferred(x, vectors, activation_number(activation), self, norm)
 
     def compute_with_norm(self, x: Tensor) -> Tensor:
         """What the norm before and the whole chain make of `x`, which defer() takes."""
@@ -176,19 +203,31 @@ class Chain:
         places, within = self.before.places, self.before.within
         if within is not None and (norm._modules.get("act") is not within or has_hooks(within)):
             return False
-        if any(parent._modules.get(name) is not child or has_hooks(child) for parent, name, child in places):
-            return False
+        for parent, name, child in places:
+            if parent._modules.get(name) is not child or has_hooks(child) or "forward" in child.__dict__:
+                return False
+        for container in self.before.containers:
+            if has_hooks(container):
+                return False
+        for module, name, value in self.before.settings:
+            if getattr(module, name) != value:
+                return False
         return forward_ad._current_level < 0 and self._trains_as_one()
 
     def _alone_in_graph(self) -> bool:
         """Whether nothing but the chain gets what the norm before makes, in a graph that cannot hold a Deferred."""
-        before = self.before
-        apart = before.everywhere and not any(map(has_hooks, before.containers))
-        return apart and not torch.compiler.is_exporting() and self.extent() == ALL
+        return self.before.everywhere and not torch.compiler.is_exporting() and self.extent() == ALL
 
     def _takes(self, x: Deferred, extent: int) -> bool:
         """Whether the kernels can make what `x` stands for as they read it."""
-        if x.owner is not self or extent != ALL or x.act != self.before.number or torch.compiler.is_compiling():
+        x.check_sources()
+        if (
+            x.is_made()
+            or x.owner is not self
+            or extent != ALL
+            or x.act != self.before.number
+            or torch.compiler.is_compiling()
+        ):
             return False
         y = x.y  # a plain tensor, quicker to ask
         if not self._trains() and (torch.is_grad_enabled() or torch.is_autocast_enabled(y.device.type)):
@@ -206,13 +245,51 @@ class Chain:
         weight = self.depthwise._parameters.get("weight")
         return x.dtype if weight is None else weight.dtype
 
-    def extent_at(self, x: Tensor) -> int:
-        """extent() for a module after the depthwise one, which is given `x`."""
-        if not torch.compiler.is_dynamo_compiling():
-            made = self._made
-            if made is not None and made[0]() is x:
-                return made[1]
-        return self.extent()
+    def extent_at(self, x: Tensor, module: nn.Module, passed_on: int) -> int:
+        """extent() for `module`, one after the depthwise one, which is given `x`, and hands that on from `passed_on`
+        on."""
+        if torch.compiler.is_dynamo_compiling():
+            extent = self.extent()
+            noted = self._made_in_graph
+            if extent >= passed_on and noted is not None and not _in_subgraph():
+                if noted is not x:
+                    raise RuntimeError(self._unknown(module))
+                if module is self.places[-1][2]:
+                    self._made_in_graph = None
+            return extent
+        made = self._made
+        if made is not None and made[0]() is x and (made[2] is None or made[2] == x._version):
+            return made[1]
+        return self._extent_at_another(x, module, passed_on)
+
+    def _note_in_graph(self, y: Tensor) -> None:
+        if not _in_subgraph():
+            self._made_in_graph = y
+
+    def _extent_at_another(self, x: Tensor, module: nn.Module, passed_on: int) -> int:
+        """Where `x` is not what the chain has made last."""
+        made = self._made_by.get(get_ident())
+        if made is not None and made[0]() is x and (made[2] is None or made[2] == x._version):
+            return made[1]
+        extent = self.extent()
+        if extent < passed_on:
+            return extent
+        if x is self._made_in_graph:  # the graph ended within the chain
+            if module is self.places[-1][2]:
+                self._made_in_graph = None
+            return extent
+        if torch._C._current_graph_task_id() == -1:  # not in backward
+            raise RuntimeError(self._unknown(module))
+        return extent
+
+    def _unknown(self, module: nn.Module) -> str:
+        kind = module._fused_original.__name__
+        return (
+            f"fuse: a {kind} is part of a fused chain, whose first module computes all of it, and was given something "
+            f"else than the result of that: the model does more between the two than when it was fused (an optional "
+            f"argument, an attribute, another method), or begins within the chain. Take the fused operations out of it "
+            f"with dsconv_cuda.unfuse, or fuse only parts of the model"
+        )
 
     def extent(self) -> int:
         """How much of the chain one call of the op computes now."""
@@ -231,7 +308,13 @@ class Chain:
                 return NONE
             extent = PAIR
         for parent, name, child in self.places:
-            if parent._modules.get(name) is not child or has_hooks(child):
+            if parent._modules.get(name) is not child or has_hooks(child) or "forward" in child.__dict__:
+                return NONE
+        for container in self.containers:
+            if has_hooks(container):
+                return NONE
+        for module, name, value in self.settings:
+            if getattr(module, name) != value:
                 return NONE
         weight = self.depthwise._parameters["weight"]
         if not torch.compiler.is_dynamo_compiling() and (
@@ -241,7 +324,10 @@ class Chain:
         return extent
 
     def _trains_as_one(self) -> bool:
-        device_type = self.depthwise._parameters["weight"].device.type
+        weight = self.depthwise._parameters.get("weight")
+        if weight is None:  # parametrized or pruned
+            return False
+        device_type = weight.device.type
         if torch.compiler.is_dynamo_compiling():
             return _batch_norm_kernels(device_type)
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -328,11 +414,25 @@ class Chain:
         )
 
     def __getstate__(self):
-        return {**self.__dict__, "_folded": {}, "_made": None, "_made_by_norm": False}
+        made = {"_made": None, "_made_by": {}, "_made_in_graph": None, "_made_by_norm": False}
+        return {**self.__dict__, "_folded": {}, **made}
 
 
 def _of_batch(norm: nn.Module) -> BatchNormArguments:
     return arguments_of(norm, isinstance(norm, nn.SyncBatchNorm))
+
+
+def _in_subgraph() -> bool:
+    """Whether torch.compile traces the body of a higher-order operation, of checkpointing for one, which must not note
+    anything outside of it. The answer is a constant of the graph."""
+    try:
+        tracer = torch._dynamo.symbolic_convert.InstructionTranslator.current_tx().output.current_tracer
+        return tracer.parent is not None
+    except AttributeError:  # another version of PyTorch
+        return True
+
+
+_in_subgraph._dynamo_marked_constant = True  # as functional._load
 
 
 def _batch_norm_kernels(device_type: str) -> bool:
@@ -410,7 +510,7 @@ class _Absorbed(Copied):
     def forward(self, x):
         if isinstance(x, fx.Proxy):
             return _call_in_graph(self, x)
-        return super().forward(x) if self._fused_chain.extent_at(x) == NONE else x
+        return super().forward(x) if self._fused_chain.extent_at(x, self, PAIR) == NONE else x
 
 
 class _AbsorbedAfter(Copied):
@@ -419,7 +519,7 @@ class _AbsorbedAfter(Copied):
     def forward(self, x):
         if isinstance(x, fx.Proxy):
             return _call_in_graph(self, x)
-        return x if self._fused_chain.extent_at(x) == ALL else super().forward(x)
+        return x if self._fused_chain.extent_at(x, self, ALL) == ALL else super().forward(x)
 
 
 MIXINS = {

@@ -17,11 +17,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from dsconv_cuda import activations
 from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN
 from dsconv_cuda.fusion.chain import NONE, Chain, NormBefore, chain_of
+from dsconv_cuda.fusion.untouched import untouched
 from dsconv_cuda.kept_weights import has_hooks
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 
@@ -33,6 +35,7 @@ FUSED_MODULES = (
 )
 _BATCH_NORMS = {nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d, nn.Conv3d: nn.BatchNorm3d}
 _CONVOLUTIONS = tuple(_BATCH_NORMS)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
 @dataclass
@@ -60,6 +63,7 @@ def find(model: nn.Module, *, forget_times: bool = False) -> list[Finding]:
     names = {module: name for name, module in model.named_modules()}
     places = {child: (parent, name, child) for parent in names for name, child in parent._modules.items() if child}
     inside_fused = {c for m in names if isinstance(m, FUSED_MODULES) for c in m.modules() if c is not m}
+    inside = {m: set(m.modules()) for m in names}
     candidates = [m for m in names if is_depthwise(m) and m not in inside_fused]
     findings = []
     modes = None
@@ -75,7 +79,9 @@ def find(model: nn.Module, *, forget_times: bool = False) -> list[Finding]:
             if modes is None:
                 modes = [_trace_all(model, training) for training in (True, False)]
             chain = _chain_in_every_mode(module, modes, names, places)
-            _see_norm_before(chain, modes, names)
+            _see_norm_before(chain, modes)
+            _see_containers(chain, inside)
+            _see_settings(chain)
         except _No as no:
             findings.append(Finding(names[module], False, str(no)))
         else:
@@ -94,15 +100,49 @@ def find(model: nn.Module, *, forget_times: bool = False) -> list[Finding]:
     return sorted(findings, key=lambda finding: order.index(finding.name))
 
 
-def _see_norm_before(chain: Chain, modes: "list[_Mode]", names: dict) -> None:
-    """Whether all calls of the norm before are known, and what holds it and not the depthwise convolution."""
+def _see_containers(chain: Chain, inside: dict[nn.Module, set]) -> None:
+    """Which modules hold a part of the chain; `inside` are the modules of each."""
+
+    def partly(members: list[nn.Module]) -> list[nn.Module]:
+        group = set(members)
+        return [m for m, modules in inside.items() if m not in group and 0 < len(group & modules) < len(group)]
+
+    chain.containers = partly([child for _, _, child in chain.places])
+    for container in chain.containers:
+        if has_hooks(container):
+            raise _No(f"hooks are attached to the {type(container).__name__} around a part of the chain")
+    if chain.before is not None:
+        chain.before.containers = partly([*(child for _, _, child in chain.before.places), chain.depthwise])
+
+
+# What can be set later and is not read at each call, by class.
+_SETTINGS = {nn.LeakyReLU: "negative_slope", nn.GELU: "approximate", **dict.fromkeys(_DROPOUTS, "p")}
+
+
+def _see_settings(chain: Chain) -> None:
+    def settings(places: list) -> list[tuple[nn.Module, str, object]]:
+        return [setting for _, _, module in places for setting in _settings(module)]
+
+    chain.settings = [(chain.depthwise, "padding_mode", "zeros"), *settings(chain.places)]
+    if chain.before is not None:
+        chain.before.settings = settings(chain.before.places)
+
+
+def _settings(module: nn.Module) -> list[tuple[nn.Module, str, object]]:
+    name = _SETTINGS.get(type(module))
+    if name is not None:
+        return [(module, name, getattr(module, name))]
+    if _own_activation(module) is None:
+        return []
+    simple = (bool, int, float, str)  # whatever its forward may look at
+    return [(module, n, v) for n, v in vars(module).items() if type(v) in simple and n[0] != "_" and n != "training"]
+
+
+def _see_norm_before(chain: Chain, modes: "list[_Mode]") -> None:
+    """Whether all calls of the norm before are known."""
     before = chain.before
     if before is None:
         return
-    inside = set(before.norm.modules())
-    before.containers = [
-        m for m in names if m is not before.norm and inside & set(m.modules()) and chain.depthwise not in m.modules()
-    ]
     calls = [
         [node for graph in mode.graphs for m in (before.norm, chain.depthwise) for node in graph.calls.get(m, ())]
         for mode in modes
@@ -131,7 +171,10 @@ def _fused_already(module: nn.Module, names: dict) -> Finding:
     members = tuple(names[child] for _, _, child in chain.all_places() if child in names)
     reason = _describe(chain)
     if chain.extent() == NONE:
-        reason = "fused, but its modules run one by one: one was changed since, or BatchNorm trains without kernels"
+        reason = (
+            "fused, but its modules run one by one: one was changed since or hooks are attached, or BatchNorm trains "
+            "without kernels"
+        )
     return Finding(names[module], True, reason, members)
 
 
@@ -170,8 +213,7 @@ def _check_convolution(conv: nn.Module) -> None:
 def _check_parameters(module: nn.Module) -> None:
     if parametrize.is_parametrized(module):
         raise _No(f"the {_kind(module)} is parametrized")
-    if has_hooks(module):
-        raise _No(f"hooks are attached to the {_kind(module)}")
+    _check_hooks(module)
     if not isinstance(module._parameters.get("weight"), nn.Parameter) and getattr(module, "weight", None) is not None:
         raise _No(f"the weight of the {_kind(module)} is no parameter but computed")
 
@@ -244,6 +286,9 @@ _ACTIVATION_CALLS = {
 }
 
 
+_INPLACE_SECOND = ("relu", "relu6", "silu", "hardswish", "hardsigmoid")  # F.relu(x, True)
+
+
 def _activation_of_call(node: fx.Node, argument: fx.Node) -> str | None:
     """The activation that the call of a function or method is, if it is one of the kernels'."""
     if node.op not in ("call_function", "call_method") or node.target not in _ACTIVATION_CALLS:
@@ -251,6 +296,8 @@ def _activation_of_call(node: fx.Node, argument: fx.Node) -> str | None:
     name, options = _ACTIVATION_CALLS[node.target], dict(node.kwargs)
     options.pop("inplace", None)
     arguments = [*node.args, *([options.pop("input")] if "input" in options else [])]
+    if name in _INPLACE_SECOND and len(arguments) == 2 and isinstance(arguments[1], bool):
+        arguments.pop()
     if name == "leaky_relu" and len(arguments) == 1:
         slope = options.pop("negative_slope", activations.LEAKY_RELU_SLOPE)
         name = name if slope == activations.LEAKY_RELU_SLOPE else None
@@ -262,13 +309,36 @@ def _activation_of_call(node: fx.Node, argument: fx.Node) -> str | None:
 _ACTIVATION_MODULES = ("torch.nn.modules.activation",)
 
 
-def _activation_of_module(module: nn.Module) -> str:
+def _check_hooks(module: nn.Module) -> None:
     if has_hooks(module):
-        raise _No(f"hooks are attached to the {type(module).__name__}")
+        raise _No(f"hooks are attached to the {_kind(module)}")
+    if "forward" in vars(module):
+        raise _No(f"the {_kind(module)} has a forward of its own")
+
+
+def _activation_of_module(module: nn.Module) -> str:
+    _check_hooks(module)
+    own = _own_activation(module)
+    if own is not None:
+        return own
     try:
         return activations.activation_name(module)
     except (TypeError, ValueError):
         raise _No(f"{module} is no activation of the kernels") from None
+
+
+def _own_activation(module: nn.Module) -> str | None:
+    """The activation that is all that a module of somebody else's class computes, as ``return F.silu(x)``."""
+    theirs = type(module).__module__.startswith("torch.nn.") or isinstance(module, torch.jit.ScriptModule)
+    if theirs or any((module._modules, module._parameters, module._buffers)):
+        return None
+    try:
+        with untouched(module):
+            nodes = list(fx.Tracer().trace(module, concrete_args=defaults_of(module) or None).nodes)
+    except Exception:
+        return None
+    x, result = nodes[0], nodes[-1].args[0]
+    return _activation_of_call(result, x) if isinstance(result, fx.Node) and list(x.users) == [result] else None
 
 
 # ---- graphs ---------------------------------------------------------------------------------------------------------
@@ -343,14 +413,17 @@ def _trace_all(model: nn.Module, training: bool) -> _Mode:
         return _Mode(graphs, failures)
 
 
-def trace(root: nn.Module, opaque: set[nn.Module]) -> Graph:
+def trace(root: nn.Module, opaque: set[nn.Module], given: dict | None = None) -> Graph:
+    """`given`: values of arguments with a default, which else keep that; ``PH`` for one that the graph takes."""
     if isinstance(root, (nn.ModuleList, nn.ModuleDict)):
         raise NotImplementedError(f"{type(root).__name__} has no forward")
-    # Arguments with a default keep it: most are switches.
-    tracer = _Tracer(opaque)
-    parameters = inspect.signature(root.forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
-    graph = tracer.trace(root, concrete_args=defaults or None)
+    tracer = _Tracer(opaque | {module for module in root.modules() if _own_activation(module) is not None} - {root})
+    values = defaults_of(root) | (given or {})  # most are switches
+    with untouched(root):
+        for module in root.modules():
+            if has_hooks(module) and not isinstance(module, LazyModuleMixin):
+                _clear_hooks(module)
+        graph = tracer.trace(root, concrete_args={n: v for n, v in values.items() if v is not fx.PH} or None)
     modules, calls = {}, {}
     for node in graph.nodes:
         if node.op == "call_module":
@@ -358,6 +431,23 @@ def trace(root: nn.Module, opaque: set[nn.Module]) -> Graph:
             modules[node] = module
             calls.setdefault(module, []).append(node)
     return Graph(root, graph, modules, calls)
+
+
+def _clear_hooks(module: nn.Module) -> None:
+    """They are somebody's, and not made for a tracer; where there are any, chains look after them themselves."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
+        hooks.clear()
+
+
+def trace_around(root: nn.Module, members: set[nn.Module], given: dict | None = None) -> Graph:
+    """With nothing in it but the code of `root`, and of the modules between it and `members`."""
+    beside = {m for m in root.modules() if m is not root and members.isdisjoint(m.modules())}
+    return trace(root, beside | members, given)
+
+
+def defaults_of(root: nn.Module) -> dict:
+    parameters = inspect.signature(root.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 @contextlib.contextmanager
@@ -379,10 +469,7 @@ def _chain_in_every_mode(conv: nn.Module, modes: list[_Mode], names: dict, place
     chains = [chain for mode in modes if (chain := _chain_in(conv, mode, names, places)) is not None]
     if not chains:
         raise _No("forward does not call it")
-    if (
-        len({(chain.activation, chain.out_activation, *(child for _, _, child in chain.places)) for chain in chains})
-        > 1
-    ):
+    if len({chain.way() for chain in chains}) > 1:
         raise _No("training and evaluation take different ways")
     ways = {None if chain.before is None else (chain.before.norm, chain.before.activation) for chain in chains}
     if len(ways) > 1:
@@ -405,8 +492,9 @@ def _chain_in(conv: nn.Module, mode: _Mode, names: dict, places: dict) -> Chain 
         raise _No("it is called with more than one argument")
     chain = Walk(graph, node).chain(conv, places)
     if chain.needs_rewriting:
-        chain.rewritten = _common_parent(chain, names)
+        chain.rewritten = _checked_for_rewriting(_common_parent(chain, names), chain, names)
     else:
+        _check_arguments(_common_parent(chain, names), chain, names)
         chain.before = _norm_before(graph, node, places)
     return chain
 
@@ -431,6 +519,8 @@ def _norm_before(graph: Graph, conv: fx.Node, places: dict) -> NormBefore | None
                 within = module.act if _has_activation(module) else None
                 if within is not None and activation is not None:
                     return None
+                if any(_writes(user, graph.modules.get(user)) for user in node.args[0].users):
+                    return None  # to the input of the norm, which is read after that
                 activation = activation if within is None else _activation_of_module(within)
                 return NormBefore(module, activation or "identity", [places[m] for m in members], within)
             if type(module) is nn.Identity:
@@ -442,14 +532,29 @@ def _norm_before(graph: Graph, conv: fx.Node, places: dict) -> NormBefore | None
             return None
 
 
+def _writes(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether a call writes to what it is given."""
+    if module is not None:
+        return getattr(module, "inplace", False)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or bool(node.kwargs.get("inplace")) or node.target in _IN_PLACE_OPERATORS
+
+
+_IN_PLACE_OPERATORS = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.setitem)
+
+
 def _common_parent(chain: Chain, names: dict) -> nn.Module:
-    """The smallest module that holds the whole chain, where its forward can be rewritten."""
+    """The smallest module that holds the whole chain."""
     paths = [names[child].split(".")[:-1] for _, _, child in chain.places]
     depth = 0
     while all(len(path) > depth for path in paths) and len({path[depth] for path in paths}) == 1:
         depth += 1
     by_name = {name: module for module, name in names.items()}
-    parent = by_name[".".join(paths[0][:depth])]
+    return by_name[".".join(paths[0][:depth])]
+
+
+def _checked_for_rewriting(parent: nn.Module, chain: Chain, names: dict) -> nn.Module:
     from dsconv_cuda.fusion import rewrite  # which needs this module to read graphs
 
     try:
@@ -459,6 +564,36 @@ def _common_parent(chain: Chain, names: dict) -> nn.Module:
         line = str(error).splitlines()[0]
         raise _No(f"an activation is no module of its own, and forward of {name} cannot be rewritten: {line}") from None
     return parent
+
+
+# What an argument is given beside its default, to see whether that changes the way through a chain.
+_OTHER_VALUES = {None: fx.PH, False: True, True: False}
+
+
+def _check_arguments(parent: nn.Module, chain: Chain, names: dict) -> None:
+    """That the chain is the same whether or not an optional argument is given to the module that holds it.
+
+    As far as forward can be traced so; what it does otherwise is noticed when it happens (chain.py).
+    """
+    children = {child: (above, name, child) for above, name, child in chain.places}
+    for argument, default in defaults_of(parent).items():
+        if not (default is None or isinstance(default, bool)):
+            continue
+        try:
+            graph = trace_around(parent, set(children), {argument: _OTHER_VALUES[default]})
+        except Exception:
+            continue
+        for node in graph.calls.get(chain.depthwise, ()):
+            try:
+                again = Walk(graph, node).chain(chain.depthwise, children)
+                reason = "another way is taken" if chain.way() != again.way() else None
+            except _No as no:
+                reason = str(no)
+            except KeyError:  # a module that is not in the chain
+                reason = "another way is taken"
+            if reason is not None:
+                name = names[parent] or type(parent).__name__
+                raise _No(f"{reason}, where forward of {name} is given {argument!r}")
 
 
 class Walk:
@@ -501,9 +636,9 @@ class Walk:
                     within = _activation_of_module(module.act) if _has_activation(module) else None
                     norm, activation = module, within if within != "identity" else None
                     self.members.append(module)
-                elif type(module) is nn.Identity:
+                elif type(module) is nn.Identity or (type(module) in _DROPOUTS and module.p == 0):
                     self._check_single(module)
-                    _activation_of_module(module)  # hooks
+                    _check_hooks(module)
                     self.members.append(module)
                 elif module is not None and _is_activation(module) and activation is None:
                     activation = _activation_of_module(module)
@@ -593,4 +728,5 @@ def _is_permute(module: nn.Module | None) -> bool:
 
 
 def _is_activation(module: nn.Module) -> bool:
-    return type(module).__module__ in _ACTIVATION_MODULES or "activation" in type(module).__module__
+    ours = type(module).__module__ in _ACTIVATION_MODULES or "activation" in type(module).__module__
+    return ours or _own_activation(module) is not None

@@ -4,8 +4,8 @@ One run of the model with the example shows the shape, layout and dtype that eac
 each chain is computed both ways on random numbers of that form, in turns, so that a change of the machine's load meets
 both: in evaluation the forward without gradients, in training forward and backward. Chains alike in everything that
 takes time are measured once. A chain is slower if (as one)/(module by module) is more than ``SLOWER`` both in the
-median over the rounds and in the quickest rounds; so other processes do not decide, and where the two are equal the
-chain is taken, as it needs less memory.
+median over the rounds and in the quickest rounds, or ``MUCH_SLOWER`` in the quickest alone; so other processes do not
+decide, and where the two are equal the chain is taken, as it needs less memory.
 """
 
 import contextlib
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from dsconv_cuda.activations import ACTIVATIONS
 from dsconv_cuda.fusion.chain import ALL, NONE, Chain
+from dsconv_cuda.fusion.untouched import attributes_restored
 
-SLOWER = 1.03
+SLOWER, MUCH_SLOWER = 1.03, 1 / 0.95
 _ROUNDS, _LEAST_SECONDS, _WARM_UP_CALLS = 15, 1e-3, 3
 
 
@@ -58,7 +59,8 @@ class Verdict:
 
     @property
     def slower(self) -> bool:
-        return min(self.median_ratio, self.fused / self.one_by_one) > SLOWER
+        quickest = self.fused / self.one_by_one
+        return quickest > MUCH_SLOWER or min(self.median_ratio, quickest) > SLOWER
 
     @property
     def gain(self) -> float:
@@ -197,11 +199,11 @@ def _inputs(model: nn.Module, example, convolutions: list[nn.Module]) -> dict[nn
 
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Statistics of BatchNorm, and random numbers, are afterwards what they were."""
+    """Attributes, statistics of BatchNorm and random numbers are afterwards what they were."""
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = {t.device for t in model.parameters() if t.device.type == "cuda"}
     try:
-        with torch.random.fork_rng(devices):
+        with attributes_restored(model), torch.random.fork_rng(devices):
             yield
     finally:
         with torch.no_grad():

@@ -66,17 +66,12 @@ _chain.MIXINS["rewritten"] = _Rewritten
 def write(module: nn.Module, chains: list[Chain]) -> Callable:
     """The forward of `module` with a call of each of `chains`, as a function of the module and its arguments."""
     members = {child for chain in chains for _, _, child in chain.places}
-    inside = [m for m in module.modules() if m is not module and not any(c in members for c in m.modules())]
-    traced = find.trace(module, {*inside, *members})
+    traced = find.trace_around(module, members)
     for chain in chains:
         (node,) = traced.calls[chain.depthwise]
         walk = find.Walk(traced, node)
         again = walk.chain(chain.depthwise, {child: (parent, name, child) for parent, name, child in chain.places})
-        if (again.places, again.activation, again.out_activation) != (
-            chain.places,
-            chain.activation,
-            chain.out_activation,
-        ):
+        if again.way() != chain.way():
             raise ValueError("its own graph shows another chain")
         (x,) = (*node.args, *node.kwargs.values())
         with traced.graph.inserting_before(node), warnings.catch_warnings():
