@@ -31,7 +31,6 @@ from dsconv_cuda import _checks, compiled_weights
 from dsconv_cuda.activations import activation_number
 from dsconv_cuda.autograd import KeptFunction, kept_arguments, kept_kernels, transformed
 from dsconv_cuda.children import acts
-from dsconv_cuda.children import has_hooks as has_hooks  # of this module for fusion/
 from dsconv_cuda.functional import as_rows, cast_for_autocast
 
 _is_grad_enabled = torch.is_grad_enabled

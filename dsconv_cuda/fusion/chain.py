@@ -53,6 +53,7 @@ from dsconv_cuda import _checks, _loader, batchnorm_training, compiled_folding
 from dsconv_cuda.activations import activation_number
 from dsconv_cuda.autograd import transformed
 from dsconv_cuda.batchnorm import Unnormalised, block_of_chain, norm_before
+from dsconv_cuda.children import has_hooks
 from dsconv_cuda.deferred import Deferred, break_graphs
 from dsconv_cuda.folded import Folded, fold, given_vectors, wants_gradients
 from dsconv_cuda.functional import (
@@ -61,7 +62,6 @@ from dsconv_cuda.functional import (
     depthwise_separable_conv2d,
     depthwise_separable_conv3d,
 )
-from dsconv_cuda.kept_weights import has_hooks
 from dsconv_cuda.norms import BatchNormArguments, arguments_of
 
 NONE, PAIR, ALL = 0, 1, 2  # see Chain.extent()

@@ -22,9 +22,9 @@ from torch.nn.utils import parametrize
 
 from dsconv_cuda import activations
 from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN
+from dsconv_cuda.children import has_hooks
 from dsconv_cuda.fusion.chain import NONE, Chain, NormBefore, chain_of
 from dsconv_cuda.fusion.untouched import untouched
-from dsconv_cuda.kept_weights import has_hooks
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 
 FUSED_MODULES = (
