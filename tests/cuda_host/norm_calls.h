@@ -126,6 +126,7 @@ LaunchStatus every_launch(const ForwardParams& call, const DeviceLimits& device)
   }
   run(launch_norm_parts(nullptr, kType == DType::f64, 1, 1, nullptr, nullptr, nullptr));
   run(launch_norm_vectors(nullptr, {}, {}, 1, 1, nullptr, nullptr));
+  run(launch_fold_norm({nullptr, 1, 0, {}, {}, {}, {}, {}, 1, nullptr, nullptr}, kType, nullptr));
   return status;
 }
 
