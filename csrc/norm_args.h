@@ -7,6 +7,8 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <type_traits>
+
 #include "op_args.h"
 
 namespace dsconv {
@@ -24,6 +26,25 @@ inline const double* doubles_of(const char* op, const char* arg, const Tensor& t
   return static_cast<const double*>(t.const_data_ptr());
 }
 
+// Calls f with a value of the tensor's type.
+template <typename F>
+auto by_type(const char* op, const Tensor& t, const F& f) {
+  switch (dtype_of(op, t)) {
+    case DType::f64:
+      return f(double{});
+    case DType::f16:
+      return f(torch::headeronly::Half{});
+    case DType::bf16:
+      return f(torch::headeronly::BFloat16{});
+    default:
+      return f(float{});
+  }
+}
+
+// In which values of type T are computed: what is made in float64 is rounded to T by way of it.
+template <typename T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
 template <typename T>
 void read_values(const Tensor& t, int64_t count, double* to) {
   const T* from = static_cast<const T*>(t.const_data_ptr());
@@ -39,16 +60,16 @@ inline void read_parameter(const char* op, const char* arg, const std::optional<
     return;
   }
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", arg, " must have shape [", channels, "]");
-  switch (dtype_of(op, *t)) {
-    case DType::f32:
-      return read_values<float>(*t, channels, to);
-    case DType::f64:
-      return read_values<double>(*t, channels, to);
-    case DType::f16:
-      return read_values<torch::headeronly::Half>(*t, channels, to);
-    case DType::bf16:
-      return read_values<torch::headeronly::BFloat16>(*t, channels, to);
-  }
+  by_type(op, *t, [&](auto value) { read_values<decltype(value)>(*t, channels, to); });
 }
+
+// Elements of a channel of a weight that a norm folds into.
+inline int64_t row_of_weight(const char* op, const char* arg, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() >= 2 && t.is_contiguous(), op, ": ", arg, " must be contiguous, with channels first");
+  return t.size(0) == 0 ? 0 : t.numel() / t.size(0);
+}
+
+// Of the same sizes and strides, which say what memory format outputs will have.
+inline Tensor like_weight(const Tensor& t) { return empty_strided(t, t.dim(), t.sizes().data(), t.strides().data()); }
 
 }  // namespace dsconv

@@ -8,10 +8,7 @@
 //   grad beta   = grad bias'
 //
 // A channel is a row of the weight. Numbers of a channel and sums are float64, products in the type of the weight, of
-// 16-bit ones in float. csrc/cuda/op_cuda_fold.cu has the first of the two.
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
+// 16-bit ones in float. On CUDA there is the first of the two: fold_norm() in cuda/op_cuda_norm.cu, cuda/cuda_fold.cu.
 
 #include <cmath>
 #include <vector>
@@ -45,35 +42,7 @@ struct Norm {
   }
 };
 
-// Elements of a row.
-int64_t check_weight(const char* op, const char* arg, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() >= 2 && t.is_contiguous(), op, ": ", arg, " must be contiguous, with channels first");
-  return t.size(0) == 0 ? 0 : t.numel() / t.size(0);
-}
-
-// Of the same sizes and strides, which say what memory format outputs will have.
-Tensor like_weight(const Tensor& t) { return empty_strided(t, t.dim(), t.sizes().data(), t.strides().data()); }
-
 Tensor empty_vector(const Tensor& like, int64_t channels) { return empty_contiguous(like, {&channels, 1}); }
-
-// In which a weight of type T is multiplied.
-template <typename T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-// Calls f with a value of the weight's type.
-template <typename F>
-auto by_type(const char* op, const Tensor& weight, const F& f) {
-  switch (dtype_of(op, weight)) {
-    case DType::f64:
-      return f(double{});
-    case DType::f16:
-      return f(torch::headeronly::Half{});
-    case DType::bf16:
-      return f(torch::headeronly::BFloat16{});
-    default:
-      return f(float{});
-  }
-}
 
 template <typename T>
 std::tuple<Tensor, Tensor> fold(const Tensor& weight, int64_t row, const Norm& norm, const Channels& beta) {
@@ -96,7 +65,7 @@ std::tuple<Tensor, Tensor> fold(const Tensor& weight, int64_t row, const Norm& n
 std::tuple<Tensor, Tensor> fold_norm(Tensor weight, Optional bias, Tensor mean, Tensor var, Optional gamma,
                                      Optional beta, double eps) {
   constexpr const char* op = "dsconv_cuda::fold_norm";
-  const int64_t row = check_weight(op, "weight", weight), channels = weight.size(0);
+  const int64_t row = row_of_weight(op, "weight", weight), channels = weight.size(0);
   const Norm norm(op, bias, mean, var, gamma, channels, eps);
   const Channels shift = channels_of(op, "beta", beta, channels, 0);
   return by_type(op, weight, [&](auto value) { return fold<decltype(value)>(weight, row, norm, shift); });
@@ -149,7 +118,7 @@ Gradients fold_backward(const Tensor& grad_weight, const Tensor& grad_bias, cons
 Gradients fold_norm_bwd(Tensor grad_weight, Tensor grad_bias, Tensor weight, Optional bias, Tensor mean, Tensor var,
                         Optional gamma, double eps) {
   constexpr const char* op = "dsconv_cuda::fold_norm_bwd";
-  const int64_t row = check_weight(op, "weight", weight), channels = weight.size(0);
+  const int64_t row = row_of_weight(op, "weight", weight), channels = weight.size(0);
   const Tensor grad = dense(grad_weight), grad_of_bias = dense(grad_bias);
   STD_TORCH_CHECK(same_sizes(grad, weight) && grad.scalar_type() == weight.scalar_type(), op,
                   ": grad_weight must be like weight");

@@ -17,9 +17,6 @@
 // reduced over tiles, threads and processes keeps its digits. As in op_cpu.cpp, how a call is cut into tasks follows
 // from the shape, so sums have the same bits for every number of threads.
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cmath>
 #include <numeric>
 #include <vector>
@@ -90,14 +87,14 @@ Tensor norm_vectors(Tensor moments, Bias gamma, Bias beta, double eps) {
 
 namespace {
 
-// running += momentum * (scale * value - running), rounded to T by way of Rounded.
-template <typename T, typename Rounded = T>
+// running += momentum * (scale * value - running)
+template <typename T>
 void move_towards(const Tensor& running, const double* values, double scale, double momentum) {
   T* to = static_cast<T*>(running.mutable_data_ptr());
   const int64_t count = running.size(0), step = running.stride(0);
   for (int64_t i = 0; i < count; ++i) {
     const double old = static_cast<double>(to[i * step]);
-    to[i * step] = static_cast<T>(static_cast<Rounded>(old + momentum * (scale * values[i] - old)));
+    to[i * step] = static_cast<T>(static_cast<Wide<T>>(old + momentum * (scale * values[i] - old)));
   }
 }
 
@@ -112,16 +109,7 @@ void norm_track(Tensor moments, double count, double momentum, Bias running_mean
     if (!t.has_value()) return;
     STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == channels, op, ": ", arg, " must have shape [", channels, "]");
     STD_TORCH_CHECK(t->device() == moments.device(), op, ": ", arg, " must be on the device of moments");
-    switch (dtype_of(op, *t)) {
-      case DType::f32:
-        return move_towards<float>(*t, values, scale, momentum);
-      case DType::f64:
-        return move_towards<double>(*t, values, scale, momentum);
-      case DType::f16:
-        return move_towards<torch::headeronly::Half, float>(*t, values, scale, momentum);
-      case DType::bf16:
-        return move_towards<torch::headeronly::BFloat16, float>(*t, values, scale, momentum);
-    }
+    by_type(op, *t, [&](auto value) { move_towards<decltype(value)>(*t, values, scale, momentum); });
   };
   track("running_mean", running_mean, from, 1);
   // Without bias, as PyTorch's.

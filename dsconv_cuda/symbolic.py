@@ -3,14 +3,16 @@
 from torch import fx, nn
 
 
+def call(module: nn.Module, x: fx.Proxy) -> fx.Proxy:
+    """A call of `module` with `x`, which torch.fx traces."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
+
+
 def record(module: nn.Module, kind: type[nn.Module], x: fx.Proxy) -> fx.Proxy:
-    """A call of `module` with `x`, which torch.fx traces, where its forward is that of `kind`.
+    """call(), where the forward of `module` is that of `kind`.
 
     The module that is traced itself, and a subclass whose forward calls this one, cannot be one call within: of those
     the children are recorded, by module.one_by_one().
     """
-    tracer = x.tracer
-    inside = tracer.root is module or type(module).forward is not kind.forward or "forward" in vars(module)
-    if inside:
-        return module.one_by_one(x)
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (x,), {})
+    inside = x.tracer.root is module or type(module).forward is not kind.forward or "forward" in vars(module)
+    return module.one_by_one(x) if inside else call(module, x)

@@ -36,6 +36,14 @@ def block(channels=8, width=12, *, out=8, activation=nn.ReLU6, out_activation=No
     )
 
 
+def check_gradients(fused: nn.Module, stock: nn.Module, y: torch.Tensor, expected: torch.Tensor) -> None:
+    """Of all parameters, for some gradient of the results."""
+    dy = torch.randn_like(y)
+    y.backward(dy), expected.backward(dy)
+    for ours, theirs in zip(fused.parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+
+
 def defers(model: nn.Module, x: torch.Tensor) -> bool:
     """Whether the chain of `model` takes the input of the norm before it."""
     (chain,) = {chain_of(m) for m in model.modules()} - {None}
@@ -341,10 +349,7 @@ def test_a_part_that_is_compiled_by_itself(cut, training, device):
             y, expected = tail(head(x)), stock(x)
             torch.testing.assert_close(y, expected)
             if training:
-                dy = torch.randn_like(y)
-                y.backward(dy), expected.backward(dy)
-                for ours, theirs in zip(fused.parameters(), stock.parameters(), strict=True):
-                    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+                check_gradients(fused, stock, y, expected)
     torch._dynamo.reset()
 
 
@@ -390,10 +395,7 @@ def test_what_is_written_to_the_value_stays(edit, training, device):
             y, expected = call(fused), call(stock)
         torch.testing.assert_close(y, expected)
         if training:
-            dy = torch.randn_like(y)
-            y.backward(dy), expected.backward(dy)
-            for ours, theirs in zip(fused.parameters(), stock.parameters(), strict=True):
-                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-6)
+            check_gradients(fused, stock, y, expected)
 
 
 @ONE_ISA

@@ -754,19 +754,25 @@ struct BoxInput {
   }
 
  private:
+  // act(z) or act'(z) in place of depthwise()'s z; nothing where no pixel exists.
+  template <int kValues>
+  DSCONV_DEVICE void make_middle(Middle middle, StripPlace strip, int k, int32_t c0, const unsigned char* staged,
+                                 const unsigned char* taps, float (&z)[kValues]) const {
+    if (strip.corner < 0) return;
+    depthwise(strip, k, c0, staged, taps, z);
+    if (middle == Middle::value) {
+      activate_all(in.act, z);
+    } else {
+      derive_all(in.act, z);
+    }
+  }
+
   // kUnit channels from c0 + k on, of one strip or patch.
   template <bool kZeroed>
   DSCONV_DEVICE void item(Middle middle, StripPlace strip, int k, int32_t c0, const unsigned char* staged,
                           const unsigned char* taps, unsigned char* tile) const {
     float z[kItem * kUnit] = {};  // [pixel][channel]
-    if (strip.corner >= 0) {
-      depthwise(strip, k, c0, staged, taps, z);
-      if (middle == Middle::value) {
-        activate_all(in.act, z);
-      } else {
-        derive_all(in.act, z);
-      }
-    }
+    make_middle(middle, strip, k, c0, staged, taps, z);
 #pragma unroll
     for (int i = 0; i < kItem; ++i) {
       const int slot = strip.template slot_of<kAlongC>(i);
@@ -787,14 +793,7 @@ struct BoxInput {
   DSCONV_DEVICE void pair(Middle middle, StripPlace strip, int k, int32_t c0, const unsigned char* staged,
                           const unsigned char* taps, unsigned char* tile) const {
     float z[2 * kStripPixels] = {};  // [row][column]
-    if (strip.corner >= 0) {
-      depthwise(strip, k, c0, staged, taps, z);
-      if (middle == Middle::value) {
-        activate_all(in.act, z);
-      } else {
-        derive_all(in.act, z);
-      }
-    }
+    make_middle(middle, strip, k, c0, staged, taps, z);
 #pragma unroll
     for (int i = 0; i < kStripPixels; ++i) {
       const int slot = strip.slot_of_pair(i);

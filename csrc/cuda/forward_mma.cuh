@@ -35,12 +35,11 @@ template <typename T_, MmaTileKind kKind_, bool kAlongC_>
 struct MmaForwardTraits {
   using T = T_;
   static constexpr bool kAlongC = kAlongC_;
-  static constexpr MmaTileKind kKind = kKind_;
-  static constexpr MmaTile kTile = mma_tile(kKind);
+  static constexpr MmaTile kTile = mma_tile(kKind_);
   static constexpr int kPixels = kTile.pixels, kChannels = kTile.channels;
   static constexpr int kWarpPixels = kTile.warp_pixels, kWarpChannels = kTile.warp_channels;
   static constexpr int kWarpColumns = kChannels / kWarpChannels;  // warps side by side
-  static constexpr bool kZFirst = makes_z_first(kKind);
+  static constexpr bool kZFirst = makes_z_first(kKind_);
   static_assert(kPixels / kWarpPixels * kWarpColumns == kWarpsOfBlock, "the warps tile the block");
   using Input = BoxInput<T, kAlongC, kPixels>;
   using Warp = WarpTile<kWarpPixels, kWarpChannels>;

@@ -43,7 +43,7 @@ constexpr MmaTile mma_tile(MmaTileKind kind) {
 }
 constexpr bool makes_z_first(MmaTileKind kind) { return kind == MmaTileKind::square; }
 // For what a kind that makes z first has no registers: activations that are not taken at once, and sm_75's products.
-inline bool has_registers(const ForwardParams& p, MmaTileKind kind, int64_t capability) {
+constexpr bool has_registers(const ForwardParams& p, MmaTileKind kind, int64_t capability) {
   const bool at_once = is_clamp(p.out_act) || p.out_act == Activation::leaky_relu;
   return !makes_z_first(kind) || (at_once && capability >= 80);
 }

@@ -154,17 +154,14 @@ Tensor norm_vectors(Tensor moments, Bias gamma, Bias beta, double eps) {
 std::tuple<Tensor, Tensor> fold_norm(Tensor weight, Bias bias, Tensor mean, Tensor var, Bias gamma, Bias beta,
                                      double eps) {
   constexpr const char* op = "dsconv_cuda::fold_norm";
-  STD_TORCH_CHECK(weight.dim() >= 2 && weight.is_contiguous(), op, ": weight must be contiguous, with channels first");
-  const int64_t channels = weight.size(0);
+  const int64_t row = row_of_weight(op, "weight", weight), channels = weight.size(0);
   const CurrentDevice device(weight);
   std::vector<Tensor> kept;
   const auto values = [&](const char* arg, const Bias& t) { return values_of(op, arg, t, weight, channels, kept); };
-  // Of the same strides, which say what memory format outputs will have.
-  Tensor folded = empty_strided(weight, weight.dim(), weight.sizes().data(), weight.strides().data());
-  Tensor shift = empty_contiguous(weight, {&channels, 1});
+  Tensor folded = like_weight(weight), shift = empty_contiguous(weight, {&channels, 1});
   const FoldPass pass = {weight.const_data_ptr(),
                          channels,
-                         channels == 0 ? 0 : weight.numel() / channels,
+                         row,
                          values("bias", bias),
                          values("mean", mean),
                          values("var", var),

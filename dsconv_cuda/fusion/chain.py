@@ -49,7 +49,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from dsconv_cuda import _checks, _loader, batchnorm_training, compiled_folding
+from dsconv_cuda import _checks, _loader, batchnorm_training, compiled_folding, symbolic
 from dsconv_cuda.activations import activation_number
 from dsconv_cuda.autograd import transformed
 from dsconv_cuda.batchnorm import Unnormalised, block_of_chain, norm_before
@@ -446,11 +446,6 @@ _batch_norm_kernels._dynamo_marked_constant = True  # as functional._load
 # ---- the classes of the modules of a chain --------------------------------------------------------------------------
 
 
-def _call_in_graph(module: nn.Module, x: fx.Proxy) -> fx.Proxy:
-    """A call of `module` in what torch.fx traces, which does so for the classes of torch.nn."""
-    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
-
-
 class Copied:
     """Of a class that class_for() makes: copies and pickles make it again."""
 
@@ -463,7 +458,7 @@ class _DeferredNorm(Copied):
 
     def forward(self, x):
         if isinstance(x, fx.Proxy):
-            return _call_in_graph(self, x)
+            return symbolic.call(self, x)
         deferred = self._fused_chain.defer(x)
         return super().forward(x) if deferred is None else deferred
 
@@ -473,7 +468,7 @@ class _DeferredActivation(Copied):
 
     def forward(self, x):
         if isinstance(x, fx.Proxy):
-            return _call_in_graph(self, x)
+            return symbolic.call(self, x)
         chain = self._fused_chain
         if chain._made_by_norm:
             return x
@@ -488,7 +483,7 @@ class _Fused(Copied):
 
     def forward(self, x):
         if isinstance(x, fx.Proxy):
-            return _call_in_graph(self, x)
+            return symbolic.call(self, x)
         y = self._fused_chain.start(x)
         return super().forward(x) if y is None else y
 
@@ -509,7 +504,7 @@ class _Absorbed(Copied):
 
     def forward(self, x):
         if isinstance(x, fx.Proxy):
-            return _call_in_graph(self, x)
+            return symbolic.call(self, x)
         return super().forward(x) if self._fused_chain.extent_at(x, self, PAIR) == NONE else x
 
 
@@ -518,7 +513,7 @@ class _AbsorbedAfter(Copied):
 
     def forward(self, x):
         if isinstance(x, fx.Proxy):
-            return _call_in_graph(self, x)
+            return symbolic.call(self, x)
         return x if self._fused_chain.extent_at(x, self, ALL) == ALL else super().forward(x)
 
 
