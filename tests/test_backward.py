@@ -252,3 +252,29 @@ def test_the_pointwise_bias_gradient_of_few_channels(device, c_out):
     for seed in range(20):
         torch.manual_seed(seed)
         check_case(Case(c_out=c_out), torch.float32, device, channels_last=False, backward=True)
+
+
+@numerical
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("width", [13, 55, 56])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_pixels_beyond_the_edge_count_for_nothing(dtype, width, channels_last, device):
+    """Behind the last column of the output z would overflow: tiles that reach beyond it must not multiply by that."""
+    x = torch.randn(1, 4, 8, width)
+    x[..., -1] = 0.9 * torch.finfo(dtype).max
+    dw_weight = torch.randn(4, 1, 3, 3)
+    dw_weight[..., 0], dw_weight[..., 1:] = (
+        4,
+        0,
+    )  # of the last column of x one tap alone is not zero, for the next pixel
+    pw_weight, dy = torch.randn(8, 4, 1, 1), 1e-3 * torch.randn(1, 8, 8, width)
+    tensors = [t.to(device, dtype) for t in (x, dw_weight, pw_weight, dy)]
+    if channels_last:
+        tensors[0] = tensors[0].contiguous(memory_format=torch.channels_last)
+    *operands, dy = tensors
+    operands[2].requires_grad_()
+    y = depthwise_separable_conv2d(*operands, padding=1, activation="relu")
+    (grad,) = torch.autograd.grad(y, operands[2], dy)
+    a = torch.nn.functional.conv2d(operands[0].double(), operands[1].double(), padding=1, groups=4).relu()
+    expected = torch.einsum("nohw,nchw->oc", dy.double(), a).view(8, 4, 1, 1)
+    torch.testing.assert_close(grad.double(), expected, rtol=1e-2, atol=1e-2 * expected.abs().max().item())
