@@ -93,13 +93,14 @@ def test_training(shape, channels_last, isa, device):
     check(shape.block(), shape.input(channels_last), device)
 
 
-@pytest.mark.parametrize("first_norm", [True, False])
-def test_tensors_that_no_cache_holds(first_norm, isa, device):
-    """More than kSharedCacheBytes: the next tile is asked for, and the norm after y and its gradient, without a first
-    norm a pass of its own, write past the caches. Smooth, since among millions of values some lie at any kink."""
+@pytest.mark.parametrize(("first_norm", "c", "stride"), [(True, 48, 1), (False, 48, 1), (True, 84, 2)])
+def test_tensors_that_no_cache_holds(first_norm, c, stride, isa, device):
+    """More than kSharedCacheBytes: the next tile is asked for, or by steps of 2 this one read first; z is summed of all
+    channels at a time; and the norm after y and its gradient, without a first norm a pass of its own, write past the
+    caches. Smooth, since among millions of values some lie at any kink."""
     if isa == "emulated":
         pytest.skip("what is large for the CPU's sake")
-    shape = Shape(n=2, c=48, c_out=32, h=187, w=186, bias=False, activation="silu", out_activation="tanh")
+    shape = Shape(n=2, c=c, c_out=32, h=187, w=186, stride=stride, bias=False, activation="silu", out_activation="tanh")
     block = shape.block()
     if not first_norm:
         block.bn1 = nn.Identity()

@@ -74,6 +74,9 @@ for dims, last in ((2, torch.channels_last), (3, torch.channels_last_3d)):
                 assert all(g.isfinite().all() for g in grads)
                 if dtype == torch.float32:
                     block(c, 6, 3, stride, 1, dilation=dilation)(x).sum().backward()
+# More than a cache holds, in rows that lie further apart than they are long.
+x = before_a_page(torch.randn(2, 48, 230, 208), torch.channels_last)[..., 8:].requires_grad_()
+dsconv_cuda.DepthwiseSeparableConvBN2d(48, 6, 3, 2, 1)(x).sum().backward()
 print("no fault")
 """
 LIBRARY_PAGES = 2 << 20  # code and tables that the larger call touches first

@@ -4,10 +4,12 @@
 #error "ahead.inl belongs inside an ISA region"
 #endif
 
-// What comes from a cache is better read as it is needed where products are few: more than this a call delays them.
-constexpr int64_t kMostAtOnce = 4 << 10;
+// What a step of a GEMM asks for at most. What comes from a cache is better read as it is needed where this would not
+// do.
+constexpr int64_t kMostAtOnce = 4 * kCacheLine;
 
-// Some stretches of memory, which the calls share in about equal parts of `bytes`.
+// Some stretches of memory, of which every call asks for `bytes`, or where that is not 0, every step of a call for
+// `step`. Evenly: a core drops what it is asked for while it waits for as many lines as it can.
 struct Ahead {
   static constexpr int kMost = 4;
   // Runs of `length` bytes, `step` from one to the next: what is left of one of them, and `more` behind it.
@@ -17,7 +19,7 @@ struct Ahead {
   };
   Stretch of[kMost];
   int count, at;
-  int64_t bytes;
+  int64_t bytes, step;
 };
 
 DSCONV_INLINE void skip_finished(Ahead& ahead) {
@@ -41,8 +43,9 @@ struct Asked {
 DSCONV_INLINE Asked ask(Ahead& ahead, int64_t steps) {
   Ahead::Stretch& s = ahead.of[ahead.at];
   const int64_t left = s.end - s.next;
-  int64_t step = ceil_div(left < ahead.bytes ? left : ahead.bytes, steps);
-  if (step > 4 * kCacheLine) step = 4 * kCacheLine;
+  const int64_t bytes = ahead.step > 0 ? ahead.step * steps : ahead.bytes;
+  int64_t step = ceil_div(left < bytes ? left : bytes, steps);
+  if (step > kMostAtOnce) step = kMostAtOnce;
   const Asked asked = {s.next, step};
   s.next += step * steps;
   skip_finished(ahead);
@@ -61,10 +64,34 @@ DSCONV_INLINE void prefetch_some(Ahead& ahead) {
   }
 }
 
-DSCONV_INLINE void share_out(Ahead& ahead, int64_t calls) {
+// All of it now, up to `end` of the memory it lies in, by loads, some at a time: the prefetchers of the hardware follow
+// these, and have more lines under way than a core may ask for.
+DSCONV_INLINE void read_through(const Ahead& ahead, const char* end) {
+  constexpr int64_t line = kCacheLine;
+  for (int i = 0; i < ahead.count; ++i) {
+    const Ahead::Stretch& s = ahead.of[i];
+    const char* p = s.next;
+    const char* const last = s.end < end ? s.end : end;
+    for (; last - p > 3 * line; p += 4 * line) {
+      const char a = p[0], b = p[line], c = p[2 * line], d = p[3 * line];
+      __asm__ volatile("" : : "r"(a), "r"(b), "r"(c), "r"(d));
+    }
+    for (; p < last; p += line) {
+      const char a = *p;
+      __asm__ volatile("" : : "r"(a));
+    }
+  }
+}
+
+DSCONV_INLINE int64_t all_bytes(const Ahead& ahead) {
   int64_t bytes = 0;
   for (int i = 0; i < ahead.count; ++i) bytes += ahead.of[i].length * (ahead.of[i].more + 1);
-  ahead.bytes = ceil_div(bytes, calls > ahead.count ? calls - ahead.count : 1);
+  return bytes;
+}
+
+// The call in which a stretch ends goes no further.
+DSCONV_INLINE void share_out(Ahead& ahead, int64_t calls) {
+  ahead.bytes = ceil_div(all_bytes(ahead), calls > ahead.count ? calls - ahead.count : 1);
 }
 
 // [begin, end), and as much of each of `runs` - 1 stretches `step` elements from one to the next.
@@ -110,6 +137,27 @@ DSCONV_INLINE void add_rows(Ahead& ahead, const S* x, const Strides& s, Layout l
   } else {
     add_stretch(ahead, begin, begin + rows * s.h, g.c_in, s.c);
   }
+}
+
+// For a pass whose work is little beside what it reads of an nhwc x: the rows that the tile after `tile` reads, in
+// parts for so many calls of this one's; but where these could not take them along, this one's are read now, and there
+// is nothing to ask.
+template <typename S>
+DSCONV_INLINE Ahead rows_of_tile(const CpuPlan& plan, const S* x, const Strides& s, const Geometry& g, int64_t tile,
+                                 int64_t calls) {
+  const bool now = plan.beyond_cache && g.stride_h * g.stride_w > 2;
+  const int64_t which = now ? tile : tile + 1;
+  Ahead ahead = {};
+  if (which == plan.tiles) return ahead;
+  add_rows(ahead, x, s, Layout::nhwc, g, tile_range(plan.order, which), walks_depth(plan.order));
+  if (now) {
+    // Behind the last row there may be nothing, where rows of x lie further apart than they are long.
+    const S* const last = x + (g.n - 1) * s.n + (g.d_in - 1) * s.d + (g.h_in - 1) * s.h + (g.w_in - 1) * s.w;
+    read_through(ahead, reinterpret_cast<const char*>(last + g.c_in));
+    return {};
+  }
+  share_out(ahead, calls);
+  return ahead;
 }
 
 // The next address, which the compiler may not derive from the first: it would keep one pointer a column, on the stack.

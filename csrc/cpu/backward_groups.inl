@@ -125,19 +125,15 @@ static void backward_group(const BackwardContext& ctx, int64_t group, void* scra
   }
 }
 
-// What the tile after `tile`, of `count` pixels, will read of x, in parts for tile_du_to_dz() of this one. Of its du
-// du_to_dz() asks for a line with each that it reads.
+// What the tile after `tile`, of `count` pixels, will read of x, in parts for tile_du_to_dz() of this one; or nothing,
+// where `tile` itself is read first. Of its du du_to_dz() asks for a line with each that it reads.
 template <typename X>
-DSCONV_INLINE Ahead next_tile_of_x(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t tile,
-                                   int64_t count) {
+DSCONV_INLINE Ahead tile_of_x(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t tile, int64_t count) {
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
-  Ahead ahead = {};
-  if (tile + 1 == plan.tiles) return ahead;
-  add_rows(ahead, x.data, x.strides(), Layout::nhwc, g, tile_range(plan.order, tile + 1), walks_depth(plan.order));
-  share_out(ahead, ceil_div(g.c_mid, plan.z_channels) * ceil_div(count, 2 * kPairPixels) +
-                       ceil_div(g.c_mid, plan.du_width) * ceil_div(count, kRowsAtOnce));
-  return ahead;
+  const int64_t calls = depthwise_calls<typename ComputeOf<X>::type>(count, g.c_mid) +
+                        ceil_div(g.c_mid, plan.du_width) * ceil_div(count, kRowsAtOnce);
+  return rows_of_tile(plan, x.data, x.strides(), g, tile, calls);
 }
 
 // du -> dz of a tile's pixels, some panels of channels at a time; zhat: room for plan.z_ld a pixel, and as much for
@@ -176,7 +172,7 @@ static void backward_norm_group_of(const BackwardContext& ctx, const ChannelsLas
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const Range pixels = tile_range(plan.order, tile);
     const int64_t count = pixels.end - pixels.begin;
-    Ahead ahead = next_tile_of_x(ctx, x, tile, count);
+    Ahead ahead = tile_of_x(ctx, x, tile, count);
     tile_du_to_dz(ctx, x, pixels.begin, count, zhat, ahead);
     if (dw_partial != nullptr) correlate_run(ctx, x, pixels, dw_partial);
     if (plan.joined && ctx.p.grad_x != nullptr) row = backward_rows_of_tile<S>(ctx, tiles, tile, row, grad_tile);

@@ -24,6 +24,8 @@
 // prefetcher follows stores that go from pixel to pixel. stream: past the caches, whole lines of a vector.
 enum class Stores { plain, ahead, stream };
 
+constexpr int kPairPixels = 7;  // of each of two rows at a time
+
 template <typename S>
 struct ChannelRow {
   typedef typename ComputeOf<S>::type T;
@@ -42,12 +44,18 @@ struct ChannelRow {
   Stores stores;           // of pairs of rows, where these are compiled to ask (Far)
   const S* end = nullptr;  // of the memory of x; null: no lane past the last channel may be read
   bool padded = false;     // outputs have room for whole vectors
-  Ahead* ahead = nullptr;  // what is asked for meanwhile, a part with each group of pixels
+  Ahead* ahead = nullptr;  // what is asked for meanwhile, a part with each vector of a group of pixels
 };
 
 template <typename S>
 DSCONV_INLINE void ask_meanwhile(const ChannelRow<S>& row) {
   if (row.ahead != nullptr) prefetch_some(*row.ahead);
+}
+
+// How often at least, for `count` pixels.
+template <typename T>
+DSCONV_INLINE int64_t depthwise_calls(int64_t count, int64_t channels) {
+  return ceil_div(count, 2 * kPairPixels) * ceil_div(channels, Vec<T>::n);
 }
 
 // From slice number `slice` to the next.
@@ -241,6 +249,7 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
   const int64_t start_step = row.start_step;
   const V lo = vset(clamp.lo), hi = vset(clamp.hi);
   for (int64_t vector = 0; vector < vectors; ++vector) {
+    ask_meanwhile(row);
     V acc[P];
     const T* from = start;
     DSCONV_UNROLL
@@ -303,12 +312,12 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
   const int64_t column_step = row.column_step;
   const V lo = vset(clamp.lo), hi = vset(clamp.hi);
   for (int64_t group = 0; group < groups; ++group, x_first += P * Step * column_step, out_first += P * ld) {
-    ask_meanwhile(row);
     const S* x = x_first;
     T* out = out_first;
     const T* start = row.start;
     const T* weight = row.weight;
     for (int64_t vector = 0; vector < vectors; ++vector) {
+      ask_meanwhile(row);
       V upper[P], lower[P];
       DSCONV_UNROLL
       for (int p = 0; p < P; ++p) upper[p] = lower[p] = vload(start);
@@ -415,7 +424,6 @@ static void convolve_row_steps(const ChannelRow<S>& row, int64_t top, int64_t le
   const int64_t inside_end = valid_outputs(left + (row.taps_w - 1) * row.dilation_w, row.step_w, row.in_w, count).end;
   for (int64_t p = 0; p < count;) {
     const int pixels = group_pixels(count - p);
-    ask_meanwhile(row);
     const ColumnRange range = {left + p * row.step_w, row.in_w, last_lanes(row, vectors)};
     const S* from = x + p * row.step_w * row.column_step;
     const T* start = row.start + p * row.start_step;
@@ -435,7 +443,6 @@ static void convolve_row_steps(const ChannelRow<S>& row, int64_t top, int64_t le
 }
 
 // `vectors` vectors of two rows of `count` pixels, a multiple of kPairPixels.
-constexpr int kPairPixels = 7;
 template <int Step, bool Far, typename S, typename T>
 static void convolve_row_pair(const ChannelRow<S>& row, int64_t vectors, int64_t apart, int64_t top, int64_t left,
                               int64_t count, Clamp<T> clamp, T* out, int64_t ld, int64_t out_row) {

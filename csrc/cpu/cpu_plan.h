@@ -284,7 +284,7 @@ constexpr int64_t packed_outputs(const CpuPlan& plan) { return plan.by_planes ? 
 constexpr int64_t forward_tasks(const CpuPlan& plan) { return columns_of(plan.order, plan.tiles) * plan.parts; }
 
 // The statistics of z: sums follow the tiles, as in backward. A tile is read twice more while it is near, so it is
-// smaller, of few channels (mid_ld) on many pixels.
+// smaller, of few channels (mid_ld) on many pixels; but from DRAM x is read once, as it lies there.
 inline CpuPlan plan_moments(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element, int64_t tile_bytes,
                             bool by_planes = false) {
   CpuPlan plan = plan_detail::base(g, x_layout, micro, element, element);
@@ -295,12 +295,16 @@ inline CpuPlan plan_moments(const Geometry& g, Layout x_layout, MicroTile micro,
     return plan;
   }
   constexpr int64_t kPanelVectors = 4;
-  if (g.multiplier == 1 && g.c_mid > kPanelVectors * micro.lanes) plan.mid_ld = kPanelVectors * micro.lanes;
+  plan.beyond_cache = g.n * g.c_in * g.d_in * g.h_in * g.w_in * element > kSharedCacheBytes;
+  if (plan.beyond_cache && x_layout == Layout::nhwc) {
+    tile_bytes = kTileBytes;
+  } else if (g.multiplier == 1 && g.c_mid > kPanelVectors * micro.lanes) {
+    plan.mid_ld = kPanelVectors * micro.lanes;
+  }
   const int64_t wanted = clamp64(plan_detail::pixels_within(tile_bytes, plan.mid_ld * element), 16, 256);
   const int64_t fits =
       plan_detail::pixels_within(kScratchBytes - depthwise_scratch(plan), (plan.mid_ld + micro.lanes) * element);
   plan_detail::cut_forward(plan, g, x_layout, wanted < fits ? wanted : fits, 4, element);
-  plan.beyond_cache = g.n * g.c_in * g.d_in * g.h_in * g.w_in * element > kSharedCacheBytes;
   const int64_t tile = plan.tile_pixels * plan.mid_ld * element + 4 * kCacheLine;
   if (tile + depthwise_scratch(plan) > kScratchBytes) plan.ring = 0;
   plan.scratch_bytes = tile + depthwise_scratch(plan);

@@ -98,14 +98,13 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
   const uint64_t misaligned = reinterpret_cast<uint64_t>(p.y) | static_cast<uint64_t>(g.c_out) * sizeof(S);
   const bool stream = direct && plan.beyond_cache && ctx.partial == nullptr && misaligned % kCacheLine == 0;
   Ahead ahead = {};
-  const int64_t calls = ceil_div(count, kMicroRows) * ceil_div(end - begin, columns) * chains_of(k);
+  const int64_t chains = chains_of(k), calls = count / kMicroRows * ceil_div(end - begin, columns) * chains;
   if (tile + 1 < plan.tiles) {
     add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, p.x_layout, g, tile_range(plan.order, tile + 1),
              walks_depth(plan.order));
   }
   share_out(ahead, calls);
-  const int64_t most = fills_block(g.c_out, Vec<T>::n) ? 2 * kCacheLine * k / chains_of(k) : kMostAtOnce;
-  const bool much = ahead.bytes > most && !walks_depth(plan.order);
+  const bool much = ahead.bytes * chains > kMostAtOnce * k && !walks_depth(plan.order);
   if (!plan.beyond_cache && (p.x_layout == Layout::nchw || much)) ahead.count = 0;
   for (int64_t channel = begin; channel < end; channel += columns) {
     const int64_t width = end - channel < columns ? end - channel : columns;

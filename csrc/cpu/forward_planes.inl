@@ -47,7 +47,7 @@ static void forward_planes(const ForwardContext& ctx, int64_t tile, void* scratc
       const Range next = tile_range(plan.order, tile + 1);
       add_rows(ahead, static_cast<const T*>(p.x), p.x_strides, p.x_layout, g, next, walks_depth(plan.order));
     }
-    share_out(ahead, ceil_div(g.c_out, kMicroRows) * ceil_div(count, columns) * chains_of(g.c_mid));
+    share_out(ahead, g.c_out / kMicroRows * ceil_div(count, columns) * chains_of(g.c_mid));
     for (int64_t c = 0; c < g.c_out; c += kMicroRows) {
       const int64_t rows = g.c_out - c < kMicroRows ? g.c_out - c : kMicroRows;
       for (int64_t i = 0; i < count; i += columns) {

@@ -215,6 +215,19 @@ DSCONV_INLINE bool fills_block(int64_t columns, int lanes) {
   return columns > (kMicroVecs - 1) * lanes + (kHalfVectors ? lanes / 2 : 0);
 }
 
+// A block of rows <= kMicroRows, and among its steps what is wanted soon.
+template <typename T, int NV, bool Half, bool AlongK, typename Target>
+DSCONV_INLINE void micro_kernel_asking(int rows, int64_t k, Operand<T> a, Operand<T> b, const Target& target,
+                                       Ahead& ahead) {
+  if (rows < kMicroRows || ahead.at == ahead.count) {
+    return micro_kernel_rows<T, NV, Half, AlongK>(rows, k, a, b, target);
+  }
+  const Asked asked = ask(ahead, k);
+  if (asked.step <= kCacheLine) return micro_kernel<T, kMicroRows, NV, Half, AlongK, 1>(k, a, b, target, asked);
+  if (asked.step <= 2 * kCacheLine) return micro_kernel<T, kMicroRows, NV, Half, AlongK, 2>(k, a, b, target, asked);
+  return micro_kernel<T, kMicroRows, NV, Half, AlongK, 4>(k, a, b, target, asked);
+}
+
 // The chain number `chain` of `chains` of a block of rows <= kMicroRows and columns <= kMicroVecs vectors.
 template <typename T, bool AlongK, typename Target>
 DSCONV_INLINE void gemm_chain(int64_t chain, int64_t chains, int64_t rows, int64_t columns, int64_t k, Operand<T> a,
@@ -225,26 +238,14 @@ DSCONV_INLINE void gemm_chain(int64_t chain, int64_t chains, int64_t rows, int64
   const int r = static_cast<int>(rows);
   constexpr int n = Vec<T>::n;
   if (fills_block(columns, n)) {
-    if (rows < kMicroRows || ahead.at == ahead.count) {
-      return micro_kernel_rows<T, kMicroVecs, false, AlongK>(r, steps, a_part, b_part, target);
-    }
-    const Asked asked = ask(ahead, steps);
-    if (asked.step <= kCacheLine) {
-      return micro_kernel<T, kMicroRows, kMicroVecs, false, AlongK, 1>(steps, a_part, b_part, target, asked);
-    }
-    if (asked.step <= 2 * kCacheLine) {
-      return micro_kernel<T, kMicroRows, kMicroVecs, false, AlongK, 2>(steps, a_part, b_part, target, asked);
-    }
-    return micro_kernel<T, kMicroRows, kMicroVecs, false, AlongK, 4>(steps, a_part, b_part, target, asked);
-  }
-  if (kHalfVectors && columns <= n / 2) {
-    micro_kernel_rows<T, 0, kHalfVectors, AlongK>(r, steps, a_part, b_part, target);
+    micro_kernel_asking<T, kMicroVecs, false, AlongK>(r, steps, a_part, b_part, target, ahead);
+  } else if (kHalfVectors && columns <= n / 2) {
+    micro_kernel_asking<T, 0, kHalfVectors, AlongK>(r, steps, a_part, b_part, target, ahead);
   } else if (columns <= n) {
-    micro_kernel_rows<T, 1, false, AlongK>(r, steps, a_part, b_part, target);
+    micro_kernel_asking<T, 1, false, AlongK>(r, steps, a_part, b_part, target, ahead);
   } else {
-    micro_kernel_rows<T, 1, kHalfVectors, AlongK>(r, steps, a_part, b_part, target);
+    micro_kernel_asking<T, 1, kHalfVectors, AlongK>(r, steps, a_part, b_part, target, ahead);
   }
-  prefetch_some(ahead);
 }
 
 // C[rows] = or += A . B for rows <= kMicroRows, the columns of A along k.

@@ -262,8 +262,8 @@ static void merge_z_planes(const DepthwiseInput<T>& in, int64_t pixel, int64_t c
 }
 #endif
 
-// Moments of z, which is made a tile at a time and forgotten: a panel of plan.mid_ld channels at a time, as if they
-// were all there are, so that a tile has pixels enough. A multiplier takes all channels together.
+// Moments of z, which is made a tile at a time and forgotten: where x is in cache, a panel of plan.mid_ld channels at a
+// time, as if they were all there are, so that a tile has pixels enough. A multiplier takes all channels together.
 template <typename S, typename T>
 static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scratch) {
   const CpuPlan& plan = ctx.plan;
@@ -280,17 +280,16 @@ static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scr
   ask_for_lines(mean, kDoublesALine, lines);
   ask_for_lines(m2, kDoublesALine, lines);
   TurnedRing ring = {};
-  const DepthwiseInput<S> in = {
-      &g,
-      &plan,
-      static_cast<const S*>(ctx.x.data) + k * ctx.x.strides.c,
-      ctx.x.strides,
-      ctx.x.layout,
-      static_cast<const T*>(ctx.packed.dw_weight) + k,
-      static_cast<const T*>(ctx.packed.dw_bias) + k,
-      norm_from<T>(ctx.in_norm, k),
-      end_of_channels(ctx.geom, static_cast<const S*>(ctx.x.data), ctx.x.strides, ctx.geom.c_in),
-      &ring};
+  DepthwiseInput<S> in = {&g,
+                          &plan,
+                          static_cast<const S*>(ctx.x.data) + k * ctx.x.strides.c,
+                          ctx.x.strides,
+                          ctx.x.layout,
+                          static_cast<const T*>(ctx.packed.dw_weight) + k,
+                          static_cast<const T*>(ctx.packed.dw_bias) + k,
+                          norm_from<T>(ctx.in_norm, k),
+                          end_of_channels(ctx.geom, static_cast<const S*>(ctx.x.data), ctx.x.strides, ctx.geom.c_in),
+                          &ring};
   const int64_t first_tile = plan.tiles * group / ctx.groups;
   int64_t before = 0;
   for (int64_t tile = first_tile; tile < plan.tiles * (group + 1) / ctx.groups; ++tile) {
@@ -306,13 +305,14 @@ static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scr
       }
     }
 #endif
-    depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), z, memory);
     Ahead ahead = {};
     // Of a panel the rows hold the other channels too, whose turn is another time.
-    if (plan.beyond_cache && ctx.panels == 1 && in.layout == Layout::nhwc && tile + 1 < plan.tiles) {
-      add_rows(ahead, in.x, in.stride, in.layout, g, tile_range(plan.order, tile + 1), walks_depth(plan.order));
-      share_out(ahead, moments_calls<T>(count, g.c_mid));
+    if (plan.beyond_cache && ctx.panels == 1 && in.layout == Layout::nhwc) {
+      const int64_t calls = depthwise_calls<T>(count, g.c_mid) + moments_calls<T>(count, g.c_mid);
+      ahead = rows_of_tile(plan, in.x, in.stride, g, tile, calls);
+      in.ahead = &ahead;
     }
+    depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), z, memory);
     merge_tile_moments(z, plan.mid_ld, count, g.c_mid, before, mean, m2, ahead);
     before += count;
   }
