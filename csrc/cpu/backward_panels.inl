@@ -138,18 +138,17 @@ static void panel_du_to_dz(const BackwardContext& ctx, const ChannelsLast<const 
 template <typename T, typename F>
 static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int64_t images,
                                  const ChannelsLast<const T>& x, const ChannelsLast<T>& grad, ChannelPanel<T, F>& t,
-                                 const PanelMemory<T>& memory) {
+                                 const PanelMemory<T>& memory, Ahead& ahead) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
   const int64_t pixels = images * plan.image_pixels;
-  Ahead nothing = {};
   for (int64_t begin = 0; begin < pixels; begin += plan.panel_tile) {
     const int64_t count = pixels - begin < plan.panel_tile ? pixels - begin : plan.panel_tile;
     if (needs_z(ctx)) recompute_panel(ctx, x, t.k, begin, count, t);
     t.add_to_sums = chunk > 0 || begin > 0;
-    backward_pointwise(ctx, count, panel_tile<F>(ctx, chunk, begin), t, memory.du + begin * columns, nothing);
+    backward_pointwise(ctx, count, panel_tile<F>(ctx, chunk, begin), t, memory.du + begin * columns, ahead);
   }
   if (ctx.norm != nullptr) panel_du_to_dz(ctx, x, pixels, t, memory.du);
   for (int64_t image = 0; image < images; ++image) {
@@ -173,13 +172,14 @@ static void store_panel_gradients(const BackwardContext& ctx, const ChannelPanel
   constexpr int n = Vec<T>::n;
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
-  if (S* grad = static_cast<S*>(p.grad_pw_weight)) {
+  S* grad = static_cast<S*>(p.grad_pw_weight);
+  if (grad != nullptr && static_cast<void*>(grad + t.k) != static_cast<void*>(t.sums)) {
     for (int64_t c = 0; c < g.c_out; ++c) {
       ask_for_row<1>(grad + (c + kWriteAhead) * g.c_mid + t.k, t.width);
       store_row(t.sums + c * t.sums_ld, grad + c * g.c_mid + t.k, t.width);
     }
   }
-  if (S* grad = static_cast<S*>(p.grad_dw_bias)) store_row(t.bias_sums, grad + t.k, t.width);
+  if (S* grad_bias = static_cast<S*>(p.grad_dw_bias)) store_row(t.bias_sums, grad_bias + t.k, t.width);
   for (int64_t c = 0; p.grad_dw_weight != nullptr && c < t.width; c += n) {
     store_depthwise_gradient<S>(ctx, (t.k + c) / n, dw_sums + c * ctx.plan.taps, 1, 0);
   }
@@ -192,6 +192,19 @@ DSCONV_INLINE void copy_weight_rows(const Geometry& g, const S* from, int64_t wi
     ask_for_row<0>(from + kReadAhead * g.c_mid, width);
     copy_row(from, to, width);
   }
+}
+
+// The columns of pw_weight that the next panel reads, in parts for the calls of a tile of `pixels` of this one.
+template <typename S, typename F>
+DSCONV_INLINE Ahead next_weights(const BackwardContext& ctx, int64_t next, int64_t columns, int64_t pixels) {
+  const Geometry& g = ctx.p.geom;
+  const int64_t chains = chains_of(ceil_div(g.c_out, kNumbersOf<F>));
+  Ahead ahead = {};
+  if (ctx.g_pixels == nullptr || next >= g.c_mid) return ahead;
+  const S* begin = static_cast<const S*>(ctx.p.pw_weight) + next;
+  add_stretch(ahead, begin, begin + (g.c_mid - next < columns ? g.c_mid - next : columns), g.c_out, g.c_mid);
+  share_out(ahead, (ctx.g_rows != nullptr ? ceil_div(g.c_out, kMicroRows) : 0) + chains * ceil_div(pixels, kMicroRows));
+  return ahead;
 }
 
 template <typename S, typename T, typename F>
@@ -218,25 +231,34 @@ static void backward_panel(const BackwardContext& ctx, int64_t task, void* scrat
   memory.du = memory.dw_sums + plan.taps * columns;
   memory.x = memory.du + plan.chunk_pixels * columns;
 
+  // The sums of a single tile go where they belong, while the next ones are made; but not in parts of vectors.
+  if constexpr (SameType<S, T>::value) {
+    if (t.sums != nullptr && plan.pixels <= plan.panel_tile && t.width % n == 0) {
+      t.sums = static_cast<T*>(p.grad_pw_weight) + t.k;
+      t.sums_ld = g.c_mid;
+    }
+  }
   if (t.weight != nullptr) copy_weight_rows(g, static_cast<const S*>(p.pw_weight) + t.k, t.width, weight);
   zero_fill(t.bias_sums, columns + plan.taps * columns);
   const int64_t image_pixels = g.d_in * g.h_in * g.w_in;
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
     const int64_t first = chunk * plan.chunk_images;
     const int64_t images = g.n - first < plan.chunk_images ? g.n - first : plan.chunk_images;
+    Ahead ahead = {};
+    if (chunk + 1 == plan.chunks) ahead = next_weights<S, F>(ctx, t.k + columns, columns, images * plan.image_pixels);
     if constexpr (SameType<S, T>::value) {
       if (x_in_place(ctx)) {
         const Strides& to = p.grad_x_strides;
         ChannelsLast<const T> x = x_as_given<S>(ctx);
         x.data += first * x.image + t.k;
         const ChannelsLast<T> grad = {static_cast<T*>(p.grad_x) + first * to.n + t.k, to.n, to.d, to.h, to.w, nullptr};
-        backward_panel_chunk(ctx, chunk, images, x, grad, t, memory);
+        backward_panel_chunk(ctx, chunk, images, x, grad, t, memory, ahead);
         continue;
       }
     }
     turn_x<S>(ctx, t.k, t.width, first * image_pixels, images * image_pixels, memory.x, columns);
     backward_panel_chunk(ctx, chunk, images, dense_lanes(g, images, static_cast<const T*>(memory.x), columns),
-                         dense_lanes(g, images, memory.x, columns), t, memory);
+                         dense_lanes(g, images, memory.x, columns), t, memory, ahead);
     if (p.grad_x == nullptr) continue;
     turn_grad_x_back<S>(ctx, memory.x, columns, t.k, t.width, first * image_pixels, images * image_pixels);
   }
