@@ -51,8 +51,8 @@ struct Run {
                              element_bytes(p.dtype), between);
     // x behind its norm is read a last time before grad_x is written (cpu/backward_groups.inl): it stands there until
     // then.
-    if (in_norm.vectors != nullptr && ctx.plan.panels == 0 && p.grad_x != nullptr && walked_in_place(p) &&
-        p.geom.c_in % ctx.plan.micro.lanes == 0) {
+    if (in_norm.vectors != nullptr && ctx.plan.panels == 0 && ctx.plan.x_rows == 0 && p.grad_x != nullptr &&
+        walked_in_place(p) && p.geom.c_in % ctx.plan.micro.lanes == 0) {
       ctx.x_turned = p.grad_x;
       ctx.plan.x_ld = p.geom.c_in;
     }
@@ -67,7 +67,9 @@ struct Run {
     reserve(&ctx.norm, kNormRows * plan.mid_columns);
     if (in_norm.vectors != nullptr) reserve(&in_norm.rows, in_norm.elements(geom(), plan));
     const bool turned = ctx.p.x_layout == Layout::nchw || in_norm.vectors != nullptr;
-    if (turned && plan.panels == 0 && ctx.x_turned == nullptr) {
+    if (plan.x_rows > 0) {
+      reserve(&ctx.x_rows, plan.pointwise_groups * plan.x_rows * geom().w_in * plan.x_ld);
+    } else if (turned && plan.panels == 0 && ctx.x_turned == nullptr) {
       reserve(&ctx.x_turned, input_pixels(geom()) * plan.x_ld);
     }
   }

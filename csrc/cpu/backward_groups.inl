@@ -24,7 +24,7 @@ struct GroupMemory {
 
 // Stage P of a tile.
 template <typename S, typename X, typename T, typename F>
-static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t tile,
+static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, Ahead ahead, int64_t tile,
                                 const GroupMemory<T>& memory, ChannelPanel<T, F> t, T* pw_partial, T* bias_partial) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const BackwardParams& p = ctx.p;
@@ -48,7 +48,6 @@ static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<c
   }
   T* du = static_cast<T*>(ctx.du);
   const bool panels = du != nullptr && plan.du_width == columns;
-  Ahead ahead = next_tile<S, F>(ctx, x, tile, count);
   ChannelPanel<T, F> z = t;
   for (int64_t block = 0; block < g.c_mid; block += plan.z_channels) {
     z.k = block;
@@ -81,9 +80,8 @@ static T* zero_depthwise_partial(const BackwardContext& ctx, int64_t group) {
   return partial;
 }
 
-template <typename S, typename X, typename T, typename F>
-static void backward_group_of(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t group,
-                              void* scratch) {
+template <typename S, typename T, typename F, typename Source>
+static void backward_group_of(const BackwardContext& ctx, Source source, int64_t group, void* scratch) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
@@ -109,31 +107,45 @@ static void backward_group_of(const BackwardContext& ctx, const ChannelsLast<con
   const Range tiles = group_tiles(plan, group);
   int64_t row = first_row_of_group(ctx, tiles);
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+    const Range pixels = tile_range(plan.order, tile);
+    const auto& x = source.of_tile(ctx, pixels);
     t.add_to_sums = tile > tiles.begin;
-    backward_group_tile<S>(ctx, x, tile, memory, t, pw_partial, bias_partial);
-    if (dw_partial != nullptr) correlate_run(ctx, x, tile_range(plan.order, tile), dw_partial);
+    backward_group_tile<S>(ctx, x, next_tile<S, F>(ctx, source, tile, pixels.end - pixels.begin), tile, memory, t,
+                           pw_partial, bias_partial);
+    if (dw_partial != nullptr) correlate_run(ctx, x, pixels, dw_partial);
     if (joined && ctx.p.grad_x != nullptr) row = backward_rows_of_tile<S>(ctx, tiles, tile, row, memory.tile);
   }
 }
 
 template <typename S, typename T, typename F>
 static void backward_group(const BackwardContext& ctx, int64_t group, void* scratch) {
-  if (ctx.x_turned != nullptr) {
-    backward_group_of<S, T, T, F>(ctx, x_turned<T>(ctx), group, scratch);
+  if (ctx.x_rows != nullptr) {
+    backward_group_of<S, T, F>(ctx, rows_of_x<S, T>(ctx, group), group, scratch);
+  } else if (ctx.x_turned != nullptr) {
+    backward_group_of<S, T, F>(ctx, WholeX<T>{x_turned<T>(ctx)}, group, scratch);
   } else {
-    backward_group_of<S, S, T, F>(ctx, x_as_given<S>(ctx), group, scratch);
+    backward_group_of<S, T, F>(ctx, WholeX<S>{x_as_given<S>(ctx)}, group, scratch);
   }
 }
 
 // What the tile after `tile`, of `count` pixels, will read of x, in parts for tile_du_to_dz() of this one; or nothing,
 // where `tile` itself is read first. Of its du du_to_dz() asks for a line with each that it reads.
+template <typename T>
+DSCONV_INLINE int64_t du_to_dz_calls(const BackwardContext& ctx, int64_t count) {
+  const int64_t c_mid = ctx.p.geom.c_mid;
+  return depthwise_calls<T>(count, c_mid) + ceil_div(c_mid, ctx.plan.du_width) * ceil_div(count, kRowsAtOnce);
+}
 template <typename X>
-DSCONV_INLINE Ahead tile_of_x(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t tile, int64_t count) {
-  const Geometry& g = ctx.p.geom;
-  const CpuPlan& plan = ctx.plan;
-  const int64_t calls = depthwise_calls<typename ComputeOf<X>::type>(count, g.c_mid) +
-                        ceil_div(g.c_mid, plan.du_width) * ceil_div(count, kRowsAtOnce);
-  return rows_of_tile(plan, x.data, x.strides(), g, tile, calls);
+DSCONV_INLINE Ahead tile_of_x(const BackwardContext& ctx, const WholeX<X>& of, int64_t tile, int64_t count) {
+  const int64_t calls = du_to_dz_calls<typename ComputeOf<X>::type>(ctx, count);
+  return rows_of_tile(ctx.plan, of.x.data, of.x.strides(), ctx.p.geom, tile, calls);
+}
+template <typename S, typename T>
+DSCONV_INLINE Ahead tile_of_x(const BackwardContext& ctx, const RowsOfX<S, T>& of, int64_t tile, int64_t count) {
+  Ahead ahead = {};
+  if (tile + 1 < ctx.plan.tiles) of.ask_for(ctx, ahead, tile_range(ctx.plan.order, tile + 1));
+  share_out(ahead, du_to_dz_calls<T>(ctx, count));
+  return ahead;
 }
 
 // du -> dz of a tile's pixels, some panels of channels at a time; zhat: room for plan.z_ld a pixel, and as much for
@@ -162,8 +174,8 @@ static void tile_du_to_dz(const BackwardContext& ctx, const ChannelsLast<const X
   }
 }
 
-template <typename S, typename X, typename T>
-static void backward_norm_group_of(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t group, T* zhat) {
+template <typename S, typename T, typename Source>
+static void backward_norm_group_of(const BackwardContext& ctx, Source source, int64_t group, T* zhat) {
   const CpuPlan& plan = ctx.plan;
   T* grad_tile = zhat + 2 * plan.tile_pixels * plan.z_ld;
   T* dw_partial = zero_depthwise_partial<T>(ctx, group);
@@ -172,7 +184,8 @@ static void backward_norm_group_of(const BackwardContext& ctx, const ChannelsLas
   for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
     const Range pixels = tile_range(plan.order, tile);
     const int64_t count = pixels.end - pixels.begin;
-    Ahead ahead = tile_of_x(ctx, x, tile, count);
+    const auto& x = source.of_tile(ctx, pixels);
+    Ahead ahead = tile_of_x(ctx, source, tile, count);
     tile_du_to_dz(ctx, x, pixels.begin, count, zhat, ahead);
     if (dw_partial != nullptr) correlate_run(ctx, x, pixels, dw_partial);
     if (plan.joined && ctx.p.grad_x != nullptr) row = backward_rows_of_tile<S>(ctx, tiles, tile, row, grad_tile);
@@ -181,10 +194,13 @@ static void backward_norm_group_of(const BackwardContext& ctx, const ChannelsLas
 
 template <typename S, typename T>
 static void backward_norm_group(const BackwardContext& ctx, int64_t group, void* scratch) {
-  if (ctx.x_turned != nullptr) {
-    backward_norm_group_of<S>(ctx, x_turned<T>(ctx), group, static_cast<T*>(scratch));
+  T* const zhat = static_cast<T*>(scratch);
+  if (ctx.x_rows != nullptr) {
+    backward_norm_group_of<S>(ctx, rows_of_x<S, T>(ctx, group), group, zhat);
+  } else if (ctx.x_turned != nullptr) {
+    backward_norm_group_of<S>(ctx, WholeX<T>{x_turned<T>(ctx)}, group, zhat);
   } else {
-    backward_norm_group_of<S>(ctx, x_as_given<S>(ctx), group, static_cast<T*>(scratch));
+    backward_norm_group_of<S>(ctx, WholeX<S>{x_as_given<S>(ctx)}, group, zhat);
   }
 }
 

@@ -138,17 +138,18 @@ static void panel_du_to_dz(const BackwardContext& ctx, const ChannelsLast<const 
 template <typename T, typename F>
 static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int64_t images,
                                  const ChannelsLast<const T>& x, const ChannelsLast<T>& grad, ChannelPanel<T, F>& t,
-                                 const PanelMemory<T>& memory, Ahead& ahead) {
+                                 const PanelMemory<T>& memory) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
   const int64_t pixels = images * plan.image_pixels;
+  Ahead nothing = {};
   for (int64_t begin = 0; begin < pixels; begin += plan.panel_tile) {
     const int64_t count = pixels - begin < plan.panel_tile ? pixels - begin : plan.panel_tile;
     if (needs_z(ctx)) recompute_panel(ctx, x, t.k, begin, count, t);
     t.add_to_sums = chunk > 0 || begin > 0;
-    backward_pointwise(ctx, count, panel_tile<F>(ctx, chunk, begin), t, memory.du + begin * columns, ahead);
+    backward_pointwise(ctx, count, panel_tile<F>(ctx, chunk, begin), t, memory.du + begin * columns, nothing);
   }
   if (ctx.norm != nullptr) panel_du_to_dz(ctx, x, pixels, t, memory.du);
   for (int64_t image = 0; image < images; ++image) {
@@ -194,19 +195,6 @@ DSCONV_INLINE void copy_weight_rows(const Geometry& g, const S* from, int64_t wi
   }
 }
 
-// The columns of pw_weight that the next panel reads, in parts for the calls of a tile of `pixels` of this one.
-template <typename S, typename F>
-DSCONV_INLINE Ahead next_weights(const BackwardContext& ctx, int64_t next, int64_t columns, int64_t pixels) {
-  const Geometry& g = ctx.p.geom;
-  const int64_t chains = chains_of(ceil_div(g.c_out, kNumbersOf<F>));
-  Ahead ahead = {};
-  if (ctx.g_pixels == nullptr || next >= g.c_mid) return ahead;
-  const S* begin = static_cast<const S*>(ctx.p.pw_weight) + next;
-  add_stretch(ahead, begin, begin + (g.c_mid - next < columns ? g.c_mid - next : columns), g.c_out, g.c_mid);
-  share_out(ahead, (ctx.g_rows != nullptr ? ceil_div(g.c_out, kMicroRows) : 0) + chains * ceil_div(pixels, kMicroRows));
-  return ahead;
-}
-
 template <typename S, typename T, typename F>
 static void backward_panel(const BackwardContext& ctx, int64_t task, void* scratch) {
   constexpr int n = Vec<T>::n;
@@ -244,21 +232,19 @@ static void backward_panel(const BackwardContext& ctx, int64_t task, void* scrat
   for (int64_t chunk = 0; chunk < plan.chunks; ++chunk) {
     const int64_t first = chunk * plan.chunk_images;
     const int64_t images = g.n - first < plan.chunk_images ? g.n - first : plan.chunk_images;
-    Ahead ahead = {};
-    if (chunk + 1 == plan.chunks) ahead = next_weights<S, F>(ctx, t.k + columns, columns, images * plan.image_pixels);
     if constexpr (SameType<S, T>::value) {
       if (x_in_place(ctx)) {
         const Strides& to = p.grad_x_strides;
         ChannelsLast<const T> x = x_as_given<S>(ctx);
         x.data += first * x.image + t.k;
         const ChannelsLast<T> grad = {static_cast<T*>(p.grad_x) + first * to.n + t.k, to.n, to.d, to.h, to.w, nullptr};
-        backward_panel_chunk(ctx, chunk, images, x, grad, t, memory, ahead);
+        backward_panel_chunk(ctx, chunk, images, x, grad, t, memory);
         continue;
       }
     }
     turn_x<S>(ctx, t.k, t.width, first * image_pixels, images * image_pixels, memory.x, columns);
     backward_panel_chunk(ctx, chunk, images, dense_lanes(g, images, static_cast<const T*>(memory.x), columns),
-                         dense_lanes(g, images, memory.x, columns), t, memory, ahead);
+                         dense_lanes(g, images, memory.x, columns), t, memory);
     if (p.grad_x == nullptr) continue;
     turn_grad_x_back<S>(ctx, memory.x, columns, t.k, t.width, first * image_pixels, images * image_pixels);
   }

@@ -185,8 +185,8 @@ static void recompute_panel(const BackwardContext& ctx, const ChannelsLast<const
 // What the tile after `tile`, of `count` pixels, will read of dy, of what was saved, and of x, in parts for the calls
 // of this one's panels. Equal parts, so that the long calls for the weights, whose operands come from L2 meanwhile, are
 // not in their own way; but where the short ones could not take theirs, equal for every step.
-template <typename S, typename F, typename X>
-DSCONV_INLINE Ahead next_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t tile, int64_t count) {
+template <typename S, typename F, typename Source>
+DSCONV_INLINE Ahead next_tile(const BackwardContext& ctx, const Source& x, int64_t tile, int64_t count) {
   const BackwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const int64_t panels = ceil_div(g.c_mid, kMicroVecs * Vec<typename ComputeOf<S>::type>::n);
@@ -197,7 +197,7 @@ DSCONV_INLINE Ahead next_tile(const BackwardContext& ctx, const ChannelsLast<con
   const Range next = tile_range(ctx.plan.order, tile + 1);
   add_pixels(ahead, static_cast<const S*>(p.dy), p.dy_strides, p.dy_layout, g, next);
   add_pixels(ahead, static_cast<const S*>(p.saved), p.saved_strides, p.saved_layout, g, next);
-  if (needs_z(ctx)) add_rows(ahead, x.data, x.strides(), Layout::nhwc, g, next, walks_depth(ctx.plan.order));
+  if (needs_z(ctx)) x.ask_for(ctx, ahead, next);
   share_out(ahead, (of_weights + of_du * chains) * panels);
   if (ahead.bytes * chains > kMostAtOnce / 2 * k) {
     const int64_t steps = (of_weights * ceil_div(count, kNumbersOf<F>) + of_du * k) * panels;

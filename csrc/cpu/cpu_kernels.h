@@ -44,10 +44,11 @@ struct BackwardContext {
   CpuPlan plan;
   PackedWeights packed;
   InputNorm in_norm;
-  void*
-      x_turned;  // [pixels of x][x_ld] of an nchw x or of one with a norm; null where x is read as it is, or by panels
-  void* du;      // gradient of z: [c_mid / du_width][pixels][du_width]
-  void* g_rows;  // backward_panels.inl says how these two hold dy * out_act'
+  // Of an nchw x or of one with a norm, null where x is read as it is, or by panels; turned.inl.
+  void* x_turned;  // [pixels of x][x_ld]
+  void* x_rows;    // or [pointwise_groups][plan.x_rows][w_in][x_ld]
+  void* du;        // gradient of z: [c_mid / du_width][pixels][du_width]
+  void* g_rows;    // backward_panels.inl says how these two hold dy * out_act'
   void* g_pixels;
   void* pw_partial;    // [pointwise_groups][c_out][mid_columns]
   void* bias_partial;  // [pointwise_groups][2 * out_columns + mid_columns]: pw bias, what its sums lost, dw bias

@@ -60,6 +60,7 @@ struct CpuPlan {
   int64_t grad_pixels;           // pixels of a tile of grad_x
   int64_t grad_rows, task_rows;  // rows of grad_x at a time, and of those that groups have not done a task
   int64_t x_ld, turned_pixels;   // of an nchw x as it is turned: elements a pixel, and pixels a task
+  int64_t x_rows;                // rows of it that a group keeps, 0 where all are turned before
   // Backward by panels of channels (backward_panels.inl); panels == 0 where it goes by groups of tiles.
   int64_t panels, panel_tile;                  // panel_tile: pixels at a time, a multiple of micro.rows
   int64_t chunks, chunk_images, chunk_pixels;  // of whole images: du of a chunk stays with its task
@@ -339,6 +340,15 @@ inline void cut_groups_along_depth(CpuPlan& plan, const Geometry& g, int64_t max
   plan.pointwise_groups = clamp64(whole_images ? affordable : g.n * groups, 1, columns_of(plan.order, plan.tiles));
 }
 
+// Rows of x, numbered through the images, from the first to the last that a tile reads. Where it goes on in the next
+// image, the rest of this one's rows and those above the next one's first outputs lie between.
+inline int64_t rows_read_at_most(const CpuPlan& plan, const Geometry& g) {
+  const int64_t reach = (g.kernel_h - 1) * g.dilation_h + 1;
+  const int64_t rows = (plan.tile_pixels - 1) / g.w_out + 2, images = (plan.tile_pixels - 1) / plan.image_pixels + 2;
+  const int64_t most = (rows - 1) * g.stride_h + reach + (images - 1) * (reach + g.stride_h);
+  return most < g.n * g.h_in ? most : g.n * g.h_in;
+}
+
 // By panels where they are tasks enough, all images of a chunk (all there are, for sums between the stages) have du
 // within the scratch, and a panel's pass over dy
 // costs less than the groups' passes over the pointwise weights: measured to be so up to some 2.5 pixels for each
@@ -411,6 +421,10 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   plan.joined = along_depth || group_rows > reach;
   const int64_t panels_bytes =
       between != BetweenStages::caller ? plan_detail::cut_panels(plan, g, x_layout, between) : 0;
+  if (x_layout == Layout::nchw && !has_depth(g) && plan.joined && plan.panels == 0) {
+    const int64_t rows = plan_detail::rows_read_at_most(plan, g);
+    if (2 * plan.pointwise_groups * rows <= g.n * g.h_in) plan.x_rows = rows;
+  }
   plan.scratch_bytes = panels_bytes > 0 ? panels_bytes : fixed + plan.tile_pixels * per_pixel;
   return plan;
 }

@@ -28,6 +28,7 @@ PlanNumbers cpu_plan(const PlanQuery& query, int64_t threads) {
           {"by_planes", plan.by_planes ? 1 : 0},
           {"walks_depth", walks_depth(plan.order)},
           {"ring_elements", plan.ring},
+          {"x_rows", plan.x_rows},
           {"pointwise_groups", plan.pointwise_groups},
           {"scratch_bytes", plan.scratch_bytes}};
 }

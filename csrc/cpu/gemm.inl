@@ -222,6 +222,10 @@ DSCONV_INLINE void micro_kernel_asking(int rows, int64_t k, Operand<T> a, Operan
   if (rows < kMicroRows || ahead.at == ahead.count) {
     return micro_kernel_rows<T, NV, Half, AlongK>(rows, k, a, b, target);
   }
+  if (ahead.of[ahead.at].length < ahead.bytes) {  // of many short runs, some before each call
+    prefetch_some(ahead);
+    return micro_kernel<T, kMicroRows, NV, Half, AlongK, 0>(k, a, b, target, {});
+  }
   const Asked asked = ask(ahead, k);
   if (asked.step <= kCacheLine) return micro_kernel<T, kMicroRows, NV, Half, AlongK, 1>(k, a, b, target, asked);
   if (asked.step <= 2 * kCacheLine) return micro_kernel<T, kMicroRows, NV, Half, AlongK, 2>(k, a, b, target, asked);

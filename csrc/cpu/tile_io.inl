@@ -39,18 +39,22 @@ DSCONV_INLINE void transpose_block(const S* src, int64_t src_ld, int columns, in
   for (int i = 0; i < rows; ++i) vstore(dst + i * dst_ld, v[i]);
 }
 
-// The same with whole `dst` rows stored to S and `columns` of them at most: dst is a tensor.
+// The same with whole `dst` rows stored to S and `columns` of them at most: dst is a tensor. stream: whole rows, which
+// are lines, go past the caches.
 template <typename S, typename T>
-DSCONV_INLINE void transpose_block_out(const T* src, int64_t src_ld, int columns, int rows, S* dst, int64_t dst_ld) {
+DSCONV_INLINE void transpose_block_out(const T* src, int64_t src_ld, int columns, int rows, S* dst, int64_t dst_ld,
+                                       bool stream) {
   constexpr int n = Vec<T>::n;
   typename Vec<T>::type v[n];
   for (int i = 0; i < n; ++i) v[i] = i < columns ? vload(src + i * src_ld) : vset(T(0));
   vtranspose(v);
   for (int i = 0; i < rows; ++i) {
-    if (columns == n) {
-      vstore(dst + i * dst_ld, v[i]);
-    } else {
+    if (columns < n) {
       vstore(dst + i * dst_ld, v[i], columns);
+    } else if (stream) {
+      vstream(dst + i * dst_ld, v[i]);
+    } else {
+      vstore(dst + i * dst_ld, v[i]);
     }
   }
 }
@@ -90,9 +94,11 @@ DSCONV_INLINE void store_row(const T* src, S* dst, int64_t count) {
   if (i < count) vstore(dst + i, vload(src + i), static_cast<int>(count - i));
 }
 
+// far: from planes that no cache holds; of the next ones as much is asked for, since their stretches are short for the
+// prefetchers.
 template <typename S, typename T>
 static void load_tile(const S* src, const Strides& stride, Layout layout, int64_t d, int64_t h, int64_t w,
-                      int64_t channels, int64_t pixel, int64_t count, T* dst, int64_t ld) {
+                      int64_t channels, int64_t pixel, int64_t count, T* dst, int64_t ld, bool far = false) {
   constexpr int n = Vec<T>::n;
   const bool joined = stride.h == w * stride.w;
   for (int64_t p = 0; p < count;) {
@@ -103,8 +109,10 @@ static void load_tile(const S* src, const Strides& stride, Layout layout, int64_
       for (int64_t i = 0; i < run.length; ++i) copy_row(from + i * stride.w, to + i * ld, channels);
     } else {
       for (int64_t c = 0; c < channels; c += n) {
-        const int columns = lanes_left(channels - c, n);
+        const int columns = lanes_left(channels - c, n), next = far ? lanes_left(channels - c - n, n) : 0;
         for (int64_t i = 0; i < run.length; i += n) {
+          const S* ahead = from + (c + n) * stride.c + i;
+          for (int k = 0; k < next; ++k, ahead += stride.c) __builtin_prefetch(ahead, 0, 2);
           transpose_block(from + c * stride.c + i, stride.c, columns, lanes_left(run.length - i, n), to + i * ld + c,
                           ld);
         }
@@ -114,11 +122,13 @@ static void load_tile(const S* src, const Strides& stride, Layout layout, int64_
   }
 }
 
-// To a dense tensor [n, total_channels, image] in either layout, channels from `channel` on. Reads whole vectors.
+// To a dense tensor [n, total_channels, image] in either layout, channels from `channel` on. Reads whole vectors. far:
+// to planes that no cache holds, whose whole lines are written without being read first.
 template <typename S, typename T>
 static void store_tile(const T* src, int64_t ld, int64_t channel, int64_t channels, int64_t pixel, int64_t count,
-                       S* dst, Layout layout, int64_t total_channels, int64_t image) {
-  constexpr int n = Vec<T>::n;
+                       S* dst, Layout layout, int64_t total_channels, int64_t image, bool far = false) {
+  constexpr int n = Vec<T>::n, size = static_cast<int>(sizeof(S));
+  const bool stream = far && n * size == kCacheLine && image % n == 0;
   if (layout == Layout::nhwc) {
     for (int64_t p = 0; p < count; ++p) store_row(src + p * ld, dst + (pixel + p) * total_channels + channel, channels);
     return;
@@ -128,10 +138,15 @@ static void store_tile(const T* src, int64_t ld, int64_t channel, int64_t channe
     S* to = dst + (run.slice * total_channels + channel) * image + run.ow;
     for (int64_t c = 0; c < channels; c += n) {
       const int rows = lanes_left(channels - c, n);
-      for (int64_t i = 0; i < run.length; i += n) {
-        transpose_block_out(src + (p + i) * ld + c, ld, lanes_left(run.length - i, n), rows, to + c * image + i, image);
+      S* const plane = to + c * image;
+      const int begun = stream ? static_cast<int>(reinterpret_cast<uint64_t>(plane) % kCacheLine) / size : 0;
+      for (int64_t i = 0; i < run.length;) {
+        const int columns = lanes_left(run.length - i, i == 0 ? n - begun : n);
+        transpose_block_out(src + (p + i) * ld + c, ld, columns, rows, plane + i, image, stream);
+        i += columns;
       }
     }
     p += run.length;
   }
+  if (stream) vstream_fence();
 }

@@ -1,7 +1,12 @@
 // What backward reads x through, and writes grad_x through: images whose channels are neighbours. An nchw x is turned
-// into such a copy once, in the compute type, since backward reads it twice: for z, and for the depthwise weight
-// gradient. So is an x of either layout that goes through a norm and an activation first. Rows of grad_x are turned
-// back as they are done.
+// into such a copy, in the compute type, since backward reads it twice: for z, and for the depthwise weight gradient.
+// So is an x of either layout that goes through a norm and an activation first. In 2-D a group of tiles turns the rows
+// of each tile as it comes to it, and keeps those that the next one reads too:
+//
+//   rows of x   . . . [ k e p t | n e w ] . . .      in memory of plan.x_rows rows, which stays in L2
+//
+// Else, and where x is not much larger than what the groups would keep, all of it is turned before. Rows of grad_x are
+// turned back as they are done.
 #ifndef DSCONV_ISA
 #error "turned.inl belongs inside an ISA region"
 #endif
@@ -45,7 +50,8 @@ static void turn_x(const BackwardContext& ctx, int64_t c, int64_t channels, int6
   const Strides& stride = ctx.p.x_strides;
   const S* x = static_cast<const S*>(ctx.p.x) + c * stride.c;
   if (ctx.in_norm.rows == nullptr) {
-    return load_tile(x, stride, ctx.p.x_layout, g.d_in, g.h_in, g.w_in, channels, pixel, count, dst, ld);
+    return load_tile(x, stride, ctx.p.x_layout, g.d_in, g.h_in, g.w_in, channels, pixel, count, dst, ld,
+                     ctx.plan.beyond_cache);
   }
   NormTile<T> t = {};
   t.channels = channels, t.out_ld = ld, t.stores = stores;
@@ -89,11 +95,71 @@ DSCONV_INLINE ChannelsLast<const T> x_turned(const BackwardContext& ctx) {
   return dense_lanes(ctx.p.geom, ctx.p.geom.n, static_cast<const T*>(ctx.x_turned), ctx.plan.x_ld);
 }
 
+// x for a group of tiles that come in the order of their pixels: there as a whole,
+template <typename X>
+struct WholeX {
+  ChannelsLast<const X> x;
+
+  const ChannelsLast<const X>& of_tile(const BackwardContext&, const Range&) { return x; }
+  // What of it the tile after this one will read.
+  void ask_for(const BackwardContext& ctx, Ahead& ahead, const Range& next) const {
+    add_rows(ahead, x.data, x.strides(), Layout::nhwc, ctx.p.geom, next, walks_depth(ctx.plan.order));
+  }
+};
+
+// The rows that pixels of z read, numbered through the images.
+DSCONV_INLINE Range rows_read(const Geometry& g, const Range& pixels) {
+  const int64_t first = pixels.begin / g.w_out, last = (pixels.end - 1) / g.w_out;
+  const int64_t top = first % g.h_out * g.stride_h - g.pad_top;
+  const int64_t bottom = last % g.h_out * g.stride_h - g.pad_top + (g.kernel_h - 1) * g.dilation_h + 1;
+  const Range r = {first / g.h_out * g.h_in + clamp64(top, 0, g.h_in),
+                   last / g.h_out * g.h_in + clamp64(bottom, 0, g.h_in)};
+  return r;
+}
+
+// or turned from S as its tiles come.
+template <typename S, typename T>
+struct RowsOfX {
+  T* memory;
+  Range held;
+
+  ChannelsLast<const T> of_tile(const BackwardContext& ctx, const Range& pixels) {
+    const Geometry& g = ctx.p.geom;
+    const int64_t column = ctx.plan.x_ld, row = g.w_in * column;
+    const Range read = rows_read(g, pixels);
+    const int64_t kept = held.end > read.begin ? held.end - read.begin : 0;
+    // Rows that stay move to the front, past what they leave.
+    if (kept > 0 && read.begin > held.begin) {
+      const T* from = memory + (read.begin - held.begin) * row;
+      for (int64_t i = 0; i < kept * row; i += Vec<T>::n) vstore(memory + i, vload(from + i));
+    }
+    const int64_t begin = read.begin + kept;
+    if (read.end > begin) {
+      turn_x<S>(ctx, 0, g.c_in, begin * g.w_in, (read.end - begin) * g.w_in, memory + kept * row, column);
+    }
+    held = {read.begin, read.end > begin ? read.end : begin};
+    ChannelsLast<const T> x = dense_lanes(g, 1, static_cast<const T*>(memory), column);
+    x.data -= read.begin * row;
+    if (x.end != nullptr) x.end = memory + ctx.plan.x_rows * row;
+    return x;
+  }
+  void ask_for(const BackwardContext& ctx, Ahead& ahead, const Range& next) const {
+    const BackwardParams& p = ctx.p;
+    add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, p.x_layout, p.geom, next, false);
+  }
+};
+
+template <typename S, typename T>
+DSCONV_INLINE RowsOfX<S, T> rows_of_x(const BackwardContext& ctx, int64_t group) {
+  const int64_t size = ctx.plan.x_rows * ctx.p.geom.w_in * ctx.plan.x_ld;
+  return {static_cast<T*>(ctx.x_rows) + group * size, {0, 0}};
+}
+
 // The channels c .. c + channels of `count` pixels of grad_x from src[pixel][ld].
 template <typename S, typename T>
 static void turn_grad_x_back(const BackwardContext& ctx, const T* src, int64_t ld, int64_t c, int64_t channels,
                              int64_t pixel, int64_t count) {
   const Geometry& g = ctx.p.geom;
   store_tile(src, ld, c, channels, pixel, count, static_cast<S*>(ctx.p.grad_x), ctx.p.grad_x_layout, g.c_in,
-             g.d_in * g.h_in * g.w_in);
+             g.d_in * g.h_in * g.w_in, ctx.plan.beyond_cache);
 }
