@@ -11,6 +11,18 @@ inline void pack_depthwise(const DTypeKernels& kernels, const BackwardContext& c
   pack_all(kernels, {p.geom, ctx.plan, ctx.packed, p.dw_weight, p.dw_bias, p.pw_weight, nullptr}, {0, 0}, nullptr);
 }
 
+// Memory for an x that is turned by groups of tiles (cpu/turned.inl): for the rows that these keep, or for all of it.
+inline void reserve_turned(Workspace& workspace, BackwardContext& ctx) {
+  const CpuPlan& plan = ctx.plan;
+  const Geometry& g = ctx.p.geom;
+  const int64_t unit = plan.element / workspace.element(), row = g.w_in * plan.x_ld;
+  if (plan.x_rows > 0) {
+    workspace.reserve(&ctx.x_rows, plan.pointwise_groups * plan.x_rows * row * unit);
+  } else {
+    workspace.reserve(&ctx.x_turned, g.n * g.d_in * g.h_in * row * unit);
+  }
+}
+
 class PointwiseStage {
  public:
   // need_da: something is asked for that follows from the gradient of act(z). Beside what it reserves in `workspace`

@@ -90,11 +90,7 @@ void run_backward(const char* op, const BackwardParams& p) {
   }
   if (need_du) workspace.reserve(&ctx.du, plan.pixels * ceil_div(g.c_mid, plan.du_width) * plan.du_width);
   const int64_t x_pixels = g.n * g.d_in * g.h_in * g.w_in;
-  if (plan.x_rows > 0) {
-    workspace.reserve(&ctx.x_rows, plan.pointwise_groups * plan.x_rows * g.w_in * plan.x_ld);
-  } else if (p.x_layout == Layout::nchw) {
-    workspace.reserve(&ctx.x_turned, x_pixels * plan.x_ld);
-  }
+  if (p.x_layout == Layout::nchw) reserve_turned(workspace, ctx);
   if (p.grad_dw_weight != nullptr) {
     workspace.reserve(&ctx.dw_partial, plan.pointwise_groups * vectors * plan.micro.lanes * plan.taps);
   }

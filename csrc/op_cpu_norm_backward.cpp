@@ -67,11 +67,7 @@ struct Run {
     reserve(&ctx.norm, kNormRows * plan.mid_columns);
     if (in_norm.vectors != nullptr) reserve(&in_norm.rows, in_norm.elements(geom(), plan));
     const bool turned = ctx.p.x_layout == Layout::nchw || in_norm.vectors != nullptr;
-    if (plan.x_rows > 0) {
-      reserve(&ctx.x_rows, plan.pointwise_groups * plan.x_rows * geom().w_in * plan.x_ld);
-    } else if (turned && plan.panels == 0 && ctx.x_turned == nullptr) {
-      reserve(&ctx.x_turned, input_pixels(geom()) * plan.x_ld);
-    }
+    if (turned && plan.panels == 0 && ctx.x_turned == nullptr) reserve_turned(workspace, ctx);
   }
   void reserve_pointwise(bool out_norm) {
     const CpuPlan& plan = ctx.plan;

@@ -263,10 +263,8 @@ def test_pixels_beyond_the_edge_count_for_nothing(dtype, width, channels_last, d
     x = torch.randn(1, 4, 8, width)
     x[..., -1] = 0.9 * torch.finfo(dtype).max
     dw_weight = torch.randn(4, 1, 3, 3)
-    dw_weight[..., 0], dw_weight[..., 1:] = (
-        4,
-        0,
-    )  # of the last column of x one tap alone is not zero, for the next pixel
+    # Of the taps that read the last column of x one alone is not zero, the next pixel's.
+    dw_weight[..., 0], dw_weight[..., 1:] = 4, 0
     pw_weight, dy = torch.randn(8, 4, 1, 1), 1e-3 * torch.randn(1, 8, 8, width)
     tensors = [t.to(device, dtype) for t in (x, dw_weight, pw_weight, dy)]
     if channels_last:

@@ -64,22 +64,17 @@ DSCONV_INLINE void prefetch_some(Ahead& ahead) {
   }
 }
 
-// All of it now, up to `end` of the memory it lies in, by loads, some at a time: the prefetchers of the hardware follow
-// these, and have more lines under way than a core may ask for.
-DSCONV_INLINE void read_through(const Ahead& ahead, const char* end) {
+// [p, end) now, by loads, some lines at a time: the prefetchers of the hardware follow these, and have more lines under
+// way than a core may ask for.
+DSCONV_INLINE void read_through(const char* p, const char* end) {
   constexpr int64_t line = kCacheLine;
-  for (int i = 0; i < ahead.count; ++i) {
-    const Ahead::Stretch& s = ahead.of[i];
-    const char* p = s.next;
-    const char* const last = s.end < end ? s.end : end;
-    for (; last - p > 3 * line; p += 4 * line) {
-      const char a = p[0], b = p[line], c = p[2 * line], d = p[3 * line];
-      __asm__ volatile("" : : "r"(a), "r"(b), "r"(c), "r"(d));
-    }
-    for (; p < last; p += line) {
-      const char a = *p;
-      __asm__ volatile("" : : "r"(a));
-    }
+  for (; end - p > 3 * line; p += 4 * line) {
+    const char a = p[0], b = p[line], c = p[2 * line], d = p[3 * line];
+    __asm__ volatile("" : : "r"(a), "r"(b), "r"(c), "r"(d));
+  }
+  for (; p < end; p += line) {
+    const char a = *p;
+    __asm__ volatile("" : : "r"(a));
   }
 }
 
@@ -139,6 +134,11 @@ DSCONV_INLINE void add_rows(Ahead& ahead, const S* x, const Strides& s, Layout l
   }
 }
 
+template <typename S>
+DSCONV_INLINE const S* last_pixel(const Geometry& g, const S* x, const Strides& s) {
+  return x + (g.n - 1) * s.n + (g.d_in - 1) * s.d + (g.h_in - 1) * s.h + (g.w_in - 1) * s.w;
+}
+
 // For a pass whose work is little beside what it reads of an nhwc x: the rows that the tile after `tile` reads, in
 // parts for so many calls of this one's; but where these could not take them along, this one's are read now, and there
 // is nothing to ask.
@@ -150,14 +150,15 @@ DSCONV_INLINE Ahead rows_of_tile(const CpuPlan& plan, const S* x, const Strides&
   Ahead ahead = {};
   if (which == plan.tiles) return ahead;
   add_rows(ahead, x, s, Layout::nhwc, g, tile_range(plan.order, which), walks_depth(plan.order));
-  if (now) {
-    // Behind the last row there may be nothing, where rows of x lie further apart than they are long.
-    const S* const last = x + (g.n - 1) * s.n + (g.d_in - 1) * s.d + (g.h_in - 1) * s.h + (g.w_in - 1) * s.w;
-    read_through(ahead, reinterpret_cast<const char*>(last + g.c_in));
-    return {};
+  if (!now) {
+    share_out(ahead, calls);
+    return ahead;
   }
-  share_out(ahead, calls);
-  return ahead;
+  // Behind the last row there may be nothing, where rows of x lie further apart than they are long.
+  const char* const end = reinterpret_cast<const char*>(last_pixel(g, x, s) + g.c_in);
+  const Ahead::Stretch& rows = ahead.of[0];
+  if (ahead.count > 0) read_through(rows.next, rows.end < end ? rows.end : end);
+  return {};
 }
 
 // The next address, which the compiler may not derive from the first: it would keep one pointer a column, on the stack.

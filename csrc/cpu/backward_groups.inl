@@ -128,13 +128,15 @@ static void backward_group(const BackwardContext& ctx, int64_t group, void* scra
   }
 }
 
-// What the tile after `tile`, of `count` pixels, will read of x, in parts for tile_du_to_dz() of this one; or nothing,
-// where `tile` itself is read first. Of its du du_to_dz() asks for a line with each that it reads.
+// How often tile_du_to_dz() of `count` pixels asks for a part.
 template <typename T>
 DSCONV_INLINE int64_t du_to_dz_calls(const BackwardContext& ctx, int64_t count) {
   const int64_t c_mid = ctx.p.geom.c_mid;
   return depthwise_calls<T>(count, c_mid) + ceil_div(c_mid, ctx.plan.du_width) * ceil_div(count, kRowsAtOnce);
 }
+
+// What the tile after `tile`, of `count` pixels, will read of x, in parts for tile_du_to_dz() of this one; or nothing,
+// where `tile` itself is read first. Of its du du_to_dz() asks for a line with each that it reads.
 template <typename X>
 DSCONV_INLINE Ahead tile_of_x(const BackwardContext& ctx, const WholeX<X>& of, int64_t tile, int64_t count) {
   const int64_t calls = du_to_dz_calls<typename ComputeOf<X>::type>(ctx, count);

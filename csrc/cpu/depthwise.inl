@@ -53,7 +53,7 @@ DSCONV_INLINE ChannelRow<S> channel_row(const Geometry& g, const CpuPlan& plan) 
 template <typename S>
 DSCONV_INLINE const S* end_of_channels(const Geometry& g, const S* x, const Strides& s, int64_t channels) {
   if (g.multiplier != 1) return nullptr;
-  return x + (g.n - 1) * s.n + (g.d_in - 1) * s.d + (g.h_in - 1) * s.h + (g.w_in - 1) * s.w + channels;
+  return last_pixel(g, x, s) + channels;
 }
 
 // Points the row to the slices of x that the output slice reads. Returns the first tap along the depth.
