@@ -1,12 +1,14 @@
 """The benchmark's arithmetic against hand-computed values, and one tiny run from end to end."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
 
 from bench import __main__ as command_line
-from bench import layers, overhead, peers, report, suite, sweep
+from bench import compare, layers, overhead, peers, report, suite, sweep
 from bench.ceilings import Ceilings, cache_sizes, measure_ceilings
 from bench.competitors import COMPILED, EAGER, FUSED, Arena, Form, WrongResult
 from bench.problem import FORWARD, MODES, TRAINING, TRAINING_BN, Problem, inner_taps
@@ -321,6 +323,22 @@ def test_overheads_are_told_above_an_empty_op():
     assert [row[0] for row in rows[:2]] == [overhead.EMPTY_FUNCTION, "torch.ops.dsconv_cuda.fwd and bwd"]
     assert "DepthwiseSeparableConv2d" in [what for what, _, _ in rows]
     assert all(total > 0 for _, total, _ in rows)
+
+
+def test_two_checkouts_are_compared(capfd):
+    here = str(Path(__file__).resolve().parent.parent)
+    few = ["--processes", "1", "--rounds", "1", "--least-ms", "0.1"]
+    compare.main([here, here, "--layers", "mbv2_192x28s2_64", "--ops", "fwd", "z_moments", "--batch", "2", *few])
+    table = capfd.readouterr().out
+    assert re.search(r"\| layer +\| +fwd \| +z_moments \|", table)
+    before, after, ratio = map(float, re.search(r"mbv2_192x28s2_64 \| +(\d+) -> (\d+) +([\d.]+) \|", table).groups())
+    assert min(before, after, ratio) > 0
+
+
+def test_a_checkout_without_a_build_of_its_own_is_an_error(tmp_path, capfd):
+    with pytest.raises(RuntimeError, match="ended with 1"):
+        compare.main([str(tmp_path), str(tmp_path), "--layers", "mbv2_192x28s2_64", "--ops", "fwd"])
+    assert "make build there" in capfd.readouterr().err
 
 
 def test_the_limit_of_an_instruction_set():
