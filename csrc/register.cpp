@@ -7,6 +7,7 @@
 
 #include "build_info.h"
 #include "cpu/cpu_isa.h"
+#include "cpu/cpu_kernels.h"
 #include "op_args.h"
 #include "plan_binding.h"
 
@@ -124,5 +125,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("bf16_dot_available", &dsconv::bf16_dot_available, "Whether this library and machine have AVX512-BF16 kernels");
   m.def("bf16_dot_active", &dsconv::bf16_dot_active, "Whether bfloat16 uses them");
   m.def("set_bf16_dot", &dsconv::set_bf16_dot, pybind11::arg("on"), "False: bfloat16 is computed in float32");
+  m.def(
+      "multiplies_by_halves", &dsconv::multiplies_by_halves,
+      "Whether AVX-512 kernels take this machine for one whose vectors of 512 bits take twice the time of half of one");
+  m.def("set_multiplies_by_halves", &dsconv::set_multiplies_by_halves, pybind11::arg("on"),
+        "Takes it for one that does, or not; results are the same");
   dsconv::define_plans(m);
 }

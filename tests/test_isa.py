@@ -8,6 +8,9 @@ import pytest
 import torch
 from fresh_process import ROOT, run_python
 
+import dsconv_cuda
+from dsconv_cuda import _loader
+
 
 @pytest.fixture(scope="module")
 def library_path():
@@ -52,6 +55,37 @@ except RuntimeError as error:
     assert "raised:" in out
     for part in ("DSCONV_CPU_ISA", f"'{requested}'", "available: " + ", ".join(available)):
         assert part in out
+
+
+@pytest.fixture
+def library(isa):
+    """The library with the kernels of `isa` active; what is set there is set back."""
+    library = _loader.load_library().module
+    by_halves = library.multiplies_by_halves()
+    yield library
+    library.set_multiplies_by_halves(by_halves)
+
+
+# Panels of 32, 16 and 8 channels, and what is left behind them: 8 is half a vector of floats, 4 of doubles.
+@pytest.mark.one_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("c", "c_out"), [(24, 24), (8, 7), (72, 40), (3, 4), (37, 52), (300, 20)])
+def test_half_vectors_of_their_own_give_the_bits_of_those_that_are_shared(library, isa, c, c_out, dtype):
+    if isa != "avx512":
+        pytest.skip("only AVX-512 has them")
+    x = torch.randn(2, c, 9, 11, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights = [torch.randn(shape, dtype=dtype).requires_grad_() for shape in ((c, 1, 3, 3), (c_out, c, 1, 1))]
+    dy = torch.randn(2, c_out, 9, 11, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+    def step():
+        y = dsconv_cuda.depthwise_separable_conv2d(x, *weights, padding=1, activation="relu6")
+        return y.detach(), *torch.autograd.grad(y, (x, *weights), dy)
+
+    library.set_multiplies_by_halves(False)
+    shared = step()
+    library.set_multiplies_by_halves(True)
+    for ours, theirs in zip(step(), shared, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def functions_with(disassembly, registers):

@@ -178,6 +178,16 @@ DSCONV_INLINE void ask_for_lines(M* p, int64_t step, int count) {
   }
 }
 
+// With vector number `vector` of `vectors` of P pixels that are written from `first` on, `step` apart: the part of the
+// next P pixels that is its turn. Where pixels are dense it goes through them line by line, whatever these hold: that
+// way lines come faster than by the pixel. Measured, grad_x of 96 channels from L3: 0.8 of the time.
+template <int P, typename T>
+DSCONV_INLINE void ask_for_next(T* first, int64_t vector, int64_t channels, int64_t step) {
+  constexpr int64_t n = Vec<T>::n;
+  const bool dense = step == channels;
+  ask_for_lines(first + P * step + vector * n * (dense ? P : 1), dense ? n : step, P);
+}
+
 // A panel's part of the rows of the pointwise weights lies a row apart, which no prefetcher follows.
 constexpr int64_t kReadAhead = 32, kWriteAhead = 6;
 template <int Write, typename S>

@@ -39,20 +39,19 @@ DSCONV_INLINE const T* du_at(const BackwardContext& ctx, int64_t pixel, int64_t 
   return static_cast<const T*>(ctx.du) + (k / width * ctx.plan.pixels + pixel) * width + k % width;
 }
 
-// What follows computes rows of a slice of grad_x for a panel of channels, micro.columns of them at most, from c on.
-// Rows are numbered through the image, d_in * h_in of them. `du` is the image's, at these channels of its first plane;
-// `grad` points to the first pixel, `step` from pixel to pixel and `out_row` from row to row.
+// What follows computes rows of a slice of grad_x for some channels from c on, a panel of micro.columns of them at most
+// where not said otherwise. Rows are numbered through the image, d_in * h_in of them. `du` is the image's, at these
+// channels of its first plane; `grad` points to the first pixel, `step` from pixel to pixel and `out_row` from row to
+// row.
 
-// Unit stride, one plane: a plain convolution of du with the kernel turned around.
+// Unit stride, one plane: a plain convolution of du with the kernel turned around, for any number of channels.
 template <typename T>
 static void backward_x_plain(const BackwardContext& ctx, int64_t first_row, int64_t rows, int64_t c, int64_t channels,
                              const T* du, T* grad, int64_t step, int64_t out_row, Stores stores) {
-  constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
   const int64_t id = first_row / g.h_in, ih = first_row % g.h_in;
-  T zeros[columns];
-  zero_fill(zeros, columns);
+  const int64_t panel = plan.pixels * plan.du_width, panels = ceil_div(channels, plan.du_width);
   ChannelRow<T> row;
   row.row_step = g.w_out * plan.du_width;
   row.column_step = plan.du_width;
@@ -69,11 +68,13 @@ static void backward_x_plain(const BackwardContext& ctx, int64_t first_row, int6
   row.weight_slice = -plan.mid_columns * plan.slice_taps;
   row.weight += row.weight_slice * place_slices(row, du, id + g.pad_front - (g.kernel_d - 1) * g.dilation_d,
                                                 g.dilation_d, g.d_out, g.kernel_d, plan.slice_pixels * plan.du_width);
-  row.start = zeros;
+  row.start = ZeroVector<T>::data;
   row.start_step = 0;
+  row.start_stays = true;
   row.channels = channels;
+  row.to_panel = panel - plan.du_width;
   row.stores = stores;
-  row.end = du + plan.image_pixels * plan.du_width;
+  row.end = du + (panels - 1) * panel + plan.image_pixels * plan.du_width;
   convolve_rows<true>(row, 1, ih + g.pad_top - (g.kernel_h - 1) * g.dilation_h,
                       g.pad_left - (g.kernel_w - 1) * g.dilation_w, rows, g.w_in, clamp_of<T>(Activation::identity),
                       grad, step, out_row);
@@ -161,11 +162,16 @@ static void backward_x_general(const BackwardContext& ctx, int64_t in_row, int64
   }
 }
 
+DSCONV_INLINE bool is_plain(const Geometry& g) {
+  return g.stride_d == 1 && g.stride_h == 1 && g.stride_w == 1 && g.multiplier == 1;
+}
+
+// Any number of channels where it is plain or has_grad_row() says yes.
 template <typename T>
-static void backward_x_panel(const BackwardContext& ctx, int64_t row, int64_t rows, int64_t c, int64_t channels,
-                             const T* du, T* grad, int64_t step, int64_t out_row, Stores stores = Stores::plain) {
+static void backward_x_channels(const BackwardContext& ctx, int64_t row, int64_t rows, int64_t c, int64_t channels,
+                                const T* du, T* grad, int64_t step, int64_t out_row, Stores stores = Stores::plain) {
   const Geometry& g = ctx.p.geom;
-  if (g.stride_d == 1 && g.stride_h == 1 && g.stride_w == 1 && g.multiplier == 1) {
+  if (is_plain(g)) {
     return backward_x_plain(ctx, row, rows, c, channels, du, grad, step, out_row, stores);
   }
   for (int64_t i = 0; i < rows; ++i, grad += out_row) {
@@ -200,11 +206,16 @@ static void backward_x_rows(const BackwardContext& ctx, int64_t row, int64_t row
   const int64_t last = first + row_end - row,
                 to_first = image * stride.n + first / g.h_in * stride.d + first % g.h_in * stride.h;
   if constexpr (SameType<S, T>::value) {
-    if (has_grad_row(g) && ctx.p.grad_x_layout == Layout::nhwc) {
+    if (ctx.p.grad_x_layout == Layout::nhwc) {
       T* grad = static_cast<T*>(ctx.p.grad_x) + to_first;
-      const T* du = du_at<T>(ctx, image * plan.image_pixels, 0);
-      for (int64_t i = first; i < last; ++i, grad += stride.h) {
-        backward_x_strided(ctx, i, 0, g.c_in, du, grad, stride.w, stores);
+      // All channels of some pixels, that lines are written one behind another; but past the caches, where that gains
+      // nothing, a panel, whose du stays in L1 from row to row.
+      const bool all = has_grad_row(g) || (is_plain(g) && stores != Stores::stream);
+      const int64_t at_once = all ? g.c_in : columns;
+      for (int64_t c = 0; c < g.c_in; c += at_once) {
+        const int64_t width = g.c_in - c < at_once ? g.c_in - c : at_once;
+        backward_x_channels(ctx, first, last - first, c, width, du_at<T>(ctx, image * plan.image_pixels, c), grad + c,
+                            stride.w, stride.h, stores);
       }
       if (stores == Stores::stream) vstream_fence();
       return;
@@ -214,19 +225,11 @@ static void backward_x_rows(const BackwardContext& ctx, int64_t row, int64_t row
   for (int64_t c = 0; c < g.c_in; c += columns) {
     const int64_t width = g.c_in - c < columns ? g.c_in - c : columns;
     const T* du = du_at<T>(ctx, image * plan.image_pixels, c);
-    if constexpr (SameType<S, T>::value) {
-      if (ctx.p.grad_x_layout == Layout::nhwc) {
-        backward_x_panel(ctx, first, last - first, c, width, du, static_cast<T*>(ctx.p.grad_x) + to_first + c, stride.w,
-                         stride.h, stores);
-        if (stores == Stores::stream) vstream_fence();
-        continue;
-      }
-    }
     for (int64_t i = first; i < last;) {
       const int64_t rows = rows_at_once < 1 ? 1 : (rows_at_once < last - i ? rows_at_once : last - i);
       const int64_t pixel = (image * rows_of_image + i) * g.w_in;
       if (rows_at_once > 0) {
-        backward_x_panel(ctx, i, rows, c, width, du, tile, columns, g.w_in * columns);
+        backward_x_channels(ctx, i, rows, c, width, du, tile, columns, g.w_in * columns);
         turn_grad_x_back<S>(ctx, tile, columns, c, width, pixel, rows * g.w_in);
       }
       for (int64_t begin = 0; rows_at_once < 1 && begin < g.w_in; begin += part) {

@@ -162,8 +162,8 @@ static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int6
       }
     }
     for (int64_t d = 0; ctx.p.grad_x != nullptr && d < g.d_in; ++d) {
-      backward_x_panel(ctx, d * g.h_in, g.h_in, t.k, t.width, du, grad.data + image * grad.image + d * grad.slice,
-                       grad.column, grad.row);
+      backward_x_channels(ctx, d * g.h_in, g.h_in, t.k, t.width, du, grad.data + image * grad.image + d * grad.slice,
+                          grad.column, grad.row);
     }
   }
 }

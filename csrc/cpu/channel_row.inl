@@ -40,7 +40,9 @@ struct ChannelRow {
   int64_t wrap = 0, wrap_back = 0;    // after slice number `wrap` x goes back by that much: slices of a ring
   const T* start;                     // bias, with start_step 0, or what to add to
   int64_t start_step;                 // per pixel
+  bool start_stays = false;           // the same for all channels, a vector
   int64_t channels;
+  int64_t to_panel = 0;    // x of channels in panels of kMicroVecs vectors: from behind one to where the next begins
   Stores stores;           // of pairs of rows, where these are compiled to ask (Far)
   const S* end = nullptr;  // of the memory of x; null: no lane past the last channel may be read
   bool padded = false;     // outputs have room for whole vectors
@@ -50,6 +52,16 @@ struct ChannelRow {
 template <typename S>
 DSCONV_INLINE void ask_meanwhile(const ChannelRow<S>& row) {
   if (row.ahead != nullptr) prefetch_some(*row.ahead);
+}
+
+// From x of vector number `vector` to the next, and from what its sums start with.
+template <typename S>
+DSCONV_INLINE int64_t next_vector(const ChannelRow<S>& row, int64_t vector) {
+  return Vec<typename ComputeOf<S>::type>::n + (vector % kMicroVecs == kMicroVecs - 1 ? row.to_panel : 0);
+}
+template <typename S>
+DSCONV_INLINE int64_t next_start(const ChannelRow<S>& row) {
+  return row.start_stays ? 0 : Vec<typename ComputeOf<S>::type>::n;
 }
 
 // How often at least, for `count` pixels.
@@ -295,9 +307,9 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
       }
       advance(to, ld);
     }
-    x += Vec<T>::n;
+    x += next_vector(row, vector);
     weight += Vec<T>::n;
-    start += Vec<T>::n;
+    start += next_start(row);
     out += Vec<T>::n;
   }
 }
@@ -323,8 +335,8 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
       for (int p = 0; p < P; ++p) upper[p] = lower[p] = vload(start);
       const Stores stores = Far ? row.stores : Stores::plain;
       if (stores == Stores::ahead) {
-        ask_for_lines(out + P * ld, ld, P);
-        ask_for_lines(out + P * ld + out_row, ld, P);
+        ask_for_next<P>(out_first, vector, row.channels, ld);
+        ask_for_next<P>(out_first + out_row, vector, row.channels, ld);
       }
       const S* x_slice = x;
       const T* weight_slice = weight;
@@ -359,9 +371,9 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
         }
         advance(to, ld);
       }
-      x += Vec<T>::n;
+      x += next_vector(row, vector);
       weight += Vec<T>::n;
-      start += Vec<T>::n;
+      start += next_start(row);
       out += Vec<T>::n;
     }
   }

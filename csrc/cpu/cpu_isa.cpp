@@ -23,8 +23,13 @@ bool machine_has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && machine_has_avx2();
 #endif
 }
+bool machine_multiplies_by_halves() {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amdfam19h") != 0;
+}
 #else
 constexpr bool kX86 = false;
+bool machine_multiplies_by_halves() { return false; }
 bool machine_has_avx2() { return false; }
 bool machine_has_avx512() { return false; }
 #endif
@@ -78,6 +83,7 @@ Isa choose() {
 constexpr int kNotChosen = -1;
 std::atomic<int> chosen{kNotChosen};
 std::atomic<bool> bf16_dot_on{true};
+std::atomic<bool> by_halves{machine_multiplies_by_halves()};
 
 }  // namespace
 
@@ -108,6 +114,9 @@ bool bf16_dot_active() {
   return bf16_dot_available() && bf16_dot_on.load(std::memory_order_relaxed) && isa_active() == Isa::avx512;
 }
 void set_bf16_dot(bool on) { bf16_dot_on.store(on); }
+
+bool multiplies_by_halves() { return by_halves.load(std::memory_order_relaxed); }
+void set_multiplies_by_halves(bool on) { by_halves.store(on); }
 
 const KernelTable& active_kernels() {
 #if DSCONV_BUILDS_BF16

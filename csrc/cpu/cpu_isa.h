@@ -27,6 +27,9 @@ bool bf16_dot_available();  // built, and this machine can run it
 bool bf16_dot_active();     // available, not switched off, and the active ISA is avx512
 void set_bf16_dot(bool on);
 
+// What multiplies_by_halves() of cpu_kernels.h says from now on; at first the machine is asked.
+void set_multiplies_by_halves(bool on);
+
 // The kernels of the active ISA.
 const KernelTable& active_kernels();
 

@@ -9,6 +9,10 @@
 
 namespace dsconv {
 
+// Whether the machine multiplies vectors of 512 bits one half after the other, as Zen 4 does: half a vector takes half
+// the time then, and need not share a whole one (gemm.inl). Says nothing about results. cpu_isa.cpp knows.
+bool multiplies_by_halves();
+
 // Weights as the kernels walk them; k is the channel order of cpu_plan.h, panels have micro.columns columns. Kernels
 // that multiply bf16 have their own forms of dw_weight (of the forward), pw_forward and pw_backward (pack_bf16.inl), no
 // larger ones.

@@ -37,7 +37,7 @@ DSCONV_INLINE void grad_group(const GradRow<T>& row, int64_t c, int64_t du_offse
   constexpr int kColumns = kGradOutputs / 2, kBefore = (Taps - 1) / 2;
   const ColumnRange range = {base, row.w_out, left};
   T* to = grad + (base * 2 - row.pad) * step + c;
-  if (row.stores == Stores::ahead) ask_for_lines(to + kGradOutputs * step, step, kGradOutputs);
+  if (row.stores == Stores::ahead) ask_for_next<kGradOutputs>(to - c, c / Vec<T>::n, row.plane, step);
   V acc[kGradOutputs];
   DSCONV_UNROLL
   for (int q = 0; q < kGradOutputs; ++q) acc[q] = vset(T(0));

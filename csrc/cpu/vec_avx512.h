@@ -9,12 +9,14 @@ struct Vec;
 template <>
 struct Vec<float> {
   typedef __m512 type;
+  typedef __m256 half;
   typedef __mmask16 mask;
   static constexpr int n = 16;
 };
 template <>
 struct Vec<double> {
   typedef __m512d type;
+  typedef __m256d half;
   typedef __mmask8 mask;
   static constexpr int n = 8;
 };
@@ -83,6 +85,14 @@ DSCONV_INLINE void vstore(bf16* p, __m512 v, int n) { store_halves(p, narrow_bf1
 
 DSCONV_INLINE __m512 vfma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 DSCONV_INLINE __m512d vfma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
+DSCONV_INLINE __m256 vfma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
+DSCONV_INLINE __m256d vfma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
+DSCONV_INLINE __m256 vset_half(float x) { return _mm256_set1_ps(x); }
+DSCONV_INLINE __m256d vset_half(double x) { return _mm256_set1_pd(x); }
+DSCONV_INLINE __m256 vhalf(__m512 v) { return _mm512_castps512_ps256(v); }
+DSCONV_INLINE __m256d vhalf(__m512d v) { return _mm512_castpd512_pd256(v); }
+DSCONV_INLINE __m512 vwhole(__m256 half) { return _mm512_zextps256_ps512(half); }
+DSCONV_INLINE __m512d vwhole(__m256d half) { return _mm512_zextpd256_pd512(half); }
 DSCONV_INLINE __m512 vload_twice(const float* p) { return _mm512_broadcast_f32x8(_mm256_loadu_ps(p)); }
 DSCONV_INLINE __m512d vload_twice(const double* p) { return _mm512_broadcast_f64x4(_mm256_loadu_pd(p)); }
 DSCONV_INLINE __m512 vhalves(__m512 a, __m512 b) { return _mm512_mask_blend_ps(0xff00, a, b); }

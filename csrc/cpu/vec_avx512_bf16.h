@@ -14,6 +14,7 @@
 template <>
 struct Vec<bf16x2> {
   typedef __m512i type;
+  typedef __m256i half;
   static constexpr int n = 16;
 };
 
@@ -24,6 +25,9 @@ DSCONV_INLINE __m512i vhalves(__m512i a, __m512i b) { return _mm512_mask_blend_e
 DSCONV_INLINE void vstore(bf16x2* p, __m512i v) { _mm512_storeu_si512(p, v); }
 
 DSCONV_INLINE __m512 vfma(__m512i a, __m512i b, __m512 c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
+DSCONV_INLINE __m256i vset_half(bf16x2 pair) { return _mm256_set1_epi32(static_cast<int>(pair.bits)); }
+DSCONV_INLINE __m256i vhalf(__m512i v) { return _mm512_castsi512_si256(v); }
+DSCONV_INLINE __m256 vfma(__m256i a, __m256i b, __m256 c) { return _mm256_dpbf16_ps(c, (__m256bh)a, (__m256bh)b); }
 
 // 32 numbers.
 DSCONV_INLINE __m512i vload_two(const bf16* p) { return _mm512_loadu_si512(p); }

@@ -13,7 +13,8 @@
 //   vtranspose(r[n])           n x n lanes
 //   kHalfVectors               whether two halves can share a vector: vload_twice(p), half a vector in both halves,
 //                              vhalves(a, b), the lower half of a and the upper of b, and vlower(v), vupper(v), either
-//                              half with zeros behind
+//                              half with zeros behind; Vec<T>::half, half a vector: vset_half(x), vhalf(v), the lower
+//                              one, vwhole(h), with zeros behind, and vfma
 //   kMicroRows, kMicroVecs     register block of the GEMM micro-kernel
 #if DSCONV_ISA != DSCONV_ISA_GENERIC
 #error "vec_generic.h belongs inside the region of cpu_generic.cpp"

@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "../../csrc/cpu/cpu_isa.h"
+#include "../../csrc/cpu/cpu_kernels.h"
 #include "../../csrc/plan_query.h"
 
 namespace dsconv {
@@ -23,6 +24,10 @@ bool bf16_dot_available() { return false; }
 bool bf16_dot_active() { return false; }
 
 void set_bf16_dot(bool) { throw std::runtime_error("the emulated library has no CPU kernels"); }
+
+bool multiplies_by_halves() { return false; }
+
+void set_multiplies_by_halves(bool) { throw std::runtime_error("the emulated library has no CPU kernels"); }
 
 PlanNumbers cpu_plan(const PlanQuery&, int64_t) { throw std::runtime_error("the emulated library has no CPU kernels"); }
 

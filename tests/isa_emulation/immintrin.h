@@ -51,6 +51,19 @@ DSCONV_EMULATED V twice(H h) {
   for (int i = 0; i < 2; ++i) __builtin_memcpy(reinterpret_cast<char*>(&v) + i * sizeof h, &h, sizeof h);
   return v;
 }
+// Its lower half, and the way back with zeros above.
+template <typename H, typename V>
+DSCONV_EMULATED H lower_half(V v) {
+  H h;
+  __builtin_memcpy(&h, &v, sizeof h);
+  return h;
+}
+template <typename V, typename H>
+DSCONV_EMULATED V with_zeros(H h) {
+  V v = {};
+  __builtin_memcpy(&v, &h, sizeof h);
+  return v;
+}
 template <typename V>
 DSCONV_EMULATED V blend_lanes(uint16_t mask, V a, V b, int lanes) {
   for (int i = 0; i < lanes; ++i) a[i] = mask >> i & 1 ? b[i] : a[i];
@@ -287,6 +300,16 @@ DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
 #define _mm512_broadcast_f64x4(v) ::dsconv_emulation::twice<__m512d>(v)
 #undef _mm512_broadcast_i64x4
 #define _mm512_broadcast_i64x4(v) ::dsconv_emulation::twice<__m512i>(v)
+#undef _mm512_castps512_ps256
+#define _mm512_castps512_ps256(v) ::dsconv_emulation::lower_half<__m256>(v)
+#undef _mm512_castpd512_pd256
+#define _mm512_castpd512_pd256(v) ::dsconv_emulation::lower_half<__m256d>(v)
+#undef _mm512_castsi512_si256
+#define _mm512_castsi512_si256(v) ::dsconv_emulation::lower_half<__m256i>(v)
+#undef _mm512_zextps256_ps512
+#define _mm512_zextps256_ps512(h) ::dsconv_emulation::with_zeros<__m512>(h)
+#undef _mm512_zextpd256_pd512
+#define _mm512_zextpd256_pd512(h) ::dsconv_emulation::with_zeros<__m512d>(h)
 #undef _mm512_mask_blend_ps
 #define _mm512_mask_blend_ps(m, a, b) ::dsconv_emulation::blend_lanes<__m512>(m, a, b, 16)
 #undef _mm512_mask_blend_pd
@@ -362,6 +385,11 @@ DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
 #define _mm512_permutexvar_epi64(index, v) ::dsconv_emulation::permute_two<__m512i>(v, index, v, 8)
 #undef _mm512_dpbf16_ps
 #define _mm512_dpbf16_ps(c, a, b) ::dsconv_emulation::dot_of_pairs(c, a, b)
+#undef _mm256_dpbf16_ps
+#define _mm256_dpbf16_ps(c, a, b)                                                             \
+  ::dsconv_emulation::lower_half<__m256>(::dsconv_emulation::dot_of_pairs(                    \
+      ::dsconv_emulation::with_zeros<__m512>(c), ::dsconv_emulation::with_zeros<__m512bh>(a), \
+      ::dsconv_emulation::with_zeros<__m512bh>(b)))
 #undef _mm512_cvtneps_pbh
 #define _mm512_cvtneps_pbh(v) ::dsconv_emulation::narrow_bf16s(v)
 #undef _mm512_cvtne2ps_pbh
