@@ -168,6 +168,29 @@ def test_gradients_that_are_not_dense(dtype, device):
 
 
 @numerical
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=identify)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("c", [3, 17, 37, 113])
+def test_both_depthwise_gradients_of_3x3_around_the_edges_of_boxes(c, stride, dtype, device):
+    """Channels together: boxes of 128 cells in patches of 2 x 4, several to a block, and what is left of them; pixels
+    that no window reaches, and windows that reach no pixel."""
+    for n, h, w, padding, dw_bias in (
+        (7, 7, 7, (1, 1), True),
+        (1, 17, 33, (1, 1), True),
+        (2, 13, 18, (0, 2), True),
+        (1, 6, 35, (2, 0), True),
+        (3, 8, 9, (4, 3), False),
+        (2, 5, 4, (1, 5), True),
+    ):
+        case = Case(n=n, c=c, c_out=3, h=h, w=w, stride=(stride, stride), padding=padding, dw_bias=dw_bias)
+        check_case(case, dtype, device, channels_last=True, backward=True)
+        x, *weights = case.tensors(dtype, device)
+        room = torch.randn(n, c + c % 2 + 2, h, w).to(x).contiguous(memory_format=torch.channels_last)
+        check([room[:, :c], *weights], case.kwargs, backward=True)
+
+
+@numerical
+@pytest.mark.parametrize("with_grad_x", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=identify)
 @pytest.mark.parametrize(
@@ -186,7 +209,7 @@ def test_gradients_that_are_not_dense(dtype, device):
     ],
     ids=identify,
 )
-def test_an_infinite_input_reaches_the_taps_that_meet_it_and_no_other(case, dtype, channels_last, device):
+def test_an_infinite_input_reaches_the_taps_that_meet_it_and_no_other(case, dtype, channels_last, with_grad_x, device):
     """What a kernel pads with zeros, of du and of its own tiles, has no product with an infinite x."""
     for row, column in ((0, 0), (0, -1), (-1, 0), (-1, -1), (4, -2)):
         x, *weights = case.tensors(dtype, device, channels_last)
@@ -194,7 +217,7 @@ def test_an_infinite_input_reaches_the_taps_that_meet_it_and_no_other(case, dtyp
         results = []
         for of in (dtype, torch.float64):
             dw_weight = weights[0].to(of).requires_grad_()
-            arguments = [x.to(of), dw_weight, *(t.to(of) for t in weights[1:])]
+            arguments = [x.to(of).detach().requires_grad_(with_grad_x), dw_weight, *(t.to(of) for t in weights[1:])]
             if of == dtype:
                 y = depthwise_separable_conv2d(*arguments, **case.kwargs)
                 dy = torch.randn_like(y)
@@ -202,7 +225,7 @@ def test_an_infinite_input_reaches_the_taps_that_meet_it_and_no_other(case, dtyp
                 geometry = (case.stride, case.padding, case.dilation)
                 z = torch.nn.functional.conv2d(*(t.cpu() for t in arguments[:2]), arguments[3].cpu(), *geometry, case.c)
                 y = torch.nn.functional.conv2d(z, arguments[2].cpu(), arguments[4].cpu())
-            (grad,) = torch.autograd.grad(y, dw_weight, dy.to(y))
+            grad, *_ = torch.autograd.grad(y, [dw_weight, arguments[0]][: 1 + with_grad_x], dy.to(y))
             results.append(grad.cpu().double())
         grad, expected = results
         assert torch.equal(grad.isfinite(), expected.isfinite()), (row, column)

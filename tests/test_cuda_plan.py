@@ -165,10 +165,12 @@ static BackwardPlan backward_of(const Geometry& g, DType dtype, Layout layout, i
     check_split(plan.pw_split, pixels);
   }
   const DepthwiseTilesPlan& tiles = plan.tiles;
-  CHECK(!tiles.grad_x || plan.grad_x_blocks == tiles.cell_box.tiles * tiles.chunks);
+  CHECK(!tiles.grad_x || tiles.both || plan.grad_x_blocks == tiles.cell_box.tiles * tiles.chunks);
+  CHECK(!tiles.both || (tiles.grad_x && tiles.sums && plan.grad_x_blocks == plan.dw_blocks));
   if (tiles.sums) {
-    CHECK(tiles.splits * tiles.boxes_of_split >= tiles.sum_box.tiles);
-    CHECK((tiles.splits - 1) * tiles.boxes_of_split < tiles.sum_box.tiles);
+    const int64_t boxes = tiles.both ? tiles.cell_box.tiles : tiles.sum_box.tiles;
+    CHECK(plan.dw_split.count == tiles.splits && plan.dw_blocks == tiles.splits * tiles.chunks);
+    CHECK(tiles.splits * tiles.boxes_of_split >= boxes && (tiles.splits - 1) * tiles.boxes_of_split < boxes);
   } else if (plan.planes.sums) {
     CHECK(plan.dw_split.count == plan.planes.splits && plan.dw_blocks == plan.planes.splits * plan.planes.chunks);
   } else {
@@ -456,6 +458,74 @@ int main() {
     b.x_strides = b.grad_x_strides = dense_strides(Layout::nchw, 128, 1, 64, 64);
     b.geom = geometry(1, 128, 128, 64, 31);  // its taps need no more room than those of others
     CHECK(plan_backward(b, h100).planes.grad_x && plan_backward(b, h100).planes.sums);
+  }
+
+  // The same with channels adjacent, where a 3x3 kernel's taps and their sums fit the registers and each pixel of du is
+  // a cell's. Two stages of du for two blocks, on every architecture.
+  for (const Gpu& gpu : kGpus) {
+    alignas(16) static char grad;
+    for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+      BackwardParams b{};
+      b.dtype = dtype;
+      b.x_layout = b.grad_x_layout = Layout::nhwc;
+      const auto set = [&](int64_t channels, int64_t size, int64_t kernel, int64_t stride) {
+        b.geom = geometry(8, channels, 64, size, kernel);
+        b.geom.stride_h = b.geom.stride_w = stride;
+        b.geom.h_out = b.geom.w_out = (size - 1) / stride + 1;
+        b.x_strides = b.grad_x_strides = dense_strides(Layout::nhwc, channels, 1, size, size);
+        b.grad_x = b.grad_dw_weight = b.grad_dw_bias = &grad;
+      };
+      const auto tiles = [&] { return plan_backward(b, gpu.limits).tiles; };
+      const auto is_one = [](const DepthwiseTilesPlan& plan) { return plan.both && plan.grad_x && plan.sums; };
+      const auto are_two = [](const DepthwiseTilesPlan& plan) { return !plan.both && plan.grad_x && plan.sums; };
+      for (const int64_t stride : {1, 2}) {
+        for (const int64_t size : {7, 14, 29, 56, 300}) {
+          set(64, size, 3, stride);
+          const DepthwiseTilesPlan plan = tiles();
+          const int64_t shared = plan.cell_shared.bytes + gpu.limits.shared_reserved;
+          CHECK(is_one(plan) && 2 * shared <= gpu.limits.shared_per_multiprocessor);
+          CHECK(plan.cell_shared.bytes >= 2 * plan.cell_box.stage_bytes && plan.x_aligned && plan.grad_x_aligned);
+        }
+        set(64, 28, 5, stride);
+        CHECK(are_two(tiles()));
+        set(33, 28, 3, stride);
+        CHECK(is_one(tiles()) && tiles().x_aligned == (dtype == DType::f32));
+        b.grad_dw_weight = nullptr;  // a bias alone needs no x
+        CHECK(are_two(tiles()));
+        b.grad_dw_bias = nullptr;
+        CHECK(!tiles().both && tiles().grad_x && !tiles().sums);
+        set(64, 28, 3, stride);
+        b.grad_x = nullptr;
+        CHECK(!tiles().both && !tiles().grad_x && tiles().sums);
+        b.grad_x = &grad;
+        b.geom.stride_w = 3 - stride;
+        CHECK(are_two(tiles()));
+      }
+      set(64, 28, 3, 1);
+      b.geom.dilation_h = 2;
+      CHECK(are_two(tiles()));
+      set(64, 28, 3, 1);
+      b.geom.h_in = b.geom.h_out = 1;  // patches of one row
+      CHECK(are_two(tiles()));
+      set(64, 28, 3, 1);
+      b.geom.pad_top = 4;  // rows of du that belong to no pixel of x: the sum of the bias misses them
+      b.geom.h_out = 34;
+      CHECK(are_two(tiles()));
+      b.grad_dw_bias = nullptr;
+      CHECK(is_one(tiles()));
+      // The slices of a volume are images where the kernel has no depth.
+      set(64, 28, 3, 1);
+      b.geom.d_in = b.geom.d_out = 5;
+      b.x_strides = b.grad_x_strides = dense_strides(Layout::nhwc, 64, 5, 28, 28);
+      CHECK(is_one(tiles()));
+      b.geom.pad_front = 1;
+      b.geom.d_out = 7;
+      CHECK(!tiles().both);
+      set(64, 28, 3, 1);
+      b.geom.multiplier = 2;
+      b.geom.c_in = 32;
+      CHECK(!tiles().both && !tiles().grad_x && tiles().sums);
+    }
   }
 
   // Tensor cores by dtype and architecture, and in float32 where TF32 is allowed.

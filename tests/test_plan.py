@@ -170,9 +170,28 @@ def test_columns_that_are_adjacent_have_both_depthwise_gradients_from_one_kernel
     assert not {"grad_x", "depthwise_sum"} & set(found)
     tensor = 2 * 32 * 144 * 56 * 56
     assert 3 * tensor < found["depthwise_planes"].dram_bytes < 3.1 * tensor  # x, du, grad_x
-    last = {kernel.name for kernel in plan(memory_format=torch.channels_last).kernels}
-    assert {"grad_x_tile", "depthwise_sum_tile"} < last
-    assert "depthwise_planes" not in last
+
+
+def test_channels_that_are_adjacent_have_both_depthwise_gradients_of_3x3_from_one_kernel():
+    def plan(kernel):
+        return dsconv_cuda.plan(
+            [32, 144, 56, 56],
+            24,
+            kernel,
+            padding=kernel // 2,
+            dtype=torch.float16,
+            memory_format=torch.channels_last,
+            backward=True,
+            arch="sm_90",
+        )
+
+    found = {kernel.name: kernel for kernel in plan(3).kernels}
+    assert not {"depthwise_planes", "grad_x_tile", "depthwise_sum_tile"} & set(found)
+    tensor = 2 * 32 * 144 * 56 * 56
+    assert 3 * tensor < found["depthwise_tile"].dram_bytes < 3.1 * tensor  # x, du, grad_x
+    two = {kernel.name for kernel in plan(5).kernels}
+    assert {"grad_x_tile", "depthwise_sum_tile"} < two
+    assert not {"depthwise_planes", "depthwise_tile"} & two
 
 
 def test_plans_can_be_read():

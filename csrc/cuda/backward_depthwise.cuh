@@ -20,12 +20,14 @@
 // then added by shuffles (along w), the warps through shared memory: always the same tree. One partial sum a split, see
 // reduce.cuh. Shared memory: 8 x 32 accumulators, 1024 or 2048 bytes.
 // Both are for double, for a channel multiplier's grad_x and for what does not fit a box: the way otherwise is
-// backward_depthwise_tiles.cuh where channels, backward_depthwise_planes.cuh where columns are adjacent in memory.
+// backward_depthwise_tiles.cuh or backward_depthwise_both_tiles.cuh where channels, backward_depthwise_planes.cuh where
+// columns are adjacent in memory.
 //
 // Global traffic: grad_x reads du and writes grad_x once; depthwise_sum reads du and x once a tap group.
 // Preconditions: grad_x is dense, x as in forward.cuh.
 #pragma once
 
+#include "backward_depthwise_both_tiles.cuh"
 #include "backward_depthwise_planes.cuh"
 #include "backward_depthwise_tiles.cuh"
 #include "depthwise.cuh"
@@ -203,7 +205,11 @@ LaunchStatus launch_depthwise_kernels(const BackwardParams& p, const BackwardPla
   Acc* bias = p.grad_dw_bias != nullptr ? at_byte<Acc>(workspace, plan.dw_bias_at) : nullptr;
   LaunchStatus status;
   if constexpr (sizeof(T) < 8) {
-    if (plan.tiles.grad_x) status = launch_grad_x_tiles<T>(p, plan.tiles, du, plan.du_strides, stream);
+    if (plan.tiles.both) {
+      status = launch_depthwise_tiles<T>(p, plan.tiles, du, plan.du_strides, weight, bias, stream);
+    } else if (plan.tiles.grad_x) {
+      status = launch_grad_x_tiles<T>(p, plan.tiles, du, plan.du_strides, stream);
+    }
     if (plan.planes.grad_x || plan.planes.sums) {
       status = launch_depthwise_planes<T>(p, plan.planes, du, plan.du_strides, plan.planes.sums ? weight : nullptr,
                                           plan.planes.sums ? bias : nullptr, stream);
@@ -219,7 +225,7 @@ LaunchStatus launch_depthwise_kernels(const BackwardParams& p, const BackwardPla
                              static_cast<unsigned>(plan.dw_channel_tiles), static_cast<unsigned>(plan.dw_tap_groups));
     }
     if constexpr (sizeof(T) < 8) {
-      if (plan.tiles.sums) {
+      if (plan.tiles.sums && !plan.tiles.both) {
         status = launch_depthwise_sum_tiles<T>(p, plan.tiles, du, plan.du_strides, weight, bias, stream);
       }
     }

@@ -1,5 +1,6 @@
 // Backward, stage D, where channels are adjacent in memory: the formulas of backward_depthwise.cuh from tiles in shared
-// memory, for Half, BFloat16 and float. Sums in fp32.
+// memory, for Half, BFloat16 and float. Sums in fp32. Two kernels, which backward_depthwise_both_tiles.cuh takes the
+// place of where it can make both results.
 //
 //   du or x --cp.async--> a box and its halo, one chunk of channels --> patches of 8 pixels in registers
 //
@@ -19,34 +20,17 @@
 // with its halo. Shared memory as planned.
 #pragma once
 
-#include "box_input.cuh"
 #include "cuda_plan.h"
+#include "depthwise_patches.cuh"
 #include "launch_blocks.cuh"
-#include "reduce.cuh"
 
 namespace dsconv {
-
-// kUnit channels to global memory, as one access where that can be.
-template <typename T, int kUnit>
-DSCONV_DEVICE void store_channels(T* to, const float* values, int32_t channels) {
-  if (channels >= kUnit && is_aligned(to, sizeof(Vec<T, kUnit>))) {
-    Vec<T, kUnit> packed;
-#pragma unroll
-    for (int u = 0; u < kUnit; ++u) packed.v[u] = from_acc<T>(values[u]);
-    *reinterpret_cast<Vec<T, kUnit>*>(to) = packed;
-  } else {
-#pragma unroll
-    for (int u = 0; u < kUnit; ++u) {
-      if (u < channels) to[u] = from_acc<T>(values[u]);
-    }
-  }
-}
 
 // kKernel: 3 or 5 at stride and dilation 1; 0: any.
 template <typename T, int kKernel>
 DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
     grad_x_tile_kernel(BackwardParams p, DepthwiseTilesPlan plan, const T* du, Strides du_strides) {
-  constexpr int kUnit = 4 / static_cast<int>(sizeof(T));
+  constexpr int kUnit = kPatchUnit<T>;
   DSCONV_DYNAMIC_SHARED(unsigned char, shared);
   const Geometry& cells = plan.cells;
   const PixelBox& box = plan.cell_box;
@@ -117,8 +101,8 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
                         cell.col * stride_w - phase_w + pw};
       if (cell.n >= 0 && inside(to.depth, static_cast<int32_t>(g.d_in)) &&
           inside(to.row, static_cast<int32_t>(g.h_in)) && inside(to.col, static_cast<int32_t>(g.w_in))) {
-        store_channels<T, kUnit>(static_cast<T*>(p.grad_x) + pixel_offset(to, p.grad_x_strides) + c0 + k, z + i * kUnit,
-                                 channels);
+        T* at = static_cast<T*>(p.grad_x) + pixel_offset(to, p.grad_x_strides) + c0 + k;
+        store_channels<T, kUnit>(at, z + i * kUnit, channels, is_whole<T, kUnit>(at, channels));
       }
     }
   }
@@ -130,7 +114,7 @@ template <typename T, int kKernel, int kStride>
 DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
     depthwise_sum_tile_kernel(BackwardParams p, DepthwiseTilesPlan plan, const T* du, Strides du_strides,
                               float* weight_partial, float* bias_partial) {
-  constexpr int kUnit = 4 / static_cast<int>(sizeof(T)), kTaps = kKernel * kKernel, kWarpCount = kBlockThreads / 32;
+  constexpr int kUnit = kPatchUnit<T>, kTaps = kKernel * kKernel, kWarpCount = kBlockThreads / 32;
   constexpr int kChunk = kChunkChannels<T>;
   DSCONV_DYNAMIC_SHARED(unsigned char, shared);
   const Geometry& g = p.geom;
@@ -176,19 +160,14 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
       for (int i = 0; i < kPatchPixels; ++i) {
         const int64_t at = offsets[strip.template slot_of<true>(i)];
         there |= at >= 0 ? 1u << i : 0u;
+        if (at < 0) continue;
         const T* from = du + at + c0 + k;
-        if (at >= 0 && channels >= kUnit && is_aligned(from, sizeof(Vec<T, kUnit>))) {
-          const Vec<T, kUnit> loaded = *reinterpret_cast<const Vec<T, kUnit>*>(from);
+        const Vec<T, kUnit> loaded = load_channels<T, kUnit>(from, channels, is_whole<T, kUnit>(from, channels));
 #pragma unroll
-          for (int u = 0; u < kUnit; ++u) grad[i][u] = to_acc(loaded.v[u]);
-        } else if (at >= 0) {
-#pragma unroll
-          for (int u = 0; u < kUnit; ++u) {
-            if (u < channels) grad[i][u] = to_acc(from[u]);
-          }
+        for (int u = 0; u < kUnit; ++u) {
+          grad[i][u] = to_acc(loaded.v[u]);
+          bias[u] += grad[i][u];
         }
-#pragma unroll
-        for (int u = 0; u < kUnit; ++u) bias[u] += grad[i][u];
       }
     }
     cp_async_wait<0>();
@@ -240,35 +219,11 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
     }
   }
 
-  // The two patches of a warp, then the warps.
-  const auto sum_of_block = [&](float (&values)[kUnit]) {
-#pragma unroll
-    for (int u = 0; u < kUnit; ++u) values[u] += __shfl_xor_sync(0xffffffffu, values[u], 16);
-    __syncthreads();
-#pragma unroll
-    for (int u = 0; u < kUnit; ++u) {
-      if (lane < 16) scratch[warp * kChunk + k + u] = values[u];
-    }
-    __syncthreads();
-    float sum = 0;
-    if (thread < kChunk) {
-#pragma unroll
-      for (int w = 0; w < kWarpCount; ++w) sum += scratch[w * kChunk + thread];
-    }
-    return sum;
-  };
-  const int32_t c = c0 + thread;  // of the first kChunk threads
-  const bool writes = thread < kChunk && c < g.c_mid;
+  const int32_t chunk_channels = static_cast<int32_t>(g.c_mid) - c0;
+  const int64_t first = split * g.c_mid + c0;
   if constexpr (kKernel > 0) {
     if (weight_partial != nullptr) {
-#pragma unroll
-      for (int tap = 0; tap < kTaps; ++tap) {
-        float values[kUnit];
-#pragma unroll
-        for (int u = 0; u < kUnit; ++u) values[u] = sums[tap * kUnit + u];
-        const float sum = sum_of_block(values);
-        if (writes) weight_partial[(split * g.c_mid + c) * kTaps + tap] = sum;
-      }
+      write_block_sums<T, kTaps, 1>(sums, scratch, chunk_channels, weight_partial + first * kTaps);
     }
   } else if (weight_partial != nullptr) {
     __syncthreads();
@@ -278,13 +233,10 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
       float sum = 0;
 #pragma unroll
       for (int w = 0; w < kWarpCount; ++w) sum += scratch[(w * (taps + 1) + tap) * kChunk + channel];
-      if (c0 + channel < g.c_mid) weight_partial[(split * g.c_mid + c0 + channel) * taps + tap] = sum;
+      if (channel < chunk_channels) weight_partial[(first + channel) * taps + tap] = sum;
     }
   }
-  if (bias_partial != nullptr) {
-    const float sum = sum_of_block(bias);
-    if (writes) bias_partial[split * g.c_mid + c] = sum;
-  }
+  if (bias_partial != nullptr) write_block_sums<T, 1, 1>(bias, scratch, chunk_channels, bias_partial + first);
 }
 
 // ------------------------------------------------------------------------------------------------------------ launcher

@@ -349,9 +349,11 @@ inline BackwardPlan plan_backward(const BackwardParams& p, const DeviceLimits& d
   plan.dw_split = split_pixels(pixel_count, plan.dw_channel_tiles * plan.dw_tap_groups, 8, device);
   plan.dw_blocks = plan.dw_split.count * plan.dw_channel_tiles * plan.dw_tap_groups;
   plan.tiles = plan_depthwise_tiles(p, plan.du_strides, plan.dw_sums, device);
-  if (plan.tiles.grad_x) plan.grad_x_blocks = plan.tiles.cell_box.tiles * plan.tiles.chunks;
+  if (plan.tiles.grad_x) {
+    plan.grad_x_blocks = (plan.tiles.both ? plan.tiles.splits : plan.tiles.cell_box.tiles) * plan.tiles.chunks;
+  }
   if (plan.tiles.sums) {
-    plan.dw_split = {plan.tiles.splits, plan.tiles.boxes_of_split * kTilePixels};
+    plan.dw_split = {plan.tiles.splits, plan.tiles.boxes_of_split * kTilePixels};  // for both: of cells
     plan.dw_channel_tiles = plan.tiles.chunks;
     plan.dw_tap_groups = 1;
     plan.dw_blocks = plan.tiles.splits * plan.tiles.chunks;

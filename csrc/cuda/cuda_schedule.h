@@ -112,20 +112,27 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
     if (p.grad_pw_bias != nullptr) schedule.add(sum_of("sum_partials, pw_bias", plan.pw_split.count, g.c_out, bytes));
   }
   const DepthwisePlanesPlan& planes = plan.planes;
+  // Of the plan of a kernel that makes grad_x, the sums or both from boxes of cells.
+  const auto from_cells = [&](const char* name, const auto& of, const PixelBox& box, int64_t stages,
+                              int64_t shared_bytes) {
+    KernelCost cost = plain_kernel(name, of.splits * of.chunks);
+    cost.rate = rate;
+    cost.stages = stages;
+    cost.shared_bytes = shared_bytes;
+    const int64_t made = (of.grad_x ? 1 : 0) + (of.sums ? 1 : 0), read = of.sums ? bytes.x : 0;
+    const int64_t partial = of.sums ? of.splits * g.c_mid * taps * bytes.accumulator : 0;
+    cost.multiply_adds = static_cast<double>(made * pixels * g.c_mid) * static_cast<double>(2 * taps);
+    cost.dram_bytes = bytes.z + read + (of.grad_x ? bytes.x : 0) + bytes.dw_weight + partial;
+    cost.l2_bytes = cost.dram_bytes - bytes.z + box.tiles * g.c_mid * box_elements(box, of.cells) * bytes.element;
+    return cost;
+  };
   if (planes.grad_x || planes.sums) {
-    KernelCost both = plain_kernel("depthwise_planes", planes.splits * planes.chunks);
-    both.rate = rate;
-    both.stages = 1;
-    both.shared_bytes = planes.bytes;
-    const int64_t made = (planes.grad_x ? 1 : 0) + (planes.sums ? 1 : 0), read = planes.sums ? bytes.x : 0;
-    const int64_t partial = planes.sums ? planes.splits * g.c_mid * taps * bytes.accumulator : 0;
-    both.multiply_adds = static_cast<double>(made * pixels * g.c_mid) * static_cast<double>(2 * taps);
-    both.dram_bytes = bytes.z + read + (planes.grad_x ? bytes.x : 0) + bytes.dw_weight + partial;
-    both.l2_bytes =
-        both.dram_bytes - bytes.z + planes.box.tiles * g.c_mid * box_elements(planes.box, planes.cells) * bytes.element;
-    schedule.add(both);
+    schedule.add(from_cells("depthwise_planes", planes, planes.box, 1, planes.bytes));
   }
-  if (p.grad_x != nullptr && !planes.grad_x) {
+  if (plan.tiles.both) {
+    schedule.add(from_cells("depthwise_tile", plan.tiles, plan.tiles.cell_box, 2, plan.tiles.cell_shared.bytes));
+  }
+  if (p.grad_x != nullptr && !planes.grad_x && !plan.tiles.both) {
     KernelCost grad_x = plain_kernel("grad_x", plan.grad_x_blocks);
     grad_x.rate = rate;
     grad_x.multiply_adds = static_cast<double>(pixels * g.c_mid) * static_cast<double>(2 * taps);
@@ -140,7 +147,7 @@ inline Schedule backward_schedule(const BackwardParams& p, const BackwardPlan& p
     }
     schedule.add(grad_x);
   }
-  if (plan.dw_sums && !planes.sums) {
+  if (plan.dw_sums && !planes.sums && !plan.tiles.both) {
     KernelCost sum = plain_kernel("depthwise_sum", plan.dw_blocks);
     sum.shared_bytes = kBlockThreads * bytes.accumulator;
     sum.rate = rate;

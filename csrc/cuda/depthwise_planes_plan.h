@@ -38,13 +38,6 @@ struct DepthwisePlanesPlan {
   int32_t tile, taps, sums_at, spans, strips_at, lines_at, bytes;  // in shared memory; du is at 0
 };
 
-// Whether each pixel of du is that of one cell, which the cell's box has staged.
-inline bool cells_hold_all(const Geometry& g, const Geometry& cells) {
-  const auto axis = [](int64_t out, int64_t count, int64_t pad) { return out <= count && pad >= 0; };
-  return axis(g.d_out, cells.d_out, cells.pad_front) && axis(g.h_out, cells.h_out, cells.pad_top) &&
-         axis(g.w_out, cells.w_out, cells.pad_left) && cells.pad_front % g.dilation_d == 0;
-}
-
 // Whether channels, slices and rows of a tensor follow each other without a gap, and 16 bytes at a time are aligned.
 inline bool is_one_run(const Geometry& g, const void* tensor, const Strides& s) {
   const auto is = [](int64_t extent, int64_t stride, int64_t wanted) { return extent == 1 || stride == wanted; };
@@ -112,10 +105,7 @@ inline DepthwisePlanesPlan plan_depthwise_planes(const BackwardParams& p, const 
     if (next.bytes <= most) plan = next;
   }
   if (plan.chunks == 0) return plan;
-  const int64_t wanted = box_ceil_div(4 * device.multiprocessors, plan.chunks);
-  const int64_t splits = wanted < plan.box.tiles ? wanted : plan.box.tiles;
-  plan.boxes_of_split = box_ceil_div(plan.box.tiles, splits > 0 ? splits : 1);
-  plan.splits = box_ceil_div(plan.box.tiles, plan.boxes_of_split > 0 ? plan.boxes_of_split : 1);
+  split_boxes(plan, plan.box.tiles, device);
   return plan;
 }
 
