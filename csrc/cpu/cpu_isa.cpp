@@ -7,6 +7,10 @@
 #include "cpu_kernels.h"
 #include "isa_region.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace dsconv {
 namespace {
 
@@ -23,9 +27,11 @@ bool machine_has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && machine_has_avx2();
 #endif
 }
+// AMD's family 19h, of which Zen 4 has AVX-512. __builtin_cpu_is() knows it from gcc 11 on only.
 bool machine_multiplies_by_halves() {
-  __builtin_cpu_init();
-  return __builtin_cpu_is("amdfam19h") != 0;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  if (__get_cpuid(0, &eax, &ebx, &ecx, &edx) == 0 || ebx != signature_AMD_ebx) return false;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 8 & 0xf) + (eax >> 20 & 0xff) == 0x19;
 }
 #else
 constexpr bool kX86 = false;
