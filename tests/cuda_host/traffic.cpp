@@ -304,10 +304,16 @@ class Launches {
     }
     if (r.mode != "training") return true;
     const BackwardParams b = backward_params(p, make);
-    const BackwardPlan backward_plan = plan_backward(b, device);
-    if (failed(backward(b, backward_plan, nowhere_, nullptr)) ||
-        !print(device, backward_schedule(b, backward_plan, device))) {
-      return false;
+    // One kernel makes both gradients of the depthwise convolution where both are wanted; others make either alone.
+    BackwardParams of_x = b, of_weight = b;
+    of_x.grad_dw_weight = of_x.grad_dw_bias = nullptr;
+    of_weight.grad_x = nullptr;
+    for (const BackwardParams& wanted : {b, of_x, of_weight}) {
+      const BackwardPlan backward_plan = plan_backward(wanted, device);
+      if (failed(backward(wanted, backward_plan, nowhere_, nullptr)) ||
+          !print(device, backward_schedule(wanted, backward_plan, device))) {
+        return false;
+      }
     }
     const SplitBackwardPlan split = plan_split_backward(b, device);
     if (split.possible) {
