@@ -21,14 +21,20 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import torch
 from tabulate import tabulate
 
+from dsconv_cuda.activations import ACTIVATIONS
+
+from .environment import keep_freed_memory
 from .layers import select
 from .plain import LAYOUTS
 from .problem import DTYPES
+from .timing import WallClock, measure
 
 OPS = ("fwd", "bwd", "z_moments", "fwd_norm", "bwd_norm", "norm_act", "norm_act_sums")
-RELU6, IDENTITY, ALL_GRADIENTS = 2, 0, 31  # activations by their number in csrc/params.h
+RELU6, IDENTITY = (ACTIVATIONS[name].number for name in ("relu6", "identity"))
+ALL_GRADIENTS, THOSE_OF_X_AND_WEIGHTS = 0b11111, 0b111  # masks, as csrc/register.cpp orders the gradients
 # Starts in a checkout, whose dsconv_cuda it imports, and goes on with this one's bench.
 WORKER = """
 import sys
@@ -42,8 +48,6 @@ compare.answer(library)
 
 def calls(layer, dtype, layout):
     """{operator: a call of it}"""
-    import torch
-
     ops, generator = torch.ops.dsconv_cuda, torch.Generator().manual_seed(0)
     middle, wide = layer.middle_channels, layer.out_channels
 
@@ -72,7 +76,8 @@ def calls(layer, dtype, layout):
         "z_moments": lambda: ops.z_moments(x, *weights, None, *geometry),
         "fwd_norm": lambda: ops.fwd_norm(x, *weights, None, None, in_the_middle, *geometry, RELU6, True),
         "bwd_norm": lambda: ops.bwd_norm(
-            dy, y, x, *weights, None, in_the_middle, behind, sums, count, *geometry, RELU6, RELU6, 0b111
+            *(dy, y, x, *weights, None, in_the_middle, behind, sums, count),
+            *(*geometry, RELU6, RELU6, THOSE_OF_X_AND_WEIGHTS),
         ),
         "norm_act": lambda: ops.norm_act(y, behind, RELU6),
         "norm_act_sums": lambda: ops.norm_act_sums(dy, y, behind, RELU6),
@@ -81,13 +86,8 @@ def calls(layer, dtype, layout):
 
 def answer(library):
     """The worker: for each question on stdin the seconds of its calls, {operator: seconds}."""
-    import torch
-
     if not Path(library).is_relative_to(Path.cwd()):
         sys.exit(f"{Path.cwd()} has no library of its own, {library} would be measured: make build there")
-    from .environment import keep_freed_memory
-    from .timing import WallClock, measure
-
     keep_freed_memory()
     timed = {}
     for line in sys.stdin:
@@ -153,14 +153,19 @@ def parse_arguments(argv=None):
     parser.add_argument("--processes", type=int, default=5, help="of each checkout")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--least-ms", type=float, default=5, help="of one measurement")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    try:
+        arguments.layers = select(arguments.layers)
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
 
 
 def main(argv=None):
     arguments = parse_arguments(argv)
     workers = [[Worker(tree) for _ in range(arguments.processes)] for tree in arguments.trees]
     ratios, rows = defaultdict(list), []
-    for layer in select(arguments.layers):
+    for layer in arguments.layers:
         seconds = compare(workers, layer, arguments)
         for name, (before, after) in seconds.items():
             ratios[name].append(after / before)
@@ -169,7 +174,7 @@ def main(argv=None):
         print(layer.name, *figures, sep="  ", file=sys.stderr)
     for worker in itertools.chain(*workers):
         worker.close()
-    means = [f"{math.exp(sum(map(math.log, ratios[name])) / len(rows)):.3f}" for name in arguments.ops]
+    means = [f"{statistics.geometric_mean(ratios[name]):.3f}" for name in arguments.ops]
     print(f"microseconds before -> after, and the ratio; {' '.join(map(str, arguments.trees))}\n")
     titles = ["layer", *arguments.ops]
     rows.append(["geometric mean", *means])
