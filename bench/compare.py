@@ -37,8 +37,11 @@ RELU6, IDENTITY = (ACTIVATIONS[name].number for name in ("relu6", "identity"))
 ALL_GRADIENTS, THOSE_OF_X_AND_WEIGHTS = 0b11111, 0b111  # masks, as csrc/register.cpp orders the gradients
 # Starts in a checkout, whose dsconv_cuda it imports, and goes on with this one's bench.
 WORKER = """
-import sys
-from dsconv_cuda import _loader
+import os, sys
+try:
+    from dsconv_cuda import _loader
+except ModuleNotFoundError as error:
+    sys.exit(f"{os.getcwd()} is no checkout of this project: {error}")
 library = _loader.load_library().path
 sys.path.insert(0, sys.argv[1])
 from bench import compare

@@ -14,6 +14,8 @@ from bench.competitors import COMPILED, EAGER, FUSED, Arena, Form, WrongResult
 from bench.problem import FORWARD, MODES, TRAINING, TRAINING_BN, Problem, inner_taps
 from bench.timing import CpuClock, WallClock, measure
 
+ROOT = Path(__file__).resolve().parent.parent
+
 TINY = layers.parse("tiny 2 8 9x7 3x3 2 1 5 identity")[0]
 
 
@@ -326,19 +328,27 @@ def test_overheads_are_told_above_an_empty_op():
 
 
 def test_two_checkouts_are_compared(capfd):
-    here = str(Path(__file__).resolve().parent.parent)
     few = ["--processes", "1", "--rounds", "1", "--least-ms", "0.1"]
-    compare.main([here, here, "--layers", "mbv2_192x28s2_64", "--ops", "fwd", "z_moments", "--batch", "2", *few])
+    compare.main(
+        [str(ROOT), str(ROOT), "--layers", "mbv2_192x28s2_64", "--ops", "fwd", "z_moments", "--batch", "2", *few]
+    )
     table = capfd.readouterr().out
     assert re.search(r"\| layer +\| +fwd \| +z_moments \|", table)
     before, after, ratio = map(float, re.search(r"mbv2_192x28s2_64 \| +(\d+) -> (\d+) +([\d.]+) \|", table).groups())
     assert min(before, after, ratio) > 0
 
 
-def test_a_checkout_without_a_build_of_its_own_is_an_error(tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("path", "reason"),
+    [(None, "is no checkout of this project"), (ROOT, "make build there")],
+    ids=["none", "elsewhere"],
+)
+def test_a_folder_without_a_build_of_its_own_is_an_error(path, reason, tmp_path, monkeypatch, capfd):
+    """Where Python finds no dsconv_cuda, and where it finds that of another folder."""
+    monkeypatch.setenv("PYTHONPATH", str(path or ""))
     with pytest.raises(RuntimeError, match="ended with 1"):
         compare.main([str(tmp_path), str(tmp_path), "--layers", "mbv2_192x28s2_64", "--ops", "fwd"])
-    assert "make build there" in capfd.readouterr().err
+    assert reason in capfd.readouterr().err
 
 
 def test_the_limit_of_an_instruction_set():
