@@ -89,14 +89,20 @@ mobileclip_128_n8       8   128    32x32    7x7  1  1   256  relu6     multiplie
 mobileclip_256_n8       8   256    16x16    7x7  1  1   512  relu6     multiplier=2
 """
 
-# X3D-M (arXiv:2004.04730): the 3 x 3 x 3 of every stage, and the one that halves the maps between two.
+# X3D-M (arXiv:2004.04730): the 3 x 3 x 3 of every stage. Below each its frames as so many images, 3 x 3: what 2-D does
+# with the same channels and pixels.
 VOLUME_TABLE = """
 # name                  N     C      DxHxW      k      s  d C_out  out_activation
 x3d_s2                  8    54   16x56x56    3x3x3    1  1    24  identity
+x3d_s2_frames         128    54      56x56      3x3    1  1    24  identity
 x3d_s2_n1               1    54   16x56x56    3x3x3    1  1    24  identity
+x3d_s2_n1_frames       16    54      56x56      3x3    1  1    24  identity
 x3d_s3_n1               1   108   16x28x28    3x3x3    1  1    48  identity
+x3d_s3_n1_frames       16   108      28x28      3x3    1  1    48  identity
 x3d_s4_n1               1   216   16x14x14    3x3x3    1  1    96  identity
+x3d_s4_n1_frames       16   216      14x14      3x3    1  1    96  identity
 x3d_s5_n1               1   432     16x7x7    3x3x3    1  1   192  identity
+x3d_s5_n1_frames       16   432        7x7      3x3    1  1   192  identity
 """
 
 
@@ -185,7 +191,7 @@ VOLUMES = parse(VOLUME_TABLE)
 
 def select(choice, gpu=False):
     """`quick`, `all`, or layer names separated by commas; `quick` and `all` of those for GPUs where `gpu`. `rows` are
-    the 1-D layers, `volumes` the 3-D ones."""
+    the 1-D layers, `volumes` the 3-D ones, each before its frames as images."""
     layers = GPU_LAYERS if gpu else LAYERS
     if choice == "volumes":
         return VOLUMES

@@ -29,6 +29,15 @@ def test_layers_parse():
     assert (layer.padding, layer.out_size) == ((2, 2), (7, 7))
 
 
+def test_volumes_stand_before_their_frames():
+    volumes = layers.select("volumes")
+    for volume, frames in zip(volumes[::2], volumes[1::2], strict=True):
+        assert frames.name == f"{volume.name}_frames"
+        assert (volume.kernel, frames.kernel) == ((3, 3, 3), (3, 3))
+        assert (frames.channels, frames.out_channels) == (volume.channels, volume.out_channels)
+        assert (frames.batch, frames.size) == (volume.batch * volume.depth, volume.size[1:])
+
+
 def test_padding_keeps_the_map_at_stride_one():
     for layer in layers.LAYERS:
         halved = tuple((size - 1) // layer.stride + 1 for size in (layer.height, layer.width))
