@@ -411,6 +411,7 @@ def _distributed(rank: int, file: str, state: dict, x: torch.Tensor, expected: l
             for parameter, grad in zip(whole.parameters(), expected, strict=True):
                 parameter.sub_(0.1 * grad)
             torch.testing.assert_close(sharded, whole(mine))
+        dist.barrier()  # who is done first takes its connections along, which the other may still be reading
     finally:
         dist.destroy_process_group()
 
