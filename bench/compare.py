@@ -25,6 +25,7 @@ import torch
 from tabulate import tabulate
 
 from dsconv_cuda.activations import ACTIVATIONS
+from dsconv_cuda.ops import GRAD_BITS, GRAD_DW_WEIGHT, GRAD_PW_WEIGHT, GRAD_X, IDENTITY
 
 from .environment import keep_freed_memory
 from .layers import select
@@ -33,8 +34,8 @@ from .problem import DTYPES
 from .timing import WallClock, measure
 
 OPS = ("fwd", "bwd", "z_moments", "fwd_norm", "bwd_norm", "norm_act", "norm_act_sums")
-RELU6, IDENTITY = (ACTIVATIONS[name].number for name in ("relu6", "identity"))
-ALL_GRADIENTS, THOSE_OF_X_AND_WEIGHTS = 0b11111, 0b111  # masks, as csrc/register.cpp orders the gradients
+RELU6 = ACTIVATIONS["relu6"].number
+ALL_GRADIENTS, THOSE_OF_X_AND_WEIGHTS = sum(GRAD_BITS), GRAD_X | GRAD_DW_WEIGHT | GRAD_PW_WEIGHT
 # Starts in a checkout, whose dsconv_cuda it imports, and goes on with this one's bench.
 WORKER = """
 import os, sys

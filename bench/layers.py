@@ -7,7 +7,7 @@ every peer fuses ReLU6. 3-D layers have a depth in front: D x H x W, and k_d x k
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TABLE = """
 # name                  N     C      HxW      k  s  d C_out  out_activation
@@ -89,20 +89,14 @@ mobileclip_128_n8       8   128    32x32    7x7  1  1   256  relu6     multiplie
 mobileclip_256_n8       8   256    16x16    7x7  1  1   512  relu6     multiplier=2
 """
 
-# X3D-M (arXiv:2004.04730): the 3 x 3 x 3 of every stage. Below each its frames as so many images, 3 x 3: what 2-D does
-# with the same channels and pixels.
+# X3D-M (arXiv:2004.04730): the 3 x 3 x 3 of every stage.
 VOLUME_TABLE = """
 # name                  N     C      DxHxW      k      s  d C_out  out_activation
 x3d_s2                  8    54   16x56x56    3x3x3    1  1    24  identity
-x3d_s2_frames         128    54      56x56      3x3    1  1    24  identity
 x3d_s2_n1               1    54   16x56x56    3x3x3    1  1    24  identity
-x3d_s2_n1_frames       16    54      56x56      3x3    1  1    24  identity
 x3d_s3_n1               1   108   16x28x28    3x3x3    1  1    48  identity
-x3d_s3_n1_frames       16   108      28x28      3x3    1  1    48  identity
 x3d_s4_n1               1   216   16x14x14    3x3x3    1  1    96  identity
-x3d_s4_n1_frames       16   216      14x14      3x3    1  1    96  identity
 x3d_s5_n1               1   432     16x7x7    3x3x3    1  1   192  identity
-x3d_s5_n1_frames       16   432        7x7      3x3    1  1   192  identity
 """
 
 
@@ -184,9 +178,16 @@ def parse(table):
     return tuple(layers)
 
 
+def frames(volume):
+    """The frames of a 3-D layer as images: a 2-D layer of as many channels and pixels."""
+    return replace(
+        volume, name=f"{volume.name}_frames", batch=volume.batch * volume.depth, kernel=volume.kernel[1:], depth=1
+    )
+
+
 LAYERS = parse(TABLE)
 GPU_LAYERS = parse(GPU_TABLE)
-VOLUMES = parse(VOLUME_TABLE)
+VOLUMES = tuple(layer for volume in parse(VOLUME_TABLE) for layer in (volume, frames(volume)))
 
 
 def select(choice, gpu=False):

@@ -2,10 +2,10 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import ROOT
 
 from bench import __main__ as command_line
 from bench import compare, layers, overhead, peers, report, suite, sweep
@@ -13,8 +13,6 @@ from bench.ceilings import Ceilings, cache_sizes, measure_ceilings
 from bench.competitors import COMPILED, EAGER, FUSED, Arena, Form, WrongResult
 from bench.problem import FORWARD, MODES, TRAINING, TRAINING_BN, Problem, inner_taps
 from bench.timing import CpuClock, WallClock, measure
-
-ROOT = Path(__file__).resolve().parent.parent
 
 TINY = layers.parse("tiny 2 8 9x7 3x3 2 1 5 identity")[0]
 

@@ -1,14 +1,13 @@
 """The README's Python runs as it stands, from the first block to the last, as a reader would paste it."""
 
 import re
-from pathlib import Path
 
 import pytest
+from fresh_process import ROOT
 
 import dsconv_cuda
 from bench import readme_table
 
-ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
