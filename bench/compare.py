@@ -29,7 +29,7 @@ from dsconv_cuda.ops import GRAD_BITS, GRAD_DW_WEIGHT, GRAD_PW_WEIGHT, GRAD_X, I
 
 from .environment import keep_freed_memory
 from .layers import select
-from .plain import LAYOUTS
+from .plain import LAYOUTS, LAYOUTS_3D
 from .problem import DTYPES
 from .timing import WallClock, measure
 
@@ -58,8 +58,11 @@ def calls(layer, dtype, layout):
     def values(*shape, scale=1.0):
         return (torch.randn(shape, generator=generator) * scale).to(dtype)
 
+    dims = len(layer.size)
+    formats = LAYOUTS_3D if dims == 3 else LAYOUTS
+
     def map_of(*shape):
-        return values(*shape).contiguous(memory_format=LAYOUTS[layout])
+        return values(*shape).contiguous(memory_format=formats[layout])
 
     def vectors(channels):
         return torch.stack([torch.full((channels,), value, dtype=torch.float64) for value in (0.1, 0.9, 1.1, 0.2)])
@@ -67,10 +70,10 @@ def calls(layer, dtype, layout):
     x = map_of(layer.batch, layer.channels, *layer.size)
     y, dy = (map_of(layer.batch, wide, *layer.out_size) for _ in range(2))
     dw_weight = values(middle, 1, *layer.kernel, scale=(2 / layer.taps) ** 0.5)
-    pw_weight = values(wide, middle, 1, 1, scale=(2 / middle) ** 0.5)
+    pw_weight = values(wide, middle, *[1] * dims, scale=(2 / middle) ** 0.5)
     dw_bias, pw_bias = values(middle), values(wide)
     padding = list(layer.padding) * 2
-    geometry = [layer.stride] * 2, padding, [layer.dilation] * 2
+    geometry = [layer.stride] * dims, padding, [layer.dilation] * dims
     in_the_middle, behind, count = vectors(middle), vectors(wide), float(layer.batch * layer.out_pixels)
     sums = ops.norm_act_sums(dy, y, behind, RELU6)
     weights = dw_weight, pw_weight

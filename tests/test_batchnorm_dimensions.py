@@ -88,6 +88,8 @@ VOLUMES = [
     Shape((1, 12, 12), c=33, c_out=40, kernel=(3, 3, 3), activation="identity", out_activation="hardswish"),
     Shape((5, 6, 7), n=1, c=272, c_out=100, activation="silu"),
     Shape((4, 20, 20), n=2, c=64, c_out=48),
+    Shape((3, 9, 57), c=18),  # AVX-512 leaves nchw as it lies
+    Shape((7, 40, 60), n=1, c=48, c_out=12, kernel=(5, 3, 3), stride=2, padding=(2, 1, 1)),  # tiles follow the depth
 ]
 CASES = [*((shape, False) for shape in ROWS), *((shape, cl) for shape in VOLUMES for cl in (False, True))]
 

@@ -250,7 +250,7 @@ int main() {
                 bad += check(g, micro, bytes, plan_backward(g, layout, micro, bytes.compute));
               }
             }
-  int64_t along_depth = 0, rings = 0;
+  int64_t along_depth = 0, rings = 0, planes_along_depth = 0;
   for (const auto& [micro, bytes] : forms)
     for (const int64_t c_mid : {3, 54, 113, 728, 8192})
       for (const int64_t n : {1, 3, 20})
@@ -274,6 +274,11 @@ int main() {
                     const CpuPlan plan = plan_forward(g, layout, micro, bytes, threads);
                     bad += check(g, micro, bytes, plan);
                     rings += plan.ring > 0;
+                    if (layout == Layout::nhwc || !planes_pay(g, bytes.compute)) continue;
+                    const CpuPlan planes = plan_forward(g, layout, micro, bytes, threads, false, true);
+                    bad += check(g, micro, bytes, planes);
+                    planes_along_depth += walks_depth(planes.order);
+                    bad += check(g, micro, bytes, plan_moments(g, layout, micro, bytes.compute, 48 << 10, true));
                   }
                   bad += check(g, micro, bytes, plan_moments(g, layout, micro, bytes.compute, 64 << 10));
                   const CpuPlan backward = plan_backward(g, layout, micro, bytes.compute);
@@ -281,7 +286,7 @@ int main() {
                   along_depth += walks_depth(backward.order);
                 }
               }
-  return bad != 0 || along_depth == 0 || rings == 0;
+  return bad != 0 || along_depth == 0 || rings == 0 || planes_along_depth == 0;
 }
 """
 

@@ -98,6 +98,18 @@ DEEP = [
     Volume(n=17, c=40, c_out=6, size=(2, 47, 59), kernel=(2, 3, 3), padding=(1, 1, 1)),  # more images than groups
     Volume(n=1, c=35, multiplier=2, c_out=6, size=(3, 47, 59), padding=(1, 2, 1)),
 ]
+# Where turned slices of nchw are kept from one tile to the next, though they lie near.
+RING = Volume(n=1, c=54, c_out=24, size=(5, 15, 14))
+# Rows of nchw that fill vectors, which AVX-512 leaves as they lie; slices of padding alone among them.
+PLANES = [
+    DEEP[0],
+    Volume(n=1, c=7, size=(5, 9, 30)),
+    Volume(n=2, c=20, size=(4, 7, 57), kernel=(3, 5, 5), stride=(1, 2, 2), padding=(1, 2, 2)),
+    Volume(n=1, c=70, c_out=24, size=(9, 43, 63), stride=(2, 2, 2)),
+    Volume(n=2, c=5, size=(4, 10, 40), kernel=(1, 3, 3), padding=(3, 1, 1)),
+    Volume(n=1, c=70, c_out=9, size=(9, 41, 50), kernel=(5, 3, 3), padding=(1, 2, 0), dilation=(2, 1, 1)),
+    Volume(n=2, c=4, size=(1, 6, 33), kernel=(4, 3, 3), padding=(3, 0, 2), stride=(3, 1, 1), activation="gelu"),
+]
 # Windows of x that cannot be held as a whole: the rows, the columns or the taps are cut.
 WINDOWS = [
     Volume(n=1, c=17, c_out=2, size=(2, 61, 110), padding=(1, 30, 2), dilation=(1, 30, 2)),
@@ -112,12 +124,12 @@ def test_forward_and_backward(volume, channels_last, device):
     check(tensors, volume.kwargs, True, depthwise_separable_conv3d)
 
 
-def is_deep(volume, channels_last, backward):
-    """Whether the CPU's tiles follow the depth, and whether forward keeps turned slices; None for other kernels."""
+def cpu_plan(volume, channels_last=False, backward=False):
+    """The plan of the CPU's kernels; None for other kernels."""
     module = _loader.load_library().module
     if module is None:
         return None
-    plan = module.cpu_plan(
+    return module.cpu_plan(
         input=[volume.n, volume.c, *volume.size],
         dw_weight=[volume.c * volume.multiplier, 1, *volume.kernel],
         c_out=volume.c_out,
@@ -127,20 +139,32 @@ def is_deep(volume, channels_last, backward):
         channels_last=channels_last,
         backward=backward,
     )
-    return bool(plan["walks_depth"]), plan["ring_elements"] > 0
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("volume", DEEP, ids=str)
+@pytest.mark.parametrize("volume", [*DEEP, RING], ids=str)
 def test_along_the_depth(volume, channels_last, device):
     for backward in (False, True):
-        walks, keeps = is_deep(volume, channels_last, backward) or (True, None)
-        assert walks
-        if volume == DEEP[0]:
-            assert keeps in (None, not channels_last and not backward)
+        plan = cpu_plan(volume, channels_last, backward)
+        forward_of_ring = not channels_last and not backward
+        assert plan is None or volume == RING or plan["walks_depth"]
+        if plan is not None and volume == RING:
+            assert plan["walks_depth"] == forward_of_ring
+            assert (plan["ring_elements"] > 0) == forward_of_ring
     volume = replace(volume, activation="silu")  # no kink, on whose sides 32 and 64 bits may stand
     tensors = volume.tensors(torch.float32, device, channels_last)
     check(tensors, volume.kwargs, True, depthwise_separable_conv3d)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("volume", PLANES, ids=str)
+def test_by_planes(volume, dtype, device):
+    plan = cpu_plan(volume)
+    if plan is not None:
+        of_avx512 = plan["micro_rows"] == 14
+        assert plan["by_planes"] == of_avx512
+        assert not of_avx512 or plan["walks_depth"] == (volume.c > 50)
+    check(volume.tensors(dtype, device), volume.kwargs, False, depthwise_separable_conv3d)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

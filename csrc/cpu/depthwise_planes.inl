@@ -3,9 +3,10 @@
 // A block is R rows of U vectors of outputs: each of its (R - 1) * step + K rows of x is loaded K times, a column
 // further each time, for all the outputs that it meets. Columns outside the image are lanes masked off, rows outside
 // are a row of zeros. So x is read where it lies; while a channel is summed, the lines of one to come are asked for.
+// In 3-D a block goes through the slices of x that it reads, each with its plane of taps.
 //
-// For kernels of 3 x 3 of step 1 and 2, and of 5 x 5 of step 2, no dilation, no multiplier (cpu_plan.h: planes_pay),
-// and AVX-512, whose masks cost nothing.
+// For kernels whose planes of taps are 3 x 3 of step 1 and 2, or 5 x 5 of step 2, with no dilation and no multiplier
+// (cpu_plan.h: planes_pay), and AVX-512, whose masks cost nothing.
 #ifndef DSCONV_ISA
 #error "depthwise_planes.inl belongs inside an ISA region"
 #endif
@@ -13,11 +14,14 @@
 // One channel of a tile: `count` rows of `columns` outputs, densely to `out`.
 template <typename T>
 struct PlaneRows {
-  const T** row;               // what the outputs' first taps lie in, and all rows after it; zeros outside the image
+  const T**
+      row;  // of each slice the one that the outputs' first taps lie in, and all after it; zeros outside the image
+  int64_t slices, slice_rows;
   int64_t in_w, first_column;  // of x, and of the first output's first tap
   int64_t count, columns;
   int64_t to_next;  // to the plane of the channel that comes next, whose lines are asked for
-  T weight[25];
+  T weight[25];     // of the only slice
+  T* weights;       // else of all, [slice][K * K]
   T start;
   Clamp<T> clamp;
   T* out;
@@ -65,25 +69,15 @@ DSCONV_INLINE void load_taps(const T* row, const ColumnMasks<K, Step, U, T>& mas
   }
 }
 
-// last: lanes in use of the last vector.
-template <int K, int Step, int R, int U, bool Edge, typename T>
-DSCONV_INLINE void convolve_block(const PlaneRows<T>& p, int64_t row, int64_t column,
-                                  const ColumnMasks<K, Step, U, T>& masks, int last) {
-  typedef typename Vec<T>::type V;
-  constexpr int n = Vec<T>::n;
-  V acc[R][U];
-  DSCONV_UNROLL
-  for (int r = 0; r < R; ++r) {
-    DSCONV_UNROLL
-    for (int u = 0; u < U; ++u) acc[r][u] = vset(p.start);
-  }
-  const T* const* const from = p.row + row * Step;
-  const int64_t in_column = p.first_column + column * Step;
+// The taps of one slice. from: the rows that they read, of which the first output's first tap reads `in_column`.
+template <int K, int Step, int R, int U, bool Edge, typename T, typename V>
+DSCONV_INLINE void add_plane_taps(const T* const* from, int64_t in_column, int64_t to_next, const T* weight,
+                                  const ColumnMasks<K, Step, U, T>& masks, V (&acc)[R][U]) {
   DSCONV_UNROLL
   for (int i = 0; i < (R - 1) * Step + K; ++i) {
     const T* in = from[i] + in_column;
     DSCONV_UNROLL
-    for (int v = 0; v < U * Step; ++v) __builtin_prefetch(in + p.to_next + v * n, 0, 3);
+    for (int v = 0; v < U * Step; ++v) __builtin_prefetch(in + to_next + v * Vec<T>::n, 0, 3);
     DSCONV_UNROLL
     for (int j = 0; j < K; j += 2) {
       V x[2][U];
@@ -95,12 +89,36 @@ DSCONV_INLINE void convolve_block(const PlaneRows<T>& p, int64_t row, int64_t co
         for (int r = 0; r < R; ++r) {
           const int tap = i - r * Step;
           if (tap < 0 || tap >= K) continue;
-          const V w = vset(p.weight[tap * K + j + right]);
+          const V w = vset(weight[tap * K + j + right]);
           DSCONV_UNROLL
           for (int u = 0; u < U; ++u) acc[r][u] = vfma(w, x[right][u], acc[r][u]);
         }
       }
     }
+  }
+}
+
+// last: lanes in use of the last vector. Deep: of p.slices slices; else of one.
+template <int K, int Step, bool Deep, int R, int U, bool Edge, typename T>
+DSCONV_INLINE void convolve_block(const PlaneRows<T>& p, int64_t row, int64_t column,
+                                  const ColumnMasks<K, Step, U, T>& masks, int last) {
+  typedef typename Vec<T>::type V;
+  constexpr int n = Vec<T>::n;
+  V acc[R][U];
+  DSCONV_UNROLL
+  for (int r = 0; r < R; ++r) {
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) acc[r][u] = vset(p.start);
+  }
+  const T* const* from = p.row + row * Step;
+  const int64_t in_column = p.first_column + column * Step;
+  if constexpr (Deep) {
+    const T* weight = p.weights;
+    for (int64_t slice = 0; slice < p.slices; ++slice, from += p.slice_rows, weight += K * K) {
+      add_plane_taps<K, Step, R, U, Edge>(from, in_column, p.to_next, weight, masks, acc);
+    }
+  } else {
+    add_plane_taps<K, Step, R, U, Edge>(from, in_column, p.to_next, p.weight, masks, acc);
   }
   T* out = p.out + row * p.columns + column;
   DSCONV_UNROLL
@@ -119,38 +137,39 @@ DSCONV_INLINE void convolve_block(const PlaneRows<T>& p, int64_t row, int64_t co
 }
 
 // All rows of U vectors of outputs.
-template <int K, int Step, int U, bool Edge, typename T>
+template <int K, int Step, bool Deep, int U, bool Edge, typename T>
 static void convolve_columns(const PlaneRows<T>& p, int64_t column) {
   constexpr int kRows = 4;  // what is unrolled: kRows * K * K * U multiply-adds
   ColumnMasks<K, Step, U, T> masks;
   if constexpr (Edge) fill_masks(p.first_column + column * Step, p.in_w, masks);
   const int last = lanes_left(p.columns - column - (U - 1) * Vec<T>::n, Vec<T>::n);
   int64_t row = 0;
-  for (; row + kRows <= p.count; row += kRows) convolve_block<K, Step, kRows, U, Edge>(p, row, column, masks, last);
-  for (; row < p.count; ++row) convolve_block<K, Step, 1, U, Edge>(p, row, column, masks, last);
+  for (; row + kRows <= p.count; row += kRows)
+    convolve_block<K, Step, Deep, kRows, U, Edge>(p, row, column, masks, last);
+  for (; row < p.count; ++row) convolve_block<K, Step, Deep, 1, U, Edge>(p, row, column, masks, last);
 }
 
-template <int K, int Step, typename T>
+template <int K, int Step, bool Deep, typename T>
 static void convolve_plane_rows(const PlaneRows<T>& p) {
   constexpr int n = Vec<T>::n;
   for (int64_t c = 0; c < p.columns; c += 2 * n) {
     const int64_t begin = p.first_column + c * Step, end = begin + 2 * n * Step + K - 1;
     if (p.columns - c <= n) {
-      convolve_columns<K, Step, 1, true>(p, c);
+      convolve_columns<K, Step, Deep, 1, true>(p, c);
     } else if (begin >= 0 && end <= p.in_w) {
-      convolve_columns<K, Step, 2, false>(p, c);
+      convolve_columns<K, Step, Deep, 2, false>(p, c);
     } else {
-      convolve_columns<K, Step, 2, true>(p, c);
+      convolve_columns<K, Step, Deep, 2, true>(p, c);
     }
   }
 }
 
-template <typename T>
+template <bool Deep, typename T>
 static void convolve_plane_rows(const Geometry& g, const PlaneRows<T>& p) {
   switch (g.kernel_w * 2 + g.stride_w - 1) {
 #define DSCONV_CASE(K, Step) \
   case K * 2 + Step - 1:     \
-    return convolve_plane_rows<K, Step>(p);
+    return convolve_plane_rows<K, Step, Deep>(p);
     DSCONV_CASE(3, 1)
     DSCONV_CASE(3, 2)
     DSCONV_CASE(5, 2)
@@ -158,34 +177,54 @@ static void convolve_plane_rows(const Geometry& g, const PlaneRows<T>& p) {
   }
 }
 
-// z[k][i] of the outputs [begin, end) of an image, whole rows, i from 0 on and z_ld elements from one k to the next.
-// memory: plan_detail::planes_memory() elements, for a row of zeros and a pointer to each row that the tile reads.
-template <typename T>
-static void depthwise_planes(const DepthwiseInput<T>& of, int64_t image, int64_t begin, int64_t end, Clamp<T> clamp,
-                             T* z, int64_t z_ld, T* memory) {
+// 2-D has code of its own, which goes as one piece over the channels with nothing that a store could change: a loop
+// over one slice, or a part of it that is called, costs it 5 to 20 %.
+template <bool Deep, typename T>
+static void depthwise_planes_of(const DepthwiseInput<T>& of, int64_t slice, int64_t begin, int64_t end, Clamp<T> clamp,
+                                T* z, int64_t z_ld, T* memory) {
   // Of outputs: a plane is asked for while as many are summed as take longer than memory does.
   constexpr int64_t kAhead = 512, kMostAhead = 4;
   const Geometry& g = *of.g;
-  const T* const x = of.x + image * of.stride.n;
+  const int64_t depth = slice % g.d_out * g.stride_d - g.pad_front;
+  const Range taps_d = Deep ? valid_taps(depth, g.dilation_d, g.d_in, g.kernel_d) : Range{0, 1};
+  const T* const x = of.x + slice / g.d_out * of.stride.n + (depth + taps_d.begin * g.dilation_d) * of.stride.d;
   T* const zeros = memory;
   zero_fill(zeros, g.w_in);
   PlaneRows<T> rows = {};
-  rows.row = reinterpret_cast<const T**>(memory + round_up(g.w_in, Vec<T>::n));
   rows.in_w = g.w_in, rows.first_column = -g.pad_left;
   rows.count = (end - begin) / g.w_out, rows.columns = g.w_out;
   rows.clamp = clamp;
   const int64_t top = begin / g.w_out * g.stride_h - g.pad_top;
   const int64_t in_rows = (rows.count - 1) * g.stride_h + g.kernel_h;
+  rows.slices = taps_d.end - taps_d.begin, rows.slice_rows = in_rows;
+  rows.row = reinterpret_cast<const T**>(memory + round_up(g.w_in, Vec<T>::n));
+  rows.weights = reinterpret_cast<T*>(rows.row + g.kernel_d * in_rows);
   const Range inside = valid_taps(top, 1, g.h_in, in_rows);
-  const int64_t ahead = clamp64(ceil_div(kAhead, end - begin), 1, kMostAhead);
-  for (int64_t i = 0; i < in_rows; ++i) rows.row[i] = zeros;
+  const int64_t slice_taps = of.plan->slice_taps, taps = rows.slices * slice_taps;
+  const int64_t ahead = clamp64(ceil_div(kAhead, (end - begin) * g.kernel_d), 1, kMostAhead);
+  for (int64_t i = 0; i < rows.slices * in_rows; ++i) rows.row[i] = zeros;
   for (int64_t k = 0; k < g.c_in; ++k) {
-    const T* const plane = x + k * of.stride.c + top * of.stride.h;
-    for (int64_t i = inside.begin; i < inside.end; ++i) rows.row[i] = plane + i * of.stride.h;
+    const T* plane = x + k * of.stride.c + top * of.stride.h;
+    for (int64_t s = 0; s < rows.slices; ++s, plane += g.dilation_d * of.stride.d) {
+      for (int64_t i = inside.begin; i < inside.end; ++i) rows.row[s * in_rows + i] = plane + i * of.stride.h;
+    }
+    const T* const weight = of.weight + taps_d.begin * slice_taps * of.plan->mid_columns + k;
+    T* const weights = Deep ? rows.weights : rows.weight;
+    for (int64_t t = 0; t < taps; ++t) weights[t] = weight[t * of.plan->mid_columns];
     rows.to_next = k + ahead < g.c_in ? ahead * of.stride.c : 0;
-    for (int64_t t = 0; t < of.plan->taps; ++t) rows.weight[t] = of.weight[t * of.plan->mid_columns + k];
     rows.start = of.bias[k];
     rows.out = z + k * z_ld;
-    convolve_plane_rows(g, rows);
+    convolve_plane_rows<Deep>(g, rows);
   }
+}
+
+// z[k][i] of the outputs [begin, end) of slice n * d_out + od, whole rows, i from 0 on and z_ld elements from one k to
+// the next. memory: plan_detail::planes_memory() elements, for a row of zeros, a pointer to each row that the tile
+// reads and the weights of a channel.
+template <typename T>
+static void depthwise_planes(const DepthwiseInput<T>& of, int64_t slice, int64_t begin, int64_t end, Clamp<T> clamp,
+                             T* z, int64_t z_ld, T* memory) {
+  if (has_depth(*of.g) || of.g->kernel_d > 1)
+    return depthwise_planes_of<true>(of, slice, begin, end, clamp, z, z_ld, memory);
+  depthwise_planes_of<false>(of, slice, begin, end, clamp, z, z_ld, memory);
 }

@@ -33,10 +33,11 @@ static void forward_planes(const ForwardContext& ctx, int64_t tile, void* scratc
   const Range pixels = tile_range(plan.order, tile);
   const uint64_t misaligned = reinterpret_cast<uint64_t>(p.y) | static_cast<uint64_t>(plan.image_pixels) * sizeof(T);
   for (int64_t pixel = pixels.begin; pixel < pixels.end;) {
-    const PixelRun run = run_at(pixel, pixels.end - pixel, 1, plan.image_pixels, true);
-    const int64_t image = run.slice, begin = run.ow, count = run.length;
+    const PixelRun run = run_at(pixel, pixels.end - pixel, 1, plan.slice_pixels, true);
+    const int64_t count = run.length, image = run.slice / g.d_out;
+    const int64_t begin = run.slice % g.d_out * plan.slice_pixels + run.ow;  // of the image
     pixel += count;
-    depthwise_planes(in, image, begin, begin + count, clamp_of<T>(p.act), z, plan.strip_ld, memory);
+    depthwise_planes(in, run.slice, run.ow, run.ow + count, clamp_of<T>(p.act), z, plan.strip_ld, memory);
     for (int64_t k = 0; k < g.c_mid && !is_clamp(p.act); ++k) {
       activation_pass<ActivateInPlace, T>(p.act, count, z + k * plan.strip_ld, nullptr);
     }

@@ -252,7 +252,7 @@ static void merge_z_planes(const DepthwiseInput<T>& in, int64_t pixel, int64_t c
   const CpuPlan& plan = *in.plan;
   const int64_t channels = in.g->c_in;
   for (const int64_t last = pixel + count; pixel < last;) {
-    const PixelRun run = run_at(pixel, last - pixel, 1, plan.image_pixels, true);
+    const PixelRun run = run_at(pixel, last - pixel, 1, plan.slice_pixels, true);
     depthwise_planes(in, run.slice, run.ow, run.ow + run.length, clamp_of<T>(Activation::identity), z, plan.strip_ld,
                      z + plan.mid_ld * plan.strip_ld);
     for (int64_t c = 0; c < channels; ++c) merge_row_moments(z + c * plan.strip_ld, run.length, before, mean[c], m2[c]);
