@@ -15,6 +15,7 @@ inline void pack_depthwise(const DTypeKernels& kernels, const BackwardContext& c
 inline void reserve_turned(Workspace& workspace, BackwardContext& ctx) {
   const CpuPlan& plan = ctx.plan;
   const Geometry& g = ctx.p.geom;
+  if (plan.by_planes) return;
   const int64_t unit = plan.element / workspace.element(), row = g.w_in * plan.x_ld;
   if (plan.x_rows > 0) {
     workspace.reserve(&ctx.x_rows, plan.pointwise_groups * plan.x_rows * row * unit);

@@ -74,7 +74,8 @@ void run_backward(const char* op, const BackwardParams& p) {
   const Geometry& g = p.geom;
   BackwardContext ctx{};
   ctx.p = p;
-  ctx.plan = plan_backward(g, walked_in_place(p) ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype), element);
+  ctx.plan = plan_backward(g, walked_in_place(p) ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype), element,
+                           BetweenStages::nothing, goes_back_by_planes(p, kernels));
   const CpuPlan& plan = ctx.plan;
   const bool need_du = p.grad_x != nullptr || p.grad_dw_weight != nullptr;
   const int64_t vectors = g.multiplier * ceil_div(g.c_in, plan.micro.lanes);
@@ -92,7 +93,7 @@ void run_backward(const char* op, const BackwardParams& p) {
   const int64_t x_pixels = g.n * g.d_in * g.h_in * g.w_in;
   if (p.x_layout == Layout::nchw) reserve_turned(workspace, ctx);
   if (p.grad_dw_weight != nullptr) {
-    workspace.reserve(&ctx.dw_partial, plan.pointwise_groups * vectors * plan.micro.lanes * plan.taps);
+    workspace.reserve(&ctx.dw_partial, plan.pointwise_groups * depthwise_sums(plan, g));
   }
   workspace.allocate();
 

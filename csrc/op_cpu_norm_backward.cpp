@@ -47,8 +47,11 @@ struct Run {
     vectors = doubles_of(op, "vectors", norm_vectors, kVectorRows, p.geom.c_mid);
     in_norm = input_norm_of(op, in_vectors, in_act, p.geom.c_in);
     const bool in_place = walked_in_place(p) && !in_vectors.has_value();
+    // du that goes to the caller has one order for both stages.
+    const bool by_planes =
+        between != BetweenStages::caller && !in_vectors.has_value() && goes_back_by_planes(p, *kernels);
     ctx.plan = plan_backward(p.geom, in_place ? Layout::nhwc : Layout::nchw, micro_of(table, p.dtype),
-                             element_bytes(p.dtype), between);
+                             element_bytes(p.dtype), between, by_planes);
     // x behind its norm is read a last time before grad_x is written (cpu/backward_groups.inl): it stands there until
     // then.
     if (in_norm.vectors != nullptr && ctx.plan.panels == 0 && ctx.plan.x_rows == 0 && p.grad_x != nullptr &&
@@ -79,9 +82,8 @@ struct Run {
   }
   void reserve_depthwise() {
     const CpuPlan& plan = ctx.plan;
-    const int64_t vectors = geom().multiplier * ceil_div(geom().c_in, plan.micro.lanes);
     if (ctx.p.grad_dw_weight != nullptr && plan.panels == 0) {
-      reserve(&ctx.dw_partial, plan.pointwise_groups * vectors * plan.micro.lanes * plan.taps);
+      reserve(&ctx.dw_partial, plan.pointwise_groups * depthwise_sums(plan, geom()));
     }
   }
   // For the panels of every instruction set: their widths divide this one, so that fake tensors know the size.

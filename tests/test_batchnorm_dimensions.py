@@ -77,6 +77,9 @@ ROWS = [
     Shape((47,), c=64, c_out=64, kernel=31, padding=15, activation="silu", out_activation="identity"),
     Shape((80,), c=20, c_out=40, kernel=5, stride=2, padding="valid", multiplier=2, bias=False, activation="gelu"),
     Shape((61,), n=3, kernel=4, padding="same", dilation=2, activation="hardswish", out_activation="silu"),
+    # images that AVX-512 leaves as they lie, in backward too
+    Shape((45, 61), c=35, stride=2, activation="silu", out_activation="relu"),
+    Shape((30, 57), n=3, c=20, c_out=40, stride=2, bias=False, activation="relu6", out_activation="silu"),
     # by panels of channels: many of them on few pixels
     Shape((60,), n=1, c=300, c_out=130, kernel=9, padding=4, out_activation="tanh"),
 ]

@@ -214,6 +214,7 @@ static int check(const Geometry& g, MicroTile micro, ElementBytes bytes, const C
 
 int main() {
   int bad = 0;
+  int64_t back_by_planes = 0;
   struct Form {
     MicroTile micro;
     ElementBytes bytes;
@@ -248,6 +249,15 @@ int main() {
                   bad += check(g, micro, bytes, plan_moments(g, layout, micro, bytes.compute, 48 << 10, true));
                 }
                 bad += check(g, micro, bytes, plan_backward(g, layout, micro, bytes.compute));
+                if (layout == Layout::nhwc || bytes.stored != bytes.compute) continue;
+                Geometry half = g;
+                half.h_out = half.w_out = (size - 1) / 2 + 1;
+                half.stride_h = half.stride_w = 2;
+                if (!planes_pay_for_backward(half, bytes.compute)) continue;
+                const CpuPlan plan =
+                    plan_backward(half, layout, micro, bytes.compute, BetweenStages::nothing, true);
+                bad += check(half, micro, bytes, plan);
+                back_by_planes += plan.by_planes;
               }
             }
   int64_t along_depth = 0, rings = 0, planes_along_depth = 0;
@@ -286,7 +296,7 @@ int main() {
                   along_depth += walks_depth(backward.order);
                 }
               }
-  return bad != 0 || along_depth == 0 || rings == 0 || planes_along_depth == 0;
+  return bad != 0 || along_depth == 0 || rings == 0 || planes_along_depth == 0 || back_by_planes == 0;
 }
 """
 

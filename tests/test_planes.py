@@ -1,5 +1,6 @@
-"""nchw by planes (csrc/cpu/depthwise_planes.inl, forward_planes.inl): the forward, the statistics of z and of y, around
-the ends of vectors, blocks of rows and tiles. Whatever instruction set runs, the result is that of the oracle."""
+"""nchw by planes (csrc/cpu/depthwise_planes.inl, forward_planes.inl, backward_planes.inl): the forward, the statistics
+of z and of y, the gradients, around the ends of vectors, blocks of rows and tiles. Whatever instruction set runs, the
+result is that of the oracle."""
 
 import pytest
 import torch
@@ -27,17 +28,33 @@ SHAPES = [
 ]
 
 
-def _plans(case: Case, dtype: torch.dtype) -> dict:
+BACKWARD = [
+    *(Case(n=2, c=18, c_out=9, h=h, w=60, stride=(2, 2)) for h in (7, 8, 30)),
+    *(Case(n=1, c=33, c_out=15, h=23, w=w, stride=(2, 2)) for w in (56, 57, 63, 64, 65, 66, 95, 96, 129)),
+    *(
+        Case(n=1, c=5, c_out=24, h=19, w=61, stride=(2, 2), padding=padding)
+        for padding in ((0, 0), (1, 0), (0, 1), (2, 3), (3, 2), (4, 6))
+    ),
+    Case(n=20, c=17, c_out=6, h=11, w=58, stride=(2, 2)),  # tiles of several images
+    Case(n=1, c=210, c_out=7, h=57, w=56, stride=(2, 2)),  # z some panels at a time
+    Case(n=1, c=5, c_out=3, h=9, w=500, stride=(2, 2)),  # a row is a tile
+    Case(n=2, c=18, c_out=9, h=21, w=60, stride=(2, 2), activation="silu", out_activation="relu6"),
+    Case(n=2, c=18, c_out=9, h=21, w=60, stride=(2, 2), activation="identity", out_activation="gelu"),
+    Case(n=1, c=3, c_out=9, h=17, w=60, stride=(2, 2), dw_bias=False, pw_bias=False),
+]
+
+
+def _plans(case: Case, dtype: torch.dtype, backward: bool = False) -> dict:
     kernel, padding = case.kernel, [*case.padding, *case.padding]
     return _loader.load_library().module.cpu_plan(
         [case.n, case.c, case.h, case.w], [case.c, 1, *kernel], case.c_out, stride=case.stride, padding=padding,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(dtype).removeprefix("torch."), backward=backward,
     )  # fmt: skip
 
 
-def _goes_by_planes(case: Case, dtype: torch.dtype, isa: str) -> None:
+def _goes_by_planes(case: Case, dtype: torch.dtype, isa: str, backward: bool = False) -> None:
     if isa == "avx512":
-        assert _plans(case, dtype)["by_planes"], case
+        assert _plans(case, dtype, backward)["by_planes"], case
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -45,6 +62,48 @@ def _goes_by_planes(case: Case, dtype: torch.dtype, isa: str) -> None:
 def test_forward(case, dtype, device, isa):
     _goes_by_planes(case, dtype, isa)
     check(case.tensors(dtype, device), case.kwargs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("case", BACKWARD, ids=str)
+def test_backward(case, dtype, device, isa):
+    _goes_by_planes(case, dtype, isa, backward=True)
+    check(case.tensors(dtype, device), case.kwargs, True)
+
+
+@pytest.mark.parametrize("mask", [1, 2, 3, 4, 8, 12, 24])
+def test_gradients_that_are_asked_for(mask, device):
+    """Each as where all are; others are empty."""
+    case = BACKWARD[3]
+    x, dw, pw, db, _ = case.tensors(torch.float32, device)
+    geometry = (list(case.stride), [*case.padding, *case.padding], list(case.dilation))
+    dy = torch.randn_like(depthwise_separable_conv2d(x, dw, pw, stride=2, padding=1))
+    call = torch.ops.dsconv_cuda.bwd
+    everything = call(dy, x, dw, pw, db, None, *geometry, 2, 0, 31)
+    for i, (found, expected) in enumerate(
+        zip(call(dy, x, dw, pw, db, None, *geometry, 2, 0, mask), everything, strict=True)
+    ):
+        if mask >> i & 1:
+            torch.testing.assert_close(found, expected)
+        else:
+            assert found.numel() == 0
+
+
+def test_backward_of_any_strides_reads_nothing_outside(device):
+    case = Case(n=2, c=5, c_out=9, h=12, w=62, stride=(2, 2))
+    x, *weights = case.tensors(torch.float32, device)
+    x[..., -1] = float("nan")  # which no output reads
+    padding = {"stride": 2, "padding": (0, 0)}
+    around = torch.full((3, 8, 18, 75), float("nan"), device=device)
+    view = around[:2, 1:6, 3:15, 7:69].copy_(x)
+    dy = torch.randn_like(depthwise_separable_conv2d(x, *weights, **padding))
+    gradients = []
+    for given in (view, x):
+        tensors = [t.detach().requires_grad_() for t in (given, *weights)]
+        gradients.append(torch.autograd.grad(depthwise_separable_conv2d(*tensors, **padding), tensors, dy))
+    for found, expected in zip(*gradients, strict=True):
+        assert torch.equal(found, expected)
+        assert not found.isnan().any()
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -60,17 +119,20 @@ def test_any_strides_and_nothing_outside_is_read(stride, device):
     assert around.isnan().sum() == around.numel() - x.numel()
 
 
-@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[10], Case(n=2, c=8, c_out=40, h=56, w=56)], ids=str)
+@pytest.mark.parametrize("case", [SHAPES[1], SHAPES[10], BACKWARD[2], Case(n=2, c=8, c_out=40, h=56, w=56)], ids=str)
 def test_the_same_bits_for_any_number_of_threads(case, device):
-    tensors, before = case.tensors(torch.float32, device), torch.get_num_threads()
+    tensors, before = [t.requires_grad_() for t in case.tensors(torch.float32, device)], torch.get_num_threads()
+    dy = torch.randn_like(depthwise_separable_conv2d(*tensors, **case.kwargs))
     try:
         results = []
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            results.append(depthwise_separable_conv2d(*tensors, **case.kwargs))
+            y = depthwise_separable_conv2d(*tensors, **case.kwargs)
+            results.append((y, *torch.autograd.grad(y, tensors, dy)))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    for others in results[1:]:
+        assert all(torch.equal(*pair) for pair in zip(results[0], others, strict=True))
 
 
 @pytest.mark.parametrize("size", [(448, 448), (450, 449)], ids=str)
@@ -81,6 +143,15 @@ def test_more_than_the_caches_hold(size, device, isa):
     case = Case(n=1, c=8, c_out=16, h=size[0], w=size[1], out_activation="relu6")
     _goes_by_planes(case, torch.float32, isa)
     check(case.tensors(torch.float32, device), case.kwargs)
+
+
+@pytest.mark.parametrize("size", [(224, 224), (226, 225)], ids=str)
+def test_gradients_that_the_caches_do_not_hold(size, device, isa):
+    if "avx" not in isa:
+        pytest.skip("of the CPU kernels")
+    case = Case(n=1, c=48, c_out=4, h=size[0], w=size[1], stride=(2, 2))
+    _goes_by_planes(case, torch.float32, isa, backward=True)
+    check(case.tensors(torch.float32, device), case.kwargs, True)
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e4])

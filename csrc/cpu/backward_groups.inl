@@ -24,7 +24,7 @@ struct GroupMemory {
 
 // Stage P of a tile.
 template <typename S, typename X, typename T, typename F>
-static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<const X>& x, Ahead ahead, int64_t tile,
+static void backward_group_tile(const BackwardContext& ctx, const X& x, Ahead ahead, int64_t tile,
                                 const GroupMemory<T>& memory, ChannelPanel<T, F> t, T* pw_partial, T* bias_partial) {
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const BackwardParams& p = ctx.p;
@@ -64,7 +64,8 @@ static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<c
       t.bias_sums = dw_bias_partial + t.k;
       backward_pointwise(ctx, count, grad, t, panels ? du + t.k * plan.pixels + pixel * columns : memory.da, ahead);
       if (du != nullptr && !panels) {
-        store_tile(memory.da, columns, t.k, t.width, pixel, count, du, Layout::nhwc, g.c_mid, plan.image_pixels);
+        const Layout layout = plan.by_planes ? Layout::nchw : Layout::nhwc;
+        store_tile(memory.da, columns, t.k, t.width, pixel, count, du, layout, g.c_mid, plan.image_pixels);
       }
     }
   }
@@ -74,7 +75,7 @@ static void backward_group_tile(const BackwardContext& ctx, const ChannelsLast<c
 template <typename T>
 static T* zero_depthwise_partial(const BackwardContext& ctx, int64_t group) {
   if (ctx.dw_partial == nullptr) return nullptr;
-  const int64_t size = depthwise_vectors<T>(ctx.p.geom) * ctx.plan.taps * Vec<T>::n;
+  const int64_t size = depthwise_sums(ctx.plan, ctx.p.geom);
   T* partial = static_cast<T*>(ctx.dw_partial) + group * size;
   zero_fill(partial, size);
   return partial;
@@ -119,6 +120,16 @@ static void backward_group_of(const BackwardContext& ctx, Source source, int64_t
 
 template <typename S, typename T, typename F>
 static void backward_group(const BackwardContext& ctx, int64_t group, void* scratch) {
+#if DSCONV_ISA == DSCONV_ISA_AVX512
+  if constexpr (SameType<S, T>::value) {
+    // Behind the memory of the group.
+    const CpuPlan& plan = ctx.plan;
+    const int64_t of_pixel = 2 * plan.z_ld + 2 * plan.out_ld + kMicroVecs * Vec<T>::n;
+    T* const strips =
+        static_cast<T*>(scratch) + plan.tile_pixels * of_pixel + plan.grad_pixels * kMicroVecs * Vec<T>::n;
+    if (plan.by_planes) return backward_group_of<S, T, F>(ctx, PlanesOfX<T>{strips}, group, scratch);
+  }
+#endif
   if (ctx.x_rows != nullptr) {
     backward_group_of<S, T, F>(ctx, rows_of_x<S, T>(ctx, group), group, scratch);
   } else if (ctx.x_turned != nullptr) {
@@ -197,6 +208,11 @@ static void backward_norm_group_of(const BackwardContext& ctx, Source source, in
 template <typename S, typename T>
 static void backward_norm_group(const BackwardContext& ctx, int64_t group, void* scratch) {
   T* const zhat = static_cast<T*>(scratch);
+#if DSCONV_ISA == DSCONV_ISA_AVX512
+  if constexpr (SameType<S, T>::value) {
+    if (ctx.plan.by_planes) return backward_norm_group_of<S>(ctx, PlanesOfX<T>{zhat}, group, zhat);
+  }
+#endif
   if (ctx.x_rows != nullptr) {
     backward_norm_group_of<S>(ctx, rows_of_x<S, T>(ctx, group), group, zhat);
   } else if (ctx.x_turned != nullptr) {

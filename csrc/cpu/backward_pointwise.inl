@@ -167,8 +167,8 @@ static void recompute_z(const BackwardContext& ctx, const ChannelsLast<const X>&
 
 // And what follows from it.
 template <typename X, typename T, typename F>
-static void recompute_panel(const BackwardContext& ctx, const ChannelsLast<const X>& x, int64_t x_channel,
-                            int64_t pixel, int64_t count, const ChannelPanel<T, F>& t) {
+static void recompute_panel(const BackwardContext& ctx, const X& x, int64_t x_channel, int64_t pixel, int64_t count,
+                            const ChannelPanel<T, F>& t) {
   const BackwardParams& p = ctx.p;
   const bool linear = p.act == Activation::identity && ctx.norm == nullptr;
   recompute_z(ctx, x, x_channel, pixel, count, t.k, t.width, linear ? t.a : t.derivative, t.ld);

@@ -48,6 +48,7 @@ namespace avx512 {
 #include "backward_pointwise.inl"
 #include "correlate.inl"
 #include "grad_row.inl"
+#include "backward_planes.inl"
 #include "backward_depthwise.inl"
 #include "backward_rows.inl"
 #include "backward_groups.inl"

@@ -56,6 +56,7 @@ namespace avx512_bf16 {
 #include "backward_bf16.inl"
 #include "correlate.inl"
 #include "grad_row.inl"
+#include "backward_planes.inl"
 #include "backward_depthwise.inl"
 #include "backward_rows.inl"
 #include "backward_groups.inl"

@@ -16,9 +16,12 @@ PlanNumbers cpu_plan(const PlanQuery& query, int64_t threads) {
   BackwardParams p{};
   p.dtype = dtype;
   p.x_layout = layout_of(query);
-  const bool by_planes = p.x_layout == Layout::nchw && kernels.by_planes && planes_pay(g, bytes.compute);
+  const bool planes = p.x_layout == Layout::nchw && kernels.by_planes;
+  const bool by_planes = planes && planes_pay(g, bytes.compute);
+  const bool back_by_planes = planes && planes_pay_for_backward(g, bytes.compute);
   const CpuPlan plan = query.backward
-                           ? plan_backward(g, walked_in_place(p) ? Layout::nhwc : Layout::nchw, micro, bytes.compute)
+                           ? plan_backward(g, walked_in_place(p) ? Layout::nhwc : Layout::nchw, micro, bytes.compute,
+                                           BetweenStages::nothing, back_by_planes)
                            : plan_forward(g, p.x_layout, micro, bytes, threads > 0 ? threads : 1, false, by_planes);
   return {{"micro_rows", micro.rows},
           {"micro_columns", micro.columns},

@@ -1,9 +1,9 @@
 // z of a tile of whole rows where x is nchw and z is kept as it is, [channel][pixels]: lanes are pixels, nothing turns.
 //
-// A block is R rows of U vectors of outputs: each of its (R - 1) * step + K rows of x is loaded K times, a column
-// further each time, for all the outputs that it meets. Columns outside the image are lanes masked off, rows outside
-// are a row of zeros. So x is read where it lies; while a channel is summed, the lines of one to come are asked for.
-// In 3-D a block goes through the slices of x that it reads, each with its plane of taps.
+// A block is R rows of U vectors of outputs: each of its (R - 1) * step + K rows of x is loaded once for all taps and
+// outputs that it meets, a tap beside the middle one takes it shifted by a lane. Columns outside the image are lanes
+// masked off, rows outside are a row of zeros. So x is read where it lies; while a channel is summed, the lines of one
+// to come are asked for. In 3-D a block goes through the slices of x that it reads, each with its plane of taps.
 //
 // For kernels whose planes of taps are 3 x 3 of step 1 and 2, or 5 x 5 of step 2, with no dilation and no multiplier
 // (cpu_plan.h: planes_pay), and AVX-512, whose masks cost nothing.
@@ -27,44 +27,73 @@ struct PlaneRows {
   T* out;
 };
 
-// Which lanes of the vectors that a block loads of a row lie inside the image.
+// What a block reads of a row: vectors from the column of its first output's middle tap on, one behind another, and the
+// single columns beside them. Which lanes, and which of these, lie inside the image.
 template <int K, int Step, int U, typename T>
 struct ColumnMasks {
-  typename Vec<T>::mask at[K][U * Step];  // by tap (of step 2: the even ones, whose vectors have the odd ones too)
+  typename Vec<T>::mask at[U * Step];
+  bool before[2], after;  // before: one and two columns
 };
+// column: of the first output's first tap.
 template <int K, int Step, int U, typename T>
 DSCONV_INLINE void fill_masks(int64_t column, int64_t width, ColumnMasks<K, Step, U, T>& masks) {
   constexpr int n = Vec<T>::n;
-  for (int j = 0; j < K; j += Step) {
-    for (int v = 0; v < U * Step; ++v) {
-      const int64_t at = column + j + v * n, before = at < 0 ? -at : 0, inside = width > at ? width - at : 0;
-      masks.at[j][v] = lanes_between<T>(lanes_left(before, n), lanes_left(inside, n));
+  const int64_t middle = column + K / 2, behind = middle + U * Step * n;
+  for (int v = 0; v < U * Step; ++v) {
+    const int64_t at = middle + v * n, before = at < 0 ? -at : 0, inside = width > at ? width - at : 0;
+    masks.at[v] = lanes_between<T>(lanes_left(before, n), lanes_left(inside, n));
+  }
+  for (int i = 0; i < 2; ++i) masks.before[i] = middle - 1 - i >= 0 && middle - 1 - i < width;
+  masks.after = behind >= 0 && behind < width;
+}
+
+// A vector of which only the lane next to those that are wanted matters: one column of the image, or zero.
+template <bool Edge, typename T>
+DSCONV_INLINE typename Vec<T>::type load_beside(const T* at, bool inside) {
+  return vset(Edge && !inside ? T(0) : *at);
+}
+
+// The vectors x[j] of the taps of a row, of which the first output's first tap reads *row. What is loaded once serves
+// all taps: a tap to the left reads a lane further left. Loads a column apart would cross two lines each.
+template <int K, int Step, int U, bool Edge, typename T>
+DSCONV_INLINE void load_taps(const T* row, const ColumnMasks<K, Step, U, T>& masks, typename Vec<T>::type (&x)[K][U]) {
+  typedef typename Vec<T>::type V;
+  constexpr int n = Vec<T>::n, kMiddle = K / 2;
+  const T* const middle = row + kMiddle;
+  V v[U * Step];
+  DSCONV_UNROLL
+  for (int i = 0; i < U * Step; ++i) {
+    if constexpr (Edge) {
+      v[i] = vload_lanes(middle + i * n, masks.at[i]);
+    } else {
+      v[i] = vload(middle + i * n);
     }
   }
-}
-
-template <int K, int Step, int U, bool Edge, typename T>
-DSCONV_INLINE typename Vec<T>::type load_column(const T* row, const ColumnMasks<K, Step, U, T>& masks, int j, int v) {
-  const T* at = row + j + v * Vec<T>::n;
-  if constexpr (Edge) return vload_lanes(at, masks.at[j][v]);
-  return vload(at);
-}
-
-// Vectors of the taps j and j + 1 of a row. row: the first output's first tap.
-template <int K, int Step, int U, bool Edge, typename T>
-DSCONV_INLINE void load_taps(const T* row, const ColumnMasks<K, Step, U, T>& masks, int j,
-                             typename Vec<T>::type (&x)[2][U]) {
-  typedef typename Vec<T>::type V;
-  DSCONV_UNROLL
-  for (int u = 0; u < U; ++u) {
-    if constexpr (Step == 1) {
-      x[0][u] = load_column<K, Step, U, Edge>(row, masks, j, u);
-      if (j + 1 < K) x[1][u] = load_column<K, Step, U, Edge>(row, masks, j + 1, u);
-    } else {
-      const V low = load_column<K, Step, U, Edge>(row, masks, j, 2 * u);
-      const V high = load_column<K, Step, U, Edge>(row, masks, j, 2 * u + 1);
-      x[0][u] = veven(low, high);
-      if (j + 1 < K) x[1][u] = vodd(low, high);
+  const V before = load_beside<Edge>(middle - 1, masks.before[0]);
+  if constexpr (Step == 1) {
+    static_assert(K == 3, "two taps beside the middle");
+    const V after = load_beside<Edge>(middle + U * n, masks.after);
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) {
+      x[0][u] = vbehind(u > 0 ? v[u - 1] : before, v[u]);
+      x[1][u] = v[u];
+      x[2][u] = vahead(v[u], u + 1 < U ? v[u + 1] : after);
+    }
+  } else {
+    DSCONV_UNROLL
+    for (int u = 0; u < U; ++u) {
+      x[kMiddle][u] = veven(v[2 * u], v[2 * u + 1]);
+      x[kMiddle + 1][u] = vodd(v[2 * u], v[2 * u + 1]);
+      x[kMiddle - 1][u] = vbehind(u > 0 ? x[kMiddle + 1][u - 1] : before, x[kMiddle + 1][u]);
+    }
+    if constexpr (K == 5) {
+      const V two_before = load_beside<Edge>(middle - 2, masks.before[1]);
+      const V after = load_beside<Edge>(middle + 2 * U * n, masks.after);
+      DSCONV_UNROLL
+      for (int u = 0; u < U; ++u) {
+        x[0][u] = vbehind(u > 0 ? x[kMiddle][u - 1] : two_before, x[kMiddle][u]);
+        x[4][u] = vahead(x[kMiddle][u], u + 1 < U ? x[kMiddle][u + 1] : after);
+      }
     }
   }
 }
@@ -78,21 +107,17 @@ DSCONV_INLINE void add_plane_taps(const T* const* from, int64_t in_column, int64
     const T* in = from[i] + in_column;
     DSCONV_UNROLL
     for (int v = 0; v < U * Step; ++v) __builtin_prefetch(in + to_next + v * Vec<T>::n, 0, 3);
+    V x[K][U];
+    load_taps<K, Step, U, Edge>(in, masks, x);
     DSCONV_UNROLL
-    for (int j = 0; j < K; j += 2) {
-      V x[2][U];
-      load_taps<K, Step, U, Edge>(in, masks, j, x);
+    for (int j = 0; j < K; ++j) {
       DSCONV_UNROLL
-      for (int right = 0; right < 2; ++right) {
-        if (j + right >= K) continue;
+      for (int r = 0; r < R; ++r) {
+        const int tap = i - r * Step;
+        if (tap < 0 || tap >= K) continue;
+        const V w = vset(weight[tap * K + j]);
         DSCONV_UNROLL
-        for (int r = 0; r < R; ++r) {
-          const int tap = i - r * Step;
-          if (tap < 0 || tap >= K) continue;
-          const V w = vset(weight[tap * K + j + right]);
-          DSCONV_UNROLL
-          for (int u = 0; u < U; ++u) acc[r][u] = vfma(w, x[right][u], acc[r][u]);
-        }
+        for (int u = 0; u < U; ++u) acc[r][u] = vfma(w, x[j][u], acc[r][u]);
       }
     }
   }

@@ -133,6 +133,34 @@ DSCONV_INLINE __m512 vodd(__m512 a, __m512 b) {
   return _mm512_permutex2var_ps(a, _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31), b);
 }
 
+// Lanes of a and b in turn: a0 b0 a1 b1 ..., of the first halves, and of the second.
+DSCONV_INLINE __m512d vinterleave_low(__m512d a, __m512d b) {
+  return _mm512_permutex2var_pd(a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b);
+}
+DSCONV_INLINE __m512 vinterleave_low(__m512 a, __m512 b) {
+  return _mm512_permutex2var_ps(a, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b);
+}
+DSCONV_INLINE __m512d vinterleave_high(__m512d a, __m512d b) {
+  return _mm512_permutex2var_pd(a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b);
+}
+DSCONV_INLINE __m512 vinterleave_high(__m512 a, __m512 b) {
+  return _mm512_permutex2var_ps(a, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b);
+}
+
+// The last lane of a, then those of b but its last; those of a but its first, then the first lane of b.
+DSCONV_INLINE __m512 vbehind(__m512 a, __m512 b) {
+  return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b), _mm512_castps_si512(a), 15));
+}
+DSCONV_INLINE __m512d vbehind(__m512d a, __m512d b) {
+  return _mm512_castsi512_pd(_mm512_alignr_epi64(_mm512_castpd_si512(b), _mm512_castpd_si512(a), 7));
+}
+DSCONV_INLINE __m512 vahead(__m512 a, __m512 b) {
+  return _mm512_castsi512_ps(_mm512_alignr_epi32(_mm512_castps_si512(b), _mm512_castps_si512(a), 1));
+}
+DSCONV_INLINE __m512d vahead(__m512d a, __m512d b) {
+  return _mm512_castsi512_pd(_mm512_alignr_epi64(_mm512_castpd_si512(b), _mm512_castpd_si512(a), 1));
+}
+
 // Transposes 4 x 4 blocks of 128 bits, r[i] block j <-> r[j] block i, where r[i] stands for every `step`-th vector.
 DSCONV_INLINE void transpose_blocks(__m512& r0, __m512& r1, __m512& r2, __m512& r3) {
   const __m512 a = _mm512_shuffle_f32x4(r0, r1, 0x44), b = _mm512_shuffle_f32x4(r2, r3, 0x44);

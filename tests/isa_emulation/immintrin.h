@@ -228,6 +228,14 @@ DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
   return r;
 }
 
+template <typename V>
+DSCONV_EMULATED __m512i align(__m512i high, __m512i low, int count, int lanes) {
+  const V a = reinterpret_cast<V>(low), b = reinterpret_cast<V>(high);
+  V r = {};
+  for (int i = 0; i < lanes; ++i) r[i] = i + count < lanes ? a[i + count] : b[i + count - lanes];
+  return reinterpret_cast<__m512i>(r);
+}
+
 }  // namespace dsconv_emulation
 
 // Names of the intrinsics. The compiler's header has some of them as macros when it does not optimise.
@@ -360,6 +368,14 @@ DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
 #define _mm512_permutex2var_ps(a, index, b) ::dsconv_emulation::permute_two<__m512>(a, index, b, 16)
 #undef _mm512_permutex2var_pd
 #define _mm512_permutex2var_pd(a, index, b) ::dsconv_emulation::permute_two<__m512d>(a, index, b, 8)
+#undef _mm512_alignr_epi32
+#define _mm512_alignr_epi32(high, low, count) ::dsconv_emulation::align<__m512>(high, low, count, 16)
+#undef _mm512_alignr_epi64
+#define _mm512_alignr_epi64(high, low, count) ::dsconv_emulation::align<__m512d>(high, low, count, 8)
+#undef _mm512_castsi512_pd
+#define _mm512_castsi512_pd(v) reinterpret_cast<__m512d>(v)
+#undef _mm512_castpd_si512
+#define _mm512_castpd_si512(v) reinterpret_cast<__m512i>(v)
 #undef _mm512_loadu_si512
 #define _mm512_loadu_si512(p) ::dsconv_emulation::load_all<__m512i>(p)
 #undef _mm512_storeu_si512
