@@ -122,8 +122,8 @@ template <typename S, typename T, typename F>
 static void backward_group(const BackwardContext& ctx, int64_t group, void* scratch) {
 #if DSCONV_ISA == DSCONV_ISA_AVX512
   if constexpr (SameType<S, T>::value) {
-    // Behind the memory of the group.
     const CpuPlan& plan = ctx.plan;
+    // Behind the memory of the group.
     const int64_t of_pixel = 2 * plan.z_ld + 2 * plan.out_ld + kMicroVecs * Vec<T>::n;
     T* const strips =
         static_cast<T*>(scratch) + plan.tile_pixels * of_pixel + plan.grad_pixels * kMicroVecs * Vec<T>::n;

@@ -5,7 +5,7 @@
 //   stage P   x --depthwise_planes.inl--> strips [channel][pixels of the tile] --turned--> z [pixels][channels]
 //             du [pixels][channels] --turned--> du [n][c_mid][h_out][w_out]
 //   stage D   grad_dw_weight[k][tap]: vectors of the products of du and the tap's x, summed over a tile in registers,
-//             over the tiles of a group in memory: dw_partial [c_mid][taps][lanes]
+//             then added to the group's in memory: dw_partial [c_mid][taps][lanes]
 //             grad_x: columns of one residue meet the taps of the other parity, a vector of each, which interleave:
 //
 //                       du       d-1  d  d+1  ...     3 x 3, pad 1:  grad_x[2u]     = w1 du[u]
@@ -154,7 +154,7 @@ static void correlate_plane(const PlaneCorrelation<T>& p) {
   constexpr int n = Vec<T>::n, kTaps = kPlaneTaps * kPlaneTaps, kRows = 2;
   V acc[kPlaneTaps][kPlaneTaps];
   DSCONV_UNROLL
-  for (int t = 0; t < kTaps; ++t) acc[t / kPlaneTaps][t % kPlaneTaps] = vload(p.sums + t * n);
+  for (int t = 0; t < kTaps; ++t) acc[t / kPlaneTaps][t % kPlaneTaps] = vset(T(0));
   for (int64_t column = 0, vector = 0; column < p.columns; column += n, ++vector) {
     const int lanes = lanes_left(p.columns - column, n);
     const ColumnMasks<kPlaneTaps, 2, 1, T> masks = p.masks[vector];
@@ -163,7 +163,9 @@ static void correlate_plane(const PlaneCorrelation<T>& p) {
     for (; row < p.rows; ++row) correlate_plane_rows<1>(p, row, column, lanes, masks, acc);
   }
   DSCONV_UNROLL
-  for (int t = 0; t < kTaps; ++t) vstore(p.sums + t * n, acc[t / kPlaneTaps][t % kPlaneTaps]);
+  for (int t = 0; t < kTaps; ++t) {
+    vstore(p.sums + t * n, vload(p.sums + t * n) + acc[t / kPlaneTaps][t % kPlaneTaps]);
+  }
 }
 
 // As of channels that are neighbours (backward_depthwise.inl).
