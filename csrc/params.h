@@ -76,6 +76,8 @@ struct Geometry {
 
 // Whether an image has slices, before or after the convolution.
 constexpr bool has_depth(const Geometry& g) { return g.d_in > 1 || g.d_out > 1; }
+// Whether the depth plays no part, not even as several taps on one slice.
+constexpr bool is_flat(const Geometry& g) { return !has_depth(g) && g.kernel_d == 1; }
 
 // Slices of all images, before and after; pixels of all slices; taps of a channel's depthwise kernel. The kernels of a
 // GPU count with them too.

@@ -146,11 +146,12 @@ def cpu_plan(volume, channels_last=False, backward=False):
 def test_along_the_depth(volume, channels_last, device):
     for backward in (False, True):
         plan = cpu_plan(volume, channels_last, backward)
-        forward_of_ring = not channels_last and not backward
-        assert plan is None or volume == RING or plan["walks_depth"]
-        if plan is not None and volume == RING:
-            assert plan["walks_depth"] == forward_of_ring
-            assert (plan["ring_elements"] > 0) == forward_of_ring
+        if plan is None:
+            continue
+        turns = not channels_last and not backward
+        assert plan["walks_depth"] == (turns if volume == RING else True)
+        if volume in (DEEP[0], RING):
+            assert (plan["ring_elements"] > 0) == (turns and not plan["by_planes"])
     volume = replace(volume, activation="silu")  # no kink, on whose sides 32 and 64 bits may stand
     tensors = volume.tensors(torch.float32, device, channels_last)
     check(tensors, volume.kwargs, True, depthwise_separable_conv3d)

@@ -122,12 +122,11 @@ template <typename S, typename T, typename F>
 static void backward_group(const BackwardContext& ctx, int64_t group, void* scratch) {
 #if DSCONV_ISA == DSCONV_ISA_AVX512
   if constexpr (SameType<S, T>::value) {
-    const CpuPlan& plan = ctx.plan;
-    // Behind the memory of the group.
-    const int64_t of_pixel = 2 * plan.z_ld + 2 * plan.out_ld + kMicroVecs * Vec<T>::n;
-    T* const strips =
-        static_cast<T*>(scratch) + plan.tile_pixels * of_pixel + plan.grad_pixels * kMicroVecs * Vec<T>::n;
-    if (plan.by_planes) return backward_group_of<S, T, F>(ctx, PlanesOfX<T>{strips}, group, scratch);
+    T* const strips = static_cast<T*>(scratch);
+    if (ctx.plan.by_planes) {
+      const int64_t of_x = strips_elements(ctx.plan, ctx.p.geom);
+      return backward_group_of<S, T, F>(ctx, PlanesOfX<T>{strips}, group, strips + of_x);
+    }
   }
 #endif
   if (ctx.x_rows != nullptr) {

@@ -18,7 +18,7 @@
 #endif
 
 // x of a group of tiles, for the functions that take one as channels that are neighbours elsewhere (turned.inl).
-// strips: [z_channels][strip_ld], behind them the memory of depthwise_planes().
+// strips: [z_channels][strip_ld], behind them the memory of depthwise_planes(), strips_elements() in all (cpu_plan.h).
 template <typename T>
 struct PlanesOfX {
   T* strips;
@@ -52,18 +52,12 @@ static void strips_of_z(const BackwardContext& ctx, const PlanesOfX<T>& x, const
 template <typename T>
 static void recompute_z(const BackwardContext& ctx, const PlanesOfX<T>& x, int64_t, int64_t pixel, int64_t count,
                         int64_t first, int64_t width, T* z, int64_t ld, Ahead* = nullptr) {
-  constexpr int n = Vec<T>::n;
   const CpuPlan& plan = ctx.plan;
   for (int64_t done = 0; done < count;) {
     const PixelRun run = run_at(pixel + done, count - done, 1, plan.image_pixels, true);
     strips_of_z(ctx, x, run, first, width);
-    for (int64_t k = 0; k < width; k += n) {
-      const int channels = lanes_left(width - k, n);
-      for (int64_t i = 0; i < run.length; i += n) {
-        transpose_block(x.strips + k * plan.strip_ld + i, plan.strip_ld, channels, lanes_left(run.length - i, n),
-                        z + (done + i) * ld + k, ld);
-      }
-    }
+    const Strides strips = {0, plan.strip_ld, run.length, 1, 0};
+    load_tile(x.strips, strips, Layout::nchw, 1, 1, run.length, width, 0, run.length, z + done * ld, ld);
     done += run.length;
   }
 }
@@ -276,11 +270,7 @@ static void grad_planes(const BackwardContext& ctx, int64_t image, PlaneGrad<T> 
   const Geometry& g = of.geom;
   typename Vec<T>::mask lanes[kPlaneVectors<T>][2];
   for (int64_t u = 0; 2 * u < p.w_in; u += n) {
-    for (int e = 0; e < 2; ++e) {
-      const int64_t at = u + p.shift_w - (e - Right), before = at < 0 ? -at : 0;
-      const int64_t inside = p.w_out > at ? p.w_out - at : 0;
-      lanes[u / n][e] = lanes_between<T>(lanes_left(before, n), lanes_left(inside, n));
-    }
+    for (int e = 0; e < 2; ++e) lanes[u / n][e] = lanes_inside<T>(u + p.shift_w - (e - Right), p.w_out);
   }
   for (int64_t c = 0; c < g.c_in; ++c) {
     const T* const packed = static_cast<const T*>(ctx.packed.dw_weight) + c;

@@ -155,12 +155,17 @@ inline void cut(CpuPlan& plan, const Geometry& g, Layout x_layout, int64_t max_p
   plan.tiles = plan.order.strips;
 }
 
-// Tiles along the depth, of pairs of rows where two fit.
-inline void cut_along_depth(CpuPlan& plan, const Geometry& g, int64_t max_pixels, int64_t bands, int64_t part_depth) {
-  cut_strips(plan, plan.slice_pixels, 2 * g.w_out <= max_pixels ? 2 * g.w_out : g.w_out, max_pixels, bands);
+// Strips of a slice, already cut, follow the depth.
+inline void order_along_depth(CpuPlan& plan, const Geometry& g, int64_t part_depth) {
   plan.order.depth = g.d_out;
   plan.order.part_depth = part_depth;
   plan.tiles = g.n * g.d_out * plan.order.strips;
+}
+
+// Tiles along the depth, of pairs of rows where two fit.
+inline void cut_along_depth(CpuPlan& plan, const Geometry& g, int64_t max_pixels, int64_t bands, int64_t part_depth) {
+  cut_strips(plan, plan.slice_pixels, 2 * g.w_out <= max_pixels ? 2 * g.w_out : g.w_out, max_pixels, bands);
+  order_along_depth(plan, g, part_depth);
 }
 
 // slice_bytes: of x, and in backward of du, that one slice holds.
@@ -177,12 +182,10 @@ inline int64_t ring_elements(const CpuPlan& plan, const Geometry& g) {
   return whole_rows && g.dilation_d == 1 && elements * plan.element <= kRingBytes ? elements : 0;
 }
 
-// The slices of an image in parts, so that its columns of tiles, the tasks, are four a thread.
-inline void part_depth_for(CpuPlan& plan, const Geometry& g, int64_t threads) {
+// Of forward: columns of tiles are the tasks, four a thread.
+inline int64_t part_depth_of(const CpuPlan& plan, const Geometry& g, int64_t threads) {
   const int64_t parts = clamp64(4 * threads / (g.n * plan.order.strips), 1, ceil_div(g.d_out, 2 * g.kernel_d));
-  plan.order.depth = g.d_out;
-  plan.order.part_depth = ceil_div(g.d_out, parts);
-  plan.tiles = g.n * g.d_out * plan.order.strips;
+  return ceil_div(g.d_out, parts);
 }
 
 inline void cut_forward(CpuPlan& plan, const Geometry& g, Layout x_layout, int64_t max_pixels, int64_t threads,
@@ -194,7 +197,7 @@ inline void cut_forward(CpuPlan& plan, const Geometry& g, Layout x_layout, int64
     return cut(plan, g, x_layout, max_pixels, plan.parts > 1 ? 1 : threads);
   }
   cut_along_depth(plan, g, max_pixels, 1, g.d_out);
-  part_depth_for(plan, g, threads);
+  plan.order.part_depth = part_depth_of(plan, g, threads);
   if (x_layout == Layout::nchw && plan.tap_pairs == 0) plan.ring = ring_elements(plan, g);
 }
 
@@ -228,7 +231,7 @@ inline void cut_planes(CpuPlan& plan, const Geometry& g, int64_t channels, int64
   const int64_t block = best * g.w_out;
   if (gains_by_depth(g, g.h_in * g.w_in * channels * plan.element, block)) {
     cut_strips(plan, plan.slice_pixels, g.w_out, block, 1);
-    part_depth_for(plan, g, granule);
+    order_along_depth(plan, g, part_depth_of(plan, g, granule));
   } else {
     cut_strips(plan, plan.pixels, block, block, 1);
     plan.order.depth = plan.order.part_depth = 1;
@@ -272,7 +275,7 @@ constexpr bool planes_pay_for_moments(const Geometry& g, int64_t element) {
 // Backward (backward_planes.inl): steps of 2, where x and grad_x are four times as much to turn as z and du.
 // Measured: 0.8 to 0.95 of the time; 5 x 5, whose sums do not fit the registers, took 1.2.
 constexpr bool planes_pay_for_backward(const Geometry& g, int64_t element) {
-  return planes_pay(g, element) && g.stride_w == 2 && g.kernel_w == 3 && !has_depth(g) && g.kernel_d == 1;
+  return planes_pay(g, element) && g.stride_w == 2 && g.kernel_w == 3 && is_flat(g);
 }
 
 // Forward: every output value is one chain of FMAs whatever its tile, so tiles may follow the number of threads.
@@ -422,7 +425,7 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   if (by_planes) {
     // Strips of a length rounded up and skewed.
     const int64_t rows = plan_detail::planes_memory(plan, g, kMostPixels / g.w_out + 1);
-    fixed += (plan.z_channels * 4 * micro.lanes + rows) * element;
+    fixed += (plan.z_channels * 4 * micro.lanes + rows) * element + kCacheLine;
     per_pixel += plan.z_channels * element;
   }
   const int64_t fits = plan_detail::pixels_within(kScratchBytes - fixed, per_pixel);
@@ -461,6 +464,12 @@ inline CpuPlan plan_backward(const Geometry& g, Layout x_layout, MicroTile micro
   }
   plan.scratch_bytes = panels_bytes > 0 ? panels_bytes : fixed + plan.tile_pixels * per_pixel;
   return plan;
+}
+
+// Backward by planes: elements of the strips of a tile's z, and of the memory of depthwise_planes().
+inline int64_t strips_elements(const CpuPlan& plan, const Geometry& g) {
+  const int64_t memory = plan_detail::planes_memory(plan, g, plan.tile_pixels / g.w_out);
+  return round_up(plan.z_channels * plan.strip_ld + memory, kCacheLine / plan.element);
 }
 
 // Elements of a group's partial sums of the depthwise weight gradient.

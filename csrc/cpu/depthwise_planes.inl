@@ -35,20 +35,20 @@ struct ColumnMasks {
   bool before[2], after;            // before: one and two columns
   typename Vec<T>::mask tap[K][U];  // of step 1: what each tap reads by itself
 };
+// Of a vector of columns from `column` on: those inside an image of `width` columns.
+template <typename T>
+DSCONV_INLINE typename Vec<T>::mask lanes_inside(int64_t column, int64_t width) {
+  const int64_t before = column < 0 ? -column : 0, inside = width > column ? width - column : 0;
+  return lanes_between<T>(lanes_left(before, Vec<T>::n), lanes_left(inside, Vec<T>::n));
+}
 // column: of the first output's first tap.
 template <int K, int Step, int U, typename T>
 DSCONV_INLINE void fill_masks(int64_t column, int64_t width, ColumnMasks<K, Step, U, T>& masks) {
   constexpr int n = Vec<T>::n;
   const int64_t middle = column + K / 2, behind = middle + U * Step * n;
-  for (int v = 0; v < U * Step; ++v) {
-    const int64_t at = middle + v * n, before = at < 0 ? -at : 0, inside = width > at ? width - at : 0;
-    masks.at[v] = lanes_between<T>(lanes_left(before, n), lanes_left(inside, n));
-  }
+  for (int v = 0; v < U * Step; ++v) masks.at[v] = lanes_inside<T>(middle + v * n, width);
   for (int j = 0; Step == 1 && j < K; ++j) {
-    for (int u = 0; u < U; ++u) {
-      const int64_t at = column + j + u * n, before = at < 0 ? -at : 0, inside = width > at ? width - at : 0;
-      masks.tap[j][u] = lanes_between<T>(lanes_left(before, n), lanes_left(inside, n));
-    }
+    for (int u = 0; u < U; ++u) masks.tap[j][u] = lanes_inside<T>(column + j + u * n, width);
   }
   for (int i = 0; i < 2; ++i) masks.before[i] = middle - 1 - i >= 0 && middle - 1 - i < width;
   masks.after = behind >= 0 && behind < width;
@@ -279,7 +279,6 @@ static void depthwise_planes_of(const DepthwiseInput<T>& of, int64_t slice, int6
 template <typename T>
 static void depthwise_planes(const DepthwiseInput<T>& of, int64_t slice, int64_t begin, int64_t end, Clamp<T> clamp,
                              T* z, int64_t z_ld, T* memory) {
-  if (has_depth(*of.g) || of.g->kernel_d > 1)
-    return depthwise_planes_of<true>(of, slice, begin, end, clamp, z, z_ld, memory);
-  depthwise_planes_of<false>(of, slice, begin, end, clamp, z, z_ld, memory);
+  if (is_flat(*of.g)) return depthwise_planes_of<false>(of, slice, begin, end, clamp, z, z_ld, memory);
+  depthwise_planes_of<true>(of, slice, begin, end, clamp, z, z_ld, memory);
 }
