@@ -192,6 +192,24 @@ inline CallArguments arguments_of(const char* op, const std::vector<int64_t>& st
   return arguments;
 }
 
+// Those of the ops *_in_graph, which lie in a row: stride, padding, dilation, act, out_act, fast.
+struct RowArguments {
+  CallArguments call;
+  bool fast;
+};
+
+inline RowArguments arguments_of(const char* op, const std::vector<int64_t>& row) {
+  const size_t size = row.size(), dims = size < 3 ? 0 : (size - 3) / 4;
+  STD_TORCH_CHECK((dims == 2 || dims == 3) && size == 4 * dims + 3, op,
+                  ": arguments takes 11 numbers, (*stride, *padding, *dilation, act, out_act, fast); in 3-D 15");
+  const int64_t* stride = row.data();
+  const int64_t *padding = stride + dims, *dilation = padding + 2 * dims, *rest = dilation + dims;
+  CallArguments call = call_arguments(static_cast<int64_t>(dims), stride, padding, dilation);
+  call.act = rest[0];
+  call.out_act = rest[1];
+  return {call, rest[2] != 0};
+}
+
 inline Geometry geometry_of(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                             const CallArguments& arguments) {
   const int64_t dims = arguments.dims + 2;

@@ -118,19 +118,22 @@ void run_backward(const char* op, const BackwardParams& p) {
 using Ints = std::vector<int64_t>;
 
 ForwardCall forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
-                    const Bias& dw_bias, const Bias& pw_bias, const Ints& stride, const Ints& padding,
-                    const Ints& dilation, int64_t act, int64_t out_act, bool want_pre) {
-  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
-                                     arguments_of(op, stride, padding, dilation, act, out_act), want_pre);
+                    const Bias& dw_bias, const Bias& pw_bias, const CallArguments& arguments, bool want_pre) {
+  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments, want_pre);
   if (call.y->numel() > 0) run_forward(op, call.params, nullptr, 0);
   return call;
 }
 
 Tensor fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Ints stride, Ints padding,
            Ints dilation, int64_t act, int64_t out_act, bool /*fast*/) {
-  return *forward("dsconv_cuda::fwd", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act,
-                  out_act, false)
-              .y;
+  constexpr const char* op = "dsconv_cuda::fwd";
+  const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, out_act);
+  return *forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments, false).y;
+}
+
+Tensor fwd_in_graph(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Ints arguments) {
+  constexpr const char* op = "dsconv_cuda::fwd_in_graph";
+  return *forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments_of(op, arguments).call, false).y;
 }
 
 // What fwd_kept() and bwd_kept() take for these weights and arguments, nothing packed yet; without `room` nothing ever.
@@ -208,8 +211,17 @@ std::tuple<Tensor, Tensor> fwd_with_pre_kept(Tensor x, Tensor dw_weight, Tensor 
 std::tuple<Tensor, Tensor> fwd_with_pre(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
                                         Ints stride, Ints padding, Ints dilation, int64_t act, int64_t out_act,
                                         bool /*fast*/) {
-  ForwardCall call = forward("dsconv_cuda::fwd_with_pre", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding,
-                             dilation, act, out_act, true);
+  constexpr const char* op = "dsconv_cuda::fwd_with_pre";
+  const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, out_act);
+  const ForwardCall call = forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments, true);
+  return {*call.y, *call.pre};
+}
+
+std::tuple<Tensor, Tensor> fwd_with_pre_in_graph(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias,
+                                                 Bias pw_bias, Ints arguments) {
+  constexpr const char* op = "dsconv_cuda::fwd_with_pre_in_graph";
+  const ForwardCall call =
+      forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments_of(op, arguments).call, true);
   return {*call.y, *call.pre};
 }
 
@@ -226,6 +238,13 @@ BackwardResult bwd(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias
   constexpr const char* op = "dsconv_cuda::bwd";
   return backward(op, prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
                                        arguments_of(op, stride, padding, dilation, act, out_act), grad_mask));
+}
+
+BackwardResult bwd_in_graph(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved,
+                            Ints arguments, int64_t grad_mask) {
+  constexpr const char* op = "dsconv_cuda::bwd_in_graph";
+  return backward(op, prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
+                                       arguments_of(op, arguments).call, grad_mask));
 }
 
 BackwardResult bwd_kept(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved, Tensor kept,
@@ -249,4 +268,7 @@ STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
   m.impl("fwd_with_pre", TORCH_BOX(&dsconv::fwd_with_pre));
   m.impl("bwd", TORCH_BOX(&dsconv::bwd));
   m.impl("bwd_kept", TORCH_BOX(&dsconv::bwd_kept));
+  m.impl("fwd_in_graph", TORCH_BOX(&dsconv::fwd_in_graph));
+  m.impl("fwd_with_pre_in_graph", TORCH_BOX(&dsconv::fwd_with_pre_in_graph));
+  m.impl("bwd_in_graph", TORCH_BOX(&dsconv::bwd_in_graph));
 }

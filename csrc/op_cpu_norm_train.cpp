@@ -6,6 +6,8 @@
 //   train_fwd    z_moments -> norm_vectors -> fwd_norm -> norm_vectors -> norm_act, norm_track for both
 //   train_bwd    norm_act_sums -> bwd_norm, and the gradients of the norms' parameters from the sums
 //
+// The ops *_in_graph are the same for graphs of torch.compile, without what changes in place.
+//
 // Arguments are checked before anything is written, so that a call that was refused can be made again step by step.
 
 #include "cpu_norm.h"
@@ -55,6 +57,50 @@ CallArguments of_y(CallArguments arguments) {
 
 double pixels_of(const Geometry& g) { return static_cast<double>(output_pixels(g)); }
 
+struct Operands {
+  const Tensor &x, &dw_weight, &pw_weight;
+  const Bias &dw_bias, &pw_bias;
+  CallArguments arguments;
+  const Bias& in_vectors;
+  int64_t in_act;
+
+  Geometry geometry(const char* op) const { return geometry_of(op, x, dw_weight, pw_weight, arguments); }
+  std::tuple<Tensor, Tensor> fwd_norm(const char* op, const Tensor& vectors, bool want_moments) const {
+    return dsconv::fwd_norm(op, x, dw_weight, pw_weight, dw_bias, pw_bias, vectors, of_y(arguments), want_moments,
+                            in_vectors, in_act);
+  }
+};
+
+struct Affine {
+  const Bias &weight, &bias;
+  double eps;
+
+  void check(const char* op, const char* weight_name, const char* bias_name, const Tensor& x, int64_t channels) const {
+    STD_TORCH_CHECK(eps > 0, op, ": eps must be positive");
+    check_vector(op, weight_name, weight, x, channels);
+    check_vector(op, bias_name, bias, x, channels);
+  }
+};
+
+struct Trained {
+  Tensor y, moments1, moments2, vectors1, vectors2;
+  Bias out;  // not with `defer`
+};
+
+Trained train(const char* op, const Operands& of, const Affine& norm1, const Affine& norm2, bool defer) {
+  const Geometry g = of.geometry(op);
+  STD_TORCH_CHECK(pixels_of(g) > 1, op, ": more than one value a channel is needed");
+  norm1.check(op, "weight1", "bias1", of.x, g.c_mid);
+  norm2.check(op, "weight2", "bias2", of.x, g.c_out);
+  const Tensor moments1 =
+      z_moments(op, of.x, of.dw_weight, of.pw_weight, of.dw_bias, of.arguments, of.in_vectors, of.in_act);
+  const Tensor vectors1 = norm_vectors(moments1, norm1.weight, norm1.bias, norm1.eps);
+  const auto [y, moments2] = of.fwd_norm(op, vectors1, true);
+  const Tensor vectors2 = norm_vectors(moments2, norm2.weight, norm2.bias, norm2.eps);
+  return {y,        moments1, moments2,
+          vectors1, vectors2, defer ? Bias() : Bias(norm_act(y, vectors2, of.arguments.out_act))};
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias,
                                                      Bias pw_bias, Bias weight1, Bias bias1, Bias weight2, Bias bias2,
                                                      Bias mean1, Bias var1, Bias batches1, Bias mean2, Bias var2,
@@ -62,28 +108,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_fwd(Tensor x, Tensor dw_weight,
                                                      double momentum2, Tensor kept, Bias in_vectors, int64_t in_act,
                                                      bool defer) {
   constexpr const char* op = "dsconv_cuda::train_fwd";
-  const CallArguments arguments = kept_of(op, kept)->arguments;
-  const Geometry g = geometry_of(op, x, dw_weight, pw_weight, arguments);
-  STD_TORCH_CHECK(eps1 > 0 && eps2 > 0, op, ": eps must be positive");
-  const double count = pixels_of(g);
-  STD_TORCH_CHECK(count > 1, op, ": more than one value a channel is needed");
-  check_vector(op, "weight1", weight1, x, g.c_mid);
-  check_vector(op, "bias1", bias1, x, g.c_mid);
-  check_vector(op, "weight2", weight2, x, g.c_out);
-  check_vector(op, "bias2", bias2, x, g.c_out);
+  const Operands of{x, dw_weight, pw_weight, dw_bias, pw_bias, kept_of(op, kept)->arguments, in_vectors, in_act};
+  const Geometry g = of.geometry(op);
   const Running running1{mean1, var1, batches1, momentum1}, running2{mean2, var2, batches2, momentum2};
   running1.check(op, x, g.c_mid);
   running2.check(op, x, g.c_out);
+  Trained made = train(op, of, {weight1, bias1, eps1}, {weight2, bias2, eps2}, defer);
+  running1.track(made.moments1, pixels_of(g));
+  running2.track(made.moments2, pixels_of(g));
+  return {defer ? made.y : *made.out, made.y, made.vectors1, made.vectors2};
+}
 
-  const Tensor moments1 = z_moments(op, x, dw_weight, pw_weight, dw_bias, arguments, in_vectors, in_act);
-  const Tensor vectors1 = norm_vectors(moments1, weight1, bias1, eps1);
-  const auto [y, moments2] =
-      fwd_norm(op, x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, of_y(arguments), true, in_vectors, in_act);
-  const Tensor vectors2 = norm_vectors(moments2, weight2, bias2, eps2);
-  const Tensor out = defer ? y : norm_act(y, vectors2, arguments.out_act);
-  running1.track(moments1, count);
-  running2.track(moments2, count);
-  return {out, y, vectors1, vectors2};
+const int64_t kNothing[1] = {0};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_fwd_in_graph(
+    Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Bias weight1, Bias bias1, Bias weight2,
+    Bias bias2, double eps1, double eps2, std::vector<int64_t> arguments, Bias in_vectors, int64_t in_act, bool defer) {
+  constexpr const char* op = "dsconv_cuda::train_fwd_in_graph";
+  const Operands of{x, dw_weight, pw_weight, dw_bias, pw_bias, arguments_of(op, arguments).call, in_vectors, in_act};
+  const Trained made = train(op, of, {weight1, bias1, eps1}, {weight2, bias2, eps2}, defer);
+  return {made.y,        defer ? empty_contiguous(x, {kNothing, 1}) : *made.out,
+          made.vectors1, made.vectors2,
+          made.moments1, made.moments2};
 }
 
 // What a bias adds, the norm after it takes off again.
@@ -111,18 +157,13 @@ Tensor row_of_sums(const Tensor& sums, int64_t row, const Tensor& x) {
 
 enum NormGradBit : int64_t { kGradWeight1 = 32, kGradBias1 = 64, kGradWeight2 = 128, kGradBias2 = 256 };
 
-std::tuple<Bias, Bias, Bias, Bias, Bias, Bias, Bias, Bias, Bias> train_bwd(Tensor grad, Bias y, Tensor x,
-                                                                           Tensor dw_weight, Tensor pw_weight,
-                                                                           Bias dw_bias, Bias pw_bias, Tensor vectors1,
-                                                                           Tensor vectors2, Tensor kept, int64_t mask,
-                                                                           Bias in_vectors, int64_t in_act) {
-  constexpr const char* op = "dsconv_cuda::train_bwd";
-  const CallArguments arguments = kept_of(op, kept)->arguments;
-  const double count = pixels_of(geometry_of(op, x, dw_weight, pw_weight, arguments));
-  if (!y.has_value()) {
-    y = std::get<0>(
-        fwd_norm(op, x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, of_y(arguments), false, in_vectors, in_act));
-  }
+using MaybeGrads = std::tuple<Bias, Bias, Bias, Bias, Bias, Bias, Bias, Bias, Bias>;
+
+MaybeGrads gradients(const char* op, const Tensor& grad, const Bias& kept_y, const Operands& of, const Tensor& vectors1,
+                     const Tensor& vectors2, int64_t mask) {
+  const auto& [x, dw_weight, pw_weight, dw_bias, pw_bias, arguments, in_vectors, in_act] = of;
+  const double count = pixels_of(of.geometry(op));
+  const Bias y = kept_y.has_value() ? kept_y : Bias(std::get<0>(of.fwd_norm(op, vectors1, false)));
   const Tensor sums2 = norm_act_sums(grad, *y, vectors2, arguments.out_act);
   const auto [grad_x, grad_dw, grad_pw, grad_b2, sums1] =
       bwd_norm(op, grad, y, x, dw_weight, pw_weight, dw_bias, vectors1, vectors2, sums2, count, arguments,
@@ -142,10 +183,29 @@ std::tuple<Bias, Bias, Bias, Bias, Bias, Bias, Bias, Bias, Bias> train_bwd(Tenso
           row(kGradBias2, sums2, 0)};
 }
 
+MaybeGrads train_bwd(Tensor grad, Bias y, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
+                     Tensor vectors1, Tensor vectors2, Tensor kept, int64_t mask, Bias in_vectors, int64_t in_act) {
+  constexpr const char* op = "dsconv_cuda::train_bwd";
+  const Operands of{x, dw_weight, pw_weight, dw_bias, pw_bias, kept_of(op, kept)->arguments, in_vectors, in_act};
+  return gradients(op, grad, y, of, vectors1, vectors2, mask);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_bwd_in_graph(
+    Tensor grad, Bias y, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor vectors1,
+    Tensor vectors2, std::vector<int64_t> arguments, int64_t mask, Bias in_vectors, int64_t in_act) {
+  constexpr const char* op = "dsconv_cuda::train_bwd_in_graph";
+  const Operands of{x, dw_weight, pw_weight, dw_bias, pw_bias, arguments_of(op, arguments).call, in_vectors, in_act};
+  const auto there = [&x](const Bias& t) { return t.has_value() ? *t : empty_contiguous(x, {kNothing, 1}); };
+  return std::apply([&there](const auto&... grads) { return std::make_tuple(there(grads)...); },
+                    gradients(op, grad, y, of, vectors1, vectors2, mask));
+}
+
 }  // namespace
 }  // namespace dsconv
 
 STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
   m.impl("train_fwd", TORCH_BOX(&dsconv::train_fwd));
   m.impl("train_bwd", TORCH_BOX(&dsconv::train_bwd));
+  m.impl("train_fwd_in_graph", TORCH_BOX(&dsconv::train_fwd_in_graph));
+  m.impl("train_bwd_in_graph", TORCH_BOX(&dsconv::train_bwd_in_graph));
 }

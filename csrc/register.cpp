@@ -16,6 +16,18 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   m.def(
       "fwd(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[2] stride, int[4] "
       "padding, int[2] dilation, int act, int out_act, bool fast=False) -> Tensor");
+  // What graphs of torch.compile hold for them, below autograd: `arguments` has what is no tensor in a row, (*stride,
+  // *padding, *dilation, act, out_act, fast), as every list makes a call longer. On a small layer the dispatcher, and
+  // gradients that are registered in Python, take as long as the kernels.
+  m.def(
+      "fwd_in_graph(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[] arguments) "
+      "-> Tensor");
+  m.def(
+      "fwd_with_pre_in_graph(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[] "
+      "arguments) -> (Tensor, Tensor)");
+  m.def(
+      "bwd_in_graph(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? saved, int[] "
+      "arguments, int grad_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The ops below for a module, on the CPU: `kept`, made by keep(), holds the arguments that are no tensors, and
   // with `room` the packed weights while they stay as they are (kept_weights.h); version is the sum of the weights'
   // version counters. Below autograd, and for plain tensors only: no fake kernel, no vmap.
@@ -114,6 +126,16 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
       "train_bwd(Tensor grad, Tensor? y, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? "
       "pw_bias, Tensor vectors1, Tensor vectors2, Tensor kept, int grad_mask, Tensor? in_vectors, int in_act) -> "
       "(Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
+  // The same for graphs, which move running statistics themselves: (y, out, the vectors of both norms, the moments of
+  // both), out of shape [0] with `defer`; and gradients, of shape [0] where grad_mask does not ask for them.
+  m.def(
+      "train_fwd_in_graph(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor? "
+      "weight1, Tensor? bias1, Tensor? weight2, Tensor? bias2, float eps1, float eps2, int[] arguments, Tensor? "
+      "in_vectors, int in_act, bool defer) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "train_bwd_in_graph(Tensor grad, Tensor? y, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, "
+      "Tensor? pw_bias, Tensor vectors1, Tensor vectors2, int[] arguments, int grad_mask, Tensor? in_vectors, int "
+      "in_act) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {

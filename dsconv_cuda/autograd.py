@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from dsconv_cuda import _loader, compiled_weights, decompositions, flops, second_order
+from dsconv_cuda import _loader, compiled_weights, decompositions, flops, graph_ops, second_order
 from dsconv_cuda.activations import derivative_from_output
 from dsconv_cuda.ops import GRAD_BITS, IDENTITY, backward_vmap, forward_vmap, grad_mask
 from dsconv_cuda.second_order import Config
@@ -286,15 +286,16 @@ def apply(
     if compiling or _tracer() is not None:
         if torch.onnx.is_in_onnx_export():
             return decompositions.fwd(*tensors, *config.arguments())
-        # Graphs hold the bare op; its gradients are registered in ops.py. Those of torch.jit.trace, which checks them
-        # against a trace of parameters that need no gradient, hold the same one for all.
+        # Graphs hold the bare op, whose gradients are registered in ops.py, and compiled ones what graph_ops.py puts in
+        # its place. Those of torch.jit.trace, which checks them against a trace of parameters that need no gradient,
+        # hold the same one for all.
         differentiable = (
             compiling and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         )
         if differentiable and not derivative_from_output(config.out_act):
             return torch.ops.dsconv_cuda.fwd_with_pre(*tensors, *config.arguments(), *config.precision())[0]
         if compiling and not differentiable and compiled_weights.pay(*tensors[:3]):
-            return torch.ops.dsconv_cuda.fwd_packed(*tensors, *config.arguments())
+            return torch.ops.dsconv_cuda.fwd_packed(*tensors, graph_ops.row(*config.arguments()))
         return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments(), *config.precision())
     if not _derivatives_may_follow(tensors):
         with torch._C._AutoDispatchBelowAutograd():  # past the op's own gradients, which would find nothing to do

@@ -147,7 +147,7 @@ class BatchNormBlock(torch.autograd.Function):
         if grad_out is None:
             return (None,) * 11
         flops.register_in_modes()
-        return (*_once(_gradients, ctx, grad_out), None, None)
+        return (*once(_gradients, ctx, grad_out), None, None)
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -179,7 +179,7 @@ class NormLater(torch.autograd.Function):
     def backward(ctx, grad):
         if grad is None:
             return (None,) * 9
-        return (*_once(_norm_gradients, ctx, grad), *(None,) * 6)
+        return (*once(_norm_gradients, ctx, grad), *(None,) * 6)
 
     jvp = staticmethod(BatchNormBlock.jvp)
 
@@ -207,7 +207,7 @@ def norm_later(y: Tensor, gamma: Tensor | None, beta: Tensor | None, op: str, ba
     return NormLater.apply(y, gamma, beta, vectors, op, batch, count, act, owner), vectors, moments
 
 
-def _once(gradients: Callable, ctx, grad) -> tuple:
+def once(gradients: Callable, ctx, grad) -> tuple:
     """gradients(ctx, grad, *saved), not differentiable again."""
     if torch.is_grad_enabled():
         return _FirstDerivative.apply(gradients, ctx, grad, *ctx.saved_tensors)

@@ -3,8 +3,9 @@ batchnorm_autograd.py.
 
 ``norm_block`` takes what :class:`BatchNormBlock` takes, flat. It is CompositeImplicitAutograd: torch.compile's first
 stage keeps it as one node and does not look inside, the second calls the kernel below, and so traces the Function's
-forward and backward into one graph of z_moments, fwd_norm, norm_act, bwd_norm and so on. That graph keeps for backward
-what the Function saves. Statistics over several processes wait for one another and are not part of a graph.
+forward and backward into one graph of z_moments, fwd_norm, norm_act, bwd_norm and so on, or on the CPU, with two norms,
+of train_fwd_in_graph and train_bwd_in_graph, which are these in one call each. That graph keeps for backward what the
+Function saves. Statistics over several processes wait for one another and are not part of a graph.
 
 ``norm_later`` is the same for NormLater, a norm before a block.
 
@@ -14,7 +15,8 @@ The number of pixels is not among the arguments: in a graph of free sizes it is 
 import torch
 from torch import Tensor
 
-from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, norm_later, operation
+from dsconv_cuda import _loader, graph_ops
+from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, norm_later, once, operation
 from dsconv_cuda.second_order import Config
 
 _SCHEMAS = (
@@ -55,9 +57,58 @@ def _norm_block(*arguments):
     # A count of 0: that of the tensors.
     batches = (None if eps is None else Batch(eps, 0, None) for eps in (eps1, eps2))
     block = Block(operation(len(stride)), config, out_act, *batches, *rest)
+    if None not in (eps1, eps2) and tensors[0].device.type == "cpu" and graph_ops.recording() and _joined_kernels():
+        return BlockInGraph.apply(*tensors, block)
     out, vectors, moments1, _, moments2, _ = BatchNormBlock.apply(*tensors, block)
     none = (out.new_empty(0, dtype=torch.float64) if t is None else t for t in (vectors, moments1, moments2))
     return out, *none
+
+
+def _joined_kernels() -> bool:
+    """Whether the loaded library has them; the CUDA kernels on the host, which tests run, have not."""
+    return _loader.has_kernel("train_fwd_in_graph", "CPU")
+
+
+class BlockInGraph(torch.autograd.Function):
+    """BatchNormBlock with both norms, without the counts, in one op each way."""
+
+    @staticmethod
+    def forward(ctx, x, dw_weight, pw_weight, dw_bias, pw_bias, gamma1, beta1, gamma2, beta2, in_vectors, block: Block):
+        config = block.config
+        row = graph_ops.row(*config.arguments()[:4], block.out_act, config.fast)
+        with torch._C._AutoDispatchBelowAutograd():
+            y, out, vectors1, vectors2, *moments = torch.ops.dsconv_cuda.train_fwd_in_graph(
+                x, dw_weight, pw_weight, dw_bias, pw_bias, gamma1, beta1, gamma2, beta2, block.batch1.eps,
+                block.batch2.eps, row, in_vectors, block.in_act, block.defer,
+            )  # fmt: skip
+        ctx.op, ctx.row, ctx.in_act = block.op, row, block.in_act
+        ctx.save_for_backward(
+            *(x, dw_weight, pw_weight, dw_bias, pw_bias, in_vectors, vectors1, vectors2),
+            None if block.recompute and not block.defer else y,
+        )
+        ctx.mark_non_differentiable(vectors2, *moments)
+        ctx.set_materialize_grads(False)
+        return y if block.defer else out, vectors2, *moments
+
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        if grad_out is None:
+            return (None,) * 11
+        return (*once(_gradients, ctx, grad_out), None, None)
+
+    jvp = staticmethod(BatchNormBlock.jvp)
+
+
+def _gradients(ctx, grad_out, *saved) -> tuple:
+    """Of (x, dw_weight, pw_weight, dw_bias, pw_bias, gamma1, beta1, gamma2, beta2)."""
+    *operands, in_vectors, vectors1, vectors2, y = saved
+    wanted = ctx.needs_input_grad[:9]
+    grad_mask = sum(1 << i for i, needed in enumerate(wanted) if needed)
+    with torch._C._AutoDispatchBelowAutograd():
+        grads = torch.ops.dsconv_cuda.train_bwd_in_graph(
+            grad_out, y, *operands, vectors1, vectors2, ctx.row, grad_mask, in_vectors, ctx.in_act
+        )
+    return tuple(grad if needed else None for grad, needed in zip(grads, wanted, strict=True))
 
 
 def _norm_later(y, gamma, beta, eps: float, act: int):

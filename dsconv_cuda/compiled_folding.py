@@ -22,7 +22,7 @@ from dsconv_cuda.seen import Seen
 
 # Elements of the pointwise weight from which folding and packing in the graph take longer than finding what is kept. An
 # input that goes through a norm is worth it always: without the op a pass over it is left.
-LEAST_ELEMENTS = 1 << 13
+LEAST_ELEMENTS = 1 << 16
 
 _SCHEMA = (
     "fwd_folded(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor?[] norm1, "

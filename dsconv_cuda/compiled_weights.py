@@ -2,9 +2,9 @@
 
 A graph holds no module that could keep them. So where torch.compile meets a call without gradients whose weights are
 parameters, on the CPU, the graph holds the op fwd_packed. Its kernel is here, in Python, since only Python sees the
-version counters of tensors; for small weights too, as fwd goes through gradients that are registered in Python, which
-takes longer. It keeps what it packed as long as the pointwise weight lives, one copy for each set of arguments, and
-what counts as the same weights is what kept_weights.py says. Exports hold fwd.
+version counters of tensors; small weights are packed at each call, which takes less. It keeps what it packed as long
+as the pointwise weight lives, one copy for each set of arguments, and what counts as the same weights is what
+kept_weights.py says. Exports hold fwd.
 """
 
 import functools
@@ -13,10 +13,15 @@ import weakref
 import torch
 from torch import Tensor, nn
 
+from dsconv_cuda import graph_ops
+
 _SCHEMA = (
-    "fwd_packed(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[2] stride, int[4] "
-    "padding, int[2] dilation, int act, int out_act) -> Tensor"
+    "fwd_packed(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[] arguments) -> "
+    "Tensor"
 )
+
+# Elements of the pointwise weight from which packing it takes longer than finding what is kept.
+LEAST_ELEMENTS = 1 << 15
 
 registered = False
 # By id() of the pointwise weight: the arguments, and what is packed for them.
@@ -24,12 +29,12 @@ _kept: dict[int, tuple[weakref.ref, list[tuple[tuple, Tensor]]]] = {}
 stores: list[dict] = [_kept]  # of everything that is kept between calls of compiled graphs
 
 
-def register(fragment: torch.library.Library, fake, vmap) -> None:
+def register(fragment: torch.library.Library, fwd_fake, forward_vmap) -> None:
     global registered
     fragment.define(_SCHEMA)
     fragment.impl("fwd_packed", _fwd_packed, "CPU")
-    torch.library.register_fake("dsconv_cuda::fwd_packed", fake)
-    torch.library.register_vmap("dsconv_cuda::fwd_packed", vmap)
+    torch.library.register_fake("dsconv_cuda::fwd_packed", _with_row(fwd_fake))
+    torch.library.register_vmap("dsconv_cuda::fwd_packed", forward_vmap(_with_row(torch.ops.dsconv_cuda.fwd)))
     registered = True
 
 
@@ -42,7 +47,12 @@ def pay(x: Tensor, dw_weight: Tensor, pw_weight: Tensor) -> bool:
         and isinstance(dw_weight, nn.Parameter)
         and isinstance(pw_weight, nn.Parameter)
         and x.device.type == "cpu"
+        and pw_weight.numel() >= LEAST_ELEMENTS
     )
+
+
+def _with_row(forward):
+    return lambda *args: forward(*args[:5], *graph_ops.of_row(args[5]))
 
 
 def clear() -> None:
@@ -50,7 +60,7 @@ def clear() -> None:
         store.clear()
 
 
-def _fwd_packed(x, dw_weight, pw_weight, dw_bias, pw_bias, *arguments) -> Tensor:
+def _fwd_packed(x, dw_weight, pw_weight, dw_bias, pw_bias, arguments) -> Tensor:
     # In as little Python as can be: after a layer of some megabytes each line of it comes from memory again.
     try:
         version = dw_weight._version + pw_weight._version
@@ -59,7 +69,7 @@ def _fwd_packed(x, dw_weight, pw_weight, dw_bias, pw_bias, *arguments) -> Tensor
         if pw_bias is not None:
             version += pw_bias._version
     except RuntimeError:  # inference tensors have no version counter
-        return torch.ops.dsconv_cuda.fwd.default(x, dw_weight, pw_weight, dw_bias, pw_bias, *arguments)
+        return torch.ops.dsconv_cuda.fwd_in_graph.default(x, dw_weight, pw_weight, dw_bias, pw_bias, arguments)
     key = (dw_weight.shape, *arguments)
     entry = _kept.get(id(pw_weight))
     if entry is not None and entry[0]() is pw_weight:
@@ -74,7 +84,7 @@ def _new_memory(dw_weight: Tensor, pw_weight: Tensor, key: tuple) -> Tensor:
     entry = _kept.get(name)
     if entry is None or entry[0]() is not pw_weight:
         entry = _kept[name] = (weakref.ref(pw_weight, lambda _: _kept.pop(name, None)), [])
-    memory = torch.ops.dsconv_cuda.keep.default(dw_weight, pw_weight, *key[1:])
+    memory = torch.ops.dsconv_cuda.keep.default(dw_weight, pw_weight, *graph_ops.of_row(key[1:])[:5])
     entry[1].append((key, memory))
     return memory
 

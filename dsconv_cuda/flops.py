@@ -93,14 +93,14 @@ def _bwd(
     return _backward(dy, x, dw_weight, pw_weight, grad_mask)
 
 
-def _bwd_kept(dy, x, dw_weight, pw_weight, dw_bias, saved, kept, grad_mask, *_, **__) -> int:
-    return _backward(dy, x, dw_weight, pw_weight, grad_mask)
+def _bwd_kept(dy, x, dw_weight, pw_weight, dw_bias, saved, *arguments_and_mask, **__) -> int:
+    return _backward(dy, x, dw_weight, pw_weight, arguments_and_mask[1])
 
 
 def _train_bwd(
-    grad, y, x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, vectors2, kept, grad_mask, *_, **__
+    grad, y, x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, vectors2, *arguments_and_mask, **__
 ) -> int:
-    return _backward(grad, x, dw_weight, pw_weight, grad_mask)
+    return _backward(grad, x, dw_weight, pw_weight, arguments_and_mask[1])
 
 
 def _bwd_norm(
@@ -136,10 +136,13 @@ _FORMULAS: dict[tuple[str, ...], Callable[..., int]] = {
         "fwd_after_norm_kept",
         "fwd_with_pre_kept",
         "train_fwd",
+        "fwd_in_graph",
+        "fwd_with_pre_in_graph",
+        "train_fwd_in_graph",
     ): _forward,
     ("bwd",): _bwd,
-    ("bwd_kept",): _bwd_kept,
-    ("train_bwd",): _train_bwd,
+    ("bwd_kept", "bwd_in_graph"): _bwd_kept,
+    ("train_bwd", "train_bwd_in_graph"): _train_bwd,
     ("bwd_norm",): _bwd_norm,
     ("bwd_norm_pointwise",): _bwd_norm_pointwise,
     ("bwd_norm_depthwise",): _bwd_norm_depthwise,

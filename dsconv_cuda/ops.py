@@ -25,7 +25,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsconv_cuda import _checks, _loader, compiled_weights, flops
+from dsconv_cuda import _checks, _loader, compiled_weights, flops, graph_ops
 from dsconv_cuda.activations import ACTIVATIONS, derivative_from_output
 
 # params.h GradBit, in the order of bwd's outputs
@@ -274,8 +274,8 @@ def backward_vmap(backward, saved_index: int, mask_index: int):
 
 
 # ---- gradients of the bare ops ---------------------------------------------------------------------------------------
-# What a compiled or exported graph trains through. Eager calls of the package go through autograd.py, which also has
-# double backward, forward-mode AD and torch.func.
+# What a compiled or exported graph trains through; a compiled one holds the ops of graph_ops.py in their place. Eager
+# calls of the package go through autograd.py, which also has double backward, forward-mode AD and torch.func.
 
 
 def _setup_context(ctx, inputs, output):
@@ -331,9 +331,10 @@ def register_python_parts() -> None:
     _fragment = torch.library.Library("dsconv_cuda", "FRAGMENT")
     if hasattr(torch.ops.dsconv_cuda, "z_moments"):
         importlib.import_module(".batchnorm_graph", __package__).register(_fragment)
+    graph_ops.register(_fragment, fakes)
     if hasattr(torch.ops.dsconv_cuda, "fwd_kept"):
         if _loader.has_kernel("fwd_kept", "CPU"):
-            compiled_weights.register(_fragment, _fwd_fake, forward_vmap(torch.ops.dsconv_cuda.fwd))
+            compiled_weights.register(_fragment, _fwd_fake, forward_vmap)
             importlib.import_module(".compiled_folding", __package__).register(_fragment, _fwd_fake)
         # Called below autograd and only there.
         below = ("keep", "fwd_kept", "fwd_after_norm_kept", "fwd_with_pre_kept", "bwd_kept", "seen_again")

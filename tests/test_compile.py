@@ -17,6 +17,7 @@ from dsconv_cuda import (
     _loader,
     compiled_weights,
     depthwise_separable_conv2d,
+    graph_ops,
     reference,
 )
 
@@ -28,6 +29,12 @@ def _fresh_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def _ops_of(graph: torch.fx.Graph) -> list[str]:
+    """The package's ops in it."""
+    targets = (str(node.target).split(".") for node in graph.nodes)
+    return [name for package, name, *_ in (t for t in targets if len(t) > 1) if package == "dsconv_cuda"]
 
 
 def _assert_trains_alike(compiled, tensors: list, kwargs: dict):
@@ -45,6 +52,17 @@ def test_forward_and_backward_in_one_graph(out_activation, channels_last, device
     case = Case(activation="relu6", out_activation=out_activation)
     compiled = torch.compile(depthwise_separable_conv2d, fullgraph=True, backend="aot_eager")
     _assert_trains_alike(compiled, case.tensors(torch.float32, device, channels_last, requires_grad=True), case.kwargs)
+
+
+@pytest.mark.parametrize(
+    ("out_activation", "forward"), [("identity", "fwd_in_graph"), ("silu", "fwd_with_pre_in_graph")]
+)
+def test_graphs_hold_ops_without_gradients(out_activation, forward, device):
+    tensors = Case().tensors(torch.float32, device, requires_grad=True)
+    backend = _Backend()
+    compiled = torch.compile(depthwise_separable_conv2d, fullgraph=True, backend=backend)
+    compiled(*tensors, out_activation=out_activation).sum().backward()
+    assert backend.ops == [forward, "bwd_in_graph"]
 
 
 def test_no_gradient(device):
@@ -135,7 +153,7 @@ def test_export(strict, device):
     x = torch.randn(2, 3, 8, 8, device=device)
     batch = torch.export.Dim("batch", min=1, max=64)
     program = torch.export.export(net, (x,), dynamic_shapes={"x": {0: batch}}, strict=strict)
-    assert sum("dsconv_cuda.fwd" in str(node.target) for node in program.graph.nodes) == 1
+    assert _ops_of(program.graph) == ["fwd"]
     larger = torch.randn(5, 3, 8, 8, device=device)
     torch.testing.assert_close(program.module()(larger), net(larger))
 
@@ -145,7 +163,7 @@ def test_make_fx_traces_the_op(device):
 
     tensors = Case().tensors(torch.float32, device)
     graph = make_fx(lambda *t: depthwise_separable_conv2d(*t), tracing_mode="fake")(*tensors)
-    assert any("dsconv_cuda.fwd" in str(node.target) for node in graph.graph.nodes)
+    assert _ops_of(graph.graph) == ["fwd"]
     torch.testing.assert_close(graph(*tensors), reference.depthwise_separable_conv2d(*tensors))
 
 
@@ -225,10 +243,11 @@ def test_graphs_of_training_hold_the_fused_kernels(what, device):
     backend = _Backend()
     x = torch.randn(2, 6, 9, 7, device=device)
     torch.compile(net.to(device), fullgraph=True, backend=backend)(x).sum().backward()
-    assert [name.split(".")[1] for name in backend.ops] == [
-        *("z_moments", "norm_vectors", "fwd_norm", "norm_vectors", "norm_act"),
-        *("norm_act_sums", "bwd_norm"),
-    ]
+    if _loader.has_kernel("train_fwd_in_graph", device.type.upper()):
+        assert backend.ops == ["train_fwd_in_graph", "train_bwd_in_graph"]
+    else:
+        forward = ["z_moments", "norm_vectors", "fwd_norm", "norm_vectors", "norm_act"]
+        assert backend.ops == [*forward, "norm_act_sums", "bwd_norm"]
 
 
 def test_the_mean_over_all_batches_in_one_graph(device):
@@ -262,8 +281,9 @@ def test_training_statistics_without_gradients_in_a_graph(device):
 
 
 @pytest.fixture
-def packed(device):
+def packed(device, monkeypatch):
     """A module that is compiled with packed weights."""
+    monkeypatch.setattr(compiled_weights, "LEAST_ELEMENTS", 1)
     net = DepthwiseSeparableConv2d(6, 20, 3, padding=1, bias=True, activation="relu", out_activation="silu").to(device)
     _loader.load_library()
     if device.type != "cpu" or not compiled_weights.registered:
@@ -280,7 +300,7 @@ class _Backend:
 
     def __call__(self, graph, inputs):
         def remember(graph, inputs):
-            self.ops += [str(node.target) for node in graph.graph.nodes if "dsconv_cuda" in str(node.target)]
+            self.ops += _ops_of(graph.graph)
             return make_boxed_func(graph.forward)
 
         return aot_autograd(fw_compiler=remember)(graph, inputs)
@@ -298,7 +318,7 @@ def test_packed_weights_of_a_graph_follow_the_weights(packed):
         return memory
 
     memory = check()
-    assert backend.ops == ["dsconv_cuda.fwd_packed.default"]
+    assert backend.ops == ["fwd_packed"]
     packed.pointwise.weight[3, 1] += 1
     packed.depthwise.bias.fill_(0.3)
     assert check() is memory
@@ -339,16 +359,16 @@ def test_where_graphs_keep_nothing(packed):
         weights = [torch.nn.Parameter(torch.randn_like(p)) for p in packed.parameters()]
         dw, db, pw, pb = weights
         arguments = ([1, 1], [1, 1, 1, 1], [1, 1], 1, 0)
-        y = torch.ops.dsconv_cuda.fwd_packed(x, dw, pw, db, pb, *arguments)
+        y = torch.ops.dsconv_cuda.fwd_packed(x, dw, pw, db, pb, graph_ops.row(*arguments))
         assert torch.equal(y, torch.ops.dsconv_cuda.fwd(x, dw, pw, db, pb, *arguments))
     assert not compiled_weights._kept
 
 
 @torch.no_grad()
 def test_the_op_of_packed_weights_under_vmap_and_opcheck(packed):
-    x, arguments = torch.randn(3, 2, 6, 9, 7), ([1, 1], [1, 1, 1, 1], [1, 1], 1, 0)
+    x, arguments = torch.randn(3, 2, 6, 9, 7), graph_ops.row([1, 1], [1, 1, 1, 1], [1, 1], 1, 0)
     dw, db, pw, pb = (p.detach() for p in packed.parameters())
     op = torch.ops.dsconv_cuda.fwd_packed
-    batched = torch.func.vmap(lambda x: op(x, dw, pw, db, pb, *arguments))(x)
-    assert torch.equal(batched[1], op(x[1], dw, pw, db, pb, *arguments))
-    torch.library.opcheck(op.default, (x[0], dw, pw, db, pb, *arguments))
+    batched = torch.func.vmap(lambda x: op(x, dw, pw, db, pb, arguments))(x)
+    assert torch.equal(batched[1], op(x[1], dw, pw, db, pb, arguments))
+    torch.library.opcheck(op.default, (x[0], dw, pw, db, pb, arguments))

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from dsconv_cuda import _loader
+from dsconv_cuda import _loader, graph_ops
 
 pytestmark = [pytest.mark.usefixtures("isa"), pytest.mark.one_isa]
 
@@ -55,8 +55,13 @@ class Operands:
         of["bwd_norm_depthwise"] = (du, *weights, vectors, du_sums, 70.0, *GEOMETRY, 3)
         affine = (gamma, beta, None, None, None, 1e-5, 1e-5)
         of["norm_block"] = (*weights, pw_bias, *affine, *GEOMETRY, SILU, TANH, False, False, 0, False)
-        of["norm_later"] = (y, None if gamma is None else gamma[:5], None if beta is None else beta[:5], 1e-5, SILU)
-        of["fwd_packed"] = of["fwd"]
+        affine2 = (gamma[:5], beta[:5]) if biases else (None, None)
+        of["norm_later"] = (y, *affine2, 1e-5, SILU)
+        row = graph_ops.row(*GEOMETRY, SILU, TANH)
+        of["fwd_in_graph"] = of["fwd_with_pre_in_graph"] = of["fwd_packed"] = (*weights, pw_bias, row)
+        of["bwd_in_graph"] = (*of["bwd"][:6], row, 31)
+        of["train_fwd_in_graph"] = (*weights, pw_bias, gamma, beta, *affine2, 1e-5, 1e-5, row, None, 0, False)
+        of["train_bwd_in_graph"] = (grad, y, *weights, pw_bias, vectors, of_y, row, 7 | 32 | 256, None, 0)
         norm = [torch.randn(12, device=device), torch.rand(12, device=device), gamma, beta]
         in_norm = [torch.randn(6, device=device), torch.rand(6, device=device), None, None] if biases else []
         of["fwd_folded"] = (*weights, pw_bias, norm, [], 1e-5, 0.0, *GEOMETRY, SILU, TANH, in_norm, 1e-5, SILU)

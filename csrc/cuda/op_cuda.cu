@@ -36,10 +36,9 @@ bool takes_split(const BackwardParams& p, const SplitBackwardPlan& split, const 
 
 ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                         const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
-                        const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                        const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, bool fast, bool want_pre) {
-  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias,
-                                     arguments_of(op, stride, padding, dilation, act, out_act), want_pre);
+                        const RowArguments& arguments, bool want_pre) {
+  const bool fast = arguments.fast;
+  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments.call, want_pre);
   call.params.tf32 = fast;
   check_extents(op, call.params.geom);
   const CurrentDevice device(x);
@@ -61,27 +60,43 @@ Tensor fwd(const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight, co
            const std::optional<Tensor>& pw_bias, const std::vector<int64_t>& stride,
            const std::vector<int64_t>& padding, const std::vector<int64_t>& dilation, int64_t act, int64_t out_act,
            bool fast) {
-  return *run_forward("dsconv_cuda::fwd", x, dw_weight, pw_weight, dw_bias, pw_bias, stride, padding, dilation, act,
-                      out_act, fast, false)
-              .y;
+  constexpr const char* op = "dsconv_cuda::fwd";
+  const RowArguments arguments{arguments_of(op, stride, padding, dilation, act, out_act), fast};
+  return *run_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments, false).y;
+}
+
+Tensor fwd_in_graph(const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                    const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
+                    const std::vector<int64_t>& arguments) {
+  constexpr const char* op = "dsconv_cuda::fwd_in_graph";
+  return *run_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments_of(op, arguments), false).y;
 }
 
 std::tuple<Tensor, Tensor> fwd_with_pre(const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                                         const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
                                         const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
                                         const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, bool fast) {
-  const ForwardCall call = run_forward("dsconv_cuda::fwd_with_pre", x, dw_weight, pw_weight, dw_bias, pw_bias, stride,
-                                       padding, dilation, act, out_act, fast, true);
+  constexpr const char* op = "dsconv_cuda::fwd_with_pre";
+  const RowArguments arguments{arguments_of(op, stride, padding, dilation, act, out_act), fast};
+  const ForwardCall call = run_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments, true);
   return {*call.y, *call.pre};
 }
 
-BackwardResult bwd(const Tensor& dy, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
-                   const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& saved,
-                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                   const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, int64_t grad_mask, bool fast) {
-  const char* op = "dsconv_cuda::bwd";
-  BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
-                                       arguments_of(op, stride, padding, dilation, act, out_act), grad_mask);
+std::tuple<Tensor, Tensor> fwd_with_pre_in_graph(const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                                                 const std::optional<Tensor>& dw_bias,
+                                                 const std::optional<Tensor>& pw_bias,
+                                                 const std::vector<int64_t>& arguments) {
+  constexpr const char* op = "dsconv_cuda::fwd_with_pre_in_graph";
+  const ForwardCall call =
+      run_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments_of(op, arguments), true);
+  return {*call.y, *call.pre};
+}
+
+BackwardResult run_backward(const char* op, const Tensor& dy, const Tensor& x, const Tensor& dw_weight,
+                            const Tensor& pw_weight, const std::optional<Tensor>& dw_bias,
+                            const std::optional<Tensor>& saved, const RowArguments& arguments, int64_t grad_mask) {
+  const bool fast = arguments.fast;
+  BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved, arguments.call, grad_mask);
   call.params.tf32 = fast;
   check_extents(op, call.params.geom);
   if (call.params.geom.n == 0) return take_grads(call);  // prepare_backward has zeroed what there is
@@ -103,6 +118,22 @@ BackwardResult bwd(const Tensor& dy, const Tensor& x, const Tensor& dw_weight, c
   return take_grads(call);
 }
 
+BackwardResult bwd(const Tensor& dy, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                   const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& saved,
+                   const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                   const std::vector<int64_t>& dilation, int64_t act, int64_t out_act, int64_t grad_mask, bool fast) {
+  constexpr const char* op = "dsconv_cuda::bwd";
+  const RowArguments arguments{arguments_of(op, stride, padding, dilation, act, out_act), fast};
+  return run_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved, arguments, grad_mask);
+}
+
+BackwardResult bwd_in_graph(const Tensor& dy, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                            const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& saved,
+                            const std::vector<int64_t>& arguments, int64_t grad_mask) {
+  constexpr const char* op = "dsconv_cuda::bwd_in_graph";
+  return run_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved, arguments_of(op, arguments), grad_mask);
+}
+
 }  // namespace
 }  // namespace dsconv
 
@@ -110,4 +141,7 @@ STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, DSCONV_DISPATCH_KEY, m) {
   m.impl("fwd", TORCH_BOX(&dsconv::fwd));
   m.impl("fwd_with_pre", TORCH_BOX(&dsconv::fwd_with_pre));
   m.impl("bwd", TORCH_BOX(&dsconv::bwd));
+  m.impl("fwd_in_graph", TORCH_BOX(&dsconv::fwd_in_graph));
+  m.impl("fwd_with_pre_in_graph", TORCH_BOX(&dsconv::fwd_with_pre_in_graph));
+  m.impl("bwd_in_graph", TORCH_BOX(&dsconv::bwd_in_graph));
 }
