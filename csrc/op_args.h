@@ -352,7 +352,7 @@ inline BackwardCall prepare_backward(const char* op, const Tensor& dy, const Ten
 
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-inline BackwardResult take_grads(BackwardCall& call) {
+inline BackwardResult take_grads(const BackwardCall& call) {
   return {call.grad_x, call.grad_dw_weight, call.grad_pw_weight, call.grad_dw_bias, call.grad_pw_bias};
 }
 

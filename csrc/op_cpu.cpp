@@ -10,6 +10,7 @@
 #include "cpu_norm.h"
 #include "cpu_stages.h"
 #include "cpu_tasks.h"
+#include "each_args.h"
 #include "kept_args.h"
 #include "op_args.h"
 
@@ -117,10 +118,14 @@ void run_backward(const char* op, const BackwardParams& p) {
 
 using Ints = std::vector<int64_t>;
 
+void compute(const ForwardCall& call, const char* op) {
+  if (call.y->numel() > 0) run_forward(op, call.params, nullptr, 0);
+}
+
 ForwardCall forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                     const Bias& dw_bias, const Bias& pw_bias, const CallArguments& arguments, bool want_pre) {
   ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments, want_pre);
-  if (call.y->numel() > 0) run_forward(op, call.params, nullptr, 0);
+  compute(call, op);
   return call;
 }
 
@@ -225,11 +230,31 @@ std::tuple<Tensor, Tensor> fwd_with_pre_in_graph(Tensor x, Tensor dw_weight, Ten
   return {*call.y, *call.pre};
 }
 
-BackwardResult backward(const char* op, BackwardCall call) {
+Tensor fwd_each(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Ints arguments) {
+  constexpr const char* op = "dsconv_cuda::fwd_each";
+  return forward_each(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments_of(op, arguments).call, false,
+                      [](const ForwardCall& call) { compute(call, op); })
+      .y;
+}
+
+std::tuple<Tensor, Tensor> fwd_with_pre_each(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
+                                             Ints arguments) {
+  constexpr const char* op = "dsconv_cuda::fwd_with_pre_each";
+  const ForwardBatch made =
+      forward_each(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments_of(op, arguments).call, true,
+                   [](const ForwardCall& call) { compute(call, op); });
+  return {made.y, *made.pre};
+}
+
+void compute(const BackwardCall& call, const char* op) {
   const BackwardParams& p = call.params;
   const bool asked = p.grad_x != nullptr || p.grad_dw_weight != nullptr || p.grad_pw_weight != nullptr ||
                      p.grad_dw_bias != nullptr || p.grad_pw_bias != nullptr;
   if (p.geom.n > 0 && asked) run_backward(op, p);
+}
+
+BackwardResult backward(const char* op, BackwardCall call) {
+  compute(call, op);
   return take_grads(call);
 }
 
@@ -245,6 +270,13 @@ BackwardResult bwd_in_graph(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_wei
   constexpr const char* op = "dsconv_cuda::bwd_in_graph";
   return backward(op, prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved,
                                        arguments_of(op, arguments).call, grad_mask));
+}
+
+BackwardResult bwd_each(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved,
+                        Ints arguments, int64_t grad_mask) {
+  constexpr const char* op = "dsconv_cuda::bwd_each";
+  return backward_each(op, dy, x, dw_weight, pw_weight, dw_bias, saved, arguments_of(op, arguments).call, grad_mask,
+                       [](const BackwardCall& call) { compute(call, op); });
 }
 
 BackwardResult bwd_kept(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias saved, Tensor kept,
@@ -271,4 +303,7 @@ STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
   m.impl("fwd_in_graph", TORCH_BOX(&dsconv::fwd_in_graph));
   m.impl("fwd_with_pre_in_graph", TORCH_BOX(&dsconv::fwd_with_pre_in_graph));
   m.impl("bwd_in_graph", TORCH_BOX(&dsconv::bwd_in_graph));
+  m.impl("fwd_each", TORCH_BOX(&dsconv::fwd_each));
+  m.impl("fwd_with_pre_each", TORCH_BOX(&dsconv::fwd_with_pre_each));
+  m.impl("bwd_each", TORCH_BOX(&dsconv::bwd_each));
 }

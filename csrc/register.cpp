@@ -28,6 +28,17 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   m.def(
       "bwd_in_graph(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? saved, int[] "
       "arguments, int grad_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // The same for a batch of calls of one shape, in which every tensor has the elements in front (each_args.h), for
+  // vmap.
+  m.def(
+      "fwd_each(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[] arguments) -> "
+      "Tensor");
+  m.def(
+      "fwd_with_pre_each(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[] "
+      "arguments) -> (Tensor, Tensor)");
+  m.def(
+      "bwd_each(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? saved, int[] "
+      "arguments, int grad_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   // The ops below for a module, on the CPU: `kept`, made by keep(), holds the arguments that are no tensors, and
   // with `room` the packed weights while they stay as they are (kept_weights.h); version is the sum of the weights'
   // version counters. Below autograd, and for plain tensors only: no fake kernel, no vmap.

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from dsconv_cuda import _loader, compiled_weights, decompositions, flops, graph_ops, second_order
+from dsconv_cuda import _loader, compiled_weights, decompositions, flops, second_order
 from dsconv_cuda.activations import derivative_from_output
-from dsconv_cuda.ops import GRAD_BITS, IDENTITY, backward_vmap, forward_vmap, grad_mask
+from dsconv_cuda.ops import GRAD_BITS, IDENTITY, grad_mask
 from dsconv_cuda.second_order import Config
+from dsconv_cuda.vmap_rules import backward_vmap, derivatives_may_follow, forward_vmap
 
 
 class DepthwiseSeparable(torch.autograd.Function):
@@ -62,7 +63,7 @@ class DepthwiseSeparable(torch.autograd.Function):
         flops.register_in_modes()
         *primals, saved = ctx.saved_tensors
         mask = grad_mask(*ctx.needs_input_grad[:5])
-        if _derivatives_may_follow((dy, *primals)):
+        if derivatives_may_follow((dy, *primals)):
             grads = DepthwiseSeparableGrad.apply(dy, *primals, saved, ctx.config, mask)
         else:
             with torch._C._AutoDispatchBelowAutograd():
@@ -77,7 +78,14 @@ class DepthwiseSeparable(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return forward_vmap(_bare_where_possible(DepthwiseSeparable))(info, in_dims, *args)
+        return forward_vmap(_bare_where_possible(DepthwiseSeparable), DepthwiseSeparable.each)(info, in_dims, *args)
+
+    @staticmethod
+    def each(x, dw_weight, pw_weight, dw_bias, pw_bias, config: Config):
+        """forward() of batches, which all tensors have in front."""
+        ops = torch.ops.dsconv_cuda
+        forward = ops.fwd_each if derivative_from_output(config.out_act) else ops.fwd_with_pre_each
+        return forward(x, dw_weight, pw_weight, dw_bias, pw_bias, config.row())
 
 
 class _DepthwiseSeparableEager(torch.autograd.Function):
@@ -225,7 +233,13 @@ class DepthwiseSeparableGrad(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return backward_vmap(_bare_where_possible(DepthwiseSeparableGrad), 6, 8)(info, in_dims, *args)
+        function = DepthwiseSeparableGrad
+        return backward_vmap(_bare_where_possible(function), function.each, 6, 8)(info, in_dims, *args)
+
+    @staticmethod
+    def each(dy, x, dw_weight, pw_weight, dw_bias, pw_bias, saved, config: Config, mask: int):
+        """forward() of batches, which all tensors have in front."""
+        return torch.ops.dsconv_cuda.bwd_each(dy, x, dw_weight, pw_weight, dw_bias, saved, config.row(), mask)
 
 
 @contextlib.contextmanager
@@ -245,20 +259,11 @@ def _asked_for(grads, mask: int) -> tuple:
     return tuple(g if mask & bit else None for g, bit in zip(grads, GRAD_BITS, strict=True))
 
 
-def _derivatives_may_follow(tensors: tuple) -> bool:
-    """Whether a call on `tensors` has to go through a Function."""
-    return (
-        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
-
-
 def _bare_where_possible(function: type[torch.autograd.Function]):
     """`function`, past autograd where no derivative follows: calls for each element of a batch add up."""
 
     def call(*args):
-        if _derivatives_may_follow(tuple(t for t in args if isinstance(t, Tensor))):
+        if derivatives_may_follow(tuple(t for t in args if isinstance(t, Tensor))):
             return function.apply(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return function.forward(*args)
@@ -295,9 +300,9 @@ def apply(
         if differentiable and not derivative_from_output(config.out_act):
             return torch.ops.dsconv_cuda.fwd_with_pre(*tensors, *config.arguments(), *config.precision())[0]
         if compiling and not differentiable and compiled_weights.pay(*tensors[:3]):
-            return torch.ops.dsconv_cuda.fwd_packed(*tensors, graph_ops.row(*config.arguments()))
+            return torch.ops.dsconv_cuda.fwd_packed(*tensors, config.row())
         return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments(), *config.precision())
-    if not _derivatives_may_follow(tensors):
+    if not derivatives_may_follow(tensors):
         with torch._C._AutoDispatchBelowAutograd():  # past the op's own gradients, which would find nothing to do
             return torch.ops.dsconv_cuda.fwd(*tensors, *config.arguments(), *config.precision())
     if _is_plain(tensors):

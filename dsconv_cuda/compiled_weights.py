@@ -29,12 +29,11 @@ _kept: dict[int, tuple[weakref.ref, list[tuple[tuple, Tensor]]]] = {}
 stores: list[dict] = [_kept]  # of everything that is kept between calls of compiled graphs
 
 
-def register(fragment: torch.library.Library, fwd_fake, forward_vmap) -> None:
+def register(fragment: torch.library.Library, fwd_fake) -> None:
     global registered
     fragment.define(_SCHEMA)
     fragment.impl("fwd_packed", _fwd_packed, "CPU")
-    torch.library.register_fake("dsconv_cuda::fwd_packed", _with_row(fwd_fake))
-    torch.library.register_vmap("dsconv_cuda::fwd_packed", forward_vmap(_with_row(torch.ops.dsconv_cuda.fwd)))
+    torch.library.register_fake("dsconv_cuda::fwd_packed", graph_ops.with_row(fwd_fake, 5))
     registered = True
 
 
@@ -49,10 +48,6 @@ def pay(x: Tensor, dw_weight: Tensor, pw_weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and pw_weight.numel() >= LEAST_ELEMENTS
     )
-
-
-def _with_row(forward):
-    return lambda *args: forward(*args[:5], *graph_ops.of_row(args[5]))
 
 
 def clear() -> None:

@@ -97,6 +97,15 @@ def _bwd_kept(dy, x, dw_weight, pw_weight, dw_bias, saved, *arguments_and_mask, 
     return _backward(dy, x, dw_weight, pw_weight, arguments_and_mask[1])
 
 
+def _forward_each(x, dw_weight, pw_weight, *_, out_shape, **__) -> int:
+    y = out_shape if isinstance(out_shape, Shape) else out_shape[0]
+    return x[0] * _forward(x[1:], dw_weight[1:], pw_weight[1:], out_shape=y[1:])
+
+
+def _bwd_each(dy, x, dw_weight, pw_weight, dw_bias, saved, arguments, grad_mask, *_, **__) -> int:
+    return x[0] * _backward(dy[1:], x[1:], dw_weight[1:], pw_weight[1:], grad_mask)
+
+
 def _train_bwd(
     grad, y, x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, vectors2, *arguments_and_mask, **__
 ) -> int:
@@ -140,6 +149,8 @@ _FORMULAS: dict[tuple[str, ...], Callable[..., int]] = {
         "fwd_with_pre_in_graph",
         "train_fwd_in_graph",
     ): _forward,
+    ("fwd_each", "fwd_with_pre_each"): _forward_each,
+    ("bwd_each",): _bwd_each,
     ("bwd",): _bwd,
     ("bwd_kept", "bwd_in_graph"): _bwd_kept,
     ("train_bwd", "train_bwd_in_graph"): _train_bwd,

@@ -19,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from dsconv_cuda import _checks
 
 # The tensors in front of the other arguments.
-_TENSORS = {"fwd": 5, "fwd_with_pre": 5, "bwd": 6}
+TENSORS = {"fwd": 5, "fwd_with_pre": 5, "bwd": 6}
 
 
 def row(stride, padding, dilation, act: int, out_act: int, fast: bool = False) -> list[int]:
@@ -40,9 +40,9 @@ def recording() -> bool:
 
 def register(fragment: torch.library.Library, fakes: dict) -> None:
     """fakes: those of the ops that have gradients, by name."""
-    for name, tensors in _TENSORS.items():
+    for name, tensors in TENSORS.items():
         fragment.impl(f"{name}_in_graph", torch.library.fallthrough_kernel, "Autograd")
-        torch.library.register_fake(f"dsconv_cuda::{name}_in_graph", _fake(fakes[name], tensors))
+        torch.library.register_fake(f"dsconv_cuda::{name}_in_graph", with_row(fakes[name], tensors))
         rule = _rule(getattr(torch.ops.dsconv_cuda, f"{name}_in_graph").default, tensors, masks=int(name == "bwd"))
         torch.library.register_torch_dispatch(f"dsconv_cuda::{name}", ProxyTorchDispatchMode, rule)
     of_block = {"train_fwd": _train_fwd_fake(fakes["fwd"]), "train_bwd": _train_bwd_fake(fakes["bwd"])}
@@ -64,12 +64,14 @@ def _rule(in_graph, tensors: int, masks: int):
     return rule
 
 
-def _fake(fake, tensors: int):
-    def of_graph(*args):
-        *arguments, fast = of_row(args[tensors])
-        return fake(*args[:tensors], *arguments, *args[tensors + 1 :], fast)
+def with_row(function, tensors: int):
+    """`function` of an op's arguments as one of so many tensors, a row, and what comes between that and `fast`."""
 
-    return of_graph
+    def of_row_of(*args):
+        *arguments, fast = of_row(args[tensors])
+        return function(*args[:tensors], *arguments, *args[tensors + 1 :], fast)
+
+    return of_row_of
 
 
 def _train_fwd_fake(fwd_fake):

@@ -1,4 +1,4 @@
-"""The Python side of the ops: fake kernels, vmap rules and the gradients of the bare ops.
+"""The Python side of the ops: fake kernels and the gradients of the bare ops; vmap_rules.py has their vmap rules.
 
 :func:`register_python_parts` is called once, by ``dsconv_cuda._loader.load_library``, when the C++ library has defined
 the ops:
@@ -19,7 +19,6 @@ Shapes, strides and checks here are those of csrc/op_args.h; opcheck holds the t
 """
 
 import importlib
-import itertools
 import math
 
 import torch
@@ -198,81 +197,6 @@ _NORM_FAKES = {
 }
 
 
-# ---- vmap ------------------------------------------------------------------------------------------------------------
-#
-# A batch of inputs joins their images and is one call, and so is that of the gradients of inputs alone. A batch of
-# weights, or of gradients of weights, is a call for each: every element has a pointwise part of its own, and no kernel
-# has several. That call is the bare op where nothing differentiates it, so it costs little beside its arithmetic
-# (PyTorch's own rule makes a grouped convolution of it, which is as fast on small layers and slower on large ones).
-
-
-def _batch_first(t, dim, batch_size):
-    """`t` with its batch dimension in front; expanded there if it has none."""
-    if t is None:
-        return None
-    return t.expand(batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
-
-
-def _fold(t: Tensor | None) -> Tensor | None:
-    return None if t is None else t.reshape(t.shape[0] * t.shape[1], *t.shape[2:])
-
-
-def _unfold(t: Tensor, batch_size: int) -> Tensor:
-    return t.reshape(batch_size, t.shape[0] // batch_size, *t.shape[1:])
-
-
-def _for_each(op, batch_size: int, in_dims, args):
-    """Calls `op` once for each element of the batch and stacks what it returns."""
-    # in_dims has a list of None where an argument is a list of ints.
-    batched = [isinstance(d, int) for d in in_dims]
-    if batch_size == 0:  # one call on zeros tells the shapes
-        zeros = [
-            a.new_zeros(a.movedim(d, 0).shape[1:]) if b else a for a, d, b in zip(args, in_dims, batched, strict=True)
-        ]
-        results = op(*zeros)
-        if isinstance(results, Tensor):
-            return results.new_empty((0, *results.shape)), 0
-        return tuple(r.new_empty((0, *r.shape)) for r in results), (0,) * len(results)
-    columns = [
-        a.unbind(d) if b else itertools.repeat(a, batch_size) for a, d, b in zip(args, in_dims, batched, strict=True)
-    ]
-    results = [op(*element) for element in zip(*columns, strict=True)]
-    if isinstance(results[0], Tensor):
-        return torch.stack(results), 0
-    return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
-
-
-def forward_vmap(forward):
-    """The vmap rule of `forward`, an op or the apply of the Function around it."""
-
-    def rule(info, in_dims, x, *rest):
-        if in_dims[0] is None or any(isinstance(d, int) for d in in_dims[1:5]) or info.batch_size == 0:
-            return _for_each(forward, info.batch_size, in_dims, (x, *rest))
-        # Images are independent of one another: the batch joins them.
-        result = forward(_fold(x.movedim(in_dims[0], 0)), *rest)
-        if isinstance(result, Tensor):
-            return _unfold(result, info.batch_size), 0
-        return tuple(_unfold(r, info.batch_size) for r in result), (0, 0)
-
-    return rule
-
-
-def backward_vmap(backward, saved_index: int, mask_index: int):
-    """The vmap rule of `backward`: dy and x, then weights and biases up to `saved_index`, `saved`, and the mask."""
-
-    def rule(info, in_dims, *args):
-        size = info.batch_size
-        if any(isinstance(d, int) for d in in_dims[2:saved_index]) or args[mask_index] != GRAD_X or size == 0:
-            return _for_each(backward, size, in_dims, args)
-        args = list(args)
-        for i in (0, 1, saved_index):
-            args[i] = _fold(_batch_first(args[i], in_dims[i], size))
-        grad_x, *not_asked_for = backward(*args)
-        return (_unfold(grad_x, size), *not_asked_for), (0, None, None, None, None)
-
-    return rule
-
-
 # ---- gradients of the bare ops ---------------------------------------------------------------------------------------
 # What a compiled or exported graph trains through; a compiled one holds the ops of graph_ops.py in their place. Eager
 # calls of the package go through autograd.py, which also has double backward, forward-mode AD and torch.func.
@@ -313,7 +237,7 @@ def _no_double_backward(ctx, *grads):
 
 
 def register_python_parts() -> None:
-    """Registers the fake kernels, vmap rules and gradients; the ops must have been defined. Does it only once."""
+    """Registers the fake kernels, gradients and vmap rules; the ops must have been defined. Does it only once."""
     global _registered, _fragment
     if _registered:
         return
@@ -324,9 +248,7 @@ def register_python_parts() -> None:
     for name, fake in _NORM_FAKES.items():
         torch.library.register_fake(f"dsconv_cuda::{name}", fake)
     for name in ("fwd", "fwd_with_pre"):
-        torch.library.register_vmap(f"dsconv_cuda::{name}", forward_vmap(getattr(torch.ops.dsconv_cuda, name)))
         torch.library.register_autograd(f"dsconv_cuda::{name}", _backward, setup_context=_setup_context)
-    torch.library.register_vmap("dsconv_cuda::bwd", backward_vmap(torch.ops.dsconv_cuda.bwd, 5, 11))
     torch.library.register_autograd("dsconv_cuda::bwd", _no_double_backward)
     _fragment = torch.library.Library("dsconv_cuda", "FRAGMENT")
     if hasattr(torch.ops.dsconv_cuda, "z_moments"):
@@ -334,10 +256,11 @@ def register_python_parts() -> None:
     graph_ops.register(_fragment, fakes)
     if hasattr(torch.ops.dsconv_cuda, "fwd_kept"):
         if _loader.has_kernel("fwd_kept", "CPU"):
-            compiled_weights.register(_fragment, _fwd_fake, forward_vmap)
+            compiled_weights.register(_fragment, _fwd_fake)
             importlib.import_module(".compiled_folding", __package__).register(_fragment, _fwd_fake)
         # Called below autograd and only there.
         below = ("keep", "fwd_kept", "fwd_after_norm_kept", "fwd_with_pre_kept", "bwd_kept", "seen_again")
         for name in (*below, "train_fwd", "train_bwd", "fold_norm", "fold_norm_bwd"):
             _fragment.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    importlib.import_module(".vmap_rules", __package__).register(_fragment, fakes)
     flops.register()

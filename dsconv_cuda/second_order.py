@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dsconv_cuda import graph_ops
 from dsconv_cuda.activations import BY_NUMBER
 
 OptionalTensor = Tensor | None
@@ -49,6 +50,10 @@ class Config:
     def precision(self) -> tuple:
         """The last argument of the op schemas, where it is not the default."""
         return (True,) if self.fast else ()
+
+    def row(self) -> list[int]:
+        """All of them in a row, as graph_ops.py has it."""
+        return graph_ops.row(*self.arguments(), self.fast)
 
 
 def _without_autocast(derivative):

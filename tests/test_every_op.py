@@ -60,6 +60,10 @@ class Operands:
         row = graph_ops.row(*GEOMETRY, SILU, TANH)
         of["fwd_in_graph"] = of["fwd_with_pre_in_graph"] = of["fwd_packed"] = (*weights, pw_bias, row)
         of["bwd_in_graph"] = (*of["bwd"][:6], row, 31)
+        many = [None if t is None else torch.stack((t, t / 2)) for t in of["bwd"][:6]]
+        biases_of_y = None if pw_bias is None else torch.stack((pw_bias, -pw_bias))
+        of["fwd_each"] = of["fwd_with_pre_each"] = (*many[1:5], biases_of_y, row)
+        of["bwd_each"] = (*many, row, 31)
         of["train_fwd_in_graph"] = (*weights, pw_bias, gamma, beta, *affine2, 1e-5, 1e-5, row, None, 0, False)
         of["train_bwd_in_graph"] = (grad, y, *weights, pw_bias, vectors, of_y, row, 7 | 32 | 256, None, 0)
         norm = [torch.randn(12, device=device), torch.rand(12, device=device), gamma, beta]

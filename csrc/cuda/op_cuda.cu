@@ -9,6 +9,7 @@
 
 #include "cuda_call.h"
 #include "cuda_dispatch.h"
+#include "each_args.h"
 #include "library_product.h"
 
 namespace dsconv {
@@ -34,25 +35,26 @@ bool takes_split(const BackwardParams& p, const SplitBackwardPlan& split, const 
   return asked >= 0 ? asked > 0 && split.possible : fast && split_is_faster(p, split, other, limits);
 }
 
-ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
-                        const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
-                        const RowArguments& arguments, bool want_pre) {
-  const bool fast = arguments.fast;
-  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments.call, want_pre);
+void compute(ForwardCall& call, const char* op, bool fast) {
+  const Tensor& x = *call.x;
   call.params.tf32 = fast;
   check_extents(op, call.params.geom);
   const CurrentDevice device(x);
   const DeviceLimits limits = device_limits();
   const ForwardPlan fused = planned_forward(call.params, limits);
   const SplitForwardPlan split = chosen_split(call.params, fused, fast, limits);
-  if (split.images == 0) {
-    check_launch(op, forward(call.params, fused, device.stream()));
-    return call;
-  }
+  if (split.images == 0) return check_launch(op, forward(call.params, fused, device.stream()));
   const Tensor workspace = empty_bytes(x, split.workspace_bytes);
   check_launch(
       op, split_forward(call.params, split, workspace.mutable_data_ptr(), limits, device.stream(),
                         [&](const ForwardParams& part) { pointwise_product(part, workspace.const_data_ptr(), x); }));
+}
+
+ForwardCall run_forward(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                        const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
+                        const RowArguments& arguments, bool want_pre) {
+  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments.call, want_pre);
+  compute(call, op, arguments.fast);
   return call;
 }
 
@@ -92,14 +94,30 @@ std::tuple<Tensor, Tensor> fwd_with_pre_in_graph(const Tensor& x, const Tensor& 
   return {*call.y, *call.pre};
 }
 
-BackwardResult run_backward(const char* op, const Tensor& dy, const Tensor& x, const Tensor& dw_weight,
-                            const Tensor& pw_weight, const std::optional<Tensor>& dw_bias,
-                            const std::optional<Tensor>& saved, const RowArguments& arguments, int64_t grad_mask) {
-  const bool fast = arguments.fast;
-  BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved, arguments.call, grad_mask);
+Tensor fwd_each(const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight, const std::optional<Tensor>& dw_bias,
+                const std::optional<Tensor>& pw_bias, const std::vector<int64_t>& row) {
+  constexpr const char* op = "dsconv_cuda::fwd_each";
+  const RowArguments arguments = arguments_of(op, row);
+  return forward_each(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments.call, false,
+                      [&](ForwardCall& call) { compute(call, op, arguments.fast); })
+      .y;
+}
+
+std::tuple<Tensor, Tensor> fwd_with_pre_each(const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                                             const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& pw_bias,
+                                             const std::vector<int64_t>& row) {
+  constexpr const char* op = "dsconv_cuda::fwd_with_pre_each";
+  const RowArguments arguments = arguments_of(op, row);
+  const ForwardBatch made = forward_each(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments.call, true,
+                                         [&](ForwardCall& call) { compute(call, op, arguments.fast); });
+  return {made.y, *made.pre};
+}
+
+void compute(BackwardCall& call, const char* op, bool fast) {
+  const Tensor& x = *call.x;
   call.params.tf32 = fast;
   check_extents(op, call.params.geom);
-  if (call.params.geom.n == 0) return take_grads(call);  // prepare_backward has zeroed what there is
+  if (call.params.geom.n == 0) return;  // prepare_backward has zeroed what there is
 
   const CurrentDevice device(x);
   const DeviceLimits limits = device_limits();
@@ -111,10 +129,17 @@ BackwardResult run_backward(const char* op, const Tensor& dy, const Tensor& x, c
                          p, split, workspace.mutable_data_ptr(), limits, device.stream(),
                          [&](const void* g, void* du) { du_product(p, g, du, x); },
                          [&](const void* g, const void* act_z) { weight_product(p, g, act_z, x); }));
-    return take_grads(call);
+    return;
   }
   const Tensor workspace = empty_bytes(x, static_cast<int64_t>(plan.workspace_bytes));
   check_launch(op, backward(p, plan, workspace.mutable_data_ptr(), device.stream()));
+}
+
+BackwardResult run_backward(const char* op, const Tensor& dy, const Tensor& x, const Tensor& dw_weight,
+                            const Tensor& pw_weight, const std::optional<Tensor>& dw_bias,
+                            const std::optional<Tensor>& saved, const RowArguments& arguments, int64_t grad_mask) {
+  BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved, arguments.call, grad_mask);
+  compute(call, op, arguments.fast);
   return take_grads(call);
 }
 
@@ -134,6 +159,15 @@ BackwardResult bwd_in_graph(const Tensor& dy, const Tensor& x, const Tensor& dw_
   return run_backward(op, dy, x, dw_weight, pw_weight, dw_bias, saved, arguments_of(op, arguments), grad_mask);
 }
 
+BackwardResult bwd_each(const Tensor& dy, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                        const std::optional<Tensor>& dw_bias, const std::optional<Tensor>& saved,
+                        const std::vector<int64_t>& row, int64_t grad_mask) {
+  constexpr const char* op = "dsconv_cuda::bwd_each";
+  const RowArguments arguments = arguments_of(op, row);
+  return backward_each(op, dy, x, dw_weight, pw_weight, dw_bias, saved, arguments.call, grad_mask,
+                       [&](BackwardCall& call) { compute(call, op, arguments.fast); });
+}
+
 }  // namespace
 }  // namespace dsconv
 
@@ -144,4 +178,7 @@ STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, DSCONV_DISPATCH_KEY, m) {
   m.impl("fwd_in_graph", TORCH_BOX(&dsconv::fwd_in_graph));
   m.impl("fwd_with_pre_in_graph", TORCH_BOX(&dsconv::fwd_with_pre_in_graph));
   m.impl("bwd_in_graph", TORCH_BOX(&dsconv::bwd_in_graph));
+  m.impl("fwd_each", TORCH_BOX(&dsconv::fwd_each));
+  m.impl("fwd_with_pre_each", TORCH_BOX(&dsconv::fwd_with_pre_each));
+  m.impl("bwd_each", TORCH_BOX(&dsconv::bwd_each));
 }
