@@ -24,7 +24,7 @@ import math
 import torch
 from torch import Tensor
 
-from dsconv_cuda import _checks, _loader, compiled_weights, flops, graph_ops
+from dsconv_cuda import _checks, _loader, compiled_weights, compiler_cache, flops, graph_ops
 from dsconv_cuda.activations import ACTIVATIONS, derivative_from_output
 
 # params.h GradBit, in the order of bwd's outputs
@@ -263,4 +263,5 @@ def register_python_parts() -> None:
         for name in (*below, "train_fwd", "train_bwd", "fold_norm", "fold_norm_bwd"):
             _fragment.impl(name, torch.library.fallthrough_kernel, "Autograd")
     importlib.import_module(".vmap_rules", __package__).register(_fragment, fakes)
+    compiler_cache.mark()
     flops.register()

@@ -8,7 +8,7 @@ import torch
 from fresh_process import ROOT
 
 from bench import __main__ as command_line
-from bench import compare, layers, overhead, peers, report, suite, sweep
+from bench import compare, compiled, layers, overhead, peers, report, suite, sweep
 from bench.ceilings import Ceilings, cache_sizes, measure_ceilings
 from bench.competitors import COMPILED, EAGER, FUSED, Arena, Form, WrongResult
 from bench.problem import FORWARD, MODES, TRAINING, TRAINING_BN, Problem, inner_taps
@@ -332,6 +332,21 @@ def test_overheads_are_told_above_an_empty_op():
     assert [row[0] for row in rows[:2]] == [overhead.EMPTY_FUNCTION, "torch.ops.dsconv_cuda.fwd and bwd"]
     assert "DepthwiseSeparableConv2d" in [what for what, _, _ in rows]
     assert all(total > 0 for _, total, _ in rows)
+
+
+def test_what_compiled_stacks_cost_is_told():
+    few = {"rounds": 1, "least_seconds": 1e-5, "backend": "aot_eager"}
+    text = compiled.table([(1, 4, 3)], ["DepthwiseSeparableConvBN2d", "nn.Linear"], **few)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()[2:]]
+    assert [row[:3] for row in rows] == [
+        ["DepthwiseSeparableConvBN2d", "1x4x3", "inference"],
+        ["nn.Linear", "1x4", "inference"],
+        ["DepthwiseSeparableConvBN2d", "1x4x3", "training"],
+        ["nn.Linear", "1x4", "training"],
+    ]
+    for row in rows:
+        eager, compiled_one, _, _, ratio = map(float, row[3:])
+        assert ratio == pytest.approx(compiled_one / eager, rel=0.1, abs=0.1)
 
 
 def test_two_checkouts_are_compared(capfd):
