@@ -7,9 +7,9 @@
 #include <tuple>
 #include <vector>
 
+#include "../each_args.h"
 #include "cuda_call.h"
 #include "cuda_dispatch.h"
-#include "each_args.h"
 #include "library_product.h"
 
 namespace dsconv {
