@@ -190,20 +190,33 @@ Tensor fwd_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias
   return *forward_kept("dsconv_cuda::fwd_kept", x, dw_weight, pw_weight, dw_bias, pw_bias, kept, version, false).y;
 }
 
+// y of x behind a norm and in_act; kept and version as in run_forward.
+Tensor forward_after_norm(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
+                          const Bias& dw_bias, const Bias& pw_bias, const CallArguments& arguments, KeptHeader* kept,
+                          int64_t version, const Tensor& in_vectors, int64_t in_act) {
+  const Geometry g = geometry_of(op, x, dw_weight, pw_weight, arguments);
+  const bool as_it_reads = norms_as_it_reads(g, active_table(op), dtype_of(op, x));
+  const ForwardCall call = prepare_forward(op, as_it_reads ? x : norm_act(x, in_vectors, in_act), dw_weight, pw_weight,
+                                           dw_bias, pw_bias, arguments, false);
+  const InputNormCall in_norm = as_it_reads ? input_norm_of(op, in_vectors, in_act, g.c_in) : InputNormCall{};
+  if (call.y->numel() > 0) run_forward(op, call.params, kept, version, in_norm);
+  return *call.y;
+}
+
 Tensor fwd_after_norm_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor kept,
                            int64_t version, Tensor in_vectors, int64_t in_act) {
   constexpr const char* op = "dsconv_cuda::fwd_after_norm_kept";
   KeptHeader* header = kept_of(op, kept);
-  const Geometry g = geometry_of(op, x, dw_weight, pw_weight, header->arguments);
-  if (!norms_as_it_reads(g, active_table(op), dtype_of(op, x))) {
-    return fwd_kept(norm_act(x, in_vectors, in_act), dw_weight, pw_weight, dw_bias, pw_bias, kept, version);
-  }
-  ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, header->arguments, false);
-  const ForwardParams& p = call.params;
-  check_kept_sizes(op, *header, p.geom);
-  const InputNormCall in_norm = input_norm_of(op, in_vectors, in_act, p.geom.c_in);
-  if (call.y->numel() > 0) run_forward(op, p, header->capacity > 0 ? header : nullptr, version, in_norm);
-  return *call.y;
+  check_kept_sizes(op, *header, geometry_of(op, x, dw_weight, pw_weight, header->arguments));
+  return forward_after_norm(op, x, dw_weight, pw_weight, dw_bias, pw_bias, header->arguments,
+                            header->capacity > 0 ? header : nullptr, version, in_vectors, in_act);
+}
+
+Tensor fwd_after_norm_in_graph(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Ints arguments,
+                               Tensor in_vectors, int64_t in_act) {
+  constexpr const char* op = "dsconv_cuda::fwd_after_norm_in_graph";
+  return forward_after_norm(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments_of(op, arguments).call, nullptr, 0,
+                            in_vectors, in_act);
 }
 
 std::tuple<Tensor, Tensor> fwd_with_pre_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias,
@@ -301,6 +314,7 @@ STABLE_TORCH_LIBRARY_IMPL(dsconv_cuda, CPU, m) {
   m.impl("bwd", TORCH_BOX(&dsconv::bwd));
   m.impl("bwd_kept", TORCH_BOX(&dsconv::bwd_kept));
   m.impl("fwd_in_graph", TORCH_BOX(&dsconv::fwd_in_graph));
+  m.impl("fwd_after_norm_in_graph", TORCH_BOX(&dsconv::fwd_after_norm_in_graph));
   m.impl("fwd_with_pre_in_graph", TORCH_BOX(&dsconv::fwd_with_pre_in_graph));
   m.impl("bwd_in_graph", TORCH_BOX(&dsconv::bwd_in_graph));
   m.impl("fwd_each", TORCH_BOX(&dsconv::fwd_each));

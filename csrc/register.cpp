@@ -28,6 +28,10 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   m.def(
       "bwd_in_graph(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? saved, int[] "
       "arguments, int grad_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  // With x through a norm and an activation first, as in the ops of training below; on the CPU.
+  m.def(
+      "fwd_after_norm_in_graph(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, int[] "
+      "arguments, Tensor in_vectors, int in_act) -> Tensor");
   // The same for a batch of calls of one shape, in which every tensor has the elements in front (each_args.h), for
   // vmap.
   m.def(

@@ -2,7 +2,9 @@
 
 What folded.py is in eager mode: where torch.compile meets such a chain without gradients, on the CPU, the graph
 holds the op fwd_folded, which takes the weights and the norms as they are. Its kernel folds and packs them once, and
-again when one of them has changed (a tensor, its version, or what seen.py looks at). Exports hold the folding itself.
+again when one of them has changed (a tensor, its version, or what seen.py looks at). Small weights are folded in the
+graph, which takes less; where the input goes through a norm it holds fwd_after_norm_in_graph then. Exports hold the
+folding itself.
 
     norm1, norm2    (running_mean, running_var, weight, bias), each but the first two may be missing; [] for no norm
     in_norm         the same of one that x goes through first, and through in_act, as it is read
@@ -14,14 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dsconv_cuda import _checks, compiled_weights
+from dsconv_cuda import _checks, compiled_weights, graph_ops
 from dsconv_cuda.activations import activation_number
 from dsconv_cuda.locks import Lock
 from dsconv_cuda.norms import BatchNormArguments, fold_norm, norm_vectors
 from dsconv_cuda.seen import Seen
 
-# Elements of the pointwise weight from which folding and packing in the graph take longer than finding what is kept. An
-# input that goes through a norm is worth it always: without the op a pass over it is left.
+# Elements of the pointwise weight from which folding and packing in the graph take longer than finding what is kept.
 LEAST_ELEMENTS = 1 << 16
 
 _SCHEMA = (
@@ -67,7 +68,7 @@ def register(fragment: torch.library.Library, fwd_fake) -> None:
 
 
 def pays(x: Tensor, conv: nn.Module, pointwise: nn.Module, norm_before: bool) -> bool:
-    """Whether a call that is being traced, and needs no gradients of parameters, should become fwd_folded."""
+    """Whether a call that is being traced, and needs no gradients of parameters, should go by apply()."""
     return (
         compiled_weights.registered
         and not torch.compiler.is_exporting()
@@ -98,32 +99,26 @@ def apply(
 ) -> Tensor:
     """What `conv`, `pointwise` and the norms make of x; causal is that of Folded."""
     op = "fwd_folded"
+    in_act = activation_number(in_activation)
     kernel, dims = tuple(conv.weight.shape[2:]), x.dim() - 2
     stride, dilation = (_checks.per_axis(op, n, getattr(conv, n), 1, dims) for n in ("stride", "dilation"))
     padding = _checks.padding(op, "causal" if causal else conv.padding, kernel, stride, dilation)
     if dims == 1:
         stride, dilation = (1, *stride), (1, *dilation)
         padding = (0, padding[0], 0, padding[1])
+    numbers = stride, padding, dilation, activation_number(activation), activation_number(out_activation)
     bns = (bn1, bn2, in_bn)
     *norms, in_norm = ([] if bn is None else [bn.running_mean, bn.running_var, bn.weight, bn.bias] for bn in bns)
     *eps, in_eps = (0.0 if bn is None else bn.eps for bn in bns)
-    return torch.ops.dsconv_cuda.fwd_folded(
-        x,
-        conv.weight,
-        pointwise.weight,
-        conv.bias,
-        pointwise.bias,
-        *norms,
-        *eps,
-        stride,
-        padding,
-        dilation,
-        activation_number(activation),
-        activation_number(out_activation),
-        in_norm,
-        in_eps,
-        activation_number(in_activation),
+    weights = conv.weight, pointwise.weight, conv.bias, pointwise.bias
+    if pointwise.weight.numel() >= LEAST_ELEMENTS:
+        return torch.ops.dsconv_cuda.fwd_folded(x, *weights, *norms, *eps, *numbers, in_norm, in_eps, in_act)
+    dw_weight, pw_weight, *biases = _folded(*weights, *norms, *eps)
+    x, dw_weight, pw_weight, one_row = _as_images(x, dw_weight, pw_weight)
+    y = torch.ops.dsconv_cuda.fwd_after_norm_in_graph(
+        x, dw_weight, pw_weight, *biases, graph_ops.row(*numbers), *_in_norm(in_norm, in_eps, in_act)
     )
+    return y.squeeze(-2) if one_row else y
 
 
 def _as_images(x: Tensor, dw_weight: Tensor, pw_weight: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:

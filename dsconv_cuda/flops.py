@@ -147,6 +147,7 @@ _FORMULAS: dict[tuple[str, ...], Callable[..., int]] = {
         "train_fwd",
         "fwd_in_graph",
         "fwd_with_pre_in_graph",
+        "fwd_after_norm_in_graph",
         "train_fwd_in_graph",
     ): _forward,
     ("fwd_each", "fwd_with_pre_each"): _forward_each,

@@ -10,7 +10,8 @@ small layer both take longer than the kernel. So where torch.compile records one
 
 which are the same kernels with what is no tensor in one list, a *row*: (*stride, *padding, *dilation, act, out_act,
 fast). Exports and make_fx keep the ops that have gradients and decompositions. On the CPU batchnorm_graph.py puts
-``train_fwd_in_graph`` and ``train_bwd_in_graph`` for a block with two norms, and compiled_weights.py ``fwd_packed``.
+``train_fwd_in_graph`` and ``train_bwd_in_graph`` for a block with two norms, compiled_weights.py ``fwd_packed`` and
+compiled_folding.py ``fwd_folded`` and ``fwd_after_norm_in_graph``.
 """
 
 import torch
@@ -45,6 +46,9 @@ def register(fragment: torch.library.Library, fakes: dict) -> None:
         torch.library.register_fake(f"dsconv_cuda::{name}_in_graph", with_row(fakes[name], tensors))
         rule = _rule(getattr(torch.ops.dsconv_cuda, f"{name}_in_graph").default, tensors, masks=int(name == "bwd"))
         torch.library.register_torch_dispatch(f"dsconv_cuda::{name}", ProxyTorchDispatchMode, rule)
+    with_norm_before = with_row(fakes["fwd"], 5)
+    fragment.impl("fwd_after_norm_in_graph", torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake("dsconv_cuda::fwd_after_norm_in_graph", lambda *args: with_norm_before(*args[:6]))
     of_block = {"train_fwd": _train_fwd_fake(fakes["fwd"]), "train_bwd": _train_bwd_fake(fakes["bwd"])}
     for name, fake in of_block.items():
         fragment.impl(f"{name}_in_graph", torch.library.fallthrough_kernel, "Autograd")

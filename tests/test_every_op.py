@@ -59,6 +59,11 @@ class Operands:
         of["norm_later"] = (y, *affine2, 1e-5, SILU)
         row = graph_ops.row(*GEOMETRY, SILU, TANH)
         of["fwd_in_graph"] = of["fwd_with_pre_in_graph"] = of["fwd_packed"] = (*weights, pw_bias, row)
+        of["fwd_after_norm_in_graph"] = (
+            *of["fwd_in_graph"],
+            torch.rand(4, 6, dtype=torch.float64, device=device),
+            SILU,
+        )
         of["bwd_in_graph"] = (*of["bwd"][:6], row, 31)
         many = [None if t is None else torch.stack((t, t / 2)) for t in of["bwd"][:6]]
         biases_of_y = None if pw_bias is None else torch.stack((pw_bias, -pw_bias))

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from dsconv_cuda import _loader, explain_fusion, fuse, unfuse
+from dsconv_cuda import _loader, compiled_folding, compiled_weights, explain_fusion, fuse, unfuse
 from dsconv_cuda.activations import ACTIVATIONS
 from dsconv_cuda.deferred import Deferred
 from dsconv_cuda.fusion.chain import chain_of
@@ -612,12 +612,13 @@ def test_copies_and_classes(device):
 @ONE_ISA
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("training", [False, True])
-def test_one_graph_holds_the_norm_before(training, dims, backend, device):
+@pytest.mark.parametrize(("training", "kept"), [(False, False), (False, True), (True, False)])
+def test_one_graph_holds_the_norm_before(training, kept, dims, backend, device, monkeypatch):
     """Nothing of BatchNorm and its activation is left beside the two ops of a chain in training, and one without."""
     needs_kernels(device)
     torch._dynamo.reset()
-    conv, norm = (nn.Conv3d, nn.BatchNorm3d) if dims == 3 else (nn.Conv2d, nn.BatchNorm2d)
+    monkeypatch.setattr(compiled_folding, "LEAST_ELEMENTS", 1 if kept else 1 << 30)
+    conv, norm = (getattr(nn, f"{kind}{dims}d") for kind in ("Conv", "BatchNorm"))
     middle = conv(12, 12, 3, padding=1, groups=12), norm(12), nn.SiLU()
     layers = (conv(8, 12, 1, bias=False), norm(12), nn.SiLU(), *middle, conv(12, 8, 1), norm(8))
     model = randomized(nn.Sequential(*layers)).to(device, torch.float64).train(training)
@@ -644,6 +645,10 @@ def test_one_graph_holds_the_norm_before(training, dims, backend, device):
         torch.testing.assert_close(fused.eval()(x), model.eval()(x), rtol=1e-6, atol=1e-6)
     assert not any("batch_norm" in t or "silu" in t for t in targets)
     assert sum("norm_later" in t for t in targets) == training
+    if compiled_weights.registered and not training:
+        assert [t for t in targets if "fwd" in t] == [
+            "dsconv_cuda.fwd_folded" if kept else "dsconv_cuda.fwd_after_norm_in_graph"
+        ]
     compiled(torch.cat((x, x)))
     torch._dynamo.reset()
 
