@@ -27,7 +27,8 @@ from torch.autograd import forward_ad
 
 from dsconv_cuda import _loader, compiled_weights, decompositions, flops, second_order
 from dsconv_cuda.activations import derivative_from_output
-from dsconv_cuda.ops import GRAD_BITS, IDENTITY, grad_mask
+from dsconv_cuda.each import backward_each, forward_each
+from dsconv_cuda.ops import GRAD_BITS, IDENTITY, asked_for, grad_mask
 from dsconv_cuda.second_order import Config
 from dsconv_cuda.vmap_rules import backward_vmap, derivatives_may_follow, forward_vmap
 
@@ -68,7 +69,7 @@ class DepthwiseSeparable(torch.autograd.Function):
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 grads = DepthwiseSeparableGrad.forward(dy, *primals, saved, ctx.config, mask)
-        return (*_asked_for(grads, mask), None)
+        return (*asked_for(grads, mask), None)
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -78,14 +79,7 @@ class DepthwiseSeparable(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return forward_vmap(_bare_where_possible(DepthwiseSeparable), DepthwiseSeparable.each)(info, in_dims, *args)
-
-    @staticmethod
-    def each(x, dw_weight, pw_weight, dw_bias, pw_bias, config: Config):
-        """forward() of batches, which all tensors have in front."""
-        ops = torch.ops.dsconv_cuda
-        forward = ops.fwd_each if derivative_from_output(config.out_act) else ops.fwd_with_pre_each
-        return forward(x, dw_weight, pw_weight, dw_bias, pw_bias, config.row())
+        return forward_vmap(_bare_where_possible(DepthwiseSeparable), forward_each)(info, in_dims, *args)
 
 
 class _DepthwiseSeparableEager(torch.autograd.Function):
@@ -187,7 +181,7 @@ class KeptFunction(torch.autograd.Function):
         mask = _KEPT_MASKS[ctx.needs_input_grad]
         grads = kept.backward(dy, x, dw_weight, pw_weight, dw_bias, saved, kept.arguments, mask)
         if mask != _ALL_GRADS:
-            grads = _asked_for(grads, mask)
+            grads = asked_for(grads, mask)
         return (*grads, None)
 
 
@@ -212,7 +206,7 @@ class DepthwiseSeparableGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):
         dy, *primals = ctx.saved_tensors
-        cotangents = _asked_for(cotangents, ctx.mask)
+        cotangents = asked_for(cotangents, ctx.mask)
         grads = second_order.backward_vjp(dy, primals, cotangents, ctx.config)
         return (
             *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=False)),
@@ -233,13 +227,7 @@ class DepthwiseSeparableGrad(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        function = DepthwiseSeparableGrad
-        return backward_vmap(_bare_where_possible(function), function.each, 6, 8)(info, in_dims, *args)
-
-    @staticmethod
-    def each(dy, x, dw_weight, pw_weight, dw_bias, pw_bias, saved, config: Config, mask: int):
-        """forward() of batches, which all tensors have in front."""
-        return torch.ops.dsconv_cuda.bwd_each(dy, x, dw_weight, pw_weight, dw_bias, saved, config.row(), mask)
+        return backward_vmap(_bare_where_possible(DepthwiseSeparableGrad), backward_each, 6, 8)(info, in_dims, *args)
 
 
 @contextlib.contextmanager
@@ -253,10 +241,6 @@ def _outer_forward_ad(saved: tuple):
     primals = [None if t is None else forward_ad.unpack_dual(t).primal for t in saved]
     with forward_ad._set_fwd_grad_enabled(True):
         yield primals
-
-
-def _asked_for(grads, mask: int) -> tuple:
-    return tuple(g if mask & bit else None for g, bit in zip(grads, GRAD_BITS, strict=True))
 
 
 def _bare_where_possible(function: type[torch.autograd.Function]):

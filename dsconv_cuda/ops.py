@@ -41,6 +41,11 @@ def grad_mask(*needed: bool) -> int:
     return sum(bit for bit, wanted in zip(GRAD_BITS, needed, strict=True) if wanted)
 
 
+def asked_for(grads, mask: int) -> tuple:
+    """The gradients of these five, None in the place of those that the mask does not ask for."""
+    return tuple(g if mask & bit else None for g, bit in zip(grads, GRAD_BITS, strict=True))
+
+
 # ---- fake kernels ----------------------------------------------------------------------------------------------------
 
 

@@ -6,9 +6,11 @@ weights, or of gradients of weights, is one call of
     fwd_each, fwd_with_pre_each, bwd_each
 
 which do one element after another (csrc/each_args.h): every element has a pointwise part of its own. PyTorch's rule
-makes one grouped convolution of it. Where a derivative may follow, each element is a call that has one.
+makes one grouped convolution of it. In nested transforms, and for the bare ops where a gradient follows, each element
+is a call of its own.
 """
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -17,21 +19,22 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from dsconv_cuda import compiled_weights, graph_ops
+from dsconv_cuda.each import needs_gradient
 from dsconv_cuda.ops import GRAD_X
+
+
+def _transforms_active() -> bool:
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 def derivatives_may_follow(tensors: tuple) -> bool:
     """Whether a call on `tensors` has to be differentiable."""
-    return (
-        (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
+    return needs_gradient(tensors) or _transforms_active()
 
 
 def forward_vmap(forward: Callable, each: Callable):
     """The rule of `forward`, an op or the apply of the Function around it; each(*args) is that of batches, which all
-    tensors have in front."""
+    tensors have in front, or returns None where it cannot be."""
 
     def rule(info, in_dims, x, *rest):
         if in_dims[0] is None or any(isinstance(d, int) for d in in_dims[1:5]) or info.batch_size == 0:
@@ -77,10 +80,12 @@ def _unfold(t: Tensor, batch_size: int) -> Tensor:
 
 
 def _of_elements(op: Callable, each: Callable, tensors: int, batch_size: int, in_dims, args: tuple):
-    if batch_size == 0 or derivatives_may_follow(args[:tensors]):
+    results = None
+    if batch_size > 0 and not _transforms_active():
+        batches = (_batch_first(t, d, batch_size) for t, d in zip(args[:tensors], in_dims, strict=False))
+        results = each(*batches, *args[tensors:])
+    if results is None:
         return _for_each(op, batch_size, in_dims, args)
-    batches = (_batch_first(t, d, batch_size) for t, d in zip(args[:tensors], in_dims, strict=False))
-    results = each(*batches, *args[tensors:])
     return results, 0 if isinstance(results, Tensor) else (0,) * len(results)
 
 
@@ -116,8 +121,9 @@ def register(fragment: torch.library.Library, fakes: dict) -> None:
         torch.library.register_fake(f"dsconv_cuda::{name}_each", _fake(graph_ops.with_row(fakes[name], tensors)))
 
     def forward_rule(forward, each):
-        return forward_vmap(forward, lambda *args: each(*args[:5], graph_ops.row(*args[5:])))
+        return forward_vmap(forward, _without_gradient(5, lambda *args: each(*args[:5], graph_ops.row(*args[5:]))))
 
+    @functools.partial(_without_gradient, 6)
     def bwd_each(*args):
         *geometry, act, out_act, grad_mask = args[6:12]
         return ops.bwd_each(*args[:6], graph_ops.row(*geometry, act, out_act, *args[12:]), grad_mask)
@@ -126,8 +132,13 @@ def register(fragment: torch.library.Library, fakes: dict) -> None:
     torch.library.register_vmap("dsconv_cuda::fwd_with_pre", forward_rule(ops.fwd_with_pre, ops.fwd_with_pre_each))
     torch.library.register_vmap("dsconv_cuda::bwd", backward_vmap(ops.bwd, bwd_each, 5, 11))
     if compiled_weights.registered:
-        rule = forward_vmap(graph_ops.with_row(ops.fwd, 5), ops.fwd_each)
+        rule = forward_vmap(graph_ops.with_row(ops.fwd, 5), _without_gradient(5, ops.fwd_each))
         torch.library.register_vmap("dsconv_cuda::fwd_packed", rule)
+
+
+def _without_gradient(tensors: int, each: Callable):
+    """`each`, which has no gradient, where none is needed."""
+    return lambda *args: None if needs_gradient(args[:tensors]) else each(*args)
 
 
 def _fake(of_element: Callable):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from shapes import Case
-from torch.func import functional_call, vmap
+from torch.func import functional_call, grad, vmap
 
 import dsconv_cuda
-from dsconv_cuda import _loader, graph_ops
+from dsconv_cuda import _loader, depthwise_separable_conv2d, graph_ops, reference, vmap_rules
 
 pytestmark = [pytest.mark.usefixtures("isa")]
 
@@ -54,8 +54,8 @@ def test_bits_of_the_calls_one_by_one(layout, dtype, device):
     for mask in (31, 1, 4, 2 | 8, 16):
         grads = ops.bwd_each(dy, *tensors[:4], y, row, mask)
         alone = [ops.bwd(g, *e[:4], s, *others, mask) for g, e, s in zip(dy, elements, y, strict=True)]
-        for grad, expected in zip(grads, stacked(alone), strict=True):
-            assert torch.equal(grad, expected)
+        for of_all, expected in zip(grads, stacked(alone), strict=True):
+            assert torch.equal(of_all, expected)
 
 
 @pytest.mark.one_isa
@@ -140,3 +140,46 @@ def test_the_op_under_vmap_where_gradients_follow(device):
     torch.testing.assert_close(
         torch.autograd.grad(y.square().sum(), several), torch.autograd.grad(alone.square().sum(), several)
     )
+
+
+@pytest.fixture
+def one_call(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("element by element")
+
+    monkeypatch.setattr(vmap_rules, "_for_each", refuse)
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("out_activation", ["identity", "tanh", "gelu"])
+def test_derivatives_of_a_batch(out_activation, one_call, device):
+    """First and second, with what elements share."""
+    case = Case(n=2, c=2, multiplier=2, c_out=3, h=4, w=3, activation="silu", out_activation=out_activation)
+    x, *weights = case.tensors(torch.float64, device)
+    several = [torch.stack([x, -x]), *(torch.stack([w, 1.5 * w]) for w in weights[:2]), *weights[2:]]
+    in_dims = (0, 0, 0, None, None)
+
+    def batch_of(op):
+        return lambda *tensors: vmap(lambda *t: op(*t, **case.kwargs), in_dims)(*tensors)
+
+    inputs = [t.requires_grad_() for t in several]
+    fused, stock = batch_of(depthwise_separable_conv2d), batch_of(reference.depthwise_separable_conv2d)
+    torch.testing.assert_close(fused(*inputs), stock(*inputs))
+    assert torch.autograd.gradcheck(fused, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(fused, inputs, fast_mode=True)
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("out_activation", ["identity", "tanh", "gelu"])
+def test_gradients_of_samples_that_have_gradients(out_activation, one_call, device):
+    """vmap(grad) of parameters that require gradients, as those of a module do."""
+    case = Case(n=1, c=2, c_out=3, h=4, w=3, activation="silu", out_activation=out_activation)
+    x, *weights = [t.requires_grad_() for t in case.tensors(torch.float64, device)]
+    samples = torch.randn(3, *x.shape, device=device, dtype=x.dtype, requires_grad=True)
+
+    def of_samples(op):
+        of_one = grad(lambda w, x: op(x, *w, **case.kwargs).square().sum())
+        grads = vmap(of_one, (None, 0))(weights, samples)
+        return grads, torch.autograd.grad(sum(g.square().sum() for g in grads), [*weights, samples])
+
+    torch.testing.assert_close(of_samples(depthwise_separable_conv2d), of_samples(reference.depthwise_separable_conv2d))
