@@ -16,6 +16,7 @@ from torch import nn
 
 import dsconv_cuda
 
+from .fuse_models import inference
 from .timing import WallClock, measure, thread_count
 
 DEPTHS = (1, 9)
@@ -51,7 +52,7 @@ def costs(layer: str, size: tuple, training: bool, rounds=ROUNDS, least_seconds=
         stack = stack.to(memory_format=torch.channels_last) if x.dim() == 4 else stack
         parameters = list(stack.parameters())
         for form, network in (("eager", stack), ("compiled", torch.compile(stack, fullgraph=True, backend=backend))):
-            calls[form, depth] = _step(network, x, parameters) if training else _forward(network, x)
+            calls[form, depth] = _step(network, x, parameters) if training else inference(network, x)
     with thread_count(1):
         samples = measure(calls, rounds=rounds, least_seconds=least_seconds, clock=WallClock())
     shallow, deep = DEPTHS
@@ -60,14 +61,6 @@ def costs(layer: str, size: tuple, training: bool, rounds=ROUNDS, least_seconds=
         per_layer = (samples[form, deep].median - samples[form, shallow].median) / (deep - shallow)
         made[form] = Cost(samples[form, shallow].median - shallow * per_layer, per_layer)
     return made
-
-
-def _forward(network, x):
-    def call():
-        with torch.no_grad():
-            network(x)
-
-    return call
 
 
 def _step(network, x, parameters):

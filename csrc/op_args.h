@@ -158,6 +158,12 @@ inline Tensor empty_contiguous(const Tensor& like, torch::headeronly::IntHeaderO
   return empty_strided(like, dims, size.data(), stride);
 }
 
+// Of shape [0], for what was not asked for.
+inline Tensor empty_of_nothing(const Tensor& like) {
+  const int64_t none[1] = {0};
+  return empty_contiguous(like, {none, 1});
+}
+
 inline void check_device(const char* op, const char* arg, const Tensor& t, const Tensor& x) {
   STD_TORCH_CHECK(t.device() == x.device(), op, ": ", arg, " must be on the device of input");
 }
@@ -294,9 +300,8 @@ inline void allocate_grads(BackwardCall& call, const Tensor& x, const Tensor& dw
   BackwardParams& p = call.params;
   const Geometry& g = p.geom;
   const auto allocate = [&](GradBit bit, torch::headeronly::IntHeaderOnlyArrayRef size, Tensor& grad, void*& pointer) {
-    const int64_t none[1] = {0};
     const bool asked = (grad_mask & bit) != 0;
-    grad = empty_contiguous(x, asked ? size : torch::headeronly::IntHeaderOnlyArrayRef{none, 1});
+    grad = asked ? empty_contiguous(x, size) : empty_of_nothing(x);
     if (!asked) return;
     if (g.n == 0) torch::stable::zero_(grad);  // no image, no kernel: the sum over nothing
     pointer = grad.mutable_data_ptr();
@@ -312,8 +317,7 @@ inline void allocate_grads(BackwardCall& call, const Tensor& x, const Tensor& dw
     p.grad_x = call.grad_x.mutable_data_ptr();
     p.grad_x_strides = walk_strides(call.grad_x, p.grad_x_layout);
   } else {
-    const int64_t none[1] = {0};
-    call.grad_x = empty_contiguous(x, {none, 1});
+    call.grad_x = empty_of_nothing(x);
   }
 }
 

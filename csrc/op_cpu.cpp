@@ -190,11 +190,13 @@ Tensor fwd_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias
   return *forward_kept("dsconv_cuda::fwd_kept", x, dw_weight, pw_weight, dw_bias, pw_bias, kept, version, false).y;
 }
 
-// y of x behind a norm and in_act; kept and version as in run_forward.
+// y of x behind a norm and in_act; kept is of module calls, else null, and version as in run_forward.
 Tensor forward_after_norm(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight,
                           const Bias& dw_bias, const Bias& pw_bias, const CallArguments& arguments, KeptHeader* kept,
                           int64_t version, const Tensor& in_vectors, int64_t in_act) {
   const Geometry g = geometry_of(op, x, dw_weight, pw_weight, arguments);
+  if (kept != nullptr) check_kept_sizes(op, *kept, g);
+  if (kept != nullptr && kept->capacity == 0) kept = nullptr;
   const bool as_it_reads = norms_as_it_reads(g, active_table(op), dtype_of(op, x));
   const ForwardCall call = prepare_forward(op, as_it_reads ? x : norm_act(x, in_vectors, in_act), dw_weight, pw_weight,
                                            dw_bias, pw_bias, arguments, false);
@@ -207,9 +209,8 @@ Tensor fwd_after_norm_kept(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw
                            int64_t version, Tensor in_vectors, int64_t in_act) {
   constexpr const char* op = "dsconv_cuda::fwd_after_norm_kept";
   KeptHeader* header = kept_of(op, kept);
-  check_kept_sizes(op, *header, geometry_of(op, x, dw_weight, pw_weight, header->arguments));
-  return forward_after_norm(op, x, dw_weight, pw_weight, dw_bias, pw_bias, header->arguments,
-                            header->capacity > 0 ? header : nullptr, version, in_vectors, in_act);
+  return forward_after_norm(op, x, dw_weight, pw_weight, dw_bias, pw_bias, header->arguments, header, version,
+                            in_vectors, in_act);
 }
 
 Tensor fwd_after_norm_in_graph(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Ints arguments,

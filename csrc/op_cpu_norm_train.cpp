@@ -113,13 +113,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_fwd(Tensor x, Tensor dw_weight,
   const Running running1{mean1, var1, batches1, momentum1}, running2{mean2, var2, batches2, momentum2};
   running1.check(op, x, g.c_mid);
   running2.check(op, x, g.c_out);
-  Trained made = train(op, of, {weight1, bias1, eps1}, {weight2, bias2, eps2}, defer);
+  const Trained made = train(op, of, {weight1, bias1, eps1}, {weight2, bias2, eps2}, defer);
   running1.track(made.moments1, pixels_of(g));
   running2.track(made.moments2, pixels_of(g));
   return {defer ? made.y : *made.out, made.y, made.vectors1, made.vectors2};
 }
-
-const int64_t kNothing[1] = {0};
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_fwd_in_graph(
     Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Bias weight1, Bias bias1, Bias weight2,
@@ -127,9 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> train_fwd_in_graph(
   constexpr const char* op = "dsconv_cuda::train_fwd_in_graph";
   const Operands of{x, dw_weight, pw_weight, dw_bias, pw_bias, arguments_of(op, arguments).call, in_vectors, in_act};
   const Trained made = train(op, of, {weight1, bias1, eps1}, {weight2, bias2, eps2}, defer);
-  return {made.y,        defer ? empty_contiguous(x, {kNothing, 1}) : *made.out,
-          made.vectors1, made.vectors2,
-          made.moments1, made.moments2};
+  return {made.y, defer ? empty_of_nothing(x) : *made.out, made.vectors1, made.vectors2, made.moments1, made.moments2};
 }
 
 // What a bias adds, the norm after it takes off again.
@@ -195,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
     Tensor vectors2, std::vector<int64_t> arguments, int64_t mask, Bias in_vectors, int64_t in_act) {
   constexpr const char* op = "dsconv_cuda::train_bwd_in_graph";
   const Operands of{x, dw_weight, pw_weight, dw_bias, pw_bias, arguments_of(op, arguments).call, in_vectors, in_act};
-  const auto there = [&x](const Bias& t) { return t.has_value() ? *t : empty_contiguous(x, {kNothing, 1}); };
+  const auto there = [&x](const Bias& t) { return t.has_value() ? *t : empty_of_nothing(x); };
   return std::apply([&there](const auto&... grads) { return std::make_tuple(there(grads)...); },
                     gradients(op, grad, y, of, vectors1, vectors2, mask));
 }

@@ -10,6 +10,7 @@ it through the norm and the activation as they read it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
@@ -24,6 +25,12 @@ from dsconv_cuda.second_order import Config
 def operation(dims: int) -> str:
     """The name of the public function of so many dimensions."""
     return f"depthwise_separable_conv_bn{dims}d"
+
+
+@functools.cache
+def train_mask(needed: tuple) -> int:
+    """The grad_mask of train_bwd; every input has a bit, those after the ninth never need a gradient."""
+    return sum(1 << i for i, wanted in enumerate(needed) if wanted)
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------

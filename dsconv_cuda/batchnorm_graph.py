@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsconv_cuda import _loader, graph_ops
-from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, norm_later, once, operation
+from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, norm_later, once, operation, train_mask
 from dsconv_cuda.second_order import Config
 
 _SCHEMAS = (
@@ -102,13 +102,19 @@ class BlockInGraph(torch.autograd.Function):
 def _gradients(ctx, grad_out, *saved) -> tuple:
     """Of (x, dw_weight, pw_weight, dw_bias, pw_bias, gamma1, beta1, gamma2, beta2)."""
     *operands, in_vectors, vectors1, vectors2, y = saved
-    wanted = ctx.needs_input_grad[:9]
-    grad_mask = sum(1 << i for i, needed in enumerate(wanted) if needed)
     with torch._C._AutoDispatchBelowAutograd():
         grads = torch.ops.dsconv_cuda.train_bwd_in_graph(
-            grad_out, y, *operands, vectors1, vectors2, ctx.row, grad_mask, in_vectors, ctx.in_act
+            grad_out,
+            y,
+            *operands,
+            vectors1,
+            vectors2,
+            ctx.row,
+            train_mask(ctx.needs_input_grad),
+            in_vectors,
+            ctx.in_act,
         )
-    return tuple(grad if needed else None for grad, needed in zip(grads, wanted, strict=True))
+    return tuple(grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
 
 
 def _norm_later(y, gamma, beta, eps: float, act: int):

@@ -22,7 +22,7 @@ from dsconv_cuda import _checks, _loader
 from dsconv_cuda.activations import ACTIVATIONS
 from dsconv_cuda.autograd import kept_arguments, transformed
 from dsconv_cuda.batchnorm import Unnormalised
-from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, operation
+from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, operation, train_mask
 from dsconv_cuda.deferred import Deferred
 from dsconv_cuda.functional import cast_for_autocast
 from dsconv_cuda.norms import wide_parameter
@@ -87,7 +87,7 @@ class TrainedBlock(torch.autograd.Function):
         x, dw_weight, pw_weight, dw_bias, pw_bias, in_vectors, vectors1, vectors2, y = ctx.saved_tensors
         grads = _train_bwd()(
             grad, y, x, dw_weight, pw_weight, dw_bias, pw_bias, vectors1, vectors2, call.kept.arguments,
-            _mask(ctx.needs_input_grad), in_vectors, call.in_act,
+            train_mask(ctx.needs_input_grad), in_vectors, call.in_act,
         )  # fmt: skip
         return (*grads, None, None)
 
@@ -116,12 +116,6 @@ def _train_fwd():
 @functools.cache
 def _train_bwd():
     return torch.ops.dsconv_cuda.train_bwd.default
-
-
-@functools.cache
-def _mask(needed: tuple) -> int:
-    """The grad_mask of train_bwd; every input has a bit, those after the ninth never need a gradient."""
-    return sum(1 << i for i, wanted in enumerate(needed) if wanted)
 
 
 @functools.lru_cache(maxsize=1024)
