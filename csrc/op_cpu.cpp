@@ -47,12 +47,12 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
 
   Workspace weights(plan.element);
   reserve_depthwise(weights, plan, ctx.packed);
-  weights.reserve(&ctx.packed.pw_forward, packed_outputs(plan) * p.geom.c_mid);
+  weights.reserve(&ctx.packed.pw_forward, packed_outputs(plan, kernels.bytes) * p.geom.c_mid);
   weights.reserve(&ctx.packed.pw_bias, plan.out_columns);
 
   const KeptKey key = kept != nullptr ? key_of(p, plan, kernels, version) : KeptKey{};
   KeptUse use(kept, key, weights.bytes());
-  const int64_t tasks = forward_tasks(plan), panels = packed_outputs(plan) / plan.micro.columns;
+  const int64_t tasks = forward_tasks(plan), panels = packed_outputs(plan, kernels.bytes) / plan.micro.columns;
   const auto pack = [&](const ForwardContext& own, int64_t begin, int64_t end) {
     // All tasks of one tile need but their own parts of the output channels.
     const Range part = plan.tiles == 1 ? Range{panels * begin / tasks, panels * end / tasks} : Range{0, panels};

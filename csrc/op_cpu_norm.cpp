@@ -404,12 +404,12 @@ std::tuple<Tensor, Tensor> fwd_norm(const char* op, const Tensor& x, const Tenso
   const int64_t granule = want_moments ? 4 : static_cast<int64_t>(torch::stable::get_num_threads());
   const MicroTile micro = micro_of(table, p.dtype);
   ctx.plan = plan_forward(g, in_vectors.has_value() ? Layout::nchw : p.x_layout, micro, kernels.bytes, granule,
-                          want_moments, !in_vectors.has_value() && goes_by_planes(p, kernels));
+                          want_moments, !in_vectors.has_value() && goes_by_planes(p, kernels, true));
   ctx.plan.tap_pairs = 0;  // the norm is folded into weights in the compute type
   const CpuPlan& plan = ctx.plan;
   Workspace workspace(1), weights(plan.element);
   reserve_depthwise(weights, plan, ctx.packed);
-  weights.reserve(&ctx.packed.pw_forward, packed_outputs(plan) * g.c_mid);
+  weights.reserve(&ctx.packed.pw_forward, packed_outputs(plan, kernels.bytes) * g.c_mid);
   weights.reserve(&ctx.packed.pw_bias, plan.out_columns);
   workspace.reserve(&in_norm.rows, in_norm.elements(g, plan) * plan.element);
   if (want_moments) {
@@ -420,7 +420,7 @@ std::tuple<Tensor, Tensor> fwd_norm(const char* op, const Tensor& x, const Tenso
   ctx.in_norm = in_norm.fill(g, plan);
   const auto pack = [&](const ForwardContext& own, int64_t, int64_t) {
     pack_all(kernels, {g, plan, own.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias},
-             {0, packed_outputs(plan) / plan.micro.columns}, kernels.pack_pointwise_forward);
+             {0, packed_outputs(plan, kernels.bytes) / plan.micro.columns}, kernels.pack_pointwise_forward);
     fold_norm(g, plan, of, Fold::affine, own.packed.dw_weight, own.packed.dw_weight, own.packed.dw_bias);
   };
   run_with_copies(ctx, weights, plan.pixels, want_moments ? ctx.groups : forward_tasks(plan), pack,

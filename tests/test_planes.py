@@ -2,6 +2,8 @@
 of z and of y, the gradients, around the ends of vectors, blocks of rows and tiles. Whatever instruction set runs, the
 result is that of the oracle."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +11,10 @@ from oracle import check
 from shapes import Case
 
 from dsconv_cuda import DepthwiseSeparableConv2d, _loader, depthwise_separable_conv2d
+from dsconv_cuda.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("isa")
+WIDE, HALVES = [torch.float32, torch.float64], [torch.float16, torch.bfloat16]
 
 SHAPES = [
     *(Case(n=2, c=5, c_out=15, h=9, w=w) for w in (28, 31, 32, 33, 48, 49, 63, 64, 65, 97)),
@@ -53,18 +57,34 @@ def _plans(case: Case, dtype: torch.dtype, backward: bool = False) -> dict:
 
 
 def _goes_by_planes(case: Case, dtype: torch.dtype, isa: str, backward: bool = False) -> None:
-    if isa == "avx512":
+    # bf16 that is multiplied as it is goes so only where a norm is folded or much is written.
+    if isa == "avx512" and dtype != torch.bfloat16:
         assert _plans(case, dtype, backward)["by_planes"], case
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [*WIDE, *HALVES])
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_forward(case, dtype, device, isa):
     _goes_by_planes(case, dtype, isa)
     check(case.tensors(dtype, device), case.kwargs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_forward_with_a_norm_in_the_weights(case, dtype, device):
+    """The norm that changes nothing."""
+    vectors = torch.tensor([[0.0], [1.0], [1.0], [0.0]], dtype=torch.float64, device=device).repeat(1, case.c)
+
+    def normed(x, dw, pw, db, pb, stride, padding, dilation, activation, out_activation):
+        geometry = list(stride), [*padding, *padding], list(dilation)
+        number = ACTIVATIONS[activation].number
+        return torch.ops.dsconv_cuda.fwd_norm(x, dw, pw, db, pb, vectors, *geometry, number, False)[0]
+
+    linear = dataclasses.replace(case, out_activation="identity")
+    check(linear.tensors(dtype, device), linear.kwargs, op=normed)
+
+
+@pytest.mark.parametrize("dtype", WIDE)
 @pytest.mark.parametrize("case", BACKWARD, ids=str)
 def test_backward(case, dtype, device, isa):
     _goes_by_planes(case, dtype, isa, backward=True)
@@ -135,14 +155,16 @@ def test_the_same_bits_for_any_number_of_threads(case, device):
         assert all(torch.equal(*pair) for pair in zip(results[0], others, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @pytest.mark.parametrize("size", [(448, 448), (450, 449)], ids=str)
-def test_more_than_the_caches_hold(size, device, isa):
+def test_more_than_the_caches_hold(size, dtype, device, isa):
     """Whole lines of y are written past the caches where they are lines."""
     if "avx" not in isa:
         pytest.skip("of the CPU kernels")
-    case = Case(n=1, c=8, c_out=16, h=size[0], w=size[1], out_activation="relu6")
-    _goes_by_planes(case, torch.float32, isa)
-    check(case.tensors(torch.float32, device), case.kwargs)
+    case = Case(n=1, c=9, c_out=40, h=size[0], w=size[1], out_activation="relu6")
+    if isa == "avx512":
+        assert _plans(case, dtype)["by_planes"]
+    check(case.tensors(dtype, device), case.kwargs)
 
 
 @pytest.mark.parametrize("size", [(224, 224), (226, 225)], ids=str)
@@ -177,6 +199,18 @@ def test_statistics_of_z_and_y(case, mean, device):
         for row, extra in ((0, 0 * rounding), (1, rounding)):
             difference = (found[row].cpu() - oracle[row]).abs()
             assert (difference <= budget[row] + extra).all(), f"{row}: {difference.max():.3g} of {budget[row]:.3g}"
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("case", [case for case in SHAPES if case.w >= 56], ids=str)
+def test_statistics_of_z_of_16_bits(case, dtype, device):
+    """z itself is float32 whatever x is: the same as of the same numbers in float32."""
+    geometry = (list(case.stride), [*case.padding, *case.padding], list(case.dilation))
+    operands = case.tensors(dtype, device)[:3]
+    found, expected = (
+        torch.ops.dsconv_cuda.z_moments(*(t.to(of) for t in operands), None, *geometry) for of in (dtype, torch.float32)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_one_module_takes_both_layouts_in_turn(device):

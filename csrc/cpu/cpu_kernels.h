@@ -119,7 +119,7 @@ struct NormContext {
 
 struct DTypeKernels {
   ElementBytes bytes;
-  bool by_planes;  // forward has that way too (forward_planes.inl)
+  bool by_planes;  // there is that way too (depthwise_planes.inl)
   void (*pack_biases)(const PackContext&);
   void (*pack_depthwise)(const PackContext&, int64_t panel);          // of backward
   void (*pack_depthwise_forward)(const PackContext&, int64_t panel);  // the same, or a form of the forward's own

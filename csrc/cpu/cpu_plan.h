@@ -105,6 +105,10 @@ constexpr int64_t turned_columns_of(const Geometry& g, const CpuPlan& plan) {
   return outputs < kFew ? 0 : outputs;
 }
 
+constexpr bool forward_beyond_cache(const Geometry& g, int64_t stored) {
+  return g.n * (g.c_in * g.d_in * g.h_in * g.w_in + g.c_out * g.d_out * g.h_out * g.w_out) * stored > kSharedCacheBytes;
+}
+
 // Whether forward can turn x, and so take it through a norm as it reads it.
 constexpr bool turns_channels(const Geometry& g, MicroTile micro, int64_t element) {
   CpuPlan plan{};
@@ -216,10 +220,13 @@ inline int64_t planes_memory(const CpuPlan& plan, const Geometry& g, int64_t row
 // Tiles by planes, of the rows that cost least: of whole vectors of pixels, of few rows that two tiles read, in numbers
 // that are multiples of `granule`. Of z as many channels are there at a time, `products` multiply-adds follow for each.
 // In 3-D a tile's rows are of one slice where tiles follow the depth.
-inline void cut_planes(CpuPlan& plan, const Geometry& g, int64_t channels, int64_t products, int64_t granule) {
+// middle: bytes of a number of z; where these are fewer two make a pair, and two more strips are those it comes from.
+inline void cut_planes(CpuPlan& plan, const Geometry& g, int64_t channels, int64_t products, int64_t granule,
+                       int64_t middle) {
   constexpr int64_t kAgain = 8;  // a vector of x that is read again costs as much as so many multiply-adds
   const int64_t lanes = plan.micro.lanes, all_rows = g.n * g.d_out * g.h_out;
-  const int64_t most = clamp64(pixels_within(kPlanesTileBytes, channels * plan.element) / g.w_out, 1, g.h_out);
+  const int64_t strips = middle < plan.element ? ceil_div(channels, 2) + 2 : channels;
+  const int64_t most = clamp64(pixels_within(kPlanesTileBytes, strips * plan.element) / g.w_out, 1, g.h_out);
   int64_t best = 1;
   double least = 0;
   for (int64_t rows = 1; rows <= most; ++rows) {
@@ -242,7 +249,7 @@ inline void cut_planes(CpuPlan& plan, const Geometry& g, int64_t channels, int64
   plan.strip_ld = skewed(round_up(block, plan.micro.columns), plan.element);
   const int64_t sums_block = plan.micro.rows * plan.micro.columns;  // of the GEMM
   plan.scratch_bytes =
-      (channels * plan.strip_ld + sums_block + planes_memory(plan, g, best)) * plan.element + 4 * kCacheLine;
+      (strips * plan.strip_ld + sums_block + planes_memory(plan, g, best)) * plan.element + 4 * kCacheLine;
 }
 
 }  // namespace plan_detail
@@ -257,9 +264,9 @@ constexpr int64_t parts_of(const Geometry& g, const CpuPlan& plan, int64_t threa
   return by_parts < by_tiles ? parts : 1;
 }
 
-// Whether nchw tensors in the compute type go by planes (depthwise_planes.inl): kernels that it has code for, on maps
-// whose rows fill vectors. Measured, forward: 0.68 to 0.95 of the time of turning x; one image of 28 x 28 1.03, 5 x 5
-// of step 1 1.09, whose masks do not fit the registers.
+// Whether nchw tensors go by planes (depthwise_planes.inl): kernels that it has code for, on maps whose rows fill
+// vectors. Measured, forward in the compute type: 0.68 to 0.95 of the time of turning x; one image of 28 x 28 1.03,
+// 5 x 5 of step 1 1.09, whose masks do not fit the registers. Of 16 bits: 0.72 to 1.
 constexpr bool planes_pay(const Geometry& g, int64_t element) {
   const bool three = g.kernel_w == 3, five = g.kernel_w == 5 && g.stride_w == 2;
   const bool kernel = g.kernel_h == g.kernel_w && (three || five);
@@ -267,13 +274,21 @@ constexpr bool planes_pay(const Geometry& g, int64_t element) {
   const bool wide = g.w_out >= kLeastPlaneWidth && (g.w_out >= 40 || g.stride_w == 2 || g.n * g.d_out > 1);
   return kernel && steps && g.multiplier == 1 && wide && g.c_mid * g.w_out * element <= kPlanesTileBytes;
 }
+// Forward's own, where z is pairs of bf16. In lanes of channels the depthwise can multiply pairs of taps, unless a norm
+// is folded into them, which takes less up to the size where the stores of y decide: 0.95 to 1.21 of that, then 0.65 to
+// 0.93; of 5 x 5 up to 1.3.
+constexpr bool planes_pay_for_forward(const Geometry& g, ElementBytes bytes, bool folded) {
+  if (bytes.middle == bytes.compute) return planes_pay(g, bytes.compute);
+  return planes_pay(g, bytes.compute) && g.kernel_w == 3 && (folded || forward_beyond_cache(g, bytes.stored));
+}
 // The statistics of z, which need less of it.
 constexpr bool planes_pay_for_moments(const Geometry& g, int64_t element) {
   return planes_pay(g, element) && g.kernel_w == 3 && g.w_in >= 2 * kLeastPlaneWidth;
 }
 
 // Backward (backward_planes.inl): steps of 2, where x and grad_x are four times as much to turn as z and du.
-// Measured: 0.8 to 0.95 of the time; 5 x 5, whose sums do not fit the registers, took 1.2.
+// Measured: 0.8 to 0.95 of the time; 5 x 5, whose sums do not fit the registers, took 1.2. Tensors of 16 bits, of which
+// half as much moves, 0.97 to 1.1.
 constexpr bool planes_pay_for_backward(const Geometry& g, int64_t element) {
   return planes_pay(g, element) && g.stride_w == 2 && g.kernel_w == 3 && is_flat(g);
 }
@@ -284,10 +299,9 @@ inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro,
                             bool whole = false, bool by_planes = false) {
   const int64_t element = bytes.compute;
   CpuPlan plan = plan_detail::base(g, x_layout, micro, element, bytes.middle);
-  plan.beyond_cache =
-      (g.n * g.c_in * g.d_in * g.h_in * g.w_in + plan.pixels * g.c_out) * bytes.stored > kSharedCacheBytes;
+  plan.beyond_cache = forward_beyond_cache(g, bytes.stored);
   if (by_planes) {
-    plan_detail::cut_planes(plan, g, g.c_mid, g.c_out, threads);
+    plan_detail::cut_planes(plan, g, g.c_mid, g.c_out, threads, bytes.middle);
     return plan;
   }
   const bool lanes_of_channels = x_layout == Layout::nhwc || turned_columns_of(g, plan) > 0;
@@ -304,8 +318,10 @@ inline CpuPlan plan_forward(const Geometry& g, Layout x_layout, MicroTile micro,
   return plan;
 }
 
-// Columns of the packed pointwise weights; by planes they are read as they lie.
-constexpr int64_t packed_outputs(const CpuPlan& plan) { return plan.by_planes ? 0 : plan.out_columns; }
+// Columns of the packed pointwise weights; by planes those in the compute type are read as they lie.
+constexpr int64_t packed_outputs(const CpuPlan& plan, ElementBytes bytes) {
+  return plan.by_planes && bytes.stored == bytes.compute ? 0 : plan.out_columns;
+}
 
 constexpr int64_t forward_tasks(const CpuPlan& plan) { return columns_of(plan.order, plan.tiles) * plan.parts; }
 
@@ -317,7 +333,7 @@ inline CpuPlan plan_moments(const Geometry& g, Layout x_layout, MicroTile micro,
   if (by_planes) {
     constexpr int64_t kPanelChannels = 16;
     plan.mid_ld = g.c_mid < kPanelChannels ? g.c_mid : kPanelChannels;
-    plan_detail::cut_planes(plan, g, plan.mid_ld, 0, 4);
+    plan_detail::cut_planes(plan, g, plan.mid_ld, 0, 4, element);
     return plan;
   }
   constexpr int64_t kPanelVectors = 4;

@@ -12,9 +12,10 @@
 #endif
 
 // One channel of a tile: `count` rows of `columns` outputs, densely to `out`.
-template <typename T>
+template <typename S>
 struct PlaneRows {
-  const T**
+  typedef typename ComputeOf<S>::type T;
+  const S**
       row;  // of each slice the one that the outputs' first taps lie in, and all after it; zeros outside the image
   int64_t slices, slice_rows;
   int64_t in_w, first_column;  // of x, and of the first output's first tap
@@ -55,18 +56,19 @@ DSCONV_INLINE void fill_masks(int64_t column, int64_t width, ColumnMasks<K, Step
 }
 
 // A vector of which only the lane next to those that are wanted matters: one column of the image, or zero.
-template <bool Edge, typename T>
-DSCONV_INLINE typename Vec<T>::type load_beside(const T* at, bool inside) {
-  return vset(Edge && !inside ? T(0) : *at);
+template <bool Edge, typename S>
+DSCONV_INLINE auto load_beside(const S* at, bool inside) {
+  typedef typename ComputeOf<S>::type T;
+  return vset(Edge && !inside ? T(0) : widen_one(at));
 }
 
 // The vectors x[j] of the taps of a row, of which the first output's first tap reads *row. What is loaded once serves
 // all taps: a tap to the left reads a lane further left. Loads a column apart would cross two lines each.
-template <int K, int Step, int U, bool Edge, typename T>
-DSCONV_INLINE void load_taps(const T* row, const ColumnMasks<K, Step, U, T>& masks, typename Vec<T>::type (&x)[K][U]) {
+template <int K, int Step, int U, bool Edge, typename S, typename T>
+DSCONV_INLINE void load_taps(const S* row, const ColumnMasks<K, Step, U, T>& masks, typename Vec<T>::type (&x)[K][U]) {
   typedef typename Vec<T>::type V;
   constexpr int n = Vec<T>::n, kMiddle = K / 2;
-  const T* const middle = row + kMiddle;
+  const S* const middle = row + kMiddle;
   V v[U * Step];
   DSCONV_UNROLL
   for (int i = 0; i < U * Step; ++i) {
@@ -107,14 +109,14 @@ DSCONV_INLINE void load_taps(const T* row, const ColumnMasks<K, Step, U, T>& mas
 
 // The same of step 1, each tap by itself: where the loop over slices takes registers, the shifts are what costs more,
 // 1.02 to 1.3 of the time of X3D's layers.
-template <int K, int U, bool Edge, typename T>
-DSCONV_INLINE void load_single_taps(const T* row, const ColumnMasks<K, 1, U, T>& masks,
+template <int K, int U, bool Edge, typename S, typename T>
+DSCONV_INLINE void load_single_taps(const S* row, const ColumnMasks<K, 1, U, T>& masks,
                                     typename Vec<T>::type (&x)[K][U]) {
   DSCONV_UNROLL
   for (int j = 0; j < K; ++j) {
     DSCONV_UNROLL
     for (int u = 0; u < U; ++u) {
-      const T* const at = row + j + u * Vec<T>::n;
+      const S* const at = row + j + u * Vec<T>::n;
       if constexpr (Edge) {
         x[j][u] = vload_lanes(at, masks.tap[j][u]);
       } else {
@@ -125,14 +127,15 @@ DSCONV_INLINE void load_single_taps(const T* row, const ColumnMasks<K, 1, U, T>&
 }
 
 // The taps of one slice. from: the rows that they read, of which the first output's first tap reads `in_column`.
-template <int K, int Step, bool Deep, int R, int U, bool Edge, typename T, typename V>
-DSCONV_INLINE void add_plane_taps(const T* const* from, int64_t in_column, int64_t to_next, const T* weight,
+template <int K, int Step, bool Deep, int R, int U, bool Edge, typename S, typename T, typename V>
+DSCONV_INLINE void add_plane_taps(const S* const* from, int64_t in_column, int64_t to_next, const T* weight,
                                   const ColumnMasks<K, Step, U, T>& masks, V (&acc)[R][U]) {
   DSCONV_UNROLL
   for (int i = 0; i < (R - 1) * Step + K; ++i) {
-    const T* in = from[i] + in_column;
+    const S* in = from[i] + in_column;
+    constexpr int kVectors = kCacheLine / static_cast<int>(Vec<T>::n * sizeof(S));  // of a line
     DSCONV_UNROLL
-    for (int v = 0; v < U * Step; ++v) __builtin_prefetch(in + to_next + v * Vec<T>::n, 0, 3);
+    for (int v = 0; v < U * Step; v += kVectors) __builtin_prefetch(in + to_next + v * Vec<T>::n, 0, 3);
     V x[K][U];
     if constexpr (Deep && Step == 1) {
       load_single_taps<K, U, Edge>(in, masks, x);
@@ -154,8 +157,8 @@ DSCONV_INLINE void add_plane_taps(const T* const* from, int64_t in_column, int64
 }
 
 // last: lanes in use of the last vector. Deep: of p.slices slices; else of one.
-template <int K, int Step, bool Deep, int R, int U, bool Edge, typename T>
-DSCONV_INLINE void convolve_block(const PlaneRows<T>& p, int64_t row, int64_t column,
+template <int K, int Step, bool Deep, int R, int U, bool Edge, typename S, typename T>
+DSCONV_INLINE void convolve_block(const PlaneRows<S>& p, int64_t row, int64_t column,
                                   const ColumnMasks<K, Step, U, T>& masks, int last) {
   typedef typename Vec<T>::type V;
   constexpr int n = Vec<T>::n;
@@ -165,7 +168,7 @@ DSCONV_INLINE void convolve_block(const PlaneRows<T>& p, int64_t row, int64_t co
     DSCONV_UNROLL
     for (int u = 0; u < U; ++u) acc[r][u] = vset(p.start);
   }
-  const T* const* from = p.row + row * Step;
+  const S* const* from = p.row + row * Step;
   const int64_t in_column = p.first_column + column * Step;
   if constexpr (Deep) {
     const T* weight = p.weights;
@@ -192,8 +195,9 @@ DSCONV_INLINE void convolve_block(const PlaneRows<T>& p, int64_t row, int64_t co
 }
 
 // All rows of U vectors of outputs.
-template <int K, int Step, bool Deep, int U, bool Edge, typename T>
-static void convolve_columns(const PlaneRows<T>& p, int64_t column) {
+template <int K, int Step, bool Deep, int U, bool Edge, typename S>
+static void convolve_columns(const PlaneRows<S>& p, int64_t column) {
+  typedef typename ComputeOf<S>::type T;
   constexpr int kRows = 4;  // what is unrolled: kRows * K * K * U multiply-adds
   ColumnMasks<K, Step, U, T> masks;
   if constexpr (Edge) fill_masks(p.first_column + column * Step, p.in_w, masks);
@@ -204,9 +208,9 @@ static void convolve_columns(const PlaneRows<T>& p, int64_t column) {
   for (; row < p.count; ++row) convolve_block<K, Step, Deep, 1, U, Edge>(p, row, column, masks, last);
 }
 
-template <int K, int Step, bool Deep, typename T>
-static void convolve_plane_rows(const PlaneRows<T>& p) {
-  constexpr int n = Vec<T>::n;
+template <int K, int Step, bool Deep, typename S>
+static void convolve_plane_rows(const PlaneRows<S>& p) {
+  constexpr int n = Vec<typename ComputeOf<S>::type>::n;
   for (int64_t c = 0; c < p.columns; c += 2 * n) {
     const int64_t begin = p.first_column + c * Step, end = begin + 2 * n * Step + K - 1;
     if (p.columns - c <= n) {
@@ -219,8 +223,8 @@ static void convolve_plane_rows(const PlaneRows<T>& p) {
   }
 }
 
-template <bool Deep, typename T>
-static void convolve_plane_rows(const Geometry& g, const PlaneRows<T>& p) {
+template <bool Deep, typename S>
+static void convolve_plane_rows(const Geometry& g, const PlaneRows<S>& p) {
   switch (g.kernel_w * 2 + g.stride_w - 1) {
 #define DSCONV_CASE(K, Step) \
   case K * 2 + Step - 1:     \
@@ -234,32 +238,33 @@ static void convolve_plane_rows(const Geometry& g, const PlaneRows<T>& p) {
 
 // 2-D has code of its own, which goes as one piece over the channels with nothing that a store could change: a loop
 // over one slice, or a part of it that is called, costs it 5 to 20 %.
-template <bool Deep, typename T>
-static void depthwise_planes_of(const DepthwiseInput<T>& of, int64_t slice, int64_t begin, int64_t end, Clamp<T> clamp,
-                                T* z, int64_t z_ld, T* memory) {
+template <bool Deep, typename S, typename T, typename M>
+static void depthwise_planes_of(const DepthwiseInput<S>& of, int64_t slice, int64_t begin, int64_t end, Clamp<T> clamp,
+                                M* z, int64_t z_ld, T* memory) {
   // Of outputs: a plane is asked for while as many are summed as take longer than memory does.
   constexpr int64_t kAhead = 512, kMostAhead = 4;
   const Geometry& g = *of.g;
   const int64_t depth = slice % g.d_out * g.stride_d - g.pad_front;
   const Range taps_d = Deep ? valid_taps(depth, g.dilation_d, g.d_in, g.kernel_d) : Range{0, 1};
-  const T* const x = of.x + slice / g.d_out * of.stride.n + (depth + taps_d.begin * g.dilation_d) * of.stride.d;
-  T* const zeros = memory;
-  zero_fill(zeros, g.w_in);
-  PlaneRows<T> rows = {};
+  const S* const x = of.x + slice / g.d_out * of.stride.n + (depth + taps_d.begin * g.dilation_d) * of.stride.d;
+  zero_fill(memory, g.w_in);
+  const S* const zeros = reinterpret_cast<const S*>(memory);
+  PlaneRows<S> rows = {};
   rows.in_w = g.w_in, rows.first_column = -g.pad_left;
   rows.count = (end - begin) / g.w_out, rows.columns = g.w_out;
   rows.clamp = clamp;
   const int64_t top = begin / g.w_out * g.stride_h - g.pad_top;
   const int64_t in_rows = (rows.count - 1) * g.stride_h + g.kernel_h;
   rows.slices = taps_d.end - taps_d.begin, rows.slice_rows = in_rows;
-  rows.row = reinterpret_cast<const T**>(memory + round_up(g.w_in, Vec<T>::n));
+  rows.row = reinterpret_cast<const S**>(memory + round_up(g.w_in, Vec<T>::n));
   rows.weights = reinterpret_cast<T*>(rows.row + g.kernel_d * in_rows);
+  [[maybe_unused]] T* const pair = rows.weights + of.plan->taps;  // [2][z_ld]: z of channels that are to be a pair
   const Range inside = valid_taps(top, 1, g.h_in, in_rows);
   const int64_t slice_taps = of.plan->slice_taps, taps = rows.slices * slice_taps;
   const int64_t ahead = clamp64(ceil_div(kAhead, (end - begin) * g.kernel_d), 1, kMostAhead);
   for (int64_t i = 0; i < rows.slices * in_rows; ++i) rows.row[i] = zeros;
   for (int64_t k = 0; k < g.c_in; ++k) {
-    const T* plane = x + k * of.stride.c + top * of.stride.h;
+    const S* plane = x + k * of.stride.c + top * of.stride.h;
     for (int64_t s = 0; s < rows.slices; ++s, plane += g.dilation_d * of.stride.d) {
       for (int64_t i = inside.begin; i < inside.end; ++i) rows.row[s * in_rows + i] = plane + i * of.stride.h;
     }
@@ -268,17 +273,24 @@ static void depthwise_planes_of(const DepthwiseInput<T>& of, int64_t slice, int6
     for (int64_t t = 0; t < taps; ++t) weights[t] = weight[t * of.plan->mid_columns];
     rows.to_next = k + ahead < g.c_in ? ahead * of.stride.c : 0;
     rows.start = of.bias[k];
-    rows.out = z + k * z_ld;
-    convolve_plane_rows<Deep>(g, rows);
+    if constexpr (SameType<M, T>::value) {
+      rows.out = z + k * z_ld;
+      convolve_plane_rows<Deep>(g, rows);
+    } else {
+      rows.out = pair + k % 2 * z_ld;
+      convolve_plane_rows<Deep>(g, rows);
+      if (k % 2 != 0 || k + 1 == g.c_in) zip_pixels(pair, z_ld, k % 2 + 1, end - begin, z + k / 2 * z_ld, z_ld);
+    }
   }
 }
 
 // z[k][i] of the outputs [begin, end) of slice n * d_out + od, whole rows, i from 0 on and z_ld elements from one k to
-// the next. memory: plan_detail::planes_memory() elements, for a row of zeros, a pointer to each row that the tile
-// reads and the weights of a channel.
-template <typename T>
-static void depthwise_planes(const DepthwiseInput<T>& of, int64_t slice, int64_t begin, int64_t end, Clamp<T> clamp,
-                             T* z, int64_t z_ld, T* memory) {
+// the next. M: the compute type, or pairs of bf16, of channels 2 k and 2 k + 1, the last one's partner zero.
+// memory: plan_detail::planes_memory() elements, for a row of zeros, a pointer to each row that the tile reads and the
+// weights of a channel; for pairs 2 z_ld more.
+template <typename S, typename T, typename M>
+static void depthwise_planes(const DepthwiseInput<S>& of, int64_t slice, int64_t begin, int64_t end, Clamp<T> clamp,
+                             M* z, int64_t z_ld, T* memory) {
   if (is_flat(*of.g)) return depthwise_planes_of<false>(of, slice, begin, end, clamp, z, z_ld, memory);
   depthwise_planes_of<true>(of, slice, begin, end, clamp, z, z_ld, memory);
 }

@@ -59,9 +59,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
 #if DSCONV_ISA == DSCONV_ISA_AVX512
-  if constexpr (sizeof(S) == sizeof(T) && sizeof(M) == sizeof(T)) {
-    if (plan.by_planes) return forward_planes<T>(ctx, tile, scratch);
-  }
+  if (plan.by_planes) return forward_planes<S, T, M>(ctx, tile, scratch);
 #endif
   typedef typename Factor<M>::type F;
   constexpr int64_t columns = kMicroVecs * Vec<T>::n, per_factor = kNumbersOf<F>;
@@ -153,9 +151,7 @@ static void merge_output_moments(const ForwardContext& ctx, int64_t pixel, int64
   const ForwardParams& p = ctx.p;
   const Geometry& g = p.geom;
 #if DSCONV_ISA == DSCONV_ISA_AVX512
-  if constexpr (sizeof(S) == sizeof(T)) {
-    if (ctx.plan.by_planes) return merge_plane_moments<T>(ctx, pixel, count, before, mean, m2);
-  }
+  if (ctx.plan.by_planes) return merge_plane_moments<S>(ctx, pixel, count, before, mean, m2);
 #endif
   const S* const outputs = static_cast<const S*>(p.y);
   // Channels that are whole vectors are read where they are.

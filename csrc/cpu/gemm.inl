@@ -86,7 +86,7 @@ struct OutputTarget {
     constexpr int n = Vec<T>::n;
     S* out = y + row * ld;
 #if defined(DSCONV_BF16_DOT)
-    if (NV == 2 && columns == 2 * n && !stream) {
+    if (NV == 2 && columns == 2 * n) {
       V v[2];
       DSCONV_UNROLL
       for (int j = 0; j < 2; ++j) {
@@ -94,7 +94,7 @@ struct OutputTarget {
         if (partial != nullptr) v[j] = vload(partial + row * partial_ld + j * n) + v[j];
         v[j] = vmin(vset(clamp.hi), vmax(vset(clamp.lo), v[j]));
       }
-      return vstore_two(out, v[0], v[1]);
+      return stream ? vstream_two(out, v[0], v[1]) : vstore_two(out, v[0], v[1]);
     }
 #endif
     DSCONV_UNROLL

@@ -184,8 +184,8 @@ DSCONV_INLINE double lanes_total(const V (&sum)[U], const V (&lost)[U]) {
 struct RowSums {
   double sum, squares;
 };
-template <typename T>
-static RowSums row_sums_about(const T* v, int64_t count, T about) {
+template <typename S, typename T>
+static RowSums row_sums_about(const S* v, int64_t count, T about) {
   typedef typename Vec<T>::type V;
   constexpr int n = Vec<T>::n, U = kSumVectors;
   const V shift = vset(about);
@@ -223,7 +223,7 @@ static RowSums row_sums_about(const T* v, int64_t count, T about) {
   }
   RowSums total = {lanes_total<U>(sum, lost), lanes_total<U>(squares, squares_lost)};
   for (; i < count; ++i) {
-    const double d = static_cast<double>(v[i]) - static_cast<double>(about);
+    const double d = static_cast<double>(widen_one(v + i)) - static_cast<double>(about);
     total.sum += d;
     total.squares += d * d;
   }
@@ -233,8 +233,9 @@ static RowSums row_sums_about(const T* v, int64_t count, T about) {
 // merge_tile_moments of one channel whose pixels are neighbours. The first stretch is summed about the mean of its
 // first vector: how far that is from the stretch's own mean is in the stretch's variance too, so squares about it are
 // no more than count / lanes times those about the mean.
-template <typename T>
-DSCONV_INLINE void merge_row_moments(const T* v, int64_t count, int64_t before, double& mean, double& m2) {
+template <typename S>
+DSCONV_INLINE void merge_row_moments(const S* v, int64_t count, int64_t before, double& mean, double& m2) {
+  typedef typename ComputeOf<S>::type T;
   const double pixels = static_cast<double>(count), share = pixels / static_cast<double>(before + count);
   const int lanes = lanes_left(count, Vec<T>::n);
   const T about = static_cast<T>(before >= count ? mean : vsum(vload(v, lanes)) / lanes);
@@ -246,8 +247,8 @@ DSCONV_INLINE void merge_row_moments(const T* v, int64_t count, int64_t before, 
 
 #if DSCONV_ISA == DSCONV_ISA_AVX512
 // Those of a tile's z, made by planes into `z`, with the memory of depthwise_planes() behind it.
-template <typename T>
-static void merge_z_planes(const DepthwiseInput<T>& in, int64_t pixel, int64_t count, int64_t before, T* z,
+template <typename S, typename T>
+static void merge_z_planes(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, int64_t before, T* z,
                            double* mean, double* m2) {
   const CpuPlan& plan = *in.plan;
   const int64_t channels = in.g->c_in;
@@ -297,12 +298,10 @@ static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scr
     const int64_t pixel = pixels.begin, count = pixels.end - pixel;
     for (int64_t i = 0; tile == first_tile && i < g.c_mid; ++i) mean[i] = m2[i] = 0;
 #if DSCONV_ISA == DSCONV_ISA_AVX512
-    if constexpr (sizeof(S) == sizeof(T)) {
-      if (plan.by_planes) {
-        merge_z_planes(in, pixel, count, before, z, mean, m2);
-        before += count;
-        continue;
-      }
+    if (plan.by_planes) {
+      merge_z_planes(in, pixel, count, before, z, mean, m2);
+      before += count;
+      continue;
     }
 #endif
     Ahead ahead = {};

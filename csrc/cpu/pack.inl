@@ -47,9 +47,24 @@ static void pack_biases(const PackContext& ctx) {
   }
 }
 
+// The same as they lie, for forward_planes.inl: dst[output channel][k]. There is no multiplier.
+template <typename S, typename T>
+static void pack_pointwise_rows(const PackContext& ctx, int64_t panel) {
+  constexpr int n = Vec<T>::n;
+  const int64_t k = ctx.geom.c_mid, columns = ctx.plan.micro.columns;
+  const int64_t begin = panel * columns * k, end = clamp64(ctx.geom.c_out - panel * columns, 0, columns) * k + begin;
+  const S* const weight = static_cast<const S*>(ctx.pw_weight);
+  T* const dst = static_cast<T*>(ctx.packed.pw_forward);
+  for (int64_t i = begin; i < end; i += n) {
+    const int lanes = lanes_left(end - i, n);
+    vstore(dst + i, vload(weight + i, lanes), lanes);
+  }
+}
+
 // Panel of output channels: dst[k][column] = pw_weight[first + column][k].
 template <typename S, typename T>
 static void pack_pointwise_forward(const PackContext& ctx, int64_t panel) {
+  if (ctx.plan.by_planes) return pack_pointwise_rows<S, T>(ctx, panel);
   constexpr int n = Vec<T>::n;
   const Geometry& g = ctx.geom;
   const int64_t columns = ctx.plan.micro.columns, first = panel * columns;

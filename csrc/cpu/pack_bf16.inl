@@ -2,7 +2,8 @@
 // pointwise weights, two taps of one channel for the depthwise ones.
 //
 //   pointwise   [out_columns / columns][ceil(c_mid / 2)][columns]: (k, k + 1) of one output channel; in backward
-//               [mid_columns / columns][ceil(c_out / 2)][columns]: two output channels of one k
+//               [mid_columns / columns][ceil(c_out / 2)][columns]: two output channels of one k; by planes
+//               [c_out][ceil(c_mid / 2)]
 //   depthwise   [group of 32 channels][plan.tap_pairs][low, high][lanes], lanes as depthwise_bf16.inl has its sums:
 //               taps of rows 0 and 1, 2 and 3, ... one below the other; of a last single row, neighbours in the row,
 //               and a last single tap with zero; so for each plane of taps along the depth
@@ -14,8 +15,24 @@
 #error "pack_bf16.inl belongs inside an ISA region"
 #endif
 
+// Panel of output channels as they lie, for forward_planes.inl: dst[output channel][pair]. There is no multiplier.
+static void pack_pointwise_pair_rows(const PackContext& ctx, int64_t panel) {
+  constexpr int lanes = 2 * Vec<bf16x2>::n;
+  const int64_t k = ctx.geom.c_mid, columns = ctx.plan.micro.columns, ld = round_up(k, 2);
+  const bf16* const weight = static_cast<const bf16*>(ctx.pw_weight);
+  bf16* const dst = static_cast<bf16*>(ctx.packed.pw_forward);
+  const int64_t last = (panel + 1) * columns < ctx.geom.c_out ? (panel + 1) * columns : ctx.geom.c_out;
+  for (int64_t c = panel * columns; c < last; ++c) {
+    for (int64_t i = 0; i < k; i += lanes) {
+      const int there = lanes_left(k - i, lanes), room = lanes_left(ld - i, lanes);
+      vstore_two(dst + c * ld + i, vload_two(weight + c * k + i, there), room);
+    }
+  }
+}
+
 // Panel of output channels.
 static void pack_pointwise_pairs(const PackContext& ctx, int64_t panel) {
+  if (ctx.plan.by_planes) return pack_pointwise_pair_rows(ctx, panel);
   constexpr int n = Vec<float>::n;
   const Geometry& g = ctx.geom;
   const int64_t columns = ctx.plan.micro.columns, first = panel * columns, pairs = ceil_div(g.c_mid, 2);

@@ -52,7 +52,8 @@ DSCONV_INLINE void vstream(float* p, __m512 v) { _mm512_stream_ps(p, v); }
 DSCONV_INLINE void vstream(double* p, __m512d v) { _mm512_stream_pd(p, v); }
 
 DSCONV_INLINE __m256i load_halves(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-DSCONV_INLINE __m256i load_halves(const void* p, int n) { return _mm256_maskz_loadu_epi16(first16(n), p); }
+DSCONV_INLINE __m256i load_halves(const void* p, __mmask16 lanes) { return _mm256_maskz_loadu_epi16(lanes, p); }
+DSCONV_INLINE __m256i load_halves(const void* p, int n) { return load_halves(p, first16(n)); }
 DSCONV_INLINE void store_halves(void* p, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(p), v); }
 DSCONV_INLINE void store_halves(void* p, __m256i v, int n) { _mm256_mask_storeu_epi16(p, first16(n), v); }
 DSCONV_INLINE __m512 widen_bf16(__m256i h) {
@@ -74,11 +75,13 @@ DSCONV_INLINE __m256i narrow_bf16(__m512 v) {
 DSCONV_INLINE __m256i narrow_f16(__m512 v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 DSCONV_INLINE __m512 vload(const f16* p) { return _mm512_cvtph_ps(load_halves(p)); }
 DSCONV_INLINE __m512 vload(const f16* p, int n) { return _mm512_cvtph_ps(load_halves(p, n)); }
+DSCONV_INLINE __m512 vload_lanes(const f16* p, __mmask16 lanes) { return _mm512_cvtph_ps(load_halves(p, lanes)); }
 DSCONV_INLINE void vstore(f16* p, __m512 v) { store_halves(p, narrow_f16(v)); }
 DSCONV_INLINE void vstream(f16* p, __m512 v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_f16(v)); }
 DSCONV_INLINE void vstore(f16* p, __m512 v, int n) { store_halves(p, narrow_f16(v), n); }
 DSCONV_INLINE __m512 vload(const bf16* p) { return widen_bf16(load_halves(p)); }
 DSCONV_INLINE __m512 vload(const bf16* p, int n) { return widen_bf16(load_halves(p, n)); }
+DSCONV_INLINE __m512 vload_lanes(const bf16* p, __mmask16 lanes) { return widen_bf16(load_halves(p, lanes)); }
 DSCONV_INLINE void vstore(bf16* p, __m512 v) { store_halves(p, narrow_bf16(v)); }
 DSCONV_INLINE void vstream(bf16* p, __m512 v) { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(v)); }
 DSCONV_INLINE void vstore(bf16* p, __m512 v, int n) { store_halves(p, narrow_bf16(v), n); }

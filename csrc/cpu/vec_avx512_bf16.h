@@ -36,6 +36,9 @@ DSCONV_INLINE __m512i vload_two(const bf16* p, int n) {
 }
 DSCONV_INLINE __m512i vnarrow_two(__m512 v0, __m512 v1) { return (__m512i)_mm512_cvtne2ps_pbh(v1, v0); }
 DSCONV_INLINE void vstore_two(bf16* p, __m512 v0, __m512 v1) { _mm512_storeu_si512(p, vnarrow_two(v0, v1)); }
+DSCONV_INLINE void vstream_two(bf16* p, __m512 v0, __m512 v1) {
+  _mm512_stream_si512(reinterpret_cast<__m512i*>(p), vnarrow_two(v0, v1));
+}
 DSCONV_INLINE void vstore_two(bf16* p, __m512i v, int n) {
   _mm512_mask_storeu_epi16(p, static_cast<__mmask32>((uint64_t{1} << n) - 1), v);
 }

@@ -380,6 +380,8 @@ DSCONV_EMULATED __m512i align(__m512i high, __m512i low, int count, int lanes) {
 #define _mm512_loadu_si512(p) ::dsconv_emulation::load_all<__m512i>(p)
 #undef _mm512_storeu_si512
 #define _mm512_storeu_si512(p, v) ::dsconv_emulation::store_all<__m512i>(p, v)
+#undef _mm512_stream_si512
+#define _mm512_stream_si512(p, v) ::dsconv_emulation::store_all<__m512i>(p, v)
 #undef _mm512_maskz_loadu_epi16
 #define _mm512_maskz_loadu_epi16(m, p) \
   reinterpret_cast<__m512i>(           \
