@@ -9,6 +9,7 @@ from dsconv_cuda.autograd import transformed
 from dsconv_cuda.batchnorm import Unnormalised, block_of_chain
 from dsconv_cuda.children import SeparableConvolution, acts, check, compute_weights, only_computes_weights
 from dsconv_cuda.folded import Folded, wants_gradients
+from dsconv_cuda.guards import Guards
 from dsconv_cuda.kept_weights import Keeper
 from dsconv_cuda.modules import is_causal, separable_convolutions
 from dsconv_cuda.norms import BatchNormArguments, arguments_of, takes_batch_statistics
@@ -80,6 +81,11 @@ class DepthwiseSeparableConvBN(Keeper, SeparableConvolution):
 
     def forward_in_chain(self, input: Tensor | Unnormalised, defer: bool = False) -> Tensor | Unnormalised:
         """See :func:`dsconv_cuda.batchnorm.block_of_chain`; input is a Tensor and `defer` False where runs_apart()."""
+        folded = self._folded
+        if folded is not None and not torch.compiler.is_compiling() and folded.is_of(*self._parts()):
+            out = folded.again(input)
+            if out is not None:
+                return out
         acting = self._acting()
         if acting:
             if not all(only_computes_weights(*child) for child in acting):
@@ -118,14 +124,12 @@ class DepthwiseSeparableConvBN(Keeper, SeparableConvolution):
     def _evaluate(self, input: Tensor | Unnormalised) -> Tensor | None:
         """With given statistics in both norms and no gradients of parameters, by folded weights that are kept; None
         where the call is another."""
-        children = self._modules
-        depthwise, bn1, pointwise, bn2 = (children.get(name) for name in ("depthwise", "bn1", "pointwise", "bn2"))
+        depthwise, bn1, _, pointwise, bn2, *_ = parts = self._parts()
         convolution = self._stock[0]
         if type(depthwise) is not convolution or type(pointwise) is not convolution:
             return None
         if not isinstance(input, Tensor) or input.dim() != self._dims + 2:
             return None
-        bn1, bn2 = (None if type(norm) is nn.Identity else norm for norm in (bn1, bn2))
         norms = [norm for norm in (bn1, bn2) if norm is not None]
         for norm in norms:
             if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or takes_batch_statistics(norm):
@@ -145,11 +149,39 @@ class DepthwiseSeparableConvBN(Keeper, SeparableConvolution):
             return compiled_folding.apply(input, depthwise, pointwise, *arguments, *activations, causal=self.causal)
         if transformed():
             return None
-        parts = depthwise, bn1, self.activation, pointwise, bn2, self.out_activation
         folded = self._folded
-        if folded is None or not folded.is_of(*parts, self.causal):
-            folded = self._folded = Folded(*parts, causal=self.causal)
-        return folded(input, self._with_all_checks)
+        if folded is None or not folded.is_of(*parts):
+            folded = self._folded = Folded(*parts[:-1], causal=self.causal)
+        out = folded(input, self._with_all_checks)
+        if folded.may_be_guarded():
+            folded.guards = self._guards(norms, (depthwise, pointwise))
+        return out
+
+    def _parts(self) -> tuple:
+        """What a Folded is of."""
+        children = self._modules
+        bn1, bn2 = children.get("bn1"), children.get("bn2")
+        return (
+            children.get("depthwise"),
+            None if type(bn1) is nn.Identity else bn1,
+            self.activation,
+            children.get("pointwise"),
+            None if type(bn2) is nn.Identity else bn2,
+            self.out_activation,
+            self.causal,
+        )
+
+    def _guards(self, norms: list[nn.Module], convolutions: tuple[nn.Module, nn.Module]) -> Guards:
+        """Of the calls that _evaluate() takes with these parts. Nothing in them leads back to this module, which then
+        goes when the last who uses it does."""
+        guards = Guards()
+        for norm in norms:
+            guards.norm(norm)
+        for conv in convolutions:
+            guards.convolution(conv)
+        for child in self._modules.values():
+            guards.plain(child)
+        return guards
 
     def _with_all_checks(
         self, input: Tensor | Unnormalised, padding: int | tuple[int, ...] | str | None = None, defer: bool = False

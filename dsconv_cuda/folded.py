@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from dsconv_cuda import kept_weights
+from dsconv_cuda.autograd import nobody_watches
 from dsconv_cuda.functional import autocast_dtype
+from dsconv_cuda.guards import Guards
 from dsconv_cuda.locks import Lock
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 from dsconv_cuda.norms import arguments_of, fold_norm, norm_vectors
@@ -65,6 +67,7 @@ class Folded:
         causal: bool = False,  # of one dimension: the padding, whatever `depthwise` has
     ):
         self.arguments = (depthwise, bn1, activation, pointwise, bn2, out_activation, before)
+        self.parts = (*self.arguments[:6], causal)
         self.dtype, self.of_autocast = dtype, {}
         self.depthwise, self.pointwise = depthwise, pointwise
         self.before, self.bn1, self.bn2 = before, bn1, bn2
@@ -74,8 +77,10 @@ class Folded:
         self.norms = [m for m in (before and before.norm, bn1, bn2) if m is not None]
         self.tensors: list[Tensor] = []
         self.vectors: list[Tensor] = []
+        self.matrices: list[Tensor] = []
         self.versions: list[float] = []  # of the tensors, and eps of the norms
         self.seen: Seen | None = None
+        self.guards: Guards | None = None
         self.lock = Lock()
         kind = _MODULES[len(depthwise.kernel_size)]
         self.module = module = kind.__new__(kind)
@@ -88,22 +93,46 @@ class Folded:
         kept_weights.register(self)
 
     def is_of(self, *modules_and_activations) -> bool:
-        """Whether these would make it, in the order of __init__."""
-        module = self.module
-        mine = (
-            self.depthwise,
-            self.bn1,
-            module.activation,
-            self.pointwise,
-            self.bn2,
-            module.out_activation,
-            module.causal,
-        )
-        return all(map(operator.is_, mine, modules_and_activations))
+        """Whether these would make it, in the order of __init__, and `causal`."""
+        return modules_and_activations == self.parts
 
     def forget(self) -> None:
         """Has the next call fold again, and with all checks."""
-        self.tensors = []
+        self.tensors, self.guards = [], None
+
+    def again(self, x: Tensor) -> Tensor | None:
+        """The call where nobody has to look into it, since the guards hold; else None."""
+        guards = self.guards
+        if guards is None or type(x) is not Tensor or not guards.hold() or not nobody_watches():
+            return None
+        if torch.is_grad_enabled() and (self.before is not None or wants_gradients(self.sources)):
+            return None
+        with self.lock:
+            changed = self._folds_again()
+            in_norm = self.in_norm
+        if changed:
+            return self._call(x, in_norm)
+        call = self.module.__dict__.get("_kept_call")
+        return None if call is None else call.of_batch(self.module, x, in_norm, False)
+
+    def takes_again(self, x: Tensor) -> bool:
+        """Whether again() would take what the norm before makes of `x`, which is not made for it."""
+        guards = self.guards
+        return (
+            guards is not None
+            and type(x) is Tensor
+            and x.is_cpu
+            and x.dim() == self.depthwise._parameters["weight"].dim()
+            and x.dtype == self.depthwise._parameters["weight"].dtype
+            and not torch.is_grad_enabled()
+            and guards.hold()
+            and nobody_watches()
+        )
+
+    def may_be_guarded(self) -> bool:
+        """Whether the caller, who has just called it, can give it guards: of all that made this the call to make, but
+        the type of x and what is in the tensors."""
+        return self.guards is None and self.dtype is None and "_kept_call" in self.module.__dict__
 
     def __call__(self, x: Tensor, unkept: Callable[[Tensor], Tensor]) -> Tensor:
         """`unkept` makes the first call with new tensors, with all its checks, and every call where they are no plain
@@ -123,10 +152,8 @@ class Folded:
         ]
         with self.lock:  # else another thread would take for folded what this one is folding
             known = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
-            if known and self._changed():
-                # In inference mode others would be made, of no use to calls outside of it.
-                with torch.inference_mode(False), torch.no_grad():
-                    self._fold_again()
+            if known:
+                self._folds_again()
             in_norm = self.in_norm
         if not known:
             y = unkept(x)
@@ -134,6 +161,7 @@ class Folded:
                 with self.lock:
                     self.tensors, self.seen = tensors, None
                     self.vectors = [t for t in tensors if t.dim() == 1]
+                    self.matrices = [conv._parameters["weight"], self.pointwise._parameters["weight"]]
             return y
         if dtype is None:
             return self._call(x, in_norm)
@@ -170,13 +198,21 @@ class Folded:
         if not self.norms and self.dtype is None:  # nothing folds; modules.py looks after the weights themselves
             return first
         versions = [t._version for t in self.tensors] + [bn.eps for bn in self.norms]
-        matrices = [self.depthwise._parameters["weight"], self.pointwise._parameters["weight"]]
-        same = self.seen.again(self.vectors, matrices)
+        same = self.seen.again(self.vectors, self.matrices)
         same = same and versions == self.versions
         self.versions = versions
         return not same
 
-    def _fold_again(self) -> None:
+    def _folds_again(self) -> bool:
+        """Folds where it has to, and says so."""
+        if not self._changed():
+            return False
+        # In inference mode others would be made, of no use to calls outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._fold()
+        return True
+
+    def _fold(self) -> None:
         if self.before is not None:
             self.in_norm = given_vectors(self.before.norm), self.before.number
         pairs = (

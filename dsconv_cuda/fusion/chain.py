@@ -62,6 +62,7 @@ from dsconv_cuda.functional import (
     depthwise_separable_conv2d,
     depthwise_separable_conv3d,
 )
+from dsconv_cuda.guards import Guards
 from dsconv_cuda.norms import BatchNormArguments, arguments_of
 
 NONE, PAIR, ALL = 0, 1, 2  # see Chain.extent()
@@ -136,18 +137,32 @@ class Chain:
             if noted is not None and noted is not x and not _in_subgraph():
                 raise RuntimeError(self._unknown(self.depthwise))
             return x
-        extent = self.extent()
-        if extent == NONE:
-            return None
-        if type(x) is Deferred and not self._takes(x, extent):
-            x = x.value()
-        y = self.compute(x, extent)
-        if torch.compiler.is_dynamo_compiling():
+        traced = torch.compiler.is_dynamo_compiling()
+        y, extent = None if traced else self._again(x), ALL
+        if y is None:
+            extent = self.extent()
+            if extent == NONE:
+                return None
+            if type(x) is Deferred and not self._takes(x, extent):
+                x = x.value()
+            y = self.compute(x, extent)
+        if traced:
             self._note_in_graph(y)
         else:
             version = None if y.is_inference() else y._version
             self._made = self._made_by[get_ident()] = weakref.ref(y), extent, version
         return y
+
+    def _again(self, x: Tensor) -> Tensor | None:
+        """All of the chain in evaluation as in an earlier call, where its guards hold; else None."""
+        if type(x) is not Deferred:
+            folded = self._folded.get((ALL, False))
+            return None if folded is None else folded.again(x)
+        folded = self._folded.get((ALL, True))
+        if folded is None or x.owner is not self or x.is_made() or x.act != self.before.number:
+            return None
+        x.check_sources()
+        return folded.again(x.y)
 
     def defer(self, x: Tensor) -> Tensor | None:
         """What the norm before makes of its input, as the chain takes it; None where it runs by itself."""
@@ -163,10 +178,12 @@ class Chain:
                 y = self._evaluate(x, ALL, before)
             self._note_in_graph(y)
             return y
-        if torch._C._get_tracing_state() is not None or type(x) not in (Tensor, nn.Parameter):
-            return None
-        if not self._defers(x):
-            return None
+        folded = self._folded.get((ALL, True))
+        if folded is None or not folded.takes_again(x):
+            if torch._C._get_tracing_state() is not None or type(x) not in (Tensor, nn.Parameter):
+                return None
+            if not self._defers(x):
+                return None
         if x.numel() == x.shape[1] and not isinstance(norm, nn.SyncBatchNorm):  # PyTorch says what is wrong
             return None
         activation = before.activation if before.within else "identity"
@@ -363,12 +380,47 @@ class Chain:
             return self._unkept(x, bn2, out_activation, before)
         if in_graph or transformed():
             return self._unkept(x, bn2, out_activation, before)
-        extent = extent, before is not None
-        folded = self._folded.get(extent)
+        folded = self._folded.get((extent, before is not None))
         if folded is None:
             modules = self.depthwise, bn1, self.activation, self.pointwise, bn2, out_activation
-            folded = self._folded[extent] = Folded(*modules, before)
-        return folded(x, functools.partial(self._unkept, bn2=bn2, out_activation=out_activation, before=before))
+            folded = self._folded[extent, before is not None] = Folded(*modules, before)
+        y = folded(x, functools.partial(self._unkept, bn2=bn2, out_activation=out_activation, before=before))
+        if extent == ALL and folded.may_be_guarded():
+            folded.guards = self._guards(before)
+        return y
+
+    def _guards(self, before: NormBefore | None) -> Guards | None:
+        """Of the calls that _evaluate() takes of the whole chain, and of what defer() gives it to take; None where a
+        setting is one that guards cannot see."""
+        guards = Guards()
+        places, containers, settings = list(self.places), list(self.containers), list(self.settings)
+        norms = [self.bn1, self.bn2]
+        if before is not None:
+            places, containers, settings = (
+                mine + of_norm
+                for mine, of_norm in (
+                    (places, before.places), (containers, before.containers), (settings, before.settings)
+                )
+            )  # fmt: skip
+            norms.append(before.norm)
+            if before.within is not None:
+                guards.same(before.norm._modules, "act")
+                guards.no_hooks(before.within)
+        for norm in norms:
+            if norm is not None:
+                guards.norm(norm)
+        guards.convolution(self.depthwise)
+        guards.convolution(self.pointwise)
+        for parent, name, child in places:
+            guards.same(parent._modules, name)
+            guards.plain(child)
+        for container in containers:
+            guards.no_hooks(container)
+        for module, name, _ in settings:
+            if name not in module.__dict__:
+                return None
+            guards.same(module.__dict__, name)
+        return guards
 
     def _train(self, x: Tensor | Deferred | Unnormalised) -> Tensor:
         """With statistics of the batch in one or both norms."""
