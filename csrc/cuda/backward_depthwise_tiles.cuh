@@ -121,7 +121,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   const PixelBox& box = plan.sum_box;
   Span* spans = reinterpret_cast<Span*>(shared + plan.sum_shared.tables.spans);
   StripPlace* strips = reinterpret_cast<StripPlace*>(shared + plan.sum_shared.tables.strips);
-  int64_t* offsets = reinterpret_cast<int64_t*>(shared + plan.sum_shared.tables.offsets);
+  const SlotOffsets offsets{reinterpret_cast<int64_t*>(shared + plan.sum_shared.tables.offsets)};
   float* scratch = reinterpret_cast<float*>(shared + plan.sum_shared.sums);  // [warp][sum][channel]
   const int64_t split = blockIdx.x / static_cast<unsigned>(plan.chunks);
   const int32_t c0 = static_cast<int32_t>(blockIdx.x % static_cast<unsigned>(plan.chunks)) * kChunk;

@@ -112,8 +112,8 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   const int32_t c_out = static_cast<int32_t>(g.c_out), c_mid = static_cast<int32_t>(g.c_mid);
   const DepthwiseInput<T> in = depthwise_input<T>(p);
   const Input input{box, in, place, shared, at.tables};
-  int64_t* dy_at = reinterpret_cast<int64_t*>(shared + at.dy_offsets);
-  int64_t* saved_at = reinterpret_cast<int64_t*>(shared + at.saved_offsets);
+  const SlotOffsets dy_at{reinterpret_cast<int64_t*>(shared + at.dy_offsets)};
+  const SlotOffsets saved_at{reinterpret_cast<int64_t*>(shared + at.saved_offsets)};
   input.fill_tables(du_strides);
   fill_offsets<Traits::kPixels>(box, place, g, p.dy_strides, dy_at);
   if (p.saved != nullptr) fill_offsets<Traits::kPixels>(box, place, g, p.saved_strides, saved_at);
@@ -216,7 +216,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
   const bool dy_along_c = p.dy_layout == Layout::nhwc;
   const bool dy_runs = !dy_along_c && slots_are_runs<T>(box, g, p.dy_strides, p.dy);
   const DepthwiseInput<T> in = depthwise_input<T>(p);
-  int64_t* saved_at = reinterpret_cast<int64_t*>(shared + at.saved_offsets);
+  const SlotOffsets saved_at{reinterpret_cast<int64_t*>(shared + at.saved_offsets)};
   // Made anew for each box: the depthwise stage needs the registers.
   const auto first_out = [] { return thread_here() / 32 / Traits::kWarpColumns * Traits::kWarpOut; };
   const auto first_mid = [] { return thread_here() / 32 % Traits::kWarpColumns * Traits::kWarpMid; };
@@ -229,7 +229,7 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
 #pragma unroll 1
   for (int32_t b = 0; b < boxes; ++b) {
     const Input input{box, in, box_place(box, g, first_box + b), shared, at.tables};
-    const int64_t* dy_at = input.offsets();
+    const SlotOffsets dy_at = input.offsets();
     input.fill_tables(p.dy_strides);
     if (p.saved != nullptr) fill_offsets<Traits::kPixels>(box, input.place, g, p.saved_strides, saved_at);
     __syncthreads();  // and the products of the box before are done
@@ -270,12 +270,20 @@ DSCONV_KERNEL void DSCONV_BOUNDS(kBlockThreads, 2)
       }
     }
     const int thread = thread_here();
-    if (sums_bias && thread < Traits::kOut) {
+    if (sums_bias && thread < Traits::kOut && dy_along_c) {
 #pragma unroll 1
       for (int pixel = 0; pixel < Traits::kPixels; ++pixel) {
-        const int byte = dy_along_c ? at_row<T, Traits::kOut * Traits::kElement, true>(pixel, thread)
-                                    : at_row<T, Traits::kPixels * Traits::kElement, true>(thread, pixel);
+        const int byte = at_row<T, Traits::kOut * Traits::kElement, true>(pixel, thread);
         bias_sum.add(to_acc(*reinterpret_cast<const T*>(shared + byte)));
+      }
+    } else if (sums_bias && thread < Traits::kOut) {
+      constexpr int kVec = kVecWidth<T>;  // of 8 rows the vectors are in different banks
+#pragma unroll 1
+      for (int pixel = 0; pixel < Traits::kPixels; pixel += kVec) {
+        const int byte = at_row<T, Traits::kPixels * Traits::kElement, true>(thread, pixel);
+        const auto values = *reinterpret_cast<const Vec<T, kVec>*>(shared + byte);
+#pragma unroll
+        for (int e = 0; e < kVec; ++e) bias_sum.add(to_acc(values.v[e]));
       }
     }
   }

@@ -42,7 +42,7 @@ struct BoxInput {
   DSCONV_DEVICE Span* spans() const { return reinterpret_cast<Span*>(shared + tables.spans); }
   DSCONV_DEVICE StripPlace* strips() const { return reinterpret_cast<StripPlace*>(shared + tables.strips); }
   // of the slots, see fill_offsets
-  DSCONV_DEVICE int64_t* offsets() const { return reinterpret_cast<int64_t*>(shared + tables.offsets); }
+  DSCONV_DEVICE SlotOffsets offsets() const { return {reinterpret_cast<int64_t*>(shared + tables.offsets)}; }
 
   // The caller puts a barrier behind it.
   DSCONV_DEVICE void fill_tables(const Strides& offset_strides) const {
@@ -88,7 +88,7 @@ struct BoxInput {
         constexpr int kPairs = kStrips / 2;
 #pragma unroll 1
         for (int k = thread / kPairs; k < kChunkChannels<T>; k += kBlockThreads / kPairs) {
-          pair<kZeroed>(middle, strips()[thread % kPairs * 2], k, c0, staged, taps, tile);
+          pair<kZeroed>(middle, strips()[thread % kPairs], k, c0, staged, taps, tile);
         }
         return;
       }
@@ -135,16 +135,16 @@ struct BoxInput {
     for (int32_t kd = 0; kd < planes; ++kd) {
       switch (box.kernel) {
         case BoxKernel::k3s1:
-          unrolled_item<T, kAlongC, kUnit, 3, 1>(x, box.row_pitch, weight, z);
+          unrolled_item<T, kAlongC, kUnit, 3, 1>(box, x, weight, z);
           break;
         case BoxKernel::k3s2:
-          unrolled_item<T, kAlongC, kUnit, 3, 2>(x, box.row_pitch, weight, z);
+          unrolled_item<T, kAlongC, kUnit, 3, 2>(box, x, weight, z);
           break;
         case BoxKernel::k5s1:
-          unrolled_item<T, kAlongC, kUnit, 5, 1>(x, box.row_pitch, weight, z);
+          unrolled_item<T, kAlongC, kUnit, 5, 1>(box, x, weight, z);
           break;
         case BoxKernel::k5s2:
-          unrolled_item<T, kAlongC, kUnit, 5, 2>(x, box.row_pitch, weight, z);
+          unrolled_item<T, kAlongC, kUnit, 5, 2>(box, x, weight, z);
           break;
         default:
           if constexpr (!kPair) {
@@ -204,10 +204,12 @@ struct BoxInput {
 #pragma unroll
     for (int i = 0; i < kStripPixels; ++i) {
       const int slot = strip.slot_of_pair(i);
+      Vec<int64_t, 2> at = {};
+      if constexpr (kZeroed) at = offsets().two(slot);
       Vec<T, 2> operands;
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
-        const bool zero = kZeroed && offsets()[slot + column] < 0;
+        const bool zero = at.v[column] < 0;
         operands.v[column] = zero ? T{} : from_acc<T>(z[2 * i + column]);
       }
       *reinterpret_cast<Vec<T, 2>*>(tile + at_row<T, kRowBytes, true>(k, slot)) = operands;

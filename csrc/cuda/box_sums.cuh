@@ -145,35 +145,60 @@ DSCONV_DEVICE void column_strip(const unsigned char* x, int32_t row_pitch, const
   }
 }
 
-// Two such strips side by side, z[row][column], of 2-byte types: their columns by words of two. x: the first of them;
-// `odd`: it is the second column of its word. The sums are those of column_strip.
-template <typename T, int kKernel, int kStride>
-DSCONV_DEVICE void column_pair(const unsigned char* x, bool odd, int32_t row_pitch, const T* weight,
+// The columns of x, some values of a row, by words of two. `odd`: the first is the second one of its word.
+struct ColumnsByTwos {
+  bool odd;
+
+  template <typename T, int kColumns>
+  DSCONV_DEVICE void load(const unsigned char* x, float (&row)[kColumns]) const {
+    constexpr int kWords = (kColumns + 1) / 2, kLoads = (kColumns + 2) / 2;
+    if (odd) x -= sizeof(T);
+    uint32_t words[kLoads + 1] = {};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      if (i < kWords || odd) words[i] = *reinterpret_cast<const uint32_t*>(x + 4 * i);
+    }
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      const uint32_t word = odd ? words[i / 2] >> 16 | words[i / 2 + 1] << 16 : words[i / 2];
+      row[i] = to_acc(T{static_cast<uint16_t>(i % 2 == 0 ? word : word >> 16)});
+    }
+  }
+};
+
+// The same by fours, the first being number kFirst of its four. At stride 2 the lanes' words are two apart, every other
+// bank twice; their fours are neighbours.
+template <int kFirst>
+struct ColumnsByFours {
+  template <typename T, int kColumns>
+  DSCONV_DEVICE void load(const unsigned char* x, float (&row)[kColumns]) const {
+    constexpr int kFours = (kFirst + kColumns + 3) / 4;
+    const auto* from = reinterpret_cast<const Vec<T, 4>*>(x - kFirst * static_cast<int>(sizeof(T)));
+    Vec<T, 4> fours[kFours];
+#pragma unroll
+    for (int i = 0; i < kFours; ++i) fours[i] = from[i];
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) row[i] = to_acc(fours[(kFirst + i) / 4].v[(kFirst + i) % 4]);
+  }
+};
+
+// Two such strips side by side, z[row][column], of 2-byte types. x: the first of them. The sums are those of
+// column_strip.
+template <typename T, int kKernel, int kStride, typename Columns>
+DSCONV_DEVICE void column_pair(const unsigned char* x, const Columns& columns, int32_t row_pitch, const T* weight,
                                float (&z)[2 * kStripPixels]) {
   static_assert(sizeof(T) == 2, "two columns a word");
-  constexpr int kColumns = kStride + kKernel, kWords = (kColumns + 1) / 2, kLoads = (kColumns + 2) / 2;
   float taps[kKernel][kKernel];
 #pragma unroll
   for (int kh = 0; kh < kKernel; ++kh) {
 #pragma unroll
     for (int kw = 0; kw < kKernel; ++kw) taps[kh][kw] = to_acc(weight[kh * kKernel + kw]);
   }
-  if (odd) x -= sizeof(T);
 #pragma unroll
   for (int r = 0; r < (kStripPixels - 1) * kStride + kKernel; ++r) {
-    uint32_t words[kLoads + 1] = {};
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) {
-      if (i < kWords || odd) words[i] = *reinterpret_cast<const uint32_t*>(x + 4 * i);
-    }
+    float row[kStride + kKernel];
+    columns.template load<T>(x, row);
     x += row_pitch;
-    float row[2 * kWords];
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) {
-      const uint32_t word = odd ? words[i] >> 16 | words[i + 1] << 16 : words[i];
-      row[2 * i] = to_acc(T{static_cast<uint16_t>(word)});
-      row[2 * i + 1] = to_acc(T{static_cast<uint16_t>(word >> 16)});
-    }
 #pragma unroll
     for (int i = 0; i < kStripPixels; ++i) {
       const int kh = r - i * kStride;
@@ -190,22 +215,31 @@ DSCONV_DEVICE void column_pair(const unsigned char* x, bool odd, int32_t row_pit
 }
 
 template <typename T, bool kAlongC, int kUnit, int kKernel, int kStride, int kValues>
-DSCONV_DEVICE void unrolled_item(const unsigned char* x, int32_t row_pitch, const T* weight, float (&z)[kValues]) {
+DSCONV_DEVICE void unrolled_item(const PixelBox& box, const unsigned char* x, const T* weight, float (&z)[kValues]) {
+  const int32_t row_pitch = box.row_pitch;
   if constexpr (kAlongC) {
     unrolled_patch<T, kUnit, kKernel, kStride>(x, row_pitch, weight, z);
   } else if constexpr (kValues == 2 * kStripPixels) {
-    column_pair<T, kKernel, kStride>(x, (reinterpret_cast<uintptr_t>(x) & 2) != 0, row_pitch, weight, z);
+    if constexpr (kStride == 2) {
+      constexpr ColumnsByFours<pair_start(kKernel)> columns{};
+      if (box.fours) return column_pair<T, kKernel, kStride>(x, columns, row_pitch, weight, z);
+    }
+    const ColumnsByTwos columns{(reinterpret_cast<uintptr_t>(x) & 2) != 0};
+    column_pair<T, kKernel, kStride>(x, columns, row_pitch, weight, z);
   } else {
     column_strip<T, kKernel, kStride>(x, row_pitch, weight, z);
   }
 }
 
 // Any kernel; weight_unit: elements from a channel's taps to the next one's. kRuns runs of four pixels, run_pitch bytes
-// apart. At stride and dilation 1 along a run the window slides: one load a tap.
+// apart. At stride and dilation 1 along a run the window slides: one load a tap, or along the columns of nchw one load
+// of the four columns that four taps add to it, which are the lanes' neighbours too.
 template <typename T, int kUnit, int kRuns>
 DSCONV_DEVICE void looped_item(const unsigned char* x, int32_t run_pitch, const T* weight, int32_t weight_unit,
                                const StripSteps& s, float (&z)[kRuns * 4 * kUnit]) {
   const bool slides = s.stride_a == 1 && s.dilation_a == 1;
+  constexpr bool kFours = kUnit == 1 && kRuns == 1 && sizeof(T) <= 4;
+  const bool by_fours = kFours && slides && s.pitch_a == static_cast<int32_t>(sizeof(T));
 #pragma unroll 1
   for (int32_t b = 0; b < s.taps_b; ++b) {
     const unsigned char* row = x + b * s.pitch_b;
@@ -219,6 +253,23 @@ DSCONV_DEVICE void looped_item(const unsigned char* x, int32_t run_pitch, const 
     }
 #pragma unroll 1
     for (int32_t a = 0; a < s.taps_a; ++a) {
+      if constexpr (kFours) {
+        const unsigned char* next = row + (a + 3) * s.pitch_a;
+        if (by_fours && a + 4 <= s.taps_a && reinterpret_cast<uintptr_t>(next) % (4 * sizeof(T)) == 0) {
+          float columns[7] = {window[0][1][0], window[0][2][0], window[0][3][0]};
+          const auto four = *reinterpret_cast<const Vec<T, 4>*>(next);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) columns[3 + i] = window[0][i][0] = to_acc(four.v[i]);
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const float tap = to_acc(weight[(a + j) * s.weight_a + b * s.weight_b]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) z[i] = fused_multiply_add(columns[i + j], tap, z[i]);
+          }
+          a += 3;
+          continue;
+        }
+      }
 #pragma unroll
       for (int r = 0; r < kRuns; ++r) {
         if (slides) {

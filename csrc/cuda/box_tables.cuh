@@ -114,8 +114,10 @@ DSCONV_DEVICE void fill_strips(const PixelBox& box, const BoxPlace& place, const
   const int32_t rows = kAlongC ? (box.flat ? 1 : 2) : box.strips_down ? kItem : 1, columns = kItem / rows;
   const int32_t height = box.h / rows, width = box.w / columns;
   const int32_t lines = box.n * height, count = lines * width;
+  // The first strips of the pairs, which a warp reads together, and then the others.
+  StripPlace& strip = strips[box.pairs ? i % 2 * (kSlots / kItem / 2) + i / 2 : i];
   if (i >= count) {
-    strips[i] = {-1, static_cast<int16_t>(i * kItem), kAlongC ? 4 : 1};
+    strip = {-1, static_cast<int16_t>(i * kItem), kAlongC ? 4 : 1};
     return;
   }
   int32_t line = i / width, column = i % width;
@@ -136,14 +138,14 @@ DSCONV_DEVICE void fill_strips(const PixelBox& box, const BoxPlace& place, const
   const int32_t corner = plane * box.plane_pitch + row * static_cast<int32_t>(g.stride_h) * box.row_pitch +
                          (column * static_cast<int32_t>(g.stride_w) + phase) * box.column_pitch;
   const int32_t step = kAlongC ? (box.flat ? 4 : box.w) : box.strips_down ? box.w : 1;
-  strips[i] = {exists ? corner : -1, static_cast<int16_t>((slice * box.h + row) * box.w + column),
-               static_cast<int16_t>(step)};
+  strip = {exists ? corner : -1, static_cast<int16_t>((slice * box.h + row) * box.w + column),
+           static_cast<int16_t>(step)};
 }
 
 // Elements from a tensor's first to each slot's pixel, first channel; -1 for a slot without a pixel.
 template <int kSlots>
 DSCONV_DEVICE void fill_offsets(const PixelBox& box, const BoxPlace& place, const Geometry& g, const Strides& strides,
-                                int64_t* offsets) {
+                                SlotOffsets offsets) {
 #pragma unroll 1
   for (int i = static_cast<int>(threadIdx.x); i < kSlots; i += kBlockThreads) {
     const Pixel pixel = pixel_of_slot(box, place, g, i);

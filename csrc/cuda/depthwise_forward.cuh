@@ -31,7 +31,7 @@ DSCONV_DEVICE void put_middle(Middle middle, T value, T* a) {
 
 // A chunk from shared memory to a: channels from c0 on. `runs`: slots_are_runs().
 template <class Input, typename T, bool kAlongC>
-DSCONV_DEVICE void store_chunk(const ForwardParams& p, Middle middle, const int64_t* offsets, int32_t c0, bool runs,
+DSCONV_DEVICE void store_chunk(const ForwardParams& p, Middle middle, SlotOffsets offsets, int32_t c0, bool runs,
                                const unsigned char* z) {
   constexpr int kVec = kVecWidth<T>, kRowBytes = Input::kRowBytes, kRow = kRowBytes / static_cast<int>(sizeof(T));
   constexpr int kElements = kDepthwiseSlots * kChunkChannels<T>;
@@ -52,7 +52,7 @@ DSCONV_DEVICE void store_chunk(const ForwardParams& p, Middle middle, const int6
 #pragma unroll 1
   for (int i = thread_here(); i < kElements / kVec; i += kBlockThreads) {
     const int row = i / (kRow / kVec), first = i % (kRow / kVec) * kVec;
-    const int64_t* at = offsets + (kAlongC ? row : first);
+    const SlotOffsets at = offsets + (kAlongC ? row : first);
     const int32_t c = c0 + (kAlongC ? first : row);
     auto value = *reinterpret_cast<const Vec<T, kVec>*>(z + at_row<T, kRowBytes, !kAlongC>(row, first));
     if (in_a.is_vector(at, c)) {

@@ -53,7 +53,7 @@ struct MmaForwardTraits {
 // ForwardParams::y_parts of the channels from o0 on: `slices` are the warps' slices, not in use.
 template <class Traits>
 DSCONV_DEVICE void put_parts(const ForwardParams& p, int64_t tile, int64_t tiles, const typename Traits::Warp& own,
-                             const int64_t* offsets, int32_t o0, unsigned char* slices) {
+                             SlotOffsets offsets, int32_t o0, unsigned char* slices) {
   using Parts = WarpParts<Traits::kWarpChannels>;
   const auto of_warp = [&](int warp) -> Parts& {
     return *reinterpret_cast<Parts*>(slices + warp * Traits::kSliceBytes);

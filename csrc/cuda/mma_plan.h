@@ -147,8 +147,10 @@ inline double box_wavefronts(const PixelBox& box, const Geometry& g, Layout layo
     loads = (3 * g.stride_w + g.kernel_w) * (g.stride_h + g.kernel_h + again) +
             (g.kernel_h == 3 ? taps : (2 * g.kernel_h) * g.kernel_w * unit);
   } else {
-    // Columns one by one, or words of two.
-    const int64_t across = box.pairs ? (g.stride_w + g.kernel_w + 2) / 2 : g.kernel_w;
+    // Columns one by one, words of two, or fours, which take two wavefronts.
+    const int64_t columns = g.stride_w + g.kernel_w;
+    const int64_t fours = box_ceil_div(pair_start(static_cast<int>(g.kernel_w)) + columns, 4);
+    const int64_t across = box.fours ? 2 * fours : box.pairs ? (columns + 2) / 2 : g.kernel_w;
     loads = (3 * g.stride_h + g.kernel_h) * across + taps;
   }
   // A warp is two patches, or 32 items of a channel each.

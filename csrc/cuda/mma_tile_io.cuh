@@ -110,8 +110,7 @@ DSCONV_DEVICE void activate_tile(Activation act, Warp& warp) {
 // A slice of a warp's tile in shared memory, as it goes to an output tensor: `slots` are the offsets of its pixels, o0
 // the first of its channels. A lane has 16 bytes of it along the unit-strided dimension.
 template <bool kAlongC, typename T>
-DSCONV_DEVICE void store_slice(const OutputTensor<T>& out, const int64_t* slots, int32_t o0,
-                               const unsigned char* slice) {
+DSCONV_DEVICE void store_slice(const OutputTensor<T>& out, SlotOffsets slots, int32_t o0, const unsigned char* slice) {
   constexpr int kVec = kVecWidth<T>;
   constexpr int kRows = kAlongC ? kSlicePixels : kSliceChannels, kColumns = kAlongC ? kSliceChannels : kSlicePixels;
   constexpr int kRowBytes = kColumns * static_cast<int>(sizeof(T));
@@ -133,7 +132,7 @@ DSCONV_DEVICE void store_slice(const OutputTensor<T>& out, const int64_t* slots,
     const auto values = *reinterpret_cast<const Vec<T, kVec>*>(slice + at_row<T, kRowBytes>(row, first));
     // The run's place in y, and which of its elements exist, all of them in a row or not.
     const int32_t o = o0 + (kAlongC ? first : row);
-    const int64_t* run = slots + (kAlongC ? row : first);
+    const SlotOffsets run = slots + (kAlongC ? row : first);
     const int64_t at = run[0] + o * out.channel_stride;
     const bool together =
         run[0] >= 0 && (kAlongC ? o + kVec <= out.channels : o < out.channels && run[kVec - 1] == run[0] + kVec - 1);
@@ -154,7 +153,7 @@ DSCONV_DEVICE void store_slice(const OutputTensor<T>& out, const int64_t* slots,
 // pixels. A slice of kSlicePixels x kSliceChannels at a time goes through `slice`, the warp's own; finish(values)
 // changes four of them on their way.
 template <bool kYAlongC, typename T, typename Warp, typename Finish>
-DSCONV_DEVICE void store_warp_tile(const OutputTensor<T>& out, const Warp& warp, const int64_t* slots, int32_t o0,
+DSCONV_DEVICE void store_warp_tile(const OutputTensor<T>& out, const Warp& warp, SlotOffsets slots, int32_t o0,
                                    unsigned char* slice, const Finish& finish) {
   constexpr int kRowBytes = (kYAlongC ? kSliceChannels : kSlicePixels) * static_cast<int>(sizeof(T));
   constexpr int kDown = Warp::kM / kSlicePixels, kSlices = kDown * (Warp::kN / kSliceChannels);
@@ -203,16 +202,16 @@ struct TensorRun {
   int64_t channel_stride;
   int32_t channels;
 
-  DSCONV_DEVICE const T* start(const int64_t* at, int32_t o) const { return tensor + at[0] + o * channel_stride; }
+  DSCONV_DEVICE const T* start(const SlotOffsets& at, int32_t o) const { return tensor + at[0] + o * channel_stride; }
 
   // Whether all of them exist, lie together and are aligned.
-  DSCONV_DEVICE bool is_vector(const int64_t* at, int32_t o) const {
+  DSCONV_DEVICE bool is_vector(const SlotOffsets& at, int32_t o) const {
     const bool together =
         kAlongC ? channel_stride == 1 && o + kVec <= channels : o < channels && at[kVec - 1] == at[0] + kVec - 1;
     return together && at[0] >= 0 && is_aligned(start(at, o), 16);
   }
 
-  DSCONV_DEVICE Vec<T, kVec> load(const int64_t* at, int32_t o) const {
+  DSCONV_DEVICE Vec<T, kVec> load(const SlotOffsets& at, int32_t o) const {
     if (is_vector(at, o)) return *reinterpret_cast<const Vec<T, kVec>*>(start(at, o));
     Vec<T, kVec> result = {};
 #pragma unroll
@@ -229,8 +228,8 @@ struct TensorRun {
 // or of slots, in runs (slots_are_runs) or not. Without an out_act it is dy, copied asynchronously where it can be: the
 // caller commits, waits and puts the barriers.
 template <typename T, bool kAlongC, bool kAcross, int kSlots, int kChannels>
-DSCONV_DEVICE void stage_gradient(const BackwardParams& p, bool runs, int32_t o0, const int64_t* dy_at,
-                                  const int64_t* saved_at, unsigned char* tile) {
+DSCONV_DEVICE void stage_gradient(const BackwardParams& p, bool runs, int32_t o0, SlotOffsets dy_at,
+                                  SlotOffsets saved_at, unsigned char* tile) {
   constexpr int kVec = kVecWidth<T>, kRow = kAlongC ? kChannels : kSlots, kLines = kAlongC ? kSlots : kChannels;
   constexpr int kRowBytes = kRow * static_cast<int>(sizeof(T));
   const int32_t c_out = static_cast<int32_t>(p.geom.c_out);

@@ -9,6 +9,7 @@
 #include "dtype.cuh"
 #include "fragments.cuh"
 #include "gemm.cuh"
+#include "pixel.cuh"
 
 namespace dsconv {
 
@@ -60,7 +61,7 @@ struct WarpParts {
 
 // slots: offsets of the warp's pixels, -1 where there is none. The caller puts the barriers.
 template <typename Warp>
-DSCONV_DEVICE void put_warp_parts(const Warp& warp, const int64_t* slots, WarpParts<Warp::kN>& to) {
+DSCONV_DEVICE void put_warp_parts(const Warp& warp, SlotOffsets slots, WarpParts<Warp::kN>& to) {
   constexpr int kRows = Warp::kM / 8;  // of a lane
   const int lane = thread_here() % 32, g = lane / 4, t = lane % 4;
   const auto over_rows = [](float value) {

@@ -7,6 +7,7 @@
 
 #include "../params.h"
 #include "cuda_plan.h"
+#include "dtype.cuh"
 #include "portability.cuh"
 
 namespace dsconv {
@@ -44,6 +45,27 @@ DSCONV_HOST_DEVICE Pixel pixel_at(int64_t q, int64_t depth, int64_t height, int6
 DSCONV_HOST_DEVICE Pixel output_pixel_at(int64_t q, const Geometry& g) {
   return pixel_at(q, g.d_out, g.h_out, g.w_out);
 }
+
+// Elements from a tensor's first to the pixel of each slot of a tile, a table in shared memory. Neighbours are
+// exchanged in groups of eight, so that a warp that reads every eighth entry (each lane a run of slots) finds 16 of
+// them in different banks, as it does 16 neighbours.
+struct SlotOffsets {
+  int64_t* table;
+  int first = 0;
+
+  DSCONV_DEVICE int64_t& operator[](int slot) const {
+    const int at = first + slot;
+    return table[at ^ (at >> 4 & 7)];
+  }
+  DSCONV_DEVICE SlotOffsets operator+(int slots) const { return {table, first + slots}; }
+  // Of an even slot and the next one, in one access.
+  DSCONV_DEVICE Vec<int64_t, 2> two(int slot) const {
+    const int at = first + slot, exchanged = at >> 4 & 7;
+    const Vec<int64_t, 2> both = *reinterpret_cast<const Vec<int64_t, 2>*>(table + ((at ^ exchanged) & ~1));
+    if ((exchanged & 1) == 0) return both;
+    return {both.v[1], both.v[0]};
+  }
+};
 
 // The receptive field of one output pixel: its front top left corner in x, which may lie in the padding.
 struct Window {

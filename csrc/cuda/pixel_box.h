@@ -42,6 +42,7 @@ struct PixelBox {
   int32_t n, h, w;   // n * h * w slots; pixels beyond the slice are slots that nobody stores
   bool strips_down;  // nchw: a strip is kStripPixels rows of a column (h a multiple), else columns
   bool pairs;        // nchw: items are two strips side by side, loaded by words of two columns (w is even)
+  bool fours;        // of pairs: loaded by fours of columns, which begin at a multiple of 8 bytes (pair_start())
   bool flat;         // nhwc: patches of one row (w a multiple of 8), else h is even and w a multiple of 4
   int64_t tiles_h, tiles_w, tiles;  // boxes, columns of boxes fastest
 
@@ -183,17 +184,19 @@ struct StripStarts {
   }
 };
 
-// Wavefronts of shared memory that these take for a value each, or for a word.
+// Wavefronts of shared memory that these take for a value each, for a word, or for a four: those of half a warp.
 inline int64_t strip_wavefronts(const PixelBox& box, const StripStarts& starts, int64_t element) {
+  const int64_t unit = box.fours ? 8 : 4, lanes = 128 / unit;
   int64_t wavefronts = 0;
-  for (int64_t warp = 0; warp < 2; ++warp) {
+  for (int64_t first = 0; first < 64; first += lanes) {
+    const int64_t warp = first / 32;
     for (int64_t shift = 0; shift < 4; shift += box.pairs ? 4 : element) {
       int64_t words[32][32], in_bank[32] = {}, most = 0;  // the different words of each bank
-      for (int i = 0; i < starts.count[warp]; ++i) {
+      for (int64_t i = first % 32; i < starts.count[warp] && i < first % 32 + lanes; ++i) {
         const StripStarts::Start& at = starts.of[32 * warp + i];
         const int64_t byte = at.channel * box.channel_pitch + at.slice * box.plane_pitch + at.row * box.row_pitch +
                              at.column * element + shift;
-        const int64_t word = byte / 4, bank = word % 32;
+        const int64_t word = byte / unit, bank = word % lanes;
         bool found = false;
         for (int64_t other = 0; other < in_bank[bank] && !found; ++other) found = words[bank][other] == word;
         if (found) continue;
@@ -213,18 +216,29 @@ inline bool takes_pairs(const PixelBox& box, const BoxSource& s) {
          box.row_pitch % 4 == 0;
 }
 
+// The place of a pair's first column in its four, where the padding is half the kernel.
+constexpr int pair_start(int kernel) { return (4 - kernel / 2 % 4) % 4; }
+
+// At stride 2, where the words of neighbouring pairs are in every other bank, and their fours neighbours.
+inline bool takes_fours(const PixelBox& box, const Geometry& g) {
+  const bool starts_there = (g.pad_left + pair_start(static_cast<int>(g.kernel_w))) % 4 == 0;
+  return box.pairs && g.stride_w == 2 && starts_there && box.copy_bytes >= 8 && box.row_pitch % 8 == 0;
+}
+
 // Puts the rows of an nchw box so far apart that its strips are in different banks, as far as that can be.
 inline void spread_rows(PixelBox& box, const Geometry& g, const BoxSource& s, int64_t slots, int64_t most_bytes) {
   if (!box.staged || !box.strips_down) return;
   box.pairs = takes_pairs(box, s);
+  box.fours = takes_fours(box, g);
   const StripStarts starts(box, g, slots / kStripPixels);
   PixelBox padded = box;
   int64_t least = strip_wavefronts(box, starts, s.element);
-  const int64_t conflict_free = box.pairs ? 2 : 2 * 4 / s.element;
+  const int64_t conflict_free = box.fours ? 4 : box.pairs ? 2 : 2 * 4 / s.element;
   for (int64_t pad = box.copy_bytes; pad < 64 && least > conflict_free; pad += box.copy_bytes) {
     finish_box(padded, g, s, box.copy_bytes, most_bytes, pad);
     if (!padded.staged) return;
     if (box.pairs && padded.row_pitch % 4 != 0) continue;
+    if (takes_fours(padded, g) != box.fours) continue;
     const int64_t found = strip_wavefronts(padded, starts, s.element);
     if (found >= least) continue;
     least = found;
