@@ -82,7 +82,7 @@ class DepthwiseSeparableConvBN(Keeper, SeparableConvolution):
     def forward_in_chain(self, input: Tensor | Unnormalised, defer: bool = False) -> Tensor | Unnormalised:
         """See :func:`dsconv_cuda.batchnorm.block_of_chain`; input is a Tensor and `defer` False where runs_apart()."""
         folded = self._folded
-        if folded is not None and not torch.compiler.is_compiling() and folded.is_of(*self._parts()):
+        if folded is not None and not torch.compiler.is_compiling() and self._parts() == folded.made_of:
             out = folded.again(input)
             if out is not None:
                 return out
@@ -125,6 +125,7 @@ class DepthwiseSeparableConvBN(Keeper, SeparableConvolution):
         """With given statistics in both norms and no gradients of parameters, by folded weights that are kept; None
         where the call is another."""
         depthwise, bn1, _, pointwise, bn2, *_ = parts = self._parts()
+        bn1, bn2 = (None if type(norm) is nn.Identity else norm for norm in (bn1, bn2))
         convolution = self._stock[0]
         if type(depthwise) is not convolution or type(pointwise) is not convolution:
             return None
@@ -150,23 +151,21 @@ class DepthwiseSeparableConvBN(Keeper, SeparableConvolution):
         if transformed():
             return None
         folded = self._folded
-        if folded is None or not folded.is_of(*parts):
-            folded = self._folded = Folded(*parts[:-1], causal=self.causal)
-        out = folded(input, self._with_all_checks)
-        if folded.may_be_guarded():
-            folded.guards = self._guards(norms, (depthwise, pointwise))
-        return out
+        if folded is None or parts != folded.made_of:
+            modules = depthwise, bn1, self.activation, pointwise, bn2, self.out_activation
+            folded = self._folded = Folded(*modules, causal=self.causal)
+            folded.made_of = parts
+        return folded(input, self._with_all_checks, lambda: self._guards(norms, (depthwise, pointwise)))
 
     def _parts(self) -> tuple:
-        """What a Folded is of."""
+        """What the Folded that is kept was made of."""
         children = self._modules
-        bn1, bn2 = children.get("bn1"), children.get("bn2")
         return (
             children.get("depthwise"),
-            None if type(bn1) is nn.Identity else bn1,
+            children.get("bn1"),
             self.activation,
             children.get("pointwise"),
-            None if type(bn2) is nn.Identity else bn2,
+            children.get("bn2"),
             self.out_activation,
             self.causal,
         )

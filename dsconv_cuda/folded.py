@@ -67,7 +67,6 @@ class Folded:
         causal: bool = False,  # of one dimension: the padding, whatever `depthwise` has
     ):
         self.arguments = (depthwise, bn1, activation, pointwise, bn2, out_activation, before)
-        self.parts = (*self.arguments[:6], causal)
         self.dtype, self.of_autocast = dtype, {}
         self.depthwise, self.pointwise = depthwise, pointwise
         self.before, self.bn1, self.bn2 = before, bn1, bn2
@@ -76,11 +75,14 @@ class Folded:
         self.sources = [m for m in sources if m is not None]
         self.norms = [m for m in (before and before.norm, bn1, bn2) if m is not None]
         self.tensors: list[Tensor] = []
+        self.dtypes: list[torch.dtype] = []
         self.vectors: list[Tensor] = []
         self.matrices: list[Tensor] = []
         self.versions: list[float] = []  # of the tensors, and eps of the norms
         self.seen: Seen | None = None
-        self.guards: Guards | None = None
+        self.guards: Guards | None = None  # of what the last call found, all that again() does not look at
+        self.made_of: tuple = ()  # for its owner
+        self.rank = len(depthwise.kernel_size) + 2
         self.lock = Lock()
         kind = _MODULES[len(depthwise.kernel_size)]
         self.module = module = kind.__new__(kind)
@@ -92,10 +94,6 @@ class Folded:
         module.depthwise, module.pointwise = _shell(depthwise), _shell(pointwise)
         kept_weights.register(self)
 
-    def is_of(self, *modules_and_activations) -> bool:
-        """Whether these would make it, in the order of __init__, and `causal`."""
-        return modules_and_activations == self.parts
-
     def forget(self) -> None:
         """Has the next call fold again, and with all checks."""
         self.tensors, self.guards = [], None
@@ -103,17 +101,18 @@ class Folded:
     def again(self, x: Tensor) -> Tensor | None:
         """The call where nobody has to look into it, since the guards hold; else None."""
         guards = self.guards
-        if guards is None or type(x) is not Tensor or not guards.hold() or not nobody_watches():
+        if guards is None or type(x) is not Tensor or x.dim() != self.rank:
+            return None
+        if not guards.hold() or not nobody_watches() or x.shape[1] != self.depthwise.groups:
             return None
         if torch.is_grad_enabled() and (self.before is not None or wants_gradients(self.sources)):
             return None
         with self.lock:
-            changed = self._folds_again()
+            if self.guards is not guards:  # another thread has come with others
+                return None
+            self._fold_what_changed()
             in_norm = self.in_norm
-        if changed:
-            return self._call(x, in_norm)
-        call = self.module.__dict__.get("_kept_call")
-        return None if call is None else call.of_batch(self.module, x, in_norm, False)
+        return self._call(x, in_norm)
 
     def takes_again(self, x: Tensor) -> bool:
         """Whether again() would take what the norm before makes of `x`, which is not made for it."""
@@ -122,21 +121,20 @@ class Folded:
             guards is not None
             and type(x) is Tensor
             and x.is_cpu
-            and x.dim() == self.depthwise._parameters["weight"].dim()
-            and x.dtype == self.depthwise._parameters["weight"].dtype
+            and x.dim() == self.rank
             and not torch.is_grad_enabled()
             and guards.hold()
             and nobody_watches()
+            and x.dtype == self.depthwise._parameters["weight"].dtype
+            and [t.dtype for t in self.tensors] == self.dtypes
         )
 
-    def may_be_guarded(self) -> bool:
-        """Whether the caller, who has just called it, can give it guards: of all that made this the call to make, but
-        the type of x and what is in the tensors."""
-        return self.guards is None and self.dtype is None and "_kept_call" in self.module.__dict__
-
-    def __call__(self, x: Tensor, unkept: Callable[[Tensor], Tensor]) -> Tensor:
-        """`unkept` makes the first call with new tensors, with all its checks, and every call where they are no plain
-        ones."""
+    def __call__(
+        self, x: Tensor, unkept: Callable[[Tensor], Tensor], guards: Callable[[], Guards] | None = None
+    ) -> Tensor:
+        """`unkept` makes the call with all its checks: where tensors are no plain ones, and before the first call with
+        new ones, for what it has to say of them. guards() are of all that has made this the call to make, but the type
+        of x and what is in the tensors."""
         conv = self.depthwise
         dtype = autocast_dtype(x) if autocast_dtype(conv.weight) is not None else None
         if dtype is not self.dtype:
@@ -150,21 +148,28 @@ class Folded:
             for t in map(group.get, names)
             if t is not None
         ]
-        with self.lock:  # else another thread would take for folded what this one is folding
-            known = len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
-            if known:
-                self._folds_again()
-            in_norm = self.in_norm
+        known = self._knows(tensors)
         if not known:
             y = unkept(x)
-            if all(map(_is_plain, tensors)):
-                with self.lock:
-                    self.tensors, self.seen = tensors, None
-                    self.vectors = [t for t in tensors if t.dim() == 1]
-                    self.matrices = [conv._parameters["weight"], self.pointwise._parameters["weight"]]
-            return y
+            if not all(map(_is_plain, tensors)):
+                return y
+        with self.lock:  # else another thread would take for folded what this one is folding
+            self.guards = None
+            if not self._knows(tensors):
+                self.tensors, self.seen = tensors, None
+                self.dtypes = [t.dtype for t in tensors]
+                self.vectors = [t for t in tensors if t.dim() == 1]
+                self.matrices = [conv._parameters["weight"], self.pointwise._parameters["weight"]]
+            self._fold_what_changed()
+            in_norm = self.in_norm
         if dtype is None:
-            return self._call(x, in_norm)
+            y = self._call(x, in_norm)
+            if guards is not None and x.is_cpu:
+                made = guards()
+                with self.lock:
+                    if self._knows(tensors):
+                        self.guards = made
+            return y
         call, x = vars(self.module).get("_kept_call"), x.to(dtype)
         if call is not None:  # without the detour of switching autocast off
             y = call(self.module, x, in_norm, True)
@@ -172,6 +177,9 @@ class Folded:
                 return y
         with torch.autocast(x.device.type, enabled=False):
             return self._call(x, in_norm)
+
+    def _knows(self, tensors: list[Tensor]) -> bool:
+        return len(tensors) == len(self.tensors) and all(map(operator.is_, tensors, self.tensors))
 
     def _under_autocast(self, dtype: torch.dtype) -> "Folded":
         """Of weights of its own: calls of several threads may differ in this."""
@@ -203,14 +211,16 @@ class Folded:
         self.versions = versions
         return not same
 
-    def _folds_again(self) -> bool:
-        """Folds where it has to, and says so."""
+    def _fold_what_changed(self) -> None:
         if not self._changed():
-            return False
-        # In inference mode others would be made, of no use to calls outside of it.
-        with torch.inference_mode(False), torch.no_grad():
-            self._fold()
-        return True
+            return
+        try:
+            # In inference mode others would be made, of no use to calls outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                self._fold()
+        except BaseException:
+            self.seen = None
+            raise
 
     def _fold(self) -> None:
         if self.before is not None:

@@ -134,21 +134,18 @@ class KeptCall:
             or "forward" in of_pointwise
         ):
             return self._drop(module)
-        if input.dim() == self.rank - 1:
-            y = self.of_batch(module, input.unsqueeze(0), in_norm, autocast)
-            return None if y is None else y.squeeze(0)
-        return self.of_batch(module, input, in_norm, autocast)
-
-    def of_batch(
-        self, module: nn.Module, input: Tensor, in_norm: tuple[Tensor, int] | None, autocast: bool
-    ) -> Tensor | None:
-        """The same of a batch, where nothing but it may have changed."""
-        rank = self.rank
-        if input.dim() != rank or input.size(1) != self.channels:
+        rank, given = self.rank, input.dim()
+        if given == rank - 1:
+            input = input.unsqueeze(0)
+        elif given != rank:
+            return None
+        if input.size(1) != self.channels:
             return None  # the call with all its checks says what is wrong
         if rank == 3:
-            return self._of_rows(module, input, in_norm, autocast)
-        return self._of_images(module, input, self.dw_weight, self.pw_weight, in_norm, autocast)
+            y = self._of_rows(module, input, in_norm, autocast)
+        else:
+            y = self._of_images(module, input, dw_weight, pw_weight, in_norm, autocast)
+        return y if given == rank or y is None else y.squeeze(0)
 
     def _of_rows(self, module: nn.Module, input: Tensor, in_norm, autocast: bool) -> Tensor | None:
         if module.causal is not self.causal:

@@ -67,6 +67,22 @@ def test_training_does_without_the_intermediate(name, device):
         assert counted.normalized > 0
 
 
+@pytest.mark.parametrize("cuts", [(1, 2, 6), (2, 3, 6), (2, 4, 6), (1, 4, 6), (5, 6)], ids=str)
+def test_reentrant_checkpoints_of_nothing_but_absorbed_modules(cuts, device):
+    """A segment that hands on what it is given makes an alias of it."""
+    middle = depthwise(), nn.BatchNorm2d(8), nn.ReLU()
+    model = randomized(nn.Sequential(*middle, *pointwise(), nn.ReLU())).to(device, torch.float64)
+    x = image(device, torch.float64).requires_grad_()
+    gradients = []
+    for of in (model, fuse(copy.deepcopy(model))):
+        y = x
+        for begin, end in zip((0, *cuts), cuts, strict=False):
+            y = checkpoint(of[begin:end], y, use_reentrant=True)
+        y.square().sum().backward()
+        gradients.append([p.grad for p in of.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
 def test_transforms_run_what_batchnorm_trains_by_itself(device):
     """torch.func has no rule for statistics of the batch; nn.BatchNorm2d has."""
     model = build("xception", device, torch.float64)

@@ -1,6 +1,9 @@
 """What lets a call in evaluation take the short way of an earlier one (dsconv_cuda/guards.py), and what stops it."""
 
 import copy
+import gc
+import threading
+import weakref
 
 import pytest
 import torch
@@ -8,7 +11,12 @@ from fusion_models import depthwise, image, pointwise, randomized
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from dsconv_cuda import DepthwiseSeparableConvBN1d, DepthwiseSeparableConvBN2d, DepthwiseSeparableConvBN3d, fuse
+from dsconv_cuda import (
+    DepthwiseSeparableConvBN1d,
+    DepthwiseSeparableConvBN2d,
+    DepthwiseSeparableConvBN3d,
+    fuse,
+)
 from dsconv_cuda.folded import Folded
 from dsconv_cuda.fusion.chain import chain_of
 from dsconv_cuda.guards import Guards
@@ -188,6 +196,172 @@ def test_a_block_without_gradients_of_parameters(device):
             of(x).sum().backward()
         gradients.append(x.grad)
     assert torch.equal(*gradients)
+
+
+# ---- what comes and goes: the state of another call is not taken for that of the guards ------------------------------
+
+
+def _block(device) -> DepthwiseSeparableConvBN2d:
+    return randomized(DepthwiseSeparableConvBN2d(6, 8, 3, padding=1)).to(device).eval()
+
+
+def _for_a_while(of, name, value, x, block) -> None:
+    """Calls with `value` in that place, which has the old one again afterwards."""
+    old = getattr(of, name)
+    setattr(of, name, value)
+    for _ in range(3):
+        block(x)
+    setattr(of, name, old)
+
+
+def _functional_call(block, x):
+    other = {name: torch.rand_like(t) for name, t in block.named_parameters()}
+    for _ in range(3):
+        torch.func.functional_call(block, other, (x,))
+
+
+def _written_to_later(block, x):
+    weight = block.depthwise.weight
+    block.depthwise.weight = nn.Parameter(torch.rand_like(weight))
+    block(x)
+    block.depthwise.weight = weight
+    block(x)
+    weight.mul_(2)
+
+
+def _with_another_input(kind):
+    def change(block, x):
+        block.bn1.running_mean.add_(3)
+        block(kind(x))
+
+    return change
+
+
+def _buffer_for_none(block, x):
+    del block.depthwise.bias  # which was None
+    block.depthwise.register_buffer("bias", torch.full((6,), 5.0, device=x.device))
+
+
+def _other_dictionary(block, x):
+    conv = block.pointwise
+    conv._parameters = {k: v if v is None else nn.Parameter(3 * v) for k, v in conv._parameters.items()}
+
+
+def _identity_that_acts(block, x):
+    block.bn1 = nn.Identity()
+    block.bn1.register_forward_hook(lambda module, inputs, y: 2 * y + 1)
+
+
+COME_AND_GO = {
+    "functional_call": _functional_call,
+    "weight": lambda b, x: _for_a_while(b.depthwise, "weight", nn.Parameter(torch.rand_like(b.depthwise.weight)), x, b),
+    "statistics": lambda b, x: _for_a_while(b.bn1, "running_mean", torch.ones(6, device=x.device), x, b),
+    "stride": lambda b, x: _for_a_while(b.depthwise, "stride", (2, 2), x, b),
+    "dilation": lambda b, x: _for_a_while(b.depthwise, "dilation", (2, 2), x, b),
+    "written to later": _written_to_later,
+    "a parameter as input": _with_another_input(nn.Parameter),
+    "a subclass as input": _with_another_input(lambda x: x.as_subclass(type("Other", (torch.Tensor,), {}))),
+    "a buffer for None": _buffer_for_none,
+    "another dictionary": _other_dictionary,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", COME_AND_GO)
+def test_others_for_a_while(change, device):
+    block, x = _block(device), torch.randn(2, 6, 9, 9, device=device)
+    for _ in range(4):
+        block(x)
+    COME_AND_GO[change](block, x)
+    for _ in range(3):
+        torch.testing.assert_close(block(x), block.one_by_one(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_identity_that_acts(device):
+    block, x = _block(device), torch.randn(2, 6, 9, 9, device=device)
+    block.bn1 = nn.Identity()
+    for _ in range(4):
+        block(x)
+    _identity_that_acts(block, x)
+    torch.testing.assert_close(block(x), block.one_by_one(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at", [3, 6])
+@pytest.mark.parametrize(
+    "compute", [prune.l1_unstructured, nn.utils.weight_norm, nn.utils.parametrizations.weight_norm]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_weights_that_are_computed_from_now_on(compute, at, device):
+    model, x = _model(True).to(device), image(device)
+    fused = fuse(copy.deepcopy(model))
+    for _ in range(4):
+        fused(x)
+    for of in (model, fused):
+        compute(of[at], "weight", *([0.5] if compute is prune.l1_unstructured else []))
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", [False, True])
+def test_equal_calls_give_equal_bits_from_the_first_on(before, device):
+    model, x = _model(before).to(device), torch.randn(2, 8, 48, 48, device=device)
+    fused = fuse(model)
+    first, *others = (fused(x) for _ in range(4))
+    assert all(torch.equal(first, y) for y in others)
+    assert torch.equal(copy.deepcopy(fused)(x), first)
+
+
+@torch.no_grad()
+def test_what_was_replaced_is_freed(device):
+    for model in (_block(device), fuse(_model(False).to(device)), fuse(_model(True).to(device))):
+        channels = 6 if isinstance(model, DepthwiseSeparableConvBN2d) else 8
+        x = torch.randn(2, channels, 9, 9, device=device)
+        for _ in range(4):
+            model(x)
+        old = [weakref.ref(p) for p in model.parameters()]
+        model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+        for _ in range(3):
+            model(x)
+        gc.collect()
+        assert not any(r() is not None for r in old)
+
+
+@torch.no_grad()
+def test_a_fold_that_raises_raises_again(device):
+    block, x = _block(device), torch.randn(2, 6, 9, 9, device=device)
+    for _ in range(4):
+        block(x)
+    block.bn1.weight.data = torch.ones(5, device=device)
+    for _ in range(2):
+        with pytest.raises((RuntimeError, ValueError)):
+            block(x)
+
+
+@torch.no_grad()
+def test_threads_that_call_after_a_write(device):
+    """Whichever folds, all see what was written before they began."""
+    block, x = _block(device), torch.randn(2, 6, 9, 9, device=device)
+    stale = []
+
+    def call(expected, barrier):
+        with torch.no_grad():
+            barrier.wait()
+            y = block(x)
+            if not torch.allclose(y, expected, rtol=1e-4, atol=1e-5):
+                stale.append(y)
+
+    for _ in range(100):
+        block(x)
+        block.bn1.running_mean.add_(1)
+        expected, barrier = block.one_by_one(x), threading.Barrier(3)
+        threads = [threading.Thread(target=call, args=(expected, barrier)) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not stale
 
 
 @torch.no_grad()

@@ -286,7 +286,7 @@ class Chain:
     def _extent_at_another(self, x: Tensor, module: nn.Module, passed_on: int) -> int:
         """Where `x` is not what the chain has made last."""
         made = self._made_by.get(get_ident())
-        if made is not None and made[0]() is x and (made[2] is None or made[2] == x._version):
+        if made is not None and ((made[0]() is x and made[2] is None) or _is_still(x, made)):
             return made[1]
         extent = self.extent()
         if extent < passed_on:
@@ -384,14 +384,11 @@ class Chain:
         if folded is None:
             modules = self.depthwise, bn1, self.activation, self.pointwise, bn2, out_activation
             folded = self._folded[extent, before is not None] = Folded(*modules, before)
-        y = folded(x, functools.partial(self._unkept, bn2=bn2, out_activation=out_activation, before=before))
-        if extent == ALL and folded.may_be_guarded():
-            folded.guards = self._guards(before)
-        return y
+        unkept = functools.partial(self._unkept, bn2=bn2, out_activation=out_activation, before=before)
+        return folded(x, unkept, functools.partial(self._guards, before) if extent == ALL else None)
 
-    def _guards(self, before: NormBefore | None) -> Guards | None:
-        """Of the calls that _evaluate() takes of the whole chain, and of what defer() gives it to take; None where a
-        setting is one that guards cannot see."""
+    def _guards(self, before: NormBefore | None) -> Guards:
+        """Of the calls that _evaluate() takes of the whole chain, and of what defer() gives it to take."""
         guards = Guards()
         places, containers, settings = list(self.places), list(self.containers), list(self.settings)
         norms = [self.bn1, self.bn2]
@@ -404,7 +401,7 @@ class Chain:
             )  # fmt: skip
             norms.append(before.norm)
             if before.within is not None:
-                guards.same(before.norm._modules, "act")
+                guards.children(before.norm, "act")
                 guards.no_hooks(before.within)
         for norm in norms:
             if norm is not None:
@@ -412,14 +409,12 @@ class Chain:
         guards.convolution(self.depthwise)
         guards.convolution(self.pointwise)
         for parent, name, child in places:
-            guards.same(parent._modules, name)
+            guards.children(parent, name)
             guards.plain(child)
         for container in containers:
             guards.no_hooks(container)
         for module, name, _ in settings:
-            if name not in module.__dict__:
-                return None
-            guards.same(module.__dict__, name)
+            guards.setting(module, name)
         return guards
 
     def _train(self, x: Tensor | Deferred | Unnormalised) -> Tensor:
@@ -468,6 +463,17 @@ class Chain:
     def __getstate__(self):
         made = {"_made": None, "_made_by": {}, "_made_in_graph": None, "_made_by_norm": False}
         return {**self.__dict__, "_folded": {}, **made}
+
+
+def _is_still(x: Tensor, made: tuple) -> bool:
+    """Whether `x` is what was made, or an alias of it, as reentrant checkpointing gives of what a segment hands on."""
+    y, _, version = made
+    y = y()
+    if y is None or version is None or x._version != version or y._version != version:
+        return False
+    if x is y or not x._is_view() or x._base is not (y._base if y._is_view() else y):
+        return x is y
+    return (x.shape, x.stride(), x.storage_offset()) == (y.shape, y.stride(), y.storage_offset())
 
 
 def _of_batch(norm: nn.Module) -> BatchNormArguments:
