@@ -4,7 +4,8 @@
 
 A stack of n layers takes `fixed + n * per layer`, told from two depths. `fixed` is what PyTorch needs to enter a graph,
 to check what the graph relies on, and in training to go through its one autograd node; stacks of nn.Linear show it for
-a network that has nothing of this package in it. channels_last, one thread, medians of interleaved rounds.
+a network that has nothing of this package in it. channels_last, one thread, medians of interleaved rounds. Stock blocks
+are PyTorch's modules, as they are and through fuse().
 """
 
 import argparse
@@ -24,9 +25,23 @@ SIZES = ((2, 16, 7), (2, 64, 14))  # images, channels, height and width
 ROUNDS, LEAST_SECONDS = 21, 4e-3
 ACTIVATIONS = {"activation": "relu6", "out_activation": "relu6"}
 
+
+def block(channels, before=False):
+    """Modules of MobileNetV1's block; before: of MobileNetV2's, of which the first are a 1x1 convolution, a norm and an
+    activation, which fuse() makes part of the chain."""
+    first = [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU6()] if before else []
+    depthwise = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
+    pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+    return nn.Sequential(*first, depthwise, nn.BatchNorm2d(channels), nn.ReLU6(), pointwise, nn.BatchNorm2d(channels))
+
+
 LAYERS = {
     "DepthwiseSeparableConv2d": lambda c: dsconv_cuda.DepthwiseSeparableConv2d(c, c, 3, padding=1, **ACTIVATIONS),
     "DepthwiseSeparableConvBN2d": lambda c: dsconv_cuda.DepthwiseSeparableConvBN2d(c, c, 3, padding=1, **ACTIVATIONS),
+    "stock block": block,
+    "stock block, fused": lambda c: dsconv_cuda.fuse(block(c)),
+    "stock block behind a norm": lambda c: block(c, True),
+    "stock block behind a norm, fused": lambda c: dsconv_cuda.fuse(block(c, True)),
     "nn.Linear": lambda c: nn.Linear(c, c),
 }
 
