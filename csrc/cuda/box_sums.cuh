@@ -182,6 +182,9 @@ struct ColumnsByFours {
   }
 };
 
+template <int kKernel>
+using PairByFours = ColumnsByFours<pair_start(kKernel)>;
+
 // Two such strips side by side, z[row][column], of 2-byte types. x: the first of them. The sums are those of
 // column_strip.
 template <typename T, int kKernel, int kStride, typename Columns>
@@ -221,8 +224,7 @@ DSCONV_DEVICE void unrolled_item(const PixelBox& box, const unsigned char* x, co
     unrolled_patch<T, kUnit, kKernel, kStride>(x, row_pitch, weight, z);
   } else if constexpr (kValues == 2 * kStripPixels) {
     if constexpr (kStride == 2) {
-      constexpr ColumnsByFours<pair_start(kKernel)> columns{};
-      if (box.fours) return column_pair<T, kKernel, kStride>(x, columns, row_pitch, weight, z);
+      if (box.fours) return column_pair<T, kKernel, kStride>(x, PairByFours<kKernel>{}, row_pitch, weight, z);
     }
     const ColumnsByTwos columns{(reinterpret_cast<uintptr_t>(x) & 2) != 0};
     column_pair<T, kKernel, kStride>(x, columns, row_pitch, weight, z);
