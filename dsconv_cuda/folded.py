@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dsconv_cuda import kept_weights
 from dsconv_cuda.autograd import nobody_watches
 from dsconv_cuda.functional import autocast_dtype
-from dsconv_cuda.guards import Guards
+from dsconv_cuda.guards import PARAMETERS, STATISTICS, Guards
 from dsconv_cuda.locks import Lock
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 from dsconv_cuda.norms import arguments_of, fold_norm, norm_vectors
@@ -144,7 +144,7 @@ class Folded:
         tensors = [
             t
             for module in self.sources
-            for group, names in ((module._parameters, _PARAMETERS), (module._buffers, _BUFFERS))
+            for group, names in ((module._parameters, PARAMETERS), (module._buffers, STATISTICS))
             for t in map(group.get, names)
             if t is not None
         ]
@@ -240,10 +240,6 @@ class Folded:
 
 def _is_plain(t: Tensor) -> bool:
     return type(t) in (Tensor, nn.Parameter) and t.device.type in ("cpu", "cuda") and not t.is_inference()
-
-
-_PARAMETERS = ("weight", "bias")
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def _shell(conv: nn.Module) -> nn.Module:

@@ -9,8 +9,8 @@ from torch import nn
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _CONVOLUTION = ("stride", "padding", "dilation", "groups", "padding_mode")
-_PARAMETERS = ("weight", "bias")
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+PARAMETERS = ("weight", "bias")  # of a convolution or a BatchNorm
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _MISSING = object()  # None is something else: what is not there may be found elsewhere
 
 
@@ -54,12 +54,12 @@ class Guards:
     def norm(self, norm: nn.Module) -> None:
         """The tensors of a BatchNorm in evaluation."""
         self.same(norm.__dict__, "training", "_parameters", "_buffers")
-        self.same(norm._parameters, *_PARAMETERS)
-        self.same(norm._buffers, *_STATISTICS)
+        self.same(norm._parameters, *PARAMETERS)
+        self.same(norm._buffers, *STATISTICS)
 
     def convolution(self, conv: nn.Module) -> None:
         self.same(conv.__dict__, "_parameters", *_CONVOLUTION)
-        self.same(conv._parameters, *_PARAMETERS)
+        self.same(conv._parameters, *PARAMETERS)
 
     def hold(self) -> bool:
         for of, key, value in self._same:

@@ -275,7 +275,7 @@ class Chain:
                     self._made_in_graph = None
             return extent
         made = self._made
-        if made is not None and made[0]() is x and (made[2] is None or made[2] == x._version):
+        if made is not None and made[0]() is x and (made[2] is None or made[2] == x._version):  # most calls
             return made[1]
         return self._extent_at_another(x, module, passed_on)
 
@@ -286,7 +286,7 @@ class Chain:
     def _extent_at_another(self, x: Tensor, module: nn.Module, passed_on: int) -> int:
         """Where `x` is not what the chain has made last."""
         made = self._made_by.get(get_ident())
-        if made is not None and ((made[0]() is x and made[2] is None) or _is_still(x, made)):
+        if made is not None and _is_still(x, made):
             return made[1]
         extent = self.extent()
         if extent < passed_on:
@@ -390,31 +390,22 @@ class Chain:
     def _guards(self, before: NormBefore | None) -> Guards:
         """Of the calls that _evaluate() takes of the whole chain, and of what defer() gives it to take."""
         guards = Guards()
-        places, containers, settings = list(self.places), list(self.containers), list(self.settings)
-        norms = [self.bn1, self.bn2]
-        if before is not None:
-            places, containers, settings = (
-                mine + of_norm
-                for mine, of_norm in (
-                    (places, before.places), (containers, before.containers), (settings, before.settings)
-                )
-            )  # fmt: skip
-            norms.append(before.norm)
-            if before.within is not None:
-                guards.children(before.norm, "act")
-                guards.no_hooks(before.within)
-        for norm in norms:
+        for norm in (before and before.norm, self.bn1, self.bn2):
             if norm is not None:
                 guards.norm(norm)
         guards.convolution(self.depthwise)
         guards.convolution(self.pointwise)
-        for parent, name, child in places:
-            guards.children(parent, name)
-            guards.plain(child)
-        for container in containers:
-            guards.no_hooks(container)
-        for module, name, _ in settings:
-            guards.setting(module, name)
+        if before is not None and before.within is not None:
+            guards.children(before.norm, "act")
+            guards.no_hooks(before.within)
+        for part in (self,) if before is None else (self, before):
+            for parent, name, child in part.places:
+                guards.children(parent, name)
+                guards.plain(child)
+            for container in part.containers:
+                guards.no_hooks(container)
+            for module, name, _ in part.settings:
+                guards.setting(module, name)
         return guards
 
     def _train(self, x: Tensor | Deferred | Unnormalised) -> Tensor:
@@ -467,12 +458,13 @@ class Chain:
 
 def _is_still(x: Tensor, made: tuple) -> bool:
     """Whether `x` is what was made, or an alias of it, as reentrant checkpointing gives of what a segment hands on."""
-    y, _, version = made
-    y = y()
-    if y is None or version is None or x._version != version or y._version != version:
+    y, version = made[0](), made[2]
+    if x is y:
+        return version is None or version == x._version
+    if y is None or version is None or not x._is_view() or x._base is not (y._base if y._is_view() else y):
         return False
-    if x is y or not x._is_view() or x._base is not (y._base if y._is_view() else y):
-        return x is y
+    if x._version != version or y._version != version:
+        return False
     return (x.shape, x.stride(), x.storage_offset()) == (y.shape, y.stride(), y.storage_offset())
 
 
