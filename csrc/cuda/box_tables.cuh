@@ -114,8 +114,8 @@ DSCONV_DEVICE void fill_strips(const PixelBox& box, const BoxPlace& place, const
   const int32_t rows = kAlongC ? (box.flat ? 1 : 2) : box.strips_down ? kItem : 1, columns = kItem / rows;
   const int32_t height = box.h / rows, width = box.w / columns;
   const int32_t lines = box.n * height, count = lines * width;
-  // The first strips of the pairs, which a warp reads together, and then the others.
-  StripPlace& strip = strips[box.pairs ? i % 2 * (kSlots / kItem / 2) + i / 2 : i];
+  if (box.pairs && i % 2 == 1) return;  // a pair's first strip says where both are
+  StripPlace& strip = strips[box.pairs ? i / 2 : i];
   if (i >= count) {
     strip = {-1, static_cast<int16_t>(i * kItem), kAlongC ? 4 : 1};
     return;
