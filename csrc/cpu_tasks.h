@@ -163,7 +163,7 @@ inline bool goes_by_planes(const ForwardParams& p, const DTypeKernels& kernels, 
 // Whether backward may take that of cpu/backward_planes.inl.
 inline bool goes_back_by_planes(const BackwardParams& p, const DTypeKernels& kernels) {
   return p.x_layout == Layout::nchw && (p.grad_x == nullptr || p.grad_x_layout == Layout::nchw) && kernels.by_planes &&
-         kernels.bytes.stored == kernels.bytes.compute && planes_pay_for_backward(p.geom, kernels.bytes.compute);
+         planes_pay_for_backward(p.geom, kernels.bytes);
 }
 
 inline const KernelTable& active_table(const char* op) {

@@ -289,8 +289,9 @@ constexpr bool planes_pay_for_moments(const Geometry& g, int64_t element) {
 // Backward (backward_planes.inl): steps of 2, where x and grad_x are four times as much to turn as z and du.
 // Measured: 0.8 to 0.95 of the time; 5 x 5, whose sums do not fit the registers, took 1.2. Tensors of 16 bits, of which
 // half as much moves, 0.97 to 1.1.
-constexpr bool planes_pay_for_backward(const Geometry& g, int64_t element) {
-  return planes_pay(g, element) && g.stride_w == 2 && g.kernel_w == 3 && is_flat(g);
+constexpr bool planes_pay_for_backward(const Geometry& g, ElementBytes bytes) {
+  return bytes.stored == bytes.compute && planes_pay(g, bytes.compute) && g.stride_w == 2 && g.kernel_w == 3 &&
+         is_flat(g);
 }
 
 // Forward: every output value is one chain of FMAs whatever its tile, so tiles may follow the number of threads.

@@ -18,7 +18,7 @@ PlanNumbers cpu_plan(const PlanQuery& query, int64_t threads) {
   p.x_layout = layout_of(query);
   const bool planes = p.x_layout == Layout::nchw && kernels.by_planes;
   const bool by_planes = planes && planes_pay_for_forward(g, bytes, false);
-  const bool back_by_planes = planes && bytes.stored == bytes.compute && planes_pay_for_backward(g, bytes.compute);
+  const bool back_by_planes = planes && planes_pay_for_backward(g, bytes);
   const CpuPlan plan = query.backward
                            ? plan_backward(g, walked_in_place(p) ? Layout::nhwc : Layout::nchw, micro, bytes.compute,
                                            BetweenStages::nothing, back_by_planes)
