@@ -40,24 +40,16 @@ with torch.no_grad():
 # Vectors of channels reach past the last one: into the next pixel, but not past the end of x. Here x ends where a page
 # does that may not be read.
 READ_AT_A_PAGE = """
-import ctypes, mmap, sys
+import sys
 import torch
 import dsconv_cuda
 from dsconv_cuda import _loader
 
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-kept = []
+sys.path.append(sys.argv[2])
+from guarded import before_a_page
 
-def before_a_page(t, memory_format):
-    size = -(-t.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    memory = mmap.mmap(-1, size + mmap.PAGESIZE)
-    kept.append(memory)
-    flat = torch.frombuffer(memory, dtype=t.dtype, count=size // t.itemsize)[-t.numel():]
-    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-    assert libc.mprotect(address + size, mmap.PAGESIZE, 0) == 0
-    strides = t.contiguous(memory_format=memory_format).stride()
-    return flat.as_strided(t.shape, strides).copy_(t)
+def at_a_page(t, memory_format):
+    return before_a_page(t.contiguous(memory_format=memory_format), alignment=1)
 
 _loader.load_library().module.set_isa(sys.argv[1])
 for dims, last in ((2, torch.channels_last), (3, torch.channels_last_3d)):
@@ -66,7 +58,7 @@ for dims, last in ((2, torch.channels_last), (3, torch.channels_last_3d)):
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for c, width, stride, dilation in ((5, 15, 1, 1), (19, 9, 1, 1), (54, 7, 2, 1), (33, 14, 1, 2), (17, 3, 3, 1)):
             for memory_format in (last, torch.contiguous_format):
-                x = before_a_page(torch.randn(2, c, *[5] * (dims - 1), width).to(dtype), memory_format).requires_grad_()
+                x = at_a_page(torch.randn(2, c, *[5] * (dims - 1), width).to(dtype), memory_format).requires_grad_()
                 dw_weight = torch.randn(c, 1, *[3] * dims).to(dtype).requires_grad_()
                 pw_weight = torch.randn(6, c, *[1] * dims).to(dtype).requires_grad_()
                 y = convolve(x, dw_weight, pw_weight, None, None, stride, 1, dilation, activation="relu")
@@ -75,7 +67,7 @@ for dims, last in ((2, torch.channels_last), (3, torch.channels_last_3d)):
                 if dtype == torch.float32:
                     block(c, 6, 3, stride, 1, dilation=dilation)(x).sum().backward()
 # More than a cache holds, in rows that lie further apart than they are long.
-x = before_a_page(torch.randn(2, 48, 230, 208), torch.channels_last)[..., 8:].requires_grad_()
+x = at_a_page(torch.randn(2, 48, 230, 208), torch.channels_last)[..., 8:].requires_grad_()
 dsconv_cuda.DepthwiseSeparableConvBN2d(48, 6, 3, 2, 1)(x).sum().backward()
 print("no fault")
 """
@@ -122,7 +114,7 @@ def test_nothing_is_read_behind_the_input(isa, tmp_path):
         pytest.skip("the kernels of this backend come without the switch of instruction sets")
     script = tmp_path / "read.py"
     script.write_text(READ_AT_A_PAGE)
-    done = run([sys.executable, script, isa], package=ROOT, check=False)
+    done = run([sys.executable, script, isa, Path(__file__).parent], package=ROOT, check=False)
     assert done.stdout.strip() == "no fault", (done.returncode, done.stderr)
 
 

@@ -1,0 +1,31 @@
+"""Tensors behind whose end the memory may not be touched: a kernel that does dies of it, and pytest names the test."""
+
+import ctypes
+import mmap
+
+import torch
+
+_WIDEST_ACCESS = 16  # bytes that the CUDA kernels read at once, where the place of a tensor allows it
+_NAN = 0xFF  # in every byte: a NaN of every floating-point type
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def before_a_page(t: torch.Tensor, alignment: int = _WIDEST_ACCESS) -> torch.Tensor:
+    """A copy of a tensor on the CPU with the same strides, as close before a page without access as its place within
+    `alignment` bytes allows, and behind NaNs."""
+    if t.numel() == 0:
+        return t
+    extent = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
+    nbytes, page = extent * t.itemsize, mmap.PAGESIZE
+    size = -(-(nbytes + alignment) // page) * page
+    memory = torch.frombuffer(mmap.mmap(-1, size + page), dtype=torch.uint8)
+    if _libc.mprotect(memory.data_ptr() + size, page, 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect")
+    begin = size - nbytes
+    begin -= (begin - t.data_ptr()) % alignment
+    memory[:size].fill_(_NAN)
+    flat = memory[begin : begin + nbytes].view(t.dtype)
+    flat.copy_(t.detach().as_strided((extent,), (1,)))
+    return flat.as_strided(t.shape, t.stride())
