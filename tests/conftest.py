@@ -11,6 +11,7 @@ A test that has to do with kernels asks for the fixture `isa` and runs once for 
 the default one run these tests only.
 """
 
+import contextlib
 import importlib.util
 import os
 from collections import Counter
@@ -103,6 +104,17 @@ def isa(request):
 
         _loader.load_library().module.set_isa(request.param)
     return request.param
+
+
+@pytest.fixture
+def inputs_at_pages(request):
+    """The emulated CUDA kernels may not touch the memory behind what they read (guarded.py). Not for the CPU's own:
+    a mode, which this is, keeps a block from its operators for a whole step."""
+    from guarded import InputsEndAtPages
+
+    emulated = request.config.getoption("--backend") == "emulated"
+    with InputsEndAtPages() if emulated else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ import ctypes
 import mmap
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 _WIDEST_ACCESS = 16  # bytes that the CUDA kernels read at once, where the place of a tensor allows it
 _NAN = 0xFF  # in every byte: a NaN of every floating-point type
@@ -29,3 +31,15 @@ def before_a_page(t: torch.Tensor, alignment: int = _WIDEST_ACCESS) -> torch.Ten
     flat = memory[begin : begin + nbytes].view(t.dtype)
     flat.copy_(t.detach().as_strided((extent,), (1,)))
     return flat.as_strided(t.shape, t.stride())
+
+
+class InputsEndAtPages(TorchDispatchMode):
+    """Gives operators of dsconv_cuda such copies of what they read. For calls that no compiler traces."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dsconv_cuda":
+            written = (a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments)
+            args = [
+                a if w else tree_map_only(torch.Tensor, before_a_page, a) for a, w in zip(args, written, strict=False)
+            ]
+        return func(*args, **(kwargs or {}))

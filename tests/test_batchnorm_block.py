@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bench.accuracy import errors, results
 from dsconv_cuda import BatchNormArguments, DepthwiseSeparableConvBN2d, _loader, depthwise_separable_conv_bn2d
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("isa", "inputs_at_pages")
 
 
 @dataclass(frozen=True)

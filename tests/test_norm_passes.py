@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from dsconv_cuda import _loader
 from dsconv_cuda.activations import ACTIVATIONS
 
-pytestmark = pytest.mark.usefixtures("isa")
+pytestmark = pytest.mark.usefixtures("isa", "inputs_at_pages")
 
 # (n, channels, h, w): planes of fewer pixels than a vector's worth of them, of whole vectors, of a block and one more
 SIZES = [(3, 5, 1, 31), (1, 37, 1, 32), (3, 13, 5, 7), (2, 16, 16, 16), (1, 3, 1, 257), (2, 5, 23, 45)]
