@@ -1,12 +1,13 @@
 """The memory of a CPU call beyond its outputs: at most 1 MiB of scratch for each thread, and the packed weights."""
 
 import re
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from fresh_process import ROOT, run
+from fresh_process import ROOT, run, run_python
 
 import dsconv_cuda
 from bench.layers import LAYERS
@@ -107,6 +108,16 @@ def test_a_forward_takes_no_more_than_its_output_and_its_scratch(tmp_path, memor
         pytest.skip("this system does not measure the peak of a part of a process")
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 2 * SCRATCH + LIBRARY_PAGES
+
+
+def test_memory_behind_a_guarded_tensor_may_not_be_touched():
+    read = (
+        "import ctypes, torch; from guarded import before_a_page; t = before_a_page(torch.ones(5));"
+        "print(len(ctypes.string_at(t.data_ptr(), {})), flush=True)"
+    )
+    assert run_python(read.format(20), package=Path(__file__).parent).stdout == "20\n"
+    beyond = run_python(read.format(20 + 16), package=Path(__file__).parent, check=False)
+    assert beyond.returncode == -signal.SIGSEGV
 
 
 def test_nothing_is_read_behind_the_input(isa, tmp_path):

@@ -60,7 +60,8 @@ def build_driver(build_dir: Path | str, sanitizer: str | None = None) -> Path:
 
 def build_engine_cases(build_dir: Path | str, sanitizer: str | None = None, *, ucontext: bool = False) -> Path:
     """The program engine_cases.cpp: kernels with a planted bug, each beside itself without it."""
-    jobs = [(HERE / "engine_cases.cpp", _kernel_flags(sanitizer))]
+    flags = _kernel_flags(sanitizer) + ([] if sanitizer else [*ALIGNMENT])
+    jobs = [(HERE / "engine_cases.cpp", flags)]
     return _build_program(Path(build_dir), "engine_cases", jobs, sanitizer, ucontext=ucontext)
 
 

@@ -124,6 +124,14 @@ DSCONV_KERNEL void copy_async_sizes(const float* x, float* y) {
   y[thread_id()] = right ? static_cast<float>(thread_id()) : -1.0f;
 }
 
+// --- vectors ---------------------------------------------------------------------------------------------------------
+
+template <Bug bug>
+DSCONV_KERNEL void read_vectors(const float* x, float* y) {
+  const int first = thread_id() / 2 * 2 + (bug == Bug::planted && thread_id() == 0 ? 1 : 0);
+  y[thread_id()] = reinterpret_cast<const Vec<float, 2>*>(x + first)->v[thread_id() % 2];
+}
+
 // --- bounds and uninitialised memory ---------------------------------------------------------------------------------
 
 template <Bug bug>
@@ -517,6 +525,9 @@ const std::map<std::string, std::function<int()>> kCases = {
            y, launch(copy_async_sizes, 1, kThreads, sizeof(float) * 4 * kThreads, nullptr, x.data.get(), y.data.get()),
            identity);
      }},
+
+    {"vectors", [] { return run_xy(read_vectors<Bug::none>, identity); }},
+    {"vectors-misaligned", [] { return run_xy(read_vectors<Bug::planted>, identity); }},
 
     {"mma-f16", run_mma<Half, Fragments::sound>},
     {"mma-bf16", run_mma<BFloat16, Fragments::sound>},
