@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from guarded import InputsEndAtPages
 
 TESTS = Path(__file__).resolve().parent
 BUILD = TESTS.parent / ".cache"
@@ -110,8 +111,6 @@ def isa(request):
 def inputs_at_pages(request):
     """The emulated CUDA kernels may not touch the memory behind what they read (guarded.py). Not for the CPU's own:
     a mode, which this is, keeps a block from its operators for a whole step."""
-    from guarded import InputsEndAtPages
-
     emulated = request.config.getoption("--backend") == "emulated"
     with InputsEndAtPages() if emulated else contextlib.nullcontext():
         yield

@@ -15,8 +15,8 @@ _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 def before_a_page(t: torch.Tensor, alignment: int = _WIDEST_ACCESS) -> torch.Tensor:
-    """A copy of a tensor on the CPU with the same strides, as close before a page without access as its place within
-    `alignment` bytes allows, and behind NaNs."""
+    """A copy of a tensor on the CPU with the same strides and the same address modulo `alignment`, as close as that
+    allows before a page without access. What is before it and up to the page are NaNs."""
     if t.numel() == 0:
         return t
     extent = 1 + sum((n - 1) * step for n, step in zip(t.shape, t.stride(), strict=True))
