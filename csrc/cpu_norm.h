@@ -120,11 +120,7 @@ std::tuple<Tensor, Tensor> fwd_norm(const char* op, const Tensor& x, const Tenso
 Tensor norm_act(Tensor v, Tensor vectors, int64_t act);
 Tensor norm_act_sums(Tensor grad, Tensor v, Tensor vectors, int64_t act);
 
-// op_cpu_norm_backward.cpp: of (x, dw_weight, pw_weight, pw_bias), and the sums of du
+// Of (x, dw_weight, pw_weight, pw_bias), and the sums of du.
 using NormGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-NormGradients bwd_norm(const char* op, const Tensor& grad, const Bias& y, const Tensor& x, const Tensor& dw_weight,
-                       const Tensor& pw_weight, const Bias& dw_bias, const Tensor& vectors, const Bias& out_vectors,
-                       const Bias& out_sums, double out_count, const CallArguments& arguments, int64_t grad_mask,
-                       const Bias& in_vectors, int64_t in_act);
 
 }  // namespace dsconv

@@ -7,6 +7,7 @@
 #include <new>
 #include <utility>
 
+#include "cpu_gate.h"
 #include "cpu_norm.h"
 #include "cpu_stages.h"
 #include "cpu_tasks.h"
@@ -25,9 +26,11 @@ KeptKey key_of(const ForwardParams& p, const CpuPlan& plan, const DTypeKernels& 
           p.pw_weight,      p.pw_bias,        version,        fingerprint(p, kernels.bytes.stored)};
 }
 
+}  // namespace
+
 // kept: where packed weights of earlier calls are, or null; version as in KeptKey. in_norm: what x goes through first.
-void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64_t version,
-                 InputNormCall in_norm = {}) {
+void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64_t version, InputNormCall in_norm,
+                 const Tensor* gate) {
   const KernelTable& table = active_table(op);
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
   const bool normed = in_norm.vectors != nullptr;
@@ -39,11 +42,12 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
   if (normed) ctx.plan.tap_pairs = 0;  // x comes out of the norm in the compute type
   const CpuPlan& plan = ctx.plan;
   Workspace rows(plan.element);
-  if (normed) {
-    rows.reserve(&in_norm.rows, in_norm.elements(p.geom, plan));
-    rows.allocate();
-    ctx.in_norm = in_norm.fill(p.geom, plan);
-  }
+  void* of_gate = nullptr;
+  if (normed) rows.reserve(&in_norm.rows, in_norm.elements(p.geom, plan));
+  if (gate != nullptr) rows.reserve(&of_gate, p.geom.n * plan.mid_columns);
+  if (normed || gate != nullptr) rows.allocate();
+  ctx.in_norm = in_norm.fill(p.geom, plan);
+  ctx.gate = fill_gate_rows(p.geom, plan, gate, of_gate);
 
   Workspace weights(plan.element);
   reserve_depthwise(weights, plan, ctx.packed);
@@ -68,7 +72,7 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
   for_each_task(tasks, [&](int64_t task) { kernels.forward(ctx, task, thread_scratch(plan.scratch_bytes)); });
 }
 
-void run_backward(const char* op, const BackwardParams& p) {
+void run_backward(const char* op, const BackwardParams& p, GateTensors gate) {
   const KernelTable& table = active_table(op);
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
   const int64_t element = kernels.bytes.compute;
@@ -85,8 +89,10 @@ void run_backward(const char* op, const BackwardParams& p) {
   Workspace workspace(element);
   reserve_depthwise(workspace, plan, ctx.packed);
   PointwiseStage stage(workspace, ctx, need_da);
+  GateRows rows(workspace, g, plan, gate);
   if (plan.panels > 0) {
     workspace.allocate();
+    rows.fill(ctx);
     pack_depthwise(kernels, ctx);
     return stage.run(kernels, ctx);
   }
@@ -97,6 +103,7 @@ void run_backward(const char* op, const BackwardParams& p) {
     workspace.reserve(&ctx.dw_partial, plan.pointwise_groups * depthwise_sums(plan, g));
   }
   workspace.allocate();
+  rows.fill(ctx);
 
   pack_depthwise(kernels, ctx);
   if (ctx.x_turned != nullptr) {
@@ -115,6 +122,8 @@ void run_backward(const char* op, const BackwardParams& p) {
     for_each_task(vectors, [&](int64_t vector) { kernels.reduce_depthwise(ctx, vector); });
   }
 }
+
+namespace {
 
 using Ints = std::vector<int64_t>;
 

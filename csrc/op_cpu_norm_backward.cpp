@@ -7,7 +7,7 @@
 //
 // du is a tensor of one dimension in the compute type, in the order of the workspace that bwd has.
 
-#include "cpu_norm.h"
+#include "cpu_gate.h"
 #include "cpu_stages.h"
 #include "cpu_tasks.h"
 #include "op_args.h"
@@ -201,7 +201,7 @@ void prepare(Run& run, const Tensor& grad, const OutputNorm& norm, const Tensor&
 NormGradients bwd_norm(const char* op, const Tensor& grad, const Bias& y, const Tensor& x, const Tensor& dw_weight,
                        const Tensor& pw_weight, const Bias& dw_bias, const Tensor& vectors, const Bias& out_vectors,
                        const Bias& out_sums, double out_count, const CallArguments& arguments, int64_t grad_mask,
-                       const Bias& in_vectors, int64_t in_act) {
+                       const Bias& in_vectors, int64_t in_act, GateTensors gate) {
   Run run(op);
   const OutputNorm norm = {y, out_vectors, out_sums, out_count};
   prepare(run, grad, norm, x, dw_weight, pw_weight, dw_bias, arguments, grad_mask & ~kGradDwBias);
@@ -217,7 +217,9 @@ NormGradients bwd_norm(const char* op, const Tensor& grad, const Bias& y, const 
     run.reserve_depthwise();
     if (run.ctx.plan.panels == 0)
       run.reserve(&run.ctx.du, run.ctx.plan.pixels * round_up(g.c_mid, run.ctx.plan.du_width));
+    const GateRows rows(run.workspace, g, run.ctx.plan, gate);
     run.workspace.allocate();
+    rows.fill(run.ctx);
     run.ctx.norm_count = static_cast<double>(run.ctx.plan.pixels);
     run.fill_norm(nullptr, 0);
     run.fill_output_norm(norm);

@@ -10,7 +10,7 @@
 //
 // Arguments are checked before anything is written, so that a call that was refused can be made again step by step.
 
-#include "cpu_norm.h"
+#include "cpu_gate.h"
 #include "kept_args.h"
 #include "op_args.h"
 

@@ -62,7 +62,8 @@ static void backward_group_tile(const BackwardContext& ctx, const X& x, Ahead ah
       t.sums = pw_partial != nullptr ? pw_partial + t.k : nullptr;
       t.sums_ld = plan.mid_columns;
       t.bias_sums = dw_bias_partial + t.k;
-      backward_pointwise(ctx, count, grad, t, panels ? du + t.k * plan.pixels + pixel * columns : memory.da, ahead);
+      T* const to = panels ? du + t.k * plan.pixels + pixel * columns : memory.da;
+      backward_pointwise(ctx, pixel, count, grad, t, to, ahead);
       if (du != nullptr && !panels) {
         const Layout layout = plan.by_planes ? Layout::nchw : Layout::nhwc;
         store_tile(memory.da, columns, t.k, t.width, pixel, count, du, layout, g.c_mid, plan.image_pixels);

@@ -143,13 +143,14 @@ static void backward_panel_chunk(const BackwardContext& ctx, int64_t chunk, int6
   constexpr int64_t columns = kMicroVecs * n;
   const Geometry& g = ctx.p.geom;
   const CpuPlan& plan = ctx.plan;
-  const int64_t pixels = images * plan.image_pixels;
+  const int64_t pixels = images * plan.image_pixels, first = chunk * plan.chunk_images * plan.image_pixels;
   Ahead nothing = {};
   for (int64_t begin = 0; begin < pixels; begin += plan.panel_tile) {
     const int64_t count = pixels - begin < plan.panel_tile ? pixels - begin : plan.panel_tile;
     if (needs_z(ctx)) recompute_panel(ctx, x, t.k, begin, count, t);
     t.add_to_sums = chunk > 0 || begin > 0;
-    backward_pointwise(ctx, count, panel_tile<F>(ctx, chunk, begin), t, memory.du + begin * columns, nothing);
+    backward_pointwise(ctx, first + begin, count, panel_tile<F>(ctx, chunk, begin), t, memory.du + begin * columns,
+                       nothing);
   }
   if (ctx.norm != nullptr) panel_du_to_dz(ctx, x, pixels, t, memory.du);
   for (int64_t image = 0; image < images; ++image) {

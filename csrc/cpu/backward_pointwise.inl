@@ -4,7 +4,7 @@
 //   and for each panel of micro.columns channels of z:
 //     z recomputed, a = act(z)                               [pixels][columns]
 //     grad_pw_weight += g^T . a                              k = pixels
-//     du              = (g . pw_weight) * act'(z)            k = c_out
+//     du              = (g . pw_weight) * act'(z)            k = c_out; where there is a gate, through that first
 //     bias gradients += column sums of g and du
 //
 // backward_groups.inl and backward_panels.inl walk tiles and panels, each in its order, into partial sums of their own.
@@ -206,9 +206,9 @@ DSCONV_INLINE Ahead next_tile(const BackwardContext& ctx, const Source& x, int64
   return ahead;
 }
 
-// `count` pixels of the panel from `pixel` of x on; du[pixel][columns].
+// `count` pixels of the panel from `pixel` on; du[pixel][columns].
 template <typename T, typename F>
-static void backward_pointwise(const BackwardContext& ctx, int64_t count, const GradTile<F>& grad,
+static void backward_pointwise(const BackwardContext& ctx, int64_t pixel, int64_t count, const GradTile<F>& grad,
                                const ChannelPanel<T, F>& t, T* du, Ahead& ahead) {
   constexpr int n = Vec<T>::n;
   constexpr int64_t columns = kMicroVecs * n, numbers = kNumbersOf<F>;
@@ -235,6 +235,7 @@ static void backward_pointwise(const BackwardContext& ctx, int64_t count, const 
       }
     }
   }
+  if (ctx.gate != nullptr) through_gate(ctx, pixel, count, t.k, du);
   if (ctx.norm != nullptr) {
     du_and_its_sums(ctx, count, t.width, t.k, t.derivative, t.ld, du, t.norm_sums);
   } else if (!linear) {

@@ -31,6 +31,7 @@ namespace avx2 {
 #include "moments.inl"
 #include "norm.inl"
 #include "norm_planes.inl"
+#include "gate.inl"
 #include "forward.inl"
 #include "turned.inl"
 #include "backward_norm.inl"

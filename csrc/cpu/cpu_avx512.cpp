@@ -41,6 +41,7 @@ namespace avx512 {
 #include "moments.inl"
 #include "norm.inl"
 #include "norm_planes.inl"
+#include "gate.inl"
 #include "forward_planes.inl"
 #include "forward.inl"
 #include "turned.inl"

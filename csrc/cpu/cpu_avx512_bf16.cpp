@@ -48,6 +48,7 @@ namespace avx512_bf16 {
 #include "moments.inl"
 #include "norm.inl"
 #include "norm_planes.inl"
+#include "gate.inl"
 #include "forward_planes.inl"
 #include "forward.inl"
 #include "turned.inl"

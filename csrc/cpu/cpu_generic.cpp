@@ -27,6 +27,7 @@ namespace generic {
 #include "moments.inl"
 #include "norm.inl"
 #include "norm_planes.inl"
+#include "gate.inl"
 #include "forward.inl"
 #include "turned.inl"
 #include "backward_norm.inl"

@@ -37,6 +37,7 @@ struct ForwardContext {
   CpuPlan plan;
   PackedWeights packed;
   InputNorm in_norm;
+  const void* gate;  // [n][mid_columns], what act(z) is multiplied by (gate.inl); null for nothing
   // forward_moments: tasks are `groups` ranges of the plan's tiles.
   int64_t groups;
   double* partial;  // [groups][2][c_out]: mean of y and sum of squares about it
@@ -63,6 +64,8 @@ struct BackwardContext {
   double* norm_partial;  // [pointwise_groups, panels: 1][2][c_mid]: sums of du and of du * zhat
   double norm_count;     // values a channel, where the stages are not apart
   const void* out_norm;  // after the pointwise, ld = out_columns; p.saved is y
+  // A gate (gate.inl), [n][mid_columns] both, null where there is none. The gradient of pw_weight is not for these.
+  const void *gate, *push;
 };
 
 // Whether x is read, and grad_x written, where they are.
@@ -93,6 +96,7 @@ constexpr bool is_matrix(const ImageTensor& t, int64_t n, int64_t d, int64_t h, 
 }
 
 // Moments of z (moments.inl). Tasks are `groups` ranges of the plan's tiles, for each of `panels` panels of channels.
+// Sums of act(z) (gate.inl): the geometry is that of one image, and there are so many tasks for each.
 struct MomentsContext {
   Geometry geom;
   CpuPlan plan;
@@ -100,7 +104,20 @@ struct MomentsContext {
   ImageTensor x;
   InputNorm in_norm;
   int64_t groups, panels;
-  double* partial;  // [groups][2][c_mid]: mean and sum of squares about it, order of k
+  double* partial;  // [groups][2][c_mid]: mean and sum of squares about it, order of k; or sums, [images][groups][c_mid]
+  Activation act;   // of the sums
+};
+
+// The gradients of a gate and of the weights behind it from those of one image's weights (gate.inl). Tasks are vectors
+// of channels, in the order of the tensors.
+struct GateContext {
+  int64_t c_out, c_mid;
+  const void* own;     // [c_out][c_mid], of this image as if there were no gate; stored type, as the weights
+  const void* weight;  // [c_out][c_mid]
+  const void* gate;    // [c_mid], compute type, as what follows
+  void* sums;          // [c_out][c_mid]: written where `first`, else added to
+  void* grad_gate;     // [c_mid]
+  bool first;
 };
 
 // A pass over tensors [n, channels, d, h, w] (norm.inl). Tasks are `groups` ranges of pixels.
@@ -137,6 +154,8 @@ struct DTypeKernels {
   void (*backward_turn)(const BackwardContext&, int64_t group, void* scratch);
   void (*backward_panel)(const BackwardContext&, int64_t panel, void* scratch);
   void (*depthwise_moments)(const MomentsContext&, int64_t task, void* scratch);  // groups * panels
+  void (*depthwise_sums)(const MomentsContext&, int64_t task, void* scratch);     // images * groups * panels
+  void (*gate_gradients)(const GateContext&, int64_t task);
   void (*norm_moments)(const NormContext&, int64_t group, void* scratch);
   void (*norm_forward)(const NormContext&, int64_t group, void* scratch);
   void (*norm_sums)(const NormContext&, int64_t group, void* scratch);

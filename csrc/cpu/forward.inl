@@ -86,6 +86,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
       activation_pass<ActivateInPlace, M>(p.act, g.c_mid, z + i * plan.mid_ld, nullptr);
     }
   }
+  if (ctx.gate != nullptr) multiply_by_gate<T>(ctx, pixel, count, z);
 
   const int64_t panels = plan.out_columns / columns;
   const int64_t begin = panels * part / plan.parts * columns, last = panels * (part + 1) / plan.parts * columns;

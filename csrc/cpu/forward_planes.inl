@@ -49,6 +49,9 @@ static void forward_planes(const ForwardContext& ctx, int64_t tile, void* scratc
       activation_pass<ActivateInPlace, M>(p.act, per_factor * count, reinterpret_cast<M*>(z + k * plan.strip_ld),
                                           nullptr);
     }
+    if (ctx.gate != nullptr) {
+      multiply_planes_by_gate<T>(ctx, image, count, per_factor, reinterpret_cast<M*>(z), plan.strip_ld * per_factor);
+    }
     const bool stream = plan.beyond_cache && ctx.partial == nullptr &&
                         (misaligned | static_cast<uint64_t>(begin) * sizeof(S)) % kCacheLine == 0;
     Ahead ahead = {};

@@ -245,61 +245,78 @@ DSCONV_INLINE void merge_row_moments(const S* v, int64_t count, int64_t before, 
   m2 += of.squares - of.sum * tile_mean + delta * delta * static_cast<double>(before) * share;
 }
 
+// What sum_over_z() makes of z for its moments. The tile may be changed.
+struct MomentsOfZ {
+  static constexpr int kRows = 2;
+  double *mean, *m2;
+  MomentsOfZ(const MomentsContext& ctx, double* partial) : mean(partial), m2(partial + ctx.geom.c_mid) {}
+  template <typename T>
+  void add_tile(const T* z, int64_t ld, int64_t count, int64_t channels, int64_t before, Ahead& ahead) {
+    merge_tile_moments(z, ld, count, channels, before, mean, m2, ahead);
+  }
+  template <typename T>
+  void add_row(const T* z, int64_t count, int64_t before, int64_t channel) {
+    merge_row_moments(z, count, before, mean[channel], m2[channel]);
+  }
+};
+
 #if DSCONV_ISA == DSCONV_ISA_AVX512
-// Those of a tile's z, made by planes into `z`, with the memory of depthwise_planes() behind it.
-template <typename S, typename T>
-static void merge_z_planes(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, int64_t before, T* z,
-                           double* mean, double* m2) {
+// A tile's z, made by planes into `z`, with the memory of depthwise_planes() behind it.
+template <typename S, typename T, typename Sums>
+static void add_z_planes(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, int64_t before, T* z, Sums& sums) {
   const CpuPlan& plan = *in.plan;
   const int64_t channels = in.g->c_in;
   for (const int64_t last = pixel + count; pixel < last;) {
     const PixelRun run = run_at(pixel, last - pixel, 1, plan.slice_pixels, true);
     depthwise_planes(in, run.slice, run.ow, run.ow + run.length, clamp_of<T>(Activation::identity), z, plan.strip_ld,
                      z + plan.mid_ld * plan.strip_ld);
-    for (int64_t c = 0; c < channels; ++c) merge_row_moments(z + c * plan.strip_ld, run.length, before, mean[c], m2[c]);
+    for (int64_t c = 0; c < channels; ++c) sums.add_row(z + c * plan.strip_ld, run.length, before, c);
     before += run.length;
     pixel += run.length;
   }
 }
 #endif
 
-// Moments of z, which is made a tile at a time and forgotten: where x is in cache, a panel of plan.mid_ld channels at a
+// Sums over z, which is made a tile at a time and forgotten: where x is in cache, a panel of plan.mid_ld channels at a
 // time, as if they were all there are, so that a tile has pixels enough. A multiplier takes all channels together.
-template <typename S, typename T>
-static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scratch) {
+template <typename S, typename T, typename Sums>
+static void sum_over_z(const MomentsContext& ctx, int64_t task, void* scratch) {
   const CpuPlan& plan = ctx.plan;
-  const int64_t group = task / ctx.panels, k = task % ctx.panels * plan.mid_ld, c_mid = ctx.geom.c_mid;
+  const int64_t part = task / ctx.panels, image = part / ctx.groups, group = part % ctx.groups;
+  const int64_t k = task % ctx.panels * plan.mid_ld, c_mid = ctx.geom.c_mid;
   Geometry g = ctx.geom;
   if (ctx.panels > 1) g.c_in = g.c_mid = c_mid - k < plan.mid_ld ? c_mid - k : plan.mid_ld;
   T* z = static_cast<T*>(scratch);
   T* memory = z + plan.tile_pixels * plan.mid_ld;
-  double* mean = ctx.partial + group * 2 * c_mid + k;
-  double* m2 = mean + c_mid;
+  double* const partial = ctx.partial + part * Sums::kRows * c_mid + k;
+  Sums sums(ctx, partial);
   // Who merged the last call's has these lines still; they come while the first z is made.
   constexpr int64_t kDoublesALine = kCacheLine / static_cast<int64_t>(sizeof(double));
   const int lines = static_cast<int>(ceil_div(g.c_mid, kDoublesALine));
-  ask_for_lines(mean, kDoublesALine, lines);
-  ask_for_lines(m2, kDoublesALine, lines);
+  for (int row = 0; row < Sums::kRows; ++row) ask_for_lines(partial + row * c_mid, kDoublesALine, lines);
   TurnedRing ring = {};
   DepthwiseInput<S> in = {&g,
                           &plan,
-                          static_cast<const S*>(ctx.x.data) + k * ctx.x.strides.c,
+                          static_cast<const S*>(ctx.x.data) + image * ctx.x.strides.n + k * ctx.x.strides.c,
                           ctx.x.strides,
                           ctx.x.layout,
                           static_cast<const T*>(ctx.packed.dw_weight) + k,
                           static_cast<const T*>(ctx.packed.dw_bias) + k,
                           norm_from<T>(ctx.in_norm, k),
-                          end_of_channels(ctx.geom, static_cast<const S*>(ctx.x.data), ctx.x.strides, ctx.geom.c_in),
+                          end_of_channels(ctx.geom, static_cast<const S*>(ctx.x.data) + image * ctx.x.strides.n,
+                                          ctx.x.strides, ctx.geom.c_in),
                           &ring};
   const int64_t first_tile = plan.tiles * group / ctx.groups;
   int64_t before = 0;
   for (int64_t tile = first_tile; tile < plan.tiles * (group + 1) / ctx.groups; ++tile) {
     const Range pixels = tile_range(plan.order, tile);
     const int64_t pixel = pixels.begin, count = pixels.end - pixel;
-    for (int64_t i = 0; tile == first_tile && i < g.c_mid; ++i) mean[i] = m2[i] = 0;
+    for (int64_t i = 0; tile == first_tile && i < Sums::kRows * g.c_mid; ++i) {
+      partial[i / g.c_mid * c_mid + i % g.c_mid] = 0;
+    }
 #if DSCONV_ISA == DSCONV_ISA_AVX512
     if (plan.by_planes) {
-      merge_z_planes(in, pixel, count, before, z, mean, m2);
+      add_z_planes(in, pixel, count, before, z, sums);
       before += count;
       continue;
     }
@@ -312,7 +329,12 @@ static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scr
       in.ahead = &ahead;
     }
     depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), z, memory);
-    merge_tile_moments(z, plan.mid_ld, count, g.c_mid, before, mean, m2, ahead);
+    sums.add_tile(z, plan.mid_ld, count, g.c_mid, before, ahead);
     before += count;
   }
+}
+
+template <typename S, typename T>
+static void depthwise_moments(const MomentsContext& ctx, int64_t task, void* scratch) {
+  sum_over_z<S, T, MomentsOfZ>(ctx, task, scratch);
 }

@@ -26,6 +26,8 @@ DSCONV_INLINE DTypeKernels kernels_of() {
   k.backward_turn = backward_turn<S, T, T>;
   k.backward_panel = backward_panel<S, T, T>;
   k.depthwise_moments = depthwise_moments<S, T>;
+  k.depthwise_sums = depthwise_sums_of_images<S, T>;
+  k.gate_gradients = gate_gradients<S, T>;
   k.norm_moments = norm_moments<S, T>;
   k.norm_forward = norm_forward<S, T>;
   k.norm_sums = norm_sums<S, T>;
