@@ -6,10 +6,18 @@
 
 namespace dsconv {
 
-// What the kernels read of a gate and of what it sends back: tensors [n, c_mid] in the compute type, contiguous.
-struct GateTensors {
+// What a call with a gate has more than one without.
+struct GateCall {
+  // What the kernels read of the gate, and in backward of what it sends back: [n, c_mid] in the compute type,
+  // contiguous.
   const Tensor* gate = nullptr;
-  const Tensor* push = nullptr;  // of backward
+  const Tensor* push = nullptr;
+  const double* vectors = nullptr;  // [4][c_mid], of a norm before the activation that folds into the depthwise weights
+
+  void fold(const Geometry& g, const CpuPlan& plan, const PackedWeights& packed) const {
+    if (vectors == nullptr) return;
+    fold_norm(g, plan, vectors, Fold::affine, packed.dw_weight, packed.dw_weight, packed.dw_bias);
+  }
 };
 
 inline void check_gate(const char* op, const char* arg, const Tensor& t, const Tensor& x, const Geometry& g) {
@@ -41,8 +49,8 @@ inline const void* fill_gate_rows(const Geometry& g, const CpuPlan& plan, const 
 // The rows of backward, in memory that `workspace`, of elements as large as the plan's or of bytes, allocates before
 // they are filled.
 struct GateRows {
-  GateRows(Workspace& workspace, const Geometry& geom, const CpuPlan& of, GateTensors tensors)
-      : g(geom), plan(of), gate(tensors) {
+  GateRows(Workspace& workspace, const Geometry& geom, const CpuPlan& of, const GateCall& call)
+      : g(geom), plan(of), gate(call) {
     if (gate.gate == nullptr) return;
     const int64_t elements = g.n * plan.mid_columns * (plan.element / workspace.element());
     workspace.reserve(&of_gate, elements);
@@ -56,19 +64,19 @@ struct GateRows {
   }
   const Geometry& g;
   const CpuPlan& plan;
-  GateTensors gate;
+  GateCall gate;
   void *of_gate = nullptr, *of_push = nullptr;
 };
 
 // op_cpu.cpp
 void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64_t version, InputNormCall in_norm = {},
-                 const Tensor* gate = nullptr);
-void run_backward(const char* op, const BackwardParams& p, GateTensors gate = {});
+                 const GateCall& gate = {});
+void run_backward(const char* op, const BackwardParams& p, const GateCall& gate = {});
 
 // op_cpu_norm_backward.cpp
 NormGradients bwd_norm(const char* op, const Tensor& grad, const Bias& y, const Tensor& x, const Tensor& dw_weight,
                        const Tensor& pw_weight, const Bias& dw_bias, const Tensor& vectors, const Bias& out_vectors,
                        const Bias& out_sums, double out_count, const CallArguments& arguments, int64_t grad_mask,
-                       const Bias& in_vectors, int64_t in_act, GateTensors gate = {});
+                       const Bias& in_vectors, int64_t in_act, const GateCall& gate = {});
 
 }  // namespace dsconv

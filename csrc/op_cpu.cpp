@@ -30,7 +30,7 @@ KeptKey key_of(const ForwardParams& p, const CpuPlan& plan, const DTypeKernels& 
 
 // kept: where packed weights of earlier calls are, or null; version as in KeptKey. in_norm: what x goes through first.
 void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64_t version, InputNormCall in_norm,
-                 const Tensor* gate) {
+                 const GateCall& gate) {
   const KernelTable& table = active_table(op);
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
   const bool normed = in_norm.vectors != nullptr;
@@ -38,16 +38,18 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
   ctx.p = p;
   const MicroTile micro = micro_of(table, p.dtype);
   ctx.plan = plan_forward(p.geom, normed ? Layout::nchw : p.x_layout, micro, kernels.bytes,
-                          torch::stable::get_num_threads(), false, !normed && goes_by_planes(p, kernels));
-  if (normed) ctx.plan.tap_pairs = 0;  // x comes out of the norm in the compute type
+                          torch::stable::get_num_threads(), false, !normed && goes_by_planes(p, kernels, gate.vectors != nullptr));
+  // x comes out of the norm in the compute type, and a norm folds into weights of that.
+  const bool folded = gate.vectors != nullptr;
+  if (normed || folded) ctx.plan.tap_pairs = 0;
   const CpuPlan& plan = ctx.plan;
   Workspace rows(plan.element);
   void* of_gate = nullptr;
   if (normed) rows.reserve(&in_norm.rows, in_norm.elements(p.geom, plan));
-  if (gate != nullptr) rows.reserve(&of_gate, p.geom.n * plan.mid_columns);
-  if (normed || gate != nullptr) rows.allocate();
+  if (gate.gate != nullptr) rows.reserve(&of_gate, p.geom.n * plan.mid_columns);
+  if (normed || gate.gate != nullptr) rows.allocate();
   ctx.in_norm = in_norm.fill(p.geom, plan);
-  ctx.gate = fill_gate_rows(p.geom, plan, gate, of_gate);
+  ctx.gate = fill_gate_rows(p.geom, plan, gate.gate, of_gate);
 
   Workspace weights(plan.element);
   reserve_depthwise(weights, plan, ctx.packed);
@@ -61,7 +63,8 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
     // All tasks of one tile need but their own parts of the output channels.
     const Range part = plan.tiles == 1 ? Range{panels * begin / tasks, panels * end / tasks} : Range{0, panels};
     pack_all(kernels, {p.geom, plan, own.packed, p.dw_weight, p.dw_bias, p.pw_weight, p.pw_bias}, part,
-             kernels.pack_pointwise_forward, normed ? nullptr : kernels.pack_depthwise_forward);
+             kernels.pack_pointwise_forward, normed || folded ? nullptr : kernels.pack_depthwise_forward);
+    gate.fold(p.geom, plan, own.packed);
   };
   if (use.memory() == nullptr) return run_with_copies(ctx, weights, plan.pixels, tasks, pack, kernels.forward);
   weights.place_in(use.memory());
@@ -72,7 +75,7 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
   for_each_task(tasks, [&](int64_t task) { kernels.forward(ctx, task, thread_scratch(plan.scratch_bytes)); });
 }
 
-void run_backward(const char* op, const BackwardParams& p, GateTensors gate) {
+void run_backward(const char* op, const BackwardParams& p, const GateCall& gate) {
   const KernelTable& table = active_table(op);
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
   const int64_t element = kernels.bytes.compute;
@@ -94,6 +97,7 @@ void run_backward(const char* op, const BackwardParams& p, GateTensors gate) {
     workspace.allocate();
     rows.fill(ctx);
     pack_depthwise(kernels, ctx);
+    gate.fold(g, plan, ctx.packed);
     return stage.run(kernels, ctx);
   }
   if (need_du) workspace.reserve(&ctx.du, plan.pixels * ceil_div(g.c_mid, plan.du_width) * plan.du_width);
@@ -106,6 +110,7 @@ void run_backward(const char* op, const BackwardParams& p, GateTensors gate) {
   rows.fill(ctx);
 
   pack_depthwise(kernels, ctx);
+  gate.fold(g, plan, ctx.packed);
   if (ctx.x_turned != nullptr) {
     for_each_task(ceil_div(x_pixels, plan.turned_pixels), [&](int64_t task) { kernels.backward_turn_x(ctx, task); });
   }

@@ -4,10 +4,10 @@
 //   gate_means   the means of act(z) over the pixels of an image; z is made tile by tile and forgotten
 //   fwd_gated    y, with act(z) times the gate in between
 //   bwd_gate     the gradients of pw_weight and of the gate, from those of the weights that one image by itself has
-//   bwd_gated    with the gradient of the means, when the caller has it: those of x and the depthwise part, through a
-//                norm before the activation where `vectors` are given
+//   bwd_gated    with the gradient of the means, when the caller has it: those of x and the depthwise part
 //
-// Gates and means are tensors [n, c_mid] in the compute type.
+// Gates and means are tensors [n, c_mid] in the compute type. `vectors` are those of a norm before the activation that
+// took statistics of the batch: it folds into the depthwise weights, and bwd_gated goes through it.
 
 #include "cpu_gate.h"
 #include "cpu_tasks.h"
@@ -44,17 +44,23 @@ void means_of_sums(const MomentsContext& ctx, int64_t images, T* to) {
   }
 }
 
+const double* vectors_of(const char* op, const Bias& vectors, const Geometry& g) {
+  return vectors.has_value() ? doubles_of(op, "vectors", *vectors, kVectorRows, g.c_mid) : nullptr;
+}
+
 struct MeansCall {
   ForwardParams params;
   std::optional<Tensor> x, dw_weight, pw_weight, dw_bias;
 };
 
-Tensor gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Ints stride, Ints padding, Ints dilation,
-                  int64_t act) {
+Tensor gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias vectors, Ints stride,
+                  Ints padding, Ints dilation, int64_t act) {
   constexpr const char* op = "dsconv_cuda::gate_means";
   MeansCall call{};
   prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, arguments_of(op, stride, padding, dilation, act, 0));
   const ForwardParams& p = call.params;
+  GateCall gate;
+  gate.vectors = vectors_of(op, vectors, p.geom);
   Tensor result = empty_wide(x, p.geom.n, p.geom.c_mid);
   if (result.numel() == 0) return result;
   const KernelTable& table = active_table(op);
@@ -79,6 +85,7 @@ Tensor gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, In
   workspace.allocate();
   const auto pack = [&](const MomentsContext& own, int64_t, int64_t) {
     pack_all(kernels, {g, plan, own.packed, p.dw_weight, p.dw_bias, nullptr, nullptr}, {0, 0}, nullptr);
+    gate.fold(g, plan, own.packed);
   };
   run_with_copies(ctx, weights, images * plan.pixels, images * ctx.groups * ctx.panels, pack, kernels.depthwise_sums);
   if (element == 8) {
@@ -89,13 +96,14 @@ Tensor gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, In
   return result;
 }
 
-Tensor fwd_gated(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor gate, Ints stride,
-                 Ints padding, Ints dilation, int64_t act, int64_t out_act) {
+Tensor fwd_gated(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor gate, Bias vectors,
+                 Ints stride, Ints padding, Ints dilation, int64_t act, int64_t out_act) {
   constexpr const char* op = "dsconv_cuda::fwd_gated";
   const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, out_act);
   const ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments, false);
   check_gate(op, "gate", gate, x, call.params.geom);
-  if (call.y->numel() > 0) run_forward(op, call.params, nullptr, 0, {}, &gate);
+  const GateCall of = {&gate, nullptr, vectors_of(op, vectors, call.params.geom)};
+  if (call.y->numel() > 0) run_forward(op, call.params, nullptr, 0, {}, of);
   return *call.y;
 }
 
@@ -109,7 +117,7 @@ BackwardParams of_image(const BackwardParams& all, int64_t image, int64_t stored
 }
 
 std::tuple<Tensor, Tensor> bwd_gate(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Tensor gate,
-                                    Ints stride, Ints padding, Ints dilation, int64_t act) {
+                                    Bias vectors, Ints stride, Ints padding, Ints dilation, int64_t act) {
   constexpr const char* op = "dsconv_cuda::bwd_gate";
   const BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, {},
                                              arguments_of(op, stride, padding, dilation, act, 0), kGradPwWeight);
@@ -118,12 +126,14 @@ std::tuple<Tensor, Tensor> bwd_gate(Tensor dy, Tensor x, Tensor dw_weight, Tenso
   check_gate(op, "gate", gate, x, g);
   Tensor grad_gate = empty_wide(x, g.n, g.c_mid), sums = empty_wide(x, g.c_out, g.c_mid);
   if (g.n == 0) return {torch::stable::zero_(sums), grad_gate};
+  GateCall folded;
+  folded.vectors = vectors_of(op, vectors, g);
   const KernelTable& table = active_table(op);
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
   const int64_t element = element_bytes(p.dtype), lanes = micro_of(table, p.dtype).lanes;
   GateContext ctx{g.c_out, g.c_mid, p.grad_pw_weight, p.pw_weight, nullptr, sums.mutable_data_ptr(), nullptr, true};
   for (int64_t image = 0; image < g.n; ++image) {
-    run_backward(op, of_image(p, image, kernels.bytes.stored));
+    run_backward(op, of_image(p, image, kernels.bytes.stored), folded);
     const int64_t row = image * g.c_mid * element;
     ctx.gate = static_cast<const char*>(gate.const_data_ptr()) + row;
     ctx.grad_gate = static_cast<char*>(grad_gate.mutable_data_ptr()) + row;
@@ -141,7 +151,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_gated(Tensor dy, Tensor x, Tensor
   const Geometry g = geometry_of(op, x, dw_weight, pw_weight, arguments);
   check_gate(op, "gate", gate, x, g);
   check_gate(op, "push", push, x, g);
-  const GateTensors gates = {&gate, &push};
+  const GateCall gates = {&gate, &push};
   const int64_t mask = grad_mask & (kGradX | kGradDwWeight | kGradDwBias);
   if (vectors.has_value()) {
     const NormGradients grads = bwd_norm(op, dy, {}, x, dw_weight, pw_weight, dw_bias, *vectors, {}, {}, 0, arguments,

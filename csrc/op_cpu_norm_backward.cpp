@@ -201,7 +201,7 @@ void prepare(Run& run, const Tensor& grad, const OutputNorm& norm, const Tensor&
 NormGradients bwd_norm(const char* op, const Tensor& grad, const Bias& y, const Tensor& x, const Tensor& dw_weight,
                        const Tensor& pw_weight, const Bias& dw_bias, const Tensor& vectors, const Bias& out_vectors,
                        const Bias& out_sums, double out_count, const CallArguments& arguments, int64_t grad_mask,
-                       const Bias& in_vectors, int64_t in_act, GateTensors gate) {
+                       const Bias& in_vectors, int64_t in_act, const GateCall& gate) {
   Run run(op);
   const OutputNorm norm = {y, out_vectors, out_sums, out_count};
   prepare(run, grad, norm, x, dw_weight, pw_weight, dw_bias, arguments, grad_mask & ~kGradDwBias);

@@ -122,14 +122,14 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   // before the activation. (grad_pw_weight in the compute type, grad_gate), then the gradients of (x, dw_weight,
   // dw_bias) and with vectors the sums of du. On the CPU.
   m.def(
-      "gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, int[2] stride, int[4] padding, int[2] "
-      "dilation, int act) -> Tensor");
+      "gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? vectors, int[2] stride, "
+      "int[4] padding, int[2] dilation, int act) -> Tensor");
   m.def(
-      "fwd_gated(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor gate, int[2] "
-      "stride, int[4] padding, int[2] dilation, int act, int out_act) -> Tensor");
+      "fwd_gated(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor gate, "
+      "Tensor? vectors, int[2] stride, int[4] padding, int[2] dilation, int act, int out_act) -> Tensor");
   m.def(
-      "bwd_gate(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor gate, int[2] stride, "
-      "int[4] padding, int[2] dilation, int act) -> (Tensor, Tensor)");
+      "bwd_gate(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor gate, Tensor? vectors, "
+      "int[2] stride, int[4] padding, int[2] dilation, int act) -> (Tensor, Tensor)");
   m.def(
       "bwd_gated(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor gate, Tensor push, "
       "Tensor? vectors, int[2] stride, int[4] padding, int[2] dilation, int act, int grad_mask) -> (Tensor, Tensor, "

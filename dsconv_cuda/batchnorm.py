@@ -19,9 +19,9 @@ import functools
 import torch
 from torch import Tensor, nn
 
-from dsconv_cuda import _checks, _loader, autograd, batchnorm_graph
+from dsconv_cuda import _checks, _loader, autograd, batchnorm_graph, gated
 from dsconv_cuda.activations import activation_number
-from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, norm_later, operation
+from dsconv_cuda.batchnorm_autograd import Batch, BatchNormBlock, Block, norm_later, norm_now, operation
 from dsconv_cuda.deferred import Deferred
 from dsconv_cuda.functional import _fast, _load, as_rows, cast_for_autocast
 from dsconv_cuda.norms import BatchNormArguments, check_norm, fold_norm, product, track, wide_parameter
@@ -170,7 +170,7 @@ def norm_before(dims: int, y: Tensor, bn: BatchNormArguments, activation: str, o
     check_norm(op, "the norm before the depthwise convolution", bn, y, y.shape[1], pixels)
     act = activation_number(activation, "activation", op)
     count = product(pixels)
-    batch = Batch(bn.eps, count, bn.process_group, functools.partial(track, bn))
+    batch = _of_batch(bn, count)
     tensors = (y, wide_parameter(bn.weight), wide_parameter(bn.bias))
     if not _in_graph():
         return norm_later(*tensors, op, batch, act, owner)[0]
@@ -197,10 +197,11 @@ def block_of_chain(
     *,
     recompute_output: bool = False,
     defer: bool = False,
+    gate: gated.Gate | None = None,
 ) -> Tensor | Unnormalised:
     """:func:`depthwise_separable_conv_bn2d`, or that of another `dims`, in a chain: after a block that deferred its
     second norm, where `input` is Unnormalised, and before one that takes it, with `defer` (bn2 must take statistics of
-    the batch then).
+    the batch then). Or, in no chain, with a `gate` between the activation and the pointwise part (gated.py).
     """
     op = operation(dims)
     before = input if isinstance(input, Unnormalised) else None
@@ -241,28 +242,29 @@ def block_of_chain(
     if before is not None and before.deferred is not None:
         x = before.deferred
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias)
+    count = product(pixels)
+    norms = [_of_batch(bn, count) if batch else None for bn, batch in ((bn1, batch1), (bn2, batch2))]
+    affine = [
+        wide_parameter(t)
+        for bn, batch in ((bn1, batch1), (bn2, batch2))
+        for t in ((bn.weight, bn.bias) if batch else (None, None))
+    ]
+    if gate is not None:
+        _check_gate(op, x.device)
+        config = Config(stride, padding, dilation, act, IDENTITY if batch2 else out_act)
+        call = gated.Call(op, dims, config, (x_shape[0], pw_shape[0], *extents), norms[0])
+        y = gated.apply(tensors, tuple(affine[:2]), call, gate)
+        if batch2:
+            y = norm_now(y, *affine[2:], op, norms[1], out_act)
+        return y.squeeze(-2) if dims == 1 else y
     if not batch1 and not batch2 and before is None:
         y = autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act, _fast(x)))
         return y.squeeze(-2) if dims == 1 else y
 
     _refuse_what_has_no_rule(op)
     _check_kernels(op, x.device)
-    count = product(pixels)
-    block = Block(
-        op,
-        Config(stride, padding, dilation, act, IDENTITY, _fast(x)),
-        out_act,
-        Batch(bn1.eps, count, bn1.process_group, functools.partial(track, bn1)) if batch1 else None,
-        Batch(bn2.eps, count, bn2.process_group, functools.partial(track, bn2)) if batch2 else None,
-        recompute_output,
-        before.act if before else IDENTITY,
-        defer,
-    )
-    affine = [
-        wide_parameter(t)
-        for bn, batch in ((bn1, batch1), (bn2, batch2))
-        for t in ((bn.weight, bn.bias) if batch else (None, None))
-    ]
+    config, in_act = Config(stride, padding, dilation, act, IDENTITY, _fast(x)), before.act if before else IDENTITY
+    block = Block(op, config, out_act, *norms, recompute_output, in_act, defer)
     in_vectors = before.vectors if before else None
     if _in_graph() and not _shared(block):
         out, vectors, *moments = batchnorm_graph.apply((*tensors, *affine, in_vectors), block)
@@ -274,6 +276,10 @@ def block_of_chain(
         out, vectors = BatchNormBlock.apply(*tensors, *affine, in_vectors, block)[:2]
     out = out.squeeze(-2) if dims == 1 else out
     return Unnormalised(out, vectors, out_act) if defer else out
+
+
+def _of_batch(bn: BatchNormArguments, count: int) -> Batch:
+    return Batch(bn.eps, count, bn.process_group, functools.partial(track, bn))
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
@@ -298,6 +304,18 @@ def _check_kernels(op: str, device: torch.device) -> None:
 
 
 _check_kernels._dynamo_marked_constant = True  # as functional._load
+
+
+def _check_gate(op: str, device: torch.device) -> None:
+    what = None
+    if device.type not in ("cpu", "meta") or not gated.kernels_loaded():
+        what = f"has no kernels on {device.type}"
+    elif _in_graph() or torch.compiler.is_compiling():
+        what = "is not supported in graphs of torch.compile, torch.export and torch.jit"
+    elif torch._C._are_functorch_transforms_active():
+        what = "is not supported under torch.func transforms"
+    if what is not None:
+        raise RuntimeError(f"{op}: a gate, as of squeeze-excite, {what}; use the modules one by one there")
 
 
 def _refuse_what_has_no_rule(op: str) -> None:

@@ -199,26 +199,63 @@ def _norm_gradients(ctx, grad, y, vectors) -> tuple:
         grad_y = None
         if ctx.needs_input_grad[0]:
             grad_y = ops.norm_act_grad(grad, y, vectors, ctx.batch.join_sums(sums), ctx.count, ctx.act)
-    affine = _affine_gradients(sums, *ctx.affine_dtypes)
+    affine = affine_gradients(sums, *ctx.affine_dtypes)
     return tuple(g if w else None for g, w in zip((grad_y, *affine), ctx.needs_input_grad, strict=False))
+
+
+class NormNow(torch.autograd.Function):
+    """The same norm and `act` where their value itself is wanted."""
+
+    @staticmethod
+    def forward(ctx, y, gamma, beta, vectors, op: str, batch: Batch, count: float, act: int):
+        ctx.op, ctx.act, ctx.batch, ctx.count = op, act, batch, count
+        ctx.save_for_backward(y, vectors)
+        ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma, beta)]
+        ctx.set_materialize_grads(False)
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.dsconv_cuda.norm_act(y, vectors, act)
+
+    @staticmethod
+    def backward(ctx, grad):
+        if grad is None:
+            return (None,) * 8
+        return (*once(_norm_gradients, ctx, grad), *(None,) * 5)
+
+    jvp = staticmethod(BatchNormBlock.jvp)
 
 
 def norm_later(y: Tensor, gamma: Tensor | None, beta: Tensor | None, op: str, batch: Batch, act: int, owner) -> tuple:
     """What NormLater returns, the vectors, and the moments, which are tracked if `batch` says so."""
+    vectors, moments, count = _vectors_of_batch(y, gamma, beta, batch)
+    return NormLater.apply(y, gamma, beta, vectors, op, batch, count, act, owner), vectors, moments
+
+
+def norm_now(y: Tensor, gamma: Tensor | None, beta: Tensor | None, op: str, batch: Batch, act: int) -> Tensor:
+    """act(F.batch_norm(y, ..)) with statistics of the batch, which are tracked if `batch` says so."""
+    vectors, _, count = _vectors_of_batch(y, gamma, beta, batch)
+    return NormNow.apply(y, gamma, beta, vectors, op, batch, count, act)
+
+
+def _vectors_of_batch(y: Tensor, gamma: Tensor | None, beta: Tensor | None, batch: Batch) -> tuple:
     ops = torch.ops.dsconv_cuda
     with torch._C._AutoDispatchBelowAutograd():
         moments, count = batch.join_moments(ops.moments(y))
         if batch.track is not None:
             batch.track(moments, count)
-        vectors = ops.norm_vectors(moments, gamma, beta, batch.eps)
-    return NormLater.apply(y, gamma, beta, vectors, op, batch, count, act, owner), vectors, moments
+        return ops.norm_vectors(moments, gamma, beta, batch.eps), moments, count
 
 
-def once(gradients: Callable, ctx, grad) -> tuple:
-    """gradients(ctx, grad, *saved), not differentiable again."""
+def once(gradients: Callable, ctx, *grads) -> tuple:
+    """gradients(ctx, *grads, *saved), not differentiable again."""
     if torch.is_grad_enabled():
-        return _FirstDerivative.apply(gradients, ctx, grad, *ctx.saved_tensors)
-    return gradients(ctx, grad, *ctx.saved_tensors)
+        return _FirstDerivative.apply(gradients, ctx, *grads, *ctx.saved_tensors)
+    return gradients(ctx, *grads, *ctx.saved_tensors)
+
+
+_NO_SECOND = (
+    "double backward is not supported where a norm takes statistics of the batch; put the norms into eval mode, whose "
+    "derivatives of any order are right, or use nn.Conv2d and nn.BatchNorm2d for this loss"
+)
 
 
 class _FirstDerivative(torch.autograd.Function):
@@ -226,19 +263,15 @@ class _FirstDerivative(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gradients: Callable, of, *arguments):
-        ctx.op = of.op
+        ctx.message = f"{of.op}: {getattr(of, 'no_second', _NO_SECOND)}"
         return gradients(of, *arguments)
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(
-            f"{ctx.op}: double backward is not supported where a norm takes statistics of the batch; put the norms "
-            f"into eval mode, whose derivatives of any order are right, or use nn.Conv2d and nn.BatchNorm2d for this "
-            f"loss"
-        )
+        raise RuntimeError(ctx.message)
 
 
-def _affine_gradients(sums: Tensor | None, gamma_dtype, beta_dtype) -> tuple:
+def affine_gradients(sums: Tensor | None, gamma_dtype, beta_dtype) -> tuple:
     """Of (gamma, beta), from the sums of the gradient and of it times vhat; a dtype is None where there is none."""
     dtype = gamma_dtype or beta_dtype
     if sums is None or dtype is None:
@@ -291,6 +324,6 @@ def _gradients(ctx, grad_out, x, dw_weight, pw_weight, dw_bias, pw_bias, in_vect
         grad_b1 = torch.zeros_like(dw_bias)
     if wanted[4] and block.batch2 is not None:
         grad_b2 = torch.zeros_like(pw_bias)
-    affine = (*_affine_gradients(sums1, *ctx.affine_dtypes[:2]), *_affine_gradients(sums2, *ctx.affine_dtypes[2:]))
+    affine = (*affine_gradients(sums1, *ctx.affine_dtypes[:2]), *affine_gradients(sums2, *ctx.affine_dtypes[2:]))
     grads = (grad_x, grad_dw, grad_pw, grad_b1, grad_b2, *affine)
     return tuple(g if w else None for g, w in zip(grads, wanted, strict=False))

@@ -134,6 +134,16 @@ def _bwd_norm_depthwise(
     return _convolution_backward(z, x, dw_weight, bool(grad_mask & _X), bool(grad_mask & _DW_WEIGHT))
 
 
+def _bwd_gate(dy, x, dw_weight, pw_weight, *_, **__) -> int:
+    return _backward(dy, x, dw_weight, pw_weight, _PW_WEIGHT)
+
+
+def _bwd_gated(
+    dy, x, dw_weight, pw_weight, dw_bias, gate, push, vectors, stride, padding, dilation, act, grad_mask, *_, **__
+) -> int:
+    return _backward(dy, x, dw_weight, pw_weight, grad_mask | _NORM1)
+
+
 _FORMULAS: dict[tuple[str, ...], Callable[..., int]] = {
     (
         "fwd",
@@ -149,6 +159,7 @@ _FORMULAS: dict[tuple[str, ...], Callable[..., int]] = {
         "fwd_with_pre_in_graph",
         "fwd_after_norm_in_graph",
         "train_fwd_in_graph",
+        "fwd_gated",
     ): _forward,
     ("fwd_each", "fwd_with_pre_each"): _forward_each,
     ("bwd_each",): _bwd_each,
@@ -158,4 +169,6 @@ _FORMULAS: dict[tuple[str, ...], Callable[..., int]] = {
     ("bwd_norm",): _bwd_norm,
     ("bwd_norm_pointwise",): _bwd_norm_pointwise,
     ("bwd_norm_depthwise",): _bwd_norm_depthwise,
+    ("bwd_gate",): _bwd_gate,
+    ("bwd_gated",): _bwd_gated,
 }

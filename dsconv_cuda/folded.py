@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from dsconv_cuda import kept_weights
 from dsconv_cuda.autograd import nobody_watches
+from dsconv_cuda.batchnorm import block_of_chain
 from dsconv_cuda.functional import autocast_dtype
+from dsconv_cuda.gated import Gate
 from dsconv_cuda.guards import PARAMETERS, STATISTICS, Guards
 from dsconv_cuda.locks import Lock
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
@@ -49,8 +51,8 @@ def wants_gradients(modules) -> bool:
 
 
 class Folded:
-    """[before] -> depthwise -> [bn1] -> activation -> pointwise -> [bn2] -> out_activation for calls without gradients:
-    a module of the folded weights, with `before` behind that norm and its activation.
+    """[before] -> depthwise -> [bn1] -> activation -> [gate] -> pointwise -> [bn2] -> out_activation for calls without
+    gradients of these weights: a module of the folded ones, with `before` behind that norm and its activation.
     """
 
     def __init__(
@@ -65,9 +67,11 @@ class Folded:
         dtype: torch.dtype | None = None,  # of autocast
         *,
         causal: bool = False,  # of one dimension: the padding, whatever `depthwise` has
+        gate: Gate | None = None,
     ):
         self.arguments = (depthwise, bn1, activation, pointwise, bn2, out_activation, before)
         self.dtype, self.of_autocast = dtype, {}
+        self.gate = gate
         self.depthwise, self.pointwise = depthwise, pointwise
         self.before, self.bn1, self.bn2 = before, bn1, bn2
         self.in_norm: tuple[Tensor, int] | None = None
@@ -190,6 +194,8 @@ class Folded:
         return folded
 
     def _call(self, x: Tensor, in_norm: tuple[Tensor, int] | None) -> Tensor:
+        if self.gate is not None:
+            return self._call_gated(x)
         if in_norm is None:
             return self.module.forward(x)
         if "_kept_call" not in vars(self.module):
@@ -197,6 +203,13 @@ class Folded:
         call = vars(self.module).get("_kept_call")
         y = None if call is None else call(self.module, x, in_norm)
         return self.module.forward(torch.ops.dsconv_cuda.norm_act(x, *in_norm)) if y is None else y
+
+    def _call_gated(self, x: Tensor) -> Tensor:
+        conv, pointwise = self.module.depthwise, self.module.pointwise
+        operands = (conv.weight, pointwise.weight, conv.bias, pointwise.bias)
+        activations = (self.module.activation, self.module.out_activation)
+        geometry = (conv.stride, conv.padding, conv.dilation)
+        return block_of_chain(self.rank - 2, x, *operands, None, None, *geometry, *activations, gate=self.gate)
 
     def _changed(self) -> bool:
         """Whether to fold again; remembers what it saw."""

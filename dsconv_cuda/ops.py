@@ -187,6 +187,33 @@ def _bwd_norm_depthwise_fake(
     return grad_x, _empty(x, dw_weight.shape if mask & GRAD_DW_WEIGHT else (0,))
 
 
+def _gate_means_fake(x, dw_weight, pw_weight, dw_bias, vectors, stride, padding, dilation, act):
+    _output_shape("dsconv_cuda::gate_means", x, dw_weight, pw_weight, stride, padding, dilation)
+    return _empty_wide(x, x.shape[0], dw_weight.shape[0])
+
+
+def _empty_wide(x: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=_checks.wide_dtype(x.dtype), device=x.device)
+
+
+def _fwd_gated_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, gate, vectors, *arguments):
+    return _fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, *arguments)
+
+
+def _bwd_gate_fake(dy, x, dw_weight, pw_weight, dw_bias, gate, vectors, stride, padding, dilation, act):
+    c_mid = dw_weight.shape[0]
+    return _empty_wide(x, pw_weight.shape[0], c_mid), _empty_wide(x, x.shape[0], c_mid)
+
+
+def _bwd_gated_fake(
+    dy, x, dw_weight, pw_weight, dw_bias, gate, push, vectors, stride, padding, dilation, act, mask
+):  # fmt: skip
+    config = (stride, padding, dilation, act, IDENTITY)
+    mask &= GRAD_X | GRAD_DW_WEIGHT | (GRAD_DW_BIAS if vectors is None else 0)
+    grads = _bwd_fake(dy, x, dw_weight, pw_weight, dw_bias, None, *config, mask)
+    return grads[0], grads[1], grads[3], _doubles(x, 2, 0 if vectors is None else dw_weight.shape[0])
+
+
 _NORM_FAKES = {
     "z_moments": _z_moments_fake,
     "norm_vectors": lambda moments, weight, bias, eps: _doubles(moments, 4, moments.shape[1]),
@@ -199,6 +226,10 @@ _NORM_FAKES = {
     "bwd_norm": _bwd_norm_fake,
     "bwd_norm_pointwise": _bwd_norm_pointwise_fake,
     "bwd_norm_depthwise": _bwd_norm_depthwise_fake,
+    "gate_means": _gate_means_fake,
+    "fwd_gated": _fwd_gated_fake,
+    "bwd_gate": _bwd_gate_fake,
+    "bwd_gated": _bwd_gated_fake,
 }
 
 

@@ -29,6 +29,10 @@ Whoever else is given a Deferred finds the value that it stands for; where there
 modules, which may do anything with what they see, the norm runs its old forward. In graphs of torch.compile, which know
 no such tensors, the BatchNorm before computes the whole chain, and the others hand that on.
 
+A gate between the activation and the pointwise convolution, squeeze-excite (gates.py), is part of the chain in eager
+mode on the CPU: the kernels make the means that it sees, and take what it makes of them. Elsewhere (CUDA, torch.func,
+forward-mode AD, graphs of torch.compile, norms that share statistics) the modules of such a chain run one by one.
+
 A BatchNorm that takes statistics of the batch goes the way of batchnorm.py. Where that is closed (a device without
 kernels for it, torch.func), it runs by itself: PAIR, or NONE if it is the one between.
 
@@ -49,7 +53,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
-from dsconv_cuda import _checks, _loader, batchnorm_training, compiled_folding, symbolic
+from dsconv_cuda import _checks, _loader, batchnorm_training, compiled_folding, gated, symbolic
 from dsconv_cuda.activations import activation_number
 from dsconv_cuda.autograd import transformed
 from dsconv_cuda.batchnorm import Unnormalised, block_of_chain, norm_before
@@ -62,6 +66,7 @@ from dsconv_cuda.functional import (
     depthwise_separable_conv2d,
     depthwise_separable_conv3d,
 )
+from dsconv_cuda.fusion.gates import Gate
 from dsconv_cuda.guards import Guards
 from dsconv_cuda.norms import BatchNormArguments, arguments_of
 
@@ -94,7 +99,7 @@ class NormBefore:
 
 @dataclass(eq=False)
 class Chain:
-    """[before] -> depthwise -> [bn1] -> activation -> pointwise -> [bn2] -> out_activation"""
+    """[before] -> depthwise -> [bn1] -> activation -> [gate] -> pointwise -> [bn2] -> out_activation"""
 
     depthwise: nn.Module
     bn1: nn.Module | None
@@ -106,6 +111,7 @@ class Chain:
     needs_rewriting: bool = False  # an activation is no module of its own: see rewrite.py
     rewritten: nn.Module | None = None  # the module of which the forward is rewritten then
     before: NormBefore | None = None
+    gate: Gate | None = None
     # Modules that some of the chain's are part of, and others not.
     containers: list[nn.Module] = field(default_factory=list)
     settings: list[tuple[nn.Module, str, object]] = field(default_factory=list)  # attributes that it has to have
@@ -324,6 +330,8 @@ class Chain:
             if trains1:
                 return NONE
             extent = PAIR
+        if self.gate is not None and not self._gates():
+            return NONE
         for parent, name, child in self.places:
             if parent._modules.get(name) is not child or has_hooks(child) or "forward" in child.__dict__:
                 return NONE
@@ -350,6 +358,16 @@ class Chain:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return False
         return forward_ad._current_level < 0 and _batch_norm_kernels(device_type)
+
+    def _gates(self) -> bool:
+        """Whether there are kernels for the gate where this is called."""
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return False
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            return False
+        if any(isinstance(bn, nn.SyncBatchNorm) and bn.training for bn in (self.bn1, self.bn2)):
+            return False
+        return self.depthwise._parameters["weight"].device.type in ("cpu", "meta") and gated.kernels_loaded()
 
     def compute(self, x: Tensor, extent: int) -> Tensor:
         if extent == ALL and self._trains():
@@ -378,12 +396,13 @@ class Chain:
                 activations = self.activation, out_activation, "identity" if before is None else before.activation
                 return compiled_folding.apply(x, *convolutions, *norms, *activations)
             return self._unkept(x, bn2, out_activation, before)
-        if in_graph or transformed():
+        # A gate runs under autocast itself.
+        if in_graph or transformed() or (self.gate is not None and autocast_dtype(x) is not None):
             return self._unkept(x, bn2, out_activation, before)
         folded = self._folded.get((extent, before is not None))
         if folded is None:
             modules = self.depthwise, bn1, self.activation, self.pointwise, bn2, out_activation
-            folded = self._folded[extent, before is not None] = Folded(*modules, before)
+            folded = self._folded[extent, before is not None] = Folded(*modules, before, gate=self.gate)
         unkept = functools.partial(self._unkept, bn2=bn2, out_activation=out_activation, before=before)
         return folded(x, unkept, functools.partial(self._guards, before) if extent == ALL else None)
 
@@ -414,7 +433,7 @@ class Chain:
             x = Unnormalised(x.y, x.vectors, x.act, x)
         norms = (self.bn1, self.bn2)
         conv = self.depthwise
-        plain = None not in norms and not any(isinstance(bn, nn.SyncBatchNorm) for bn in norms)
+        plain = None not in norms and self.gate is None and not any(isinstance(bn, nn.SyncBatchNorm) for bn in norms)
         if plain and not torch.compiler.is_compiling():
             y = batchnorm_training.step(
                 x, conv, self.bn1, self.pointwise, self.bn2, self.activation, self.out_activation
@@ -435,6 +454,7 @@ class Chain:
             conv.dilation,
             self.activation,
             self.out_activation,
+            gate=self.gate,
         )
 
     def _unkept(
@@ -447,6 +467,10 @@ class Chain:
         dw_weight, dw_bias = fold(conv, self.bn1)
         pw_weight, pw_bias = fold(self.pointwise, bn2)
         operands = (dw_weight, pw_weight, dw_bias, pw_bias)
+        if self.gate is not None:
+            geometry = (conv.stride, conv.padding, conv.dilation)
+            activations = (self.activation, out_activation)
+            return block_of_chain(self.dims, x, *operands, None, None, *geometry, *activations, gate=self.gate)
         return _FUNCTIONS[self.dims](
             x, *operands, conv.stride, conv.padding, conv.dilation, self.activation, out_activation
         )
@@ -542,6 +566,7 @@ class _Fused(Copied):
         steps = [
             "bn" if chain.bn1 is not None else None,
             chain.activation if chain.activation != "identity" else None,
+            "gate" if chain.gate is not None else None,
             f"1x1 to {chain.pointwise.out_channels}",
             "bn" if chain.bn2 is not None else None,
             chain.out_activation if chain.out_activation != "identity" else None,

@@ -24,6 +24,7 @@ from dsconv_cuda import activations
 from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN
 from dsconv_cuda.children import has_hooks
 from dsconv_cuda.fusion.chain import NONE, Chain, NormBefore, chain_of
+from dsconv_cuda.fusion.gates import Gate, gate_of, is_gate, may_be_gate
 from dsconv_cuda.fusion.untouched import untouched
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 
@@ -132,7 +133,7 @@ def _settings(module: nn.Module) -> list[tuple[nn.Module, str, object]]:
     name = _SETTINGS.get(type(module))
     if name is not None:
         return [(module, name, getattr(module, name))]
-    if _own_activation(module) is None:
+    if _own_activation(module) is None and not may_be_gate(module):
         return []
     simple = (bool, int, float, str)  # whatever its forward may look at
     return [(module, n, v) for n, v in vars(module).items() if type(v) in simple and n[0] != "_" and n != "training"]
@@ -181,7 +182,7 @@ def _fused_already(module: nn.Module, names: dict) -> Finding:
 def _describe(chain: Chain) -> str:
     before = ["BatchNorm", _named(chain.before.activation)] if chain.before is not None else []
     steps = [*before, "depthwise", "BatchNorm" if chain.bn1 is not None else None, _named(chain.activation)]
-    steps.append("pointwise")
+    steps += ["squeeze-excite" if chain.gate is not None else None, "pointwise"]
     steps += ["BatchNorm" if chain.bn2 is not None else None, _named(chain.out_activation)]
     text = " -> ".join(step for step in steps if step)
     if chain.needs_rewriting:
@@ -417,7 +418,8 @@ def trace(root: nn.Module, opaque: set[nn.Module], given: dict | None = None) ->
     """`given`: values of arguments with a default, which else keep that; ``PH`` for one that the graph takes."""
     if isinstance(root, (nn.ModuleList, nn.ModuleDict)):
         raise NotImplementedError(f"{type(root).__name__} has no forward")
-    tracer = _Tracer(opaque | {module for module in root.modules() if _own_activation(module) is not None} - {root})
+    whole = {module for module in root.modules() if module not in opaque and module is not root and _is_whole(module)}
+    tracer = _Tracer(opaque | whole)
     values = defaults_of(root) | (given or {})  # most are switches
     with untouched(root):
         for module in root.modules():
@@ -431,6 +433,11 @@ def trace(root: nn.Module, opaque: set[nn.Module], given: dict | None = None) ->
             modules[node] = module
             calls.setdefault(module, []).append(node)
     return Graph(root, graph, modules, calls)
+
+
+def _is_whole(module: nn.Module) -> bool:
+    """Whether it is known what it computes, whatever is in it."""
+    return _own_activation(module) is not None or is_gate(module)
 
 
 def _clear_hooks(module: nn.Module) -> None:
@@ -495,7 +502,7 @@ def _chain_in(conv: nn.Module, mode: _Mode, names: dict, places: dict) -> Chain 
         chain.rewritten = _checked_for_rewriting(_common_parent(chain, names), chain, names)
     else:
         _check_arguments(_common_parent(chain, names), chain, names)
-        chain.before = _norm_before(graph, node, places)
+        chain.before = None if chain.gate is not None else _norm_before(graph, node, places)
     return chain
 
 
@@ -604,6 +611,7 @@ class Walk:
         self.nodes = [node]  # that belong to the chain
         self.members: list[nn.Module] = [graph.modules[node]]
         self.needs_rewriting = False  # an activation is called as a function, or its module elsewhere too
+        self.gate: Gate | None = None
 
     @property
     def node(self) -> fx.Node:
@@ -614,10 +622,12 @@ class Walk:
         pointwise = self._pointwise()
         bn2, out_activation = self._norm_and_activation(required=False)
         members = [places[m] for m in self.members]
-        return Chain(conv, bn1, activation, pointwise, bn2, out_activation, members, self.needs_rewriting)
+        steps = (conv, bn1, activation, pointwise, bn2, out_activation)
+        return Chain(*steps, members, self.needs_rewriting, gate=self.gate)
 
     def _norm_and_activation(self, required: bool) -> tuple[nn.Module | None, str]:
-        """Walks over a BatchNorm and an activation as far as there are any.
+        """Walks over a BatchNorm and an activation as far as there are any, and behind the depthwise convolution over a
+        gate.
 
         After the depthwise convolution all has to fit, up to the pointwise one; after that the chain may end anywhere.
         """
@@ -640,6 +650,11 @@ class Walk:
                     self._check_single(module)
                     _check_hooks(module)
                     self.members.append(module)
+                elif required and module is not None and self.gate is None and self._is_gate(module):
+                    self._check_single(module)
+                    _check_hooks(module)
+                    activation = activation or "identity"  # and no other
+                    self.members.append(module)
                 elif module is not None and _is_activation(module) and activation is None:
                     activation = _activation_of_module(module)
                     if len(self.graph.calls[module]) == 1:
@@ -658,6 +673,10 @@ class Walk:
                     raise
                 return norm, activation or "identity"
             self.nodes.append(node)
+
+    def _is_gate(self, module: nn.Module) -> bool:
+        self.gate = gate_of(module, len(self.members[0].kernel_size))
+        return self.gate is not None
 
     def _needs_rewriting(self, required: bool) -> None:
         """Behind the pointwise convolution such an activation can also stay outside."""

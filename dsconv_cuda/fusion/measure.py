@@ -125,14 +125,15 @@ def _kind(chain: Chain) -> tuple:
     geometry = (conv.stride, conv.padding, conv.dilation)
     if before is not None:
         norms.append((type(before.norm), before.norm.training, before.norm.affine, before.activation))
-    return (*geometry, *weights, *norms, chain.activation, chain.out_activation, chain.needs_rewriting)
+    gate = chain.gate and (type(chain.gate.module), *(p.shape for p in chain.gate.module.parameters()))
+    return (*geometry, *weights, *norms, chain.activation, gate, chain.out_activation, chain.needs_rewriting)
 
 
 def _calls(chain: Chain, x: Tensor, extent: int, training: bool) -> tuple[Callable, Callable]:
     with torch.set_grad_enabled(training):
         with_norm = chain.takes_norm(x)
     steps = _modules(chain, extent, with_norm)
-    parameters = [p for _, _, module in chain.all_places() for p in module.parameters(recurse=False) if p.requires_grad]
+    parameters = [p for _, _, module in chain.all_places() for p in module.parameters() if p.requires_grad]
     wanted = [*parameters, *([x] if x.requires_grad else [])]
 
     def one_by_one():
@@ -171,7 +172,8 @@ def _modules(chain: Chain, extent: int, with_norm: bool) -> list[Callable]:
     """
     if chain.needs_rewriting:
         act, out_act = (ACTIVATIONS[name].value for name in (chain.activation, chain.out_activation))
-        steps = [chain.depthwise, chain.bn1, act, chain.pointwise, chain.bn2, out_act]
+        gate = chain.gate and chain.gate.module
+        steps = [chain.depthwise, chain.bn1, act, gate, chain.pointwise, chain.bn2, out_act]
     else:
         steps = [module for _, _, module in (chain.all_places() if with_norm else chain.places)]
     if extent != ALL:

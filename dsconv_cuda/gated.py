@@ -1,0 +1,205 @@
+"""A gate between the activation and the pointwise part, as of squeeze-excite (arXiv:1709.01507), as a differentiable
+function:
+
+    a = act(dw_weight * x + dw_bias), or with a norm that takes statistics of the batch, act(norm(..))
+    gate = f(mean of a over the pixels)                 f is the caller's, [N, C * m, 1, 1] to the same
+    y = pw_weight . (gate a) + pw_bias
+
+a is made twice in forward and twice in backward, tile by tile, and never written. Backward needs the gradient of the
+gate before that of a, so it takes two turns, with autograd's own way through f between them:
+
+    forward     GatedHead: [z_moments ->] gate_means    f    GatedTail: fwd_gated
+    backward    GatedTail: bwd_gate                     f    GatedHead: bwd_gated
+
+GatedHead has a second output beside the means, a `carrier` of the shape of y and without memory, which GatedTail takes
+only to send the gradient of y there.
+
+Saved for backward: the input, the weights, vectors of the channels, and of each image the gate; not a, which PyTorch
+keeps before and behind the gate.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dsconv_cuda import _checks, _loader, flops
+from dsconv_cuda.activations import ACTIVATIONS
+from dsconv_cuda.batchnorm_autograd import Batch, affine_gradients, once
+from dsconv_cuda.ops import IDENTITY, grad_mask
+from dsconv_cuda.second_order import Config
+
+Gate = Callable[[Tensor], Tensor]
+
+_VALUES = {activation.number: activation.value for activation in ACTIVATIONS.values()}
+_NO_SECOND = "double backward is not supported through a gate, as of squeeze-excite; use the modules one by one"
+
+
+def kernels_loaded() -> bool:
+    """On the CPU; there are none on CUDA."""
+    _loader.load_library()
+    return _loader.has_kernel("gate_means", "CPU")
+
+
+@dataclasses.dataclass
+class Call:
+    """What is no tensor, and the gate, which GatedTail leaves here for GatedHead."""
+
+    op: str
+    dims: int  # of an image, as f is to see it
+    config: Config
+    y_shape: tuple[int, ...]
+    batch: Batch | None  # of the norm before the activation, where that takes statistics of the batch
+    gate: Tensor | None = None
+
+    def arguments(self) -> tuple:
+        return self.config.arguments()[:4]
+
+    def refuse_jvp(self):
+        raise NotImplementedError(f"{self.op}: forward-mode AD is not supported through a gate, as of squeeze-excite")
+
+
+def apply(tensors: tuple, affine: tuple, call: Call, f: Gate) -> Tensor:
+    """out_act(y) of (x, dw_weight, pw_weight, dw_bias, pw_bias) and the parameters of call.batch."""
+    x, dw_weight, pw_weight, dw_bias, pw_bias = tensors
+    ops, weights, arguments = torch.ops.dsconv_cuda, (x, dw_weight, pw_weight, dw_bias), call.arguments()
+    before = (x, dw_weight, dw_bias, *affine)
+    carrier = None
+    if _needs_gradient(before):
+        means, carrier, vectors = GatedHead.apply(*before, pw_weight, call)
+    else:
+        with torch._C._AutoDispatchBelowAutograd():
+            vectors = _norm_of_batch(weights, affine, call)
+            means = ops.gate_means(*weights, vectors, *arguments)
+    shape = (*means.shape, *(1,) * call.dims)
+    gate = _checked(f(means.to(x.dtype).reshape(shape)), means, shape, call)
+    if _needs_gradient((carrier, gate, pw_weight, pw_bias)):
+        inputs = (_detached(t) for t in before[:3])
+        y = GatedTail.apply(carrier, gate, pw_weight, pw_bias, *inputs, vectors, call)
+        return y if call.config.out_act == IDENTITY else _VALUES[call.config.out_act](y)
+    with torch._C._AutoDispatchBelowAutograd():
+        return ops.fwd_gated(*weights, pw_bias, gate, vectors, *arguments, call.config.out_act)
+
+
+def _needs_gradient(tensors: tuple) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _detached(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach()
+
+
+def _checked(gate: Tensor, means: Tensor, shape: tuple[int, ...], call: Call) -> Tensor:
+    """Like the means, from what the caller's f has made."""
+    if not isinstance(gate, Tensor):
+        raise TypeError(f"{call.op}: the gate must be a tensor, got {type(gate).__name__}")
+    try:
+        gate = gate.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"{call.op}: the gate must have shape {list(shape)}, got {list(gate.shape)}") from None
+    return gate.reshape(means.shape).to(means.dtype).contiguous()
+
+
+def _norm_of_batch(weights: tuple, affine: tuple, call: Call) -> Tensor | None:
+    """The vectors of the norm between z and the activation, whose running statistics move; None for none."""
+    batch = call.batch
+    if batch is None:
+        return None
+    ops = torch.ops.dsconv_cuda
+    moments, count = batch.join_moments(ops.z_moments(*weights, *call.arguments()[:3]))
+    if batch.track is not None:
+        batch.track(moments, count)
+    return ops.norm_vectors(moments, *affine, batch.eps)
+
+
+class GatedHead(torch.autograd.Function):
+    """(means, carrier, vectors of the norm); the first two have gradients."""
+
+    @staticmethod
+    def forward(ctx, x, dw_weight, dw_bias, gamma, beta, pw_weight, call: Call):
+        weights = (x, dw_weight, pw_weight, dw_bias)
+        with torch._C._AutoDispatchBelowAutograd():
+            vectors = _norm_of_batch(weights, (gamma, beta), call)
+            means = torch.ops.dsconv_cuda.gate_means(*weights, vectors, *call.arguments())
+            carrier = x.new_zeros(()).expand(call.y_shape)
+        ctx.op, ctx.call, ctx.no_second = call.op, call, _NO_SECOND
+        ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma, beta)]
+        ctx.save_for_backward(*weights, vectors)
+        if vectors is not None:
+            ctx.mark_non_differentiable(vectors)
+        ctx.set_materialize_grads(False)
+        return means, carrier, vectors
+
+    @staticmethod
+    def backward(ctx, grad_means, dy, *_):
+        if grad_means is None and dy is None:
+            return (None,) * 7
+        flops.register_in_modes()
+        return (*once(_head_gradients, ctx, grad_means, dy), None, None)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        ctx.call.refuse_jvp()
+
+
+def _head_gradients(ctx, grad_means, dy, x, dw_weight, pw_weight, dw_bias, vectors) -> tuple:
+    """Of (x, dw_weight, dw_bias, gamma, beta)."""
+    call, wanted = ctx.call, ctx.needs_input_grad
+    mask = grad_mask(wanted[0], wanted[1], False, wanted[2], False)
+    with torch._C._AutoDispatchBelowAutograd():
+        gate = call.gate
+        if gate is None:  # y has not been made
+            gate = x.new_zeros((x.shape[0], dw_weight.shape[0]), dtype=_checks.wide_dtype(x.dtype))
+        pixels = math.prod(call.y_shape[2:])
+        push = torch.zeros_like(gate) if grad_means is None else (grad_means / pixels).contiguous()
+        if dy is None:
+            dy = x.new_zeros(()).expand(call.y_shape)
+        arguments = (dy, x, dw_weight, pw_weight, dw_bias, gate, push, vectors, *call.arguments(), mask)
+        grad_x, grad_dw, grad_bias, sums = torch.ops.dsconv_cuda.bwd_gated(*arguments)
+    if vectors is not None:  # what a bias adds, the norm after it takes off again
+        grad_bias = None if dw_bias is None else torch.zeros_like(dw_bias)
+    grads = (grad_x, grad_dw, grad_bias, *affine_gradients(None if vectors is None else sums, *ctx.affine_dtypes))
+    return tuple(g if w else None for g, w in zip(grads, wanted, strict=False))
+
+
+class GatedTail(torch.autograd.Function):
+    """y. The gradient of x and of the depthwise weights goes by way of the carrier."""
+
+    @staticmethod
+    def forward(ctx, carrier, gate, pw_weight, pw_bias, x, dw_weight, dw_bias, vectors, call: Call):
+        weights = (x, dw_weight, pw_weight, dw_bias)
+        with torch._C._AutoDispatchBelowAutograd():
+            call.gate = gate.detach()
+            y = torch.ops.dsconv_cuda.fwd_gated(*weights, pw_bias, gate, vectors, *call.arguments(), IDENTITY)
+        ctx.op, ctx.call, ctx.no_second = call.op, call, _NO_SECOND
+        ctx.save_for_backward(*weights, gate, vectors)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        if dy is None:
+            return (None,) * 9
+        flops.register_in_modes()
+        return (*once(_tail_gradients, ctx, dy), *(None,) * 5)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        ctx.call.refuse_jvp()
+
+
+def _tail_gradients(ctx, dy, x, dw_weight, pw_weight, dw_bias, gate, vectors) -> tuple:
+    """Of (carrier, gate, pw_weight, pw_bias)."""
+    call, wanted = ctx.call, ctx.needs_input_grad
+    grad_gate = grad_pw = grad_bias = None
+    with torch._C._AutoDispatchBelowAutograd():
+        if wanted[1] or wanted[2]:
+            arguments = (dy, x, dw_weight, pw_weight, dw_bias, gate, vectors, *call.arguments())
+            grad_pw, grad_gate = torch.ops.dsconv_cuda.bwd_gate(*arguments)
+            grad_pw = grad_pw.to(pw_weight.dtype).reshape(pw_weight.shape)
+        if wanted[3]:
+            grad_bias = dy.sum((0, *range(2, dy.dim())))
+    grads = (dy, grad_gate, grad_pw, grad_bias)
+    return tuple(g if w else None for g, w in zip(grads, wanted, strict=False))
