@@ -1,7 +1,8 @@
 // CPU host entries for a gate between the activation and the pointwise part, as of squeeze-excite (cpu/gate.inl). What
 // makes the gate of the means is the caller's; dsconv_cuda/gated.py joins the two.
 //
-//   gate_means   the means of act(z) over the pixels of an image; z is made tile by tile and forgotten
+//   gate_means   the means of act(z) over the pixels of an image, which is made tile by tile; and act(z) itself, where
+//                fwd_gated is to have it, with `keep`
 //   fwd_gated    y, with act(z) times the gate in between
 //   bwd_gate     the gradients of pw_weight and of the gate, from those of the weights that one image by itself has
 //   bwd_gated    with the gradient of the means, when the caller has it: those of x and the depthwise part
@@ -53,8 +54,9 @@ struct MeansCall {
   std::optional<Tensor> x, dw_weight, pw_weight, dw_bias;
 };
 
-Tensor gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias vectors, Ints stride,
-                  Ints padding, Ints dilation, int64_t act) {
+// (means, act(z) in channels_last, of shape [0] where it is not kept)
+std::tuple<Tensor, Tensor> gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias vectors, Ints stride,
+                  Ints padding, Ints dilation, int64_t act, bool keep) {
   constexpr const char* op = "dsconv_cuda::gate_means";
   MeansCall call{};
   prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, arguments_of(op, stride, padding, dilation, act, 0));
@@ -62,18 +64,22 @@ Tensor gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bi
   GateCall gate;
   gate.vectors = vectors_of(op, vectors, p.geom);
   Tensor result = empty_wide(x, p.geom.n, p.geom.c_mid);
-  if (result.numel() == 0) return result;
   const KernelTable& table = active_table(op);
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
+  STD_TORCH_CHECK(!keep || p.geom.multiplier == 1, op, ": act(z) is not kept where there is a channel multiplier");
+  Tensor kept = keep ? empty_images(x, p.geom.n, p.geom.c_mid, p.geom.d_out, p.geom.h_out, p.geom.w_out, true)
+                     : empty_of_nothing(x);
+  if (result.numel() == 0) return {result, kept};
   const int64_t element = element_bytes(p.dtype);
   MomentsContext ctx{};
   ctx.geom = p.geom;
   ctx.geom.n = 1;
   ctx.act = p.act;
+  ctx.kept = keep ? kept.mutable_data_ptr() : nullptr;
   const Geometry& g = ctx.geom;
   const bool by_planes =
-      p.x_layout == Layout::nchw && kernels.by_planes && planes_pay_for_moments(g, element);
-  ctx.plan = plan_moments(g, p.x_layout, micro_of(table, p.dtype), element, kZTileBytes, by_planes);
+      !keep && p.x_layout == Layout::nchw && kernels.by_planes && planes_pay_for_moments(g, element);
+  ctx.plan = plan_moments(g, p.x_layout, micro_of(table, p.dtype), element, kZTileBytes, by_planes, p.geom.n);
   ctx.x = {p.x, p.x_strides, p.x_layout};
   const CpuPlan& plan = ctx.plan;
   ctx.groups = plan.tiles < kMaxGroups ? plan.tiles : kMaxGroups;
@@ -93,15 +99,44 @@ Tensor gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bi
   } else {
     means_of_sums(ctx, images, static_cast<float*>(result.mutable_data_ptr()));
   }
-  return result;
+  return {result, kept};
+}
+
+// The call whose x is act(z) already: a depthwise kernel of one tap, `ones`.
+ForwardParams of_activated(const ForwardParams& p, const Tensor& a, const Tensor& ones) {
+  ForwardParams of = p;
+  Geometry& g = of.geom;
+  g.c_in = g.c_mid, g.d_in = g.d_out, g.h_in = g.h_out, g.w_in = g.w_out;
+  g.kernel_d = g.kernel_h = g.kernel_w = g.stride_d = g.stride_h = g.stride_w = 1;
+  g.dilation_d = g.dilation_h = g.dilation_w = 1;
+  g.pad_front = g.pad_top = g.pad_left = 0;
+  of.x = a.const_data_ptr();
+  of.x_strides = walk_strides(a, Layout::nhwc);
+  of.x_layout = Layout::nhwc;
+  of.dw_weight = ones.const_data_ptr();
+  of.dw_bias = nullptr;
+  of.act = Activation::identity;
+  return of;
 }
 
 Tensor fwd_gated(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias pw_bias, Tensor gate, Bias vectors,
-                 Ints stride, Ints padding, Ints dilation, int64_t act, int64_t out_act) {
+                 Bias kept, Ints stride, Ints padding, Ints dilation, int64_t act, int64_t out_act) {
   constexpr const char* op = "dsconv_cuda::fwd_gated";
   const CallArguments arguments = arguments_of(op, stride, padding, dilation, act, out_act);
   const ForwardCall call = prepare_forward(op, x, dw_weight, pw_weight, dw_bias, pw_bias, arguments, false);
   check_gate(op, "gate", gate, x, call.params.geom);
+  if (kept.has_value() && kept->numel() > 0 && call.y->numel() > 0) {
+    const Geometry& g = call.params.geom;
+    STD_TORCH_CHECK(kept->scalar_type() == x.scalar_type() && kept->dim() == x.dim() && kept->stride(1) == 1 &&
+                        kept->numel() == output_pixels(g) * g.c_mid,
+                    op, ": kept is not what gate_means returned");
+    const int64_t size[1] = {g.c_mid};
+    Tensor ones = empty_contiguous(x, {size, 1});
+    torch::stable::fill_(ones, 1);
+    const GateCall of = {&gate, nullptr, nullptr};
+    run_forward(op, of_activated(call.params, *kept, ones), nullptr, 0, {}, of);
+    return *call.y;
+  }
   const GateCall of = {&gate, nullptr, vectors_of(op, vectors, call.params.geom)};
   if (call.y->numel() > 0) run_forward(op, call.params, nullptr, 0, {}, of);
   return *call.y;

@@ -252,7 +252,7 @@ def block_of_chain(
     if gate is not None:
         _check_gate(op, x.device)
         config = Config(stride, padding, dilation, act, IDENTITY if batch2 else out_act)
-        call = gated.Call(op, dims, config, (x_shape[0], pw_shape[0], *extents), norms[0])
+        call = gated.Call(op, dims, config, (x_shape[0], pw_shape[0], *extents), norms[0], batch2)
         y = gated.apply(tensors, tuple(affine[:2]), call, gate)
         if batch2:
             y = norm_now(y, *affine[2:], op, norms[1], out_act)

@@ -15,11 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dsconv_cuda import kept_weights
+from dsconv_cuda import gated, kept_weights
 from dsconv_cuda.autograd import nobody_watches
 from dsconv_cuda.batchnorm import block_of_chain
 from dsconv_cuda.functional import autocast_dtype
-from dsconv_cuda.gated import Gate
 from dsconv_cuda.guards import PARAMETERS, STATISTICS, Guards
 from dsconv_cuda.locks import Lock
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
@@ -67,7 +66,7 @@ class Folded:
         dtype: torch.dtype | None = None,  # of autocast
         *,
         causal: bool = False,  # of one dimension: the padding, whatever `depthwise` has
-        gate: Gate | None = None,
+        gate: gated.Gate | None = None,
     ):
         self.arguments = (depthwise, bn1, activation, pointwise, bn2, out_activation, before)
         self.dtype, self.of_autocast = dtype, {}
@@ -206,10 +205,12 @@ class Folded:
 
     def _call_gated(self, x: Tensor) -> Tensor:
         conv, pointwise = self.module.depthwise, self.module.pointwise
-        operands = (conv.weight, pointwise.weight, conv.bias, pointwise.bias)
         activations = (self.module.activation, self.module.out_activation)
+        if self.rank > 3:
+            return gated.of_folded(x, conv, pointwise, *activations, self.gate)
+        operands = (conv.weight, pointwise.weight, conv.bias, pointwise.bias)
         geometry = (conv.stride, conv.padding, conv.dilation)
-        return block_of_chain(self.rank - 2, x, *operands, None, None, *geometry, *activations, gate=self.gate)
+        return block_of_chain(1, x, *operands, None, None, *geometry, *activations, gate=self.gate)
 
     def _changed(self) -> bool:
         """Whether to fold again; remembers what it saw."""

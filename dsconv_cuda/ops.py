@@ -187,16 +187,18 @@ def _bwd_norm_depthwise_fake(
     return grad_x, _empty(x, dw_weight.shape if mask & GRAD_DW_WEIGHT else (0,))
 
 
-def _gate_means_fake(x, dw_weight, pw_weight, dw_bias, vectors, stride, padding, dilation, act):
-    _output_shape("dsconv_cuda::gate_means", x, dw_weight, pw_weight, stride, padding, dilation)
-    return _empty_wide(x, x.shape[0], dw_weight.shape[0])
+def _gate_means_fake(x, dw_weight, pw_weight, dw_bias, vectors, stride, padding, dilation, act, keep):
+    n, _, *extents = _output_shape("dsconv_cuda::gate_means", x, dw_weight, pw_weight, stride, padding, dilation)
+    c_mid = dw_weight.shape[0]
+    kept = _empty(x, (n, c_mid, *extents), _CHANNELS_LAST[x.dim()]) if keep else _empty(x, (0,))
+    return _empty_wide(x, n, c_mid), kept
 
 
 def _empty_wide(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=_checks.wide_dtype(x.dtype), device=x.device)
 
 
-def _fwd_gated_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, gate, vectors, *arguments):
+def _fwd_gated_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, gate, vectors, kept, *arguments):
     return _fwd_fake(x, dw_weight, pw_weight, dw_bias, pw_bias, *arguments)
 
 

@@ -237,8 +237,8 @@ class Calls(TorchDispatchMode):
 
     @property
     def fused(self):
-        made = ("dsconv_cuda.fwd", "dsconv_cuda.fwd_with_pre", "dsconv_cuda.fwd_kept", "dsconv_cuda.fwd_norm")
-        return sum(self.names[name] for name in made)
+        made = ("fwd", "fwd_with_pre", "fwd_kept", "fwd_norm", "fwd_gated")
+        return sum(self.names[f"dsconv_cuda.{name}"] for name in made)
 
     @property
     def normalized(self):

@@ -71,6 +71,11 @@ class Operands:
         of["bwd_each"] = (*many, row, 31)
         of["train_fwd_in_graph"] = (*weights, pw_bias, gamma, beta, *affine2, 1e-5, 1e-5, row, None, 0, False)
         of["train_bwd_in_graph"] = (grad, y, *weights, pw_bias, vectors, of_y, row, 7 | 32 | 256, None, 0)
+        means = torch.rand(2, 12, device=device)
+        of["gate_means"] = (*weights, vectors, *GEOMETRY, SILU, False)
+        of["fwd_gated"] = (*weights, pw_bias, means, vectors, None, *GEOMETRY, SILU, TANH)
+        of["bwd_gate"] = (grad, *weights, means, vectors, *GEOMETRY, SILU)
+        of["bwd_gated"] = (grad, *weights, means, means - 1, vectors if biases else None, *GEOMETRY, SILU, 27)
         norm = [torch.randn(12, device=device), torch.rand(12, device=device), gamma, beta]
         in_norm = [torch.randn(6, device=device), torch.rand(6, device=device), None, None] if biases else []
         of["fwd_folded"] = (*weights, pw_bias, norm, [], 1e-5, 0.0, *GEOMETRY, SILU, TANH, in_norm, 1e-5, SILU)

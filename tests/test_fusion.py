@@ -1157,9 +1157,9 @@ def test_measured(training, device):
 # (of which library, name, depthwise convolutions, chains)
 NETWORKS = [
     ("torchvision", "mobilenet_v2", 17, 17),
-    ("torchvision", "mobilenet_v3_large", 15, 7),
+    ("torchvision", "mobilenet_v3_large", 15, 15),
     ("torchvision", "mnasnet1_0", 17, 17),
-    ("torchvision", "efficientnet_b0", 16, 0),
+    ("torchvision", "efficientnet_b0", 16, 16),
     ("torchvision", "shufflenet_v2_x1_0", 19, 19),
     ("torchvision", "convnext_tiny", 18, 0),
     ("timm", "mobilenetv1_100", 13, 13),

@@ -327,9 +327,10 @@ constexpr int64_t packed_outputs(const CpuPlan& plan, ElementBytes bytes) {
 constexpr int64_t forward_tasks(const CpuPlan& plan) { return columns_of(plan.order, plan.tiles) * plan.parts; }
 
 // The statistics of z: sums follow the tiles, as in backward. A tile is read twice more while it is near, so it is
-// smaller, of few channels (mid_ld) on many pixels; but from DRAM x is read once, as it lies there.
+// smaller, of few channels (mid_ld) on many pixels; but from DRAM x is read once, as it lies there. The call may go
+// over several times what is planned: x is `times` as large.
 inline CpuPlan plan_moments(const Geometry& g, Layout x_layout, MicroTile micro, int64_t element, int64_t tile_bytes,
-                            bool by_planes = false) {
+                            bool by_planes = false, int64_t times = 1) {
   CpuPlan plan = plan_detail::base(g, x_layout, micro, element, element);
   if (by_planes) {
     constexpr int64_t kPanelChannels = 16;
@@ -338,7 +339,7 @@ inline CpuPlan plan_moments(const Geometry& g, Layout x_layout, MicroTile micro,
     return plan;
   }
   constexpr int64_t kPanelVectors = 4;
-  plan.beyond_cache = g.n * g.c_in * g.d_in * g.h_in * g.w_in * element > kSharedCacheBytes;
+  plan.beyond_cache = times * g.n * g.c_in * g.d_in * g.h_in * g.w_in * element > kSharedCacheBytes;
   if (plan.beyond_cache && x_layout == Layout::nhwc) {
     tile_bytes = kTileBytes;
   } else if (g.multiplier == 1 && g.c_mid > kPanelVectors * micro.lanes) {

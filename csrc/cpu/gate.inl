@@ -10,7 +10,9 @@
 //   grad_gate[n][k]      = sum over o  pw_weight[o][k] G_n[o][k]
 //   da[p][k]             = gate[n][k] * (g . pw_weight)[p][k] + push[n][k]    push: the gradient of the mean / pixels
 //
-// a' and da exist in cache only. The gate costs a multiplication an element of a tile that is in L1 or L2.
+// a' and da exist in cache only. The gate costs a multiplication an element of a tile that is in L1 or L2. An a that
+// the caches hold is cheaper to keep from the means to y than to make again: then the first pass writes it, in nhwc, and
+// the second one reads it through a depthwise kernel of one tap.
 #ifndef DSCONV_ISA
 #error "gate.inl belongs inside an ISA region"
 #endif
@@ -43,29 +45,37 @@ static void multiply_planes_by_gate(const ForwardContext& ctx, int64_t image, in
 
 // ---- the means ----
 
-// Sums of act(z) over `rows` pixels, added to those of `channels` channels.
-template <typename T>
+// Sums of act(z) over `rows` pixels, added to those of `channels` channels; and act(z), where there is a place for it.
+template <typename T, typename S = T>
 struct ActivatedTile {
   const T* z;
   int64_t ld, rows, channels;
   double* sums;
+  S* a;
+  int64_t a_ld;
 };
 struct SumActivated {
-  template <Activation A, typename T>
-  DSCONV_INLINE void run(const ActivatedTile<T>& t) {
+  template <Activation A, typename T, typename S>
+  DSCONV_INLINE void run(const ActivatedTile<T, S>& t) {
     typedef typename Vec<T>::type V;
     constexpr int n = Vec<T>::n;
     for (int64_t k = 0; k < t.channels; k += n) {
+      const int left = lanes_left(t.channels - k, n);
       V sum = vset(T(0));
       for (int64_t first = 0; first < t.rows; first += kSumBlock) {
         const int64_t last = first + kSumBlock < t.rows ? first + kSumBlock : t.rows;
         V block = vset(T(0));
-        for (int64_t i = first; i < last; ++i) block = block + act_value<A, T>(vload(t.z + i * t.ld + k));
+        for (int64_t i = first; i < last; ++i) {
+          const V a = act_value<A, T>(vload(t.z + i * t.ld + k));
+          block = block + a;
+          if (t.a != nullptr && left == n) vstore(t.a + i * t.a_ld + k, a);
+          if (t.a != nullptr && left < n) vstore(t.a + i * t.a_ld + k, a, left);
+        }
         sum = sum + block;
       }
       T lanes[n];
       vstore(lanes, sum);
-      for (int i = 0; i < lanes_left(t.channels - k, n); ++i) t.sums[k + i] += static_cast<double>(lanes[i]);
+      for (int i = 0; i < left; ++i) t.sums[k + i] += static_cast<double>(lanes[i]);
     }
   }
 };
@@ -95,26 +105,33 @@ struct SumActivatedRow {
 };
 
 // What sum_over_z() makes of z for them.
+template <typename S>
 struct SumsOfActivated {
   static constexpr int kRows = 1;
   Activation act;
   double* sums;
-  SumsOfActivated(const MomentsContext& ctx, double* partial) : act(ctx.act), sums(partial) {}
+  S* a;  // of the image, from channel k on; or null
+  int64_t a_ld;
+  SumsOfActivated(const MomentsContext& ctx, int64_t image, int64_t k, double* partial)
+      : act(ctx.act), sums(partial), a(static_cast<S*>(ctx.kept)), a_ld(ctx.geom.c_mid) {
+    if (a != nullptr) a += image * ctx.plan.image_pixels * a_ld + k;
+  }
   template <typename T>
-  void add_tile(const T* z, int64_t ld, int64_t count, int64_t channels, int64_t, Ahead&) {
-    const ActivatedTile<T> tile = {z, ld, count, channels, sums};
+  void add_tile(const T* z, int64_t ld, int64_t pixel, int64_t count, int64_t channels, int64_t, Ahead&) {
+    S* const to = a != nullptr ? a + pixel * a_ld : nullptr;
+    const ActivatedTile<T, S> tile = {z, ld, count, channels, sums, to, a_ld};
     for_activation<SumActivated>(act, tile);
   }
   template <typename T>
   void add_row(const T* z, int64_t count, int64_t, int64_t channel) {
-    const ActivatedTile<T> row = {z, 0, count, 1, sums + channel};
+    const ActivatedTile<T> row = {z, 0, count, 1, sums + channel, nullptr, 0};
     for_activation<SumActivatedRow>(act, row);
   }
 };
 
 template <typename S, typename T>
 static void depthwise_sums_of_images(const MomentsContext& ctx, int64_t task, void* scratch) {
-  sum_over_z<S, T, SumsOfActivated>(ctx, task, scratch);
+  sum_over_z<S, T, SumsOfActivated<S>>(ctx, task, scratch);
 }
 
 // ---- backward ----

@@ -245,13 +245,14 @@ DSCONV_INLINE void merge_row_moments(const S* v, int64_t count, int64_t before, 
   m2 += of.squares - of.sum * tile_mean + delta * delta * static_cast<double>(before) * share;
 }
 
-// What sum_over_z() makes of z for its moments. The tile may be changed.
+// What sum_over_z() makes of z for its moments: of the channels from k on, partial sums with rows c_mid apart.
 struct MomentsOfZ {
   static constexpr int kRows = 2;
   double *mean, *m2;
-  MomentsOfZ(const MomentsContext& ctx, double* partial) : mean(partial), m2(partial + ctx.geom.c_mid) {}
+  MomentsOfZ(const MomentsContext& ctx, int64_t, int64_t, double* partial)
+      : mean(partial), m2(partial + ctx.geom.c_mid) {}
   template <typename T>
-  void add_tile(const T* z, int64_t ld, int64_t count, int64_t channels, int64_t before, Ahead& ahead) {
+  void add_tile(const T* z, int64_t ld, int64_t, int64_t count, int64_t channels, int64_t before, Ahead& ahead) {
     merge_tile_moments(z, ld, count, channels, before, mean, m2, ahead);
   }
   template <typename T>
@@ -289,7 +290,7 @@ static void sum_over_z(const MomentsContext& ctx, int64_t task, void* scratch) {
   T* z = static_cast<T*>(scratch);
   T* memory = z + plan.tile_pixels * plan.mid_ld;
   double* const partial = ctx.partial + part * Sums::kRows * c_mid + k;
-  Sums sums(ctx, partial);
+  Sums sums(ctx, image, k, partial);
   // Who merged the last call's has these lines still; they come while the first z is made.
   constexpr int64_t kDoublesALine = kCacheLine / static_cast<int64_t>(sizeof(double));
   const int lines = static_cast<int>(ceil_div(g.c_mid, kDoublesALine));
@@ -329,7 +330,7 @@ static void sum_over_z(const MomentsContext& ctx, int64_t task, void* scratch) {
       in.ahead = &ahead;
     }
     depthwise_tile(in, pixel, count, clamp_of<T>(Activation::identity), z, memory);
-    sums.add_tile(z, plan.mid_ld, count, g.c_mid, before, ahead);
+    sums.add_tile(z, plan.mid_ld, pixel, count, g.c_mid, before, ahead);
     before += count;
   }
 }

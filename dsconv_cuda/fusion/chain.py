@@ -144,7 +144,7 @@ class Chain:
                 raise RuntimeError(self._unknown(self.depthwise))
             return x
         traced = torch.compiler.is_dynamo_compiling()
-        y, extent = None if traced else self._again(x), ALL
+        y, extent = None if traced else self.again(x), ALL
         if y is None:
             extent = self.extent()
             if extent == NONE:
@@ -159,7 +159,7 @@ class Chain:
             self._made = self._made_by[get_ident()] = weakref.ref(y), extent, version
         return y
 
-    def _again(self, x: Tensor) -> Tensor | None:
+    def again(self, x: Tensor) -> Tensor | None:
         """All of the chain in evaluation as in an earlier call, where its guards hold; else None."""
         if type(x) is not Deferred:
             folded = self._folded.get((ALL, False))

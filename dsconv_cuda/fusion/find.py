@@ -135,7 +135,7 @@ def _settings(module: nn.Module) -> list[tuple[nn.Module, str, object]]:
         return [(module, name, getattr(module, name))]
     if _own_activation(module) is None and not may_be_gate(module):
         return []
-    simple = (bool, int, float, str)  # whatever its forward may look at
+    simple = (bool, int, float, str, tuple)  # whatever its forward may look at
     return [(module, n, v) for n, v in vars(module).items() if type(v) in simple and n[0] != "_" and n != "training"]
 
 

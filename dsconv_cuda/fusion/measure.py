@@ -143,7 +143,10 @@ def _calls(chain: Chain, x: Tensor, extent: int, training: bool) -> tuple[Callab
         return y
 
     def fused():
-        return chain.compute_with_norm(x) if with_norm else chain.compute(x, extent)
+        if with_norm:
+            return chain.compute_with_norm(x)
+        y = chain.again(x) if extent == ALL else None  # as a call of the model would
+        return chain.compute(x, extent) if y is None else y
 
     differentiated = training and bool(wanted)
     dy = torch.randn_like(one_by_one()) if differentiated else None
