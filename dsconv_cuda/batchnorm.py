@@ -310,8 +310,8 @@ def _check_gate(op: str, device: torch.device) -> None:
     what = None
     if device.type not in ("cpu", "meta") or not gated.kernels_loaded():
         what = f"has no kernels on {device.type}"
-    elif _in_graph() or torch.compiler.is_compiling():
-        what = "is not supported in graphs of torch.compile, torch.export and torch.jit"
+    elif gated.refused_in_graph():
+        what = "is not supported in graphs of torch.export and torch.jit, nor with gradients in those of torch.compile"
     elif torch._C._are_functorch_transforms_active():
         what = "is not supported under torch.func transforms"
     if what is not None:

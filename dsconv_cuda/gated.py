@@ -48,6 +48,13 @@ def kernels_loaded() -> bool:
     return _loader.has_kernel("gate_means", "CPU")
 
 
+def refused_in_graph() -> bool:
+    """Whether this is traced for a graph that cannot hold a gate: those of torch.compile without gradients can."""
+    if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
+        return torch.is_grad_enabled()
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 @dataclasses.dataclass
 class Call:
     """What is no tensor, and the gate, which GatedTail leaves here for GatedHead."""
@@ -65,8 +72,9 @@ class Call:
 
     def means(self, x, dw_weight, pw_weight, dw_bias, vectors) -> tuple[Tensor, Tensor]:
         """And a, or a tensor without elements."""
-        bytes_of_a = math.prod(self.y_shape[2:]) * self.y_shape[0] * dw_weight.shape[0] * x.itemsize
-        keep = dw_weight.shape[0] == x.shape[1] and bytes_of_a <= _MOST_KEPT
+        keep = dw_weight.shape[0] == x.shape[1]
+        if keep and not torch.compiler.is_compiling():  # a graph is to serve images of any size
+            keep = math.prod(self.y_shape[2:]) * self.y_shape[0] * x.shape[1] * x.itemsize <= _MOST_KEPT
         return torch.ops.dsconv_cuda.gate_means(x, dw_weight, pw_weight, dw_bias, vectors, *self.arguments(), keep)
 
     def refuse_jvp(self):
@@ -79,7 +87,10 @@ def apply(tensors: tuple, affine: tuple, call: Call, f: Gate) -> Tensor:
     ops, weights, arguments = torch.ops.dsconv_cuda, (x, dw_weight, pw_weight, dw_bias), call.arguments()
     before = (x, dw_weight, dw_bias, *affine)
     carrier = None
-    if _needs_gradient(before):
+    if torch.compiler.is_compiling():
+        vectors = None  # there is no norm that takes statistics without gradients
+        means, kept = call.means(*weights, vectors)
+    elif _needs_gradient(before):
         means, carrier, vectors, kept = GatedHead.apply(*before, pw_weight, call)
     else:
         with torch._C._AutoDispatchBelowAutograd():
@@ -87,6 +98,8 @@ def apply(tensors: tuple, affine: tuple, call: Call, f: Gate) -> Tensor:
             means, kept = call.means(*weights, vectors)
     shape = (*means.shape, *(1,) * call.dims)
     gate = _checked(f(means.to(x.dtype).reshape(shape)), means, shape, call)
+    if torch.compiler.is_compiling():
+        return ops.fwd_gated(*weights, pw_bias, gate, vectors, kept, *arguments, call.config.out_act)
     if _needs_gradient((carrier, gate, pw_weight, pw_bias)):
         inputs = (_detached(t) for t in before[:3])
         y = GatedTail.apply(carrier, gate, pw_weight, pw_bias, *inputs, vectors, kept, call)

@@ -122,7 +122,7 @@ def test_every_op_that_convolves_has_a_formula_of_its_arguments():
     }
     formulas = {name: formula for names, formula in flops._FORMULAS.items() for name in names}
     convolving = {name for name, arguments in schemas.items() if {"x", "pw_weight"} <= set(arguments)}
-    assert convolving - set(formulas) == {"z_moments", "norm_block"}  # made again, and dissolved into others
+    assert convolving - set(formulas) == {"z_moments", "gate_means", "norm_block"}  # made again, and dissolved into others
     of_modules = {"fwd_packed", "fwd_folded"}  # of the CPU, not of its emulation of the CUDA kernels
     assert set(formulas) - set(schemas) in (set(), of_modules)
     for name, formula in formulas.items():
@@ -187,3 +187,25 @@ with FlopCounterMode(display=False) as counter:
 assert counter.get_total_flops() > 0
 """
     )
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_chains_with_a_gate(training):
+    """As many as their modules one by one, where there are kernels for them."""
+    depthwise, channels = nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), 8
+
+    class SqueezeExcite(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Conv2d(channels, 3, 1), nn.Conv2d(3, channels, 1)
+
+        def forward(self, x):
+            return x * self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+
+    layers = depthwise, nn.BatchNorm2d(8), nn.SiLU(), SqueezeExcite(), nn.Conv2d(8, 5, 1), nn.BatchNorm2d(5)
+    model = nn.Sequential(*layers).train(training)
+    fused, x = dsconv_cuda.fuse(model), torch.randn(2, 8, 9, 7)
+    with torch.no_grad():
+        assert _count(lambda: fused(x)) == _count(lambda: model(x)) > 0
+    counts = [_count(lambda of=of: of(x.requires_grad_()).sum().backward()) for of in (model, fused)]
+    assert counts[0] == counts[1]

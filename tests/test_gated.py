@@ -467,10 +467,38 @@ def test_what_has_no_rule_runs_the_modules_one_by_one(model, x):
 
 @pytest.mark.one_isa
 @pytest.mark.parametrize("training", [False, True])
-def test_graphs_of_torch_compile(model, x, training):
+def test_graphs_of_torch_compile_with_gradients(model, x, training):
     """Where the modules run one by one too: no graph break, and the same numbers."""
     fused = fuse(model.train(training))
     check_close(model, torch.compile(fused, fullgraph=True, backend="aot_eager"), x)
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3], SHAPES[-2], SHAPES[-1]], ids=str)
+def test_graphs_of_torch_compile_without_gradients(shape):
+    """The chain is two operations there, for images of every size."""
+    torch._dynamo.reset()
+    model, held = shape.model().eval(), []
+
+    def backend(graph, inputs):
+        held.append({str(node.target) for node in graph.graph.nodes})
+        return graph
+
+    compiled = torch.compile(fuse(model), fullgraph=True, dynamic=True, backend=backend)
+    with torch.no_grad():
+        for n, more in ((2, 0), (3, 4), (5, 2)):
+            x = torch.randn(n, shape.c, *(size + more for size in shape.image))
+            torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-4)
+    assert len(held) == 1
+    assert {"dsconv_cuda.gate_means", "dsconv_cuda.fwd_gated"} <= held[0]
+
+
+@pytest.mark.one_isa
+def test_inductor(model, x):
+    torch._dynamo.reset()
+    fused = torch.compile(fuse(model.eval()), fullgraph=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.one_isa

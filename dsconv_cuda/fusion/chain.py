@@ -30,8 +30,9 @@ modules, which may do anything with what they see, the norm runs its old forward
 no such tensors, the BatchNorm before computes the whole chain, and the others hand that on.
 
 A gate between the activation and the pointwise convolution, squeeze-excite (gates.py), is part of the chain in eager
-mode on the CPU: the kernels make the means that it sees, and take what it makes of them. Elsewhere (CUDA, torch.func,
-forward-mode AD, graphs of torch.compile, norms that share statistics) the modules of such a chain run one by one.
+mode on the CPU, and in graphs of torch.compile without gradients: the kernels make the means that it sees, and take
+what it makes of them. Elsewhere (CUDA, torch.func, forward-mode AD, graphs that train, exports, norms that share
+statistics) the modules of such a chain run one by one.
 
 A BatchNorm that takes statistics of the batch goes the way of batchnorm.py. Where that is closed (a device without
 kernels for it, torch.func), it runs by itself: PAIR, or NONE if it is the one between.
@@ -50,11 +51,12 @@ from dataclasses import dataclass, field
 from threading import get_ident
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.autograd import forward_ad
 
 from dsconv_cuda import _checks, _loader, batchnorm_training, compiled_folding, gated, symbolic
-from dsconv_cuda.activations import activation_number
+from dsconv_cuda.activations import ACTIVATIONS, activation_number
 from dsconv_cuda.autograd import transformed
 from dsconv_cuda.batchnorm import Unnormalised, block_of_chain, norm_before
 from dsconv_cuda.children import has_hooks
@@ -361,7 +363,7 @@ class Chain:
 
     def _gates(self) -> bool:
         """Whether there are kernels for the gate where this is called."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if gated.refused_in_graph() or (torch.compiler.is_compiling() and self._trains()):
             return False
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             return False
@@ -391,6 +393,9 @@ class Chain:
         if torch.compiler.is_dynamo_compiling():
             first = None if before is None else before.norm
             convolutions = self.depthwise, self.pointwise
+            if self.gate is not None:  # the norm behind y joins what the graph does to that
+                y = self._unkept(x, None, "identity")
+                return ACTIVATIONS[out_activation].value(y if bn2 is None else _evaluated(bn2, y))
             if normed and not in_graph and compiled_folding.pays(x, *convolutions, first is not None):
                 norms = (bn and arguments_of(bn, synchronised=False) for bn in (bn1, bn2, first))
                 activations = self.activation, out_activation, "identity" if before is None else before.activation
@@ -490,6 +495,10 @@ def _is_still(x: Tensor, made: tuple) -> bool:
     if x._version != version or y._version != version:
         return False
     return (x.shape, x.stride(), x.storage_offset()) == (y.shape, y.stride(), y.storage_offset())
+
+
+def _evaluated(norm: nn.Module, y: Tensor) -> Tensor:
+    return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
 def _of_batch(norm: nn.Module) -> BatchNormArguments:
