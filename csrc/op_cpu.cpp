@@ -37,8 +37,9 @@ void run_forward(const char* op, const ForwardParams& p, KeptHeader* kept, int64
   ForwardContext ctx{};
   ctx.p = p;
   const MicroTile micro = micro_of(table, p.dtype);
-  ctx.plan = plan_forward(p.geom, normed ? Layout::nchw : p.x_layout, micro, kernels.bytes,
-                          torch::stable::get_num_threads(), false, !normed && goes_by_planes(p, kernels, gate.vectors != nullptr));
+  ctx.plan =
+      plan_forward(p.geom, normed ? Layout::nchw : p.x_layout, micro, kernels.bytes, torch::stable::get_num_threads(),
+                   false, !normed && goes_by_planes(p, kernels, gate.vectors != nullptr));
   // x comes out of the norm in the compute type, and a norm folds into weights of that.
   const bool folded = gate.vectors != nullptr;
   if (normed || folded) ctx.plan.tap_pairs = 0;

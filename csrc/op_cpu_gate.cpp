@@ -55,8 +55,8 @@ struct MeansCall {
 };
 
 // (means, act(z) in channels_last, of shape [0] where it is not kept)
-std::tuple<Tensor, Tensor> gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias vectors, Ints stride,
-                  Ints padding, Ints dilation, int64_t act, bool keep) {
+std::tuple<Tensor, Tensor> gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias vectors,
+                                      Ints stride, Ints padding, Ints dilation, int64_t act, bool keep) {
   constexpr const char* op = "dsconv_cuda::gate_means";
   MeansCall call{};
   prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, arguments_of(op, stride, padding, dilation, act, 0));
@@ -77,8 +77,7 @@ std::tuple<Tensor, Tensor> gate_means(Tensor x, Tensor dw_weight, Tensor pw_weig
   ctx.act = p.act;
   ctx.kept = keep ? kept.mutable_data_ptr() : nullptr;
   const Geometry& g = ctx.geom;
-  const bool by_planes =
-      !keep && p.x_layout == Layout::nchw && kernels.by_planes && planes_pay_for_moments(g, element);
+  const bool by_planes = !keep && p.x_layout == Layout::nchw && kernels.by_planes && planes_pay_for_moments(g, element);
   ctx.plan = plan_moments(g, p.x_layout, micro_of(table, p.dtype), element, kZTileBytes, by_planes, p.geom.n);
   ctx.x = {p.x, p.x_strides, p.x_layout};
   const CpuPlan& plan = ctx.plan;
@@ -189,8 +188,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bwd_gated(Tensor dy, Tensor x, Tensor
   const GateCall gates = {&gate, &push};
   const int64_t mask = grad_mask & (kGradX | kGradDwWeight | kGradDwBias);
   if (vectors.has_value()) {
-    const NormGradients grads = bwd_norm(op, dy, {}, x, dw_weight, pw_weight, dw_bias, *vectors, {}, {}, 0, arguments,
-                                         mask, {}, 0, gates);
+    const NormGradients grads =
+        bwd_norm(op, dy, {}, x, dw_weight, pw_weight, dw_bias, *vectors, {}, {}, 0, arguments, mask, {}, 0, gates);
     return {std::get<0>(grads), std::get<1>(grads), empty_of_nothing(x), std::get<4>(grads)};
   }
   const BackwardCall call = prepare_backward(op, dy, x, dw_weight, pw_weight, dw_bias, {}, arguments, mask);

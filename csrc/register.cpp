@@ -117,8 +117,8 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
       "bwd_norm_depthwise(Tensor(a!) du, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor "
       "vectors, Tensor sums, float count, int[2] stride, int[4] padding, int[2] dilation, int grad_mask, Tensor? "
       "in_vectors=None, int in_act=0) -> (Tensor, Tensor)");
-  // A gate between the activation and the pointwise part: op_cpu_gate.cpp says what each computes. gate, push, means and
-  // their gradients are [N, C * m] in the compute type; vectors, those of a norm that took statistics of the batch
+  // A gate between the activation and the pointwise part: op_cpu_gate.cpp says what each computes. gate, push, means
+  // and their gradients are [N, C * m] in the compute type; vectors, those of a norm that took statistics of the batch
   // before the activation. (grad_pw_weight in the compute type, grad_gate), then the gradients of (x, dw_weight,
   // dw_bias) and with vectors the sums of du. On the CPU.
   m.def(
@@ -128,7 +128,8 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
       "fwd_gated(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor gate, "
       "Tensor? vectors, Tensor? kept, int[2] stride, int[4] padding, int[2] dilation, int act, int out_act) -> Tensor");
   m.def(
-      "bwd_gate(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor gate, Tensor? vectors, "
+      "bwd_gate(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor gate, Tensor? "
+      "vectors, "
       "int[2] stride, int[4] padding, int[2] dilation, int act) -> (Tensor, Tensor)");
   m.def(
       "bwd_gated(Tensor dy, Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor gate, Tensor push, "

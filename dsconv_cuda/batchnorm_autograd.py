@@ -173,10 +173,7 @@ class NormLater(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, gamma, beta, vectors, op: str, batch: Batch, count: float, act: int, owner):
-        ctx.op, ctx.act, ctx.batch, ctx.count = op, act, batch, count
-        ctx.save_for_backward(y, vectors)
-        ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma, beta)]
-        ctx.set_materialize_grads(False)
+        _remember(ctx, y, gamma, beta, vectors, op, batch, count, act)
         if owner is None:
             return y.view_as(y)
         later = NormLater, (y, gamma, beta, vectors, op, batch, count)
@@ -189,6 +186,14 @@ class NormLater(torch.autograd.Function):
         return (*once(_norm_gradients, ctx, grad), *(None,) * 6)
 
     jvp = staticmethod(BatchNormBlock.jvp)
+
+
+def _remember(ctx, y, gamma, beta, vectors, op: str, batch: Batch, count: float, act: int) -> None:
+    """For _norm_gradients()."""
+    ctx.op, ctx.act, ctx.batch, ctx.count = op, act, batch, count
+    ctx.save_for_backward(y, vectors)
+    ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma, beta)]
+    ctx.set_materialize_grads(False)
 
 
 def _norm_gradients(ctx, grad, y, vectors) -> tuple:
@@ -208,10 +213,7 @@ class NormNow(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, y, gamma, beta, vectors, op: str, batch: Batch, count: float, act: int):
-        ctx.op, ctx.act, ctx.batch, ctx.count = op, act, batch, count
-        ctx.save_for_backward(y, vectors)
-        ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma, beta)]
-        ctx.set_materialize_grads(False)
+        _remember(ctx, y, gamma, beta, vectors, op, batch, count, act)
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.dsconv_cuda.norm_act(y, vectors, act)
 

@@ -122,7 +122,11 @@ def test_every_op_that_convolves_has_a_formula_of_its_arguments():
     }
     formulas = {name: formula for names, formula in flops._FORMULAS.items() for name in names}
     convolving = {name for name, arguments in schemas.items() if {"x", "pw_weight"} <= set(arguments)}
-    assert convolving - set(formulas) == {"z_moments", "gate_means", "norm_block"}  # made again, and dissolved into others
+    assert convolving - set(formulas) == {
+        "z_moments",
+        "gate_means",
+        "norm_block",
+    }  # made again, and dissolved into others
     of_modules = {"fwd_packed", "fwd_folded"}  # of the CPU, not of its emulation of the CUDA kernels
     assert set(formulas) - set(schemas) in (set(), of_modules)
     for name, formula in formulas.items():

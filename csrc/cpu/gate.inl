@@ -1,5 +1,5 @@
-// A gate between the activation and the pointwise part, as of squeeze-excite: a number for each image and channel, which
-// follows from the means of a = act(z) over the image's pixels.
+// A gate between the activation and the pointwise part, as of squeeze-excite: a number for each image and channel,
+// which follows from the means of a = act(z) over the image's pixels.
 //
 //   a'[p][k] = gate[n(p)][k] * a[p][k]                      the pointwise part reads a'
 //   mean[n][k] = (sum over the pixels p of n  a[p][k]) / pixels
@@ -11,8 +11,8 @@
 //   da[p][k]             = gate[n][k] * (g . pw_weight)[p][k] + push[n][k]    push: the gradient of the mean / pixels
 //
 // a' and da exist in cache only. The gate costs a multiplication an element of a tile that is in L1 or L2. An a that
-// the caches hold is cheaper to keep from the means to y than to make again: then the first pass writes it, in nhwc, and
-// the second one reads it through a depthwise kernel of one tap.
+// the caches hold is cheaper to keep from the means to y than to make again: then the first pass writes it, in nhwc,
+// and the second one reads it through a depthwise kernel of one tap.
 #ifndef DSCONV_ISA
 #error "gate.inl belongs inside an ISA region"
 #endif

@@ -1,6 +1,7 @@
 """Fuses the depthwise separable convolutions of a model that was written with stock modules, and takes it back.
 
 find.py         which modules make a chain, and why others do not
+gates.py        squeeze-excite between two of them
 chain.py        what takes their place
 folded.py       BatchNorm folded into their weights, kept between calls
 measure.py      where it would be slower
@@ -35,6 +36,11 @@ def fuse(model: nn.Module, *, inplace: bool = False, example_input: Tensor | tup
     2-D or 3-D where it is in the mode of the norms after it: in training, and in evaluation while gradients are
     disabled. The kernels take their input through both as they read it; the value behind them is neither written nor
     kept for backward, but is there for whoever asks for it (hooks, slices of the model).
+
+    Squeeze-excite (arXiv:1709.01507) between the activation and the pointwise convolution joins a chain too: any module
+    that computes ``x * f(x.mean(pixels))``, which is read off its graph. Its layers are called with the means, an image
+    of one pixel, as the modules that they are. In eager mode on the CPU, and in graphs of torch.compile without
+    gradients; elsewhere the modules of such a chain run one by one. Its second derivative is refused.
 
     What is added later is seen: where a hook or a parametrization is put on a module of a chain, a hook on one that
     holds a part of it, where a module or its forward is exchanged, padding_mode or the slope of an activation is set,

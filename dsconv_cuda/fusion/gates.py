@@ -151,6 +151,4 @@ def _sizes_are_of_channels(node: fx.Node) -> bool:
     """Whether of these sizes only those of images and channels are taken."""
     if len(node.args) == 2 and node.target == "size":
         return node.args[1] in (0, 1)
-    return all(
-        user.target is operator.getitem and (user.args[1] in (0, 1) or not user.users) for user in node.users
-    )
+    return all(user.target is operator.getitem and (user.args[1] in (0, 1) or not user.users) for user in node.users)
