@@ -131,10 +131,13 @@ struct ChannelPanel {
   double* norm_sums;  // [2][c_mid], null where there is no norm
 };
 
+DSCONV_INLINE bool needs_du(const BackwardContext& ctx) {
+  const BackwardParams& p = ctx.p;
+  return ctx.norm != nullptr || p.grad_x != nullptr || p.grad_dw_weight != nullptr || p.grad_dw_bias != nullptr;
+}
 DSCONV_INLINE bool needs_z(const BackwardContext& ctx) {
   const BackwardParams& p = ctx.p;
-  const bool need_du = p.grad_x != nullptr || p.grad_dw_weight != nullptr || p.grad_dw_bias != nullptr;
-  return ctx.norm != nullptr || p.grad_pw_weight != nullptr || (need_du && p.act != Activation::identity);
+  return ctx.norm != nullptr || p.grad_pw_weight != nullptr || (needs_du(ctx) && p.act != Activation::identity);
 }
 
 // z, or zhat where there is a norm, of `count` pixels of x, whose channels begin with number x_channel: the channels
@@ -170,12 +173,14 @@ template <typename X, typename T, typename F>
 static void recompute_panel(const BackwardContext& ctx, const X& x, int64_t x_channel, int64_t pixel, int64_t count,
                             const ChannelPanel<T, F>& t) {
   const BackwardParams& p = ctx.p;
-  const bool linear = p.act == Activation::identity && ctx.norm == nullptr;
-  recompute_z(ctx, x, x_channel, pixel, count, t.k, t.width, linear ? t.a : t.derivative, t.ld);
+  const bool linear = p.act == Activation::identity && ctx.norm == nullptr, derives = !linear && needs_du(ctx);
+  recompute_z(ctx, x, x_channel, pixel, count, t.k, t.width, derives ? t.derivative : t.a, t.ld);
   if (ctx.norm != nullptr) {
-    activate_zhat(ctx, count, t.width, t.derivative, t.a, t.ld, t.k);
-  } else if (!linear) {
+    if (p.grad_pw_weight != nullptr) activate_zhat(ctx, count, t.width, t.derivative, t.a, t.ld, t.k);
+  } else if (derives) {
     activation_pass<ActivateAndDerive, T>(p.act, count * t.ld, t.derivative, t.a);
+  } else if (!linear) {
+    activation_pass<ActivateInPlace, T>(p.act, count * t.ld, t.a, nullptr);
   }
   if constexpr (!SameType<T, F>::value) {
     if (p.grad_pw_weight != nullptr) zip_pixels(t.a, t.ld, count, t.width, reinterpret_cast<F*>(t.a), 2 * t.ld);
