@@ -201,7 +201,7 @@ def block_of_chain(
 ) -> Tensor | Unnormalised:
     """:func:`depthwise_separable_conv_bn2d`, or that of another `dims`, in a chain: after a block that deferred its
     second norm, where `input` is Unnormalised, and before one that takes it, with `defer` (bn2 must take statistics of
-    the batch then). Or, in no chain, with a `gate` between the activation and the pointwise part (gated.py).
+    the batch then). Or, before no other, with a `gate` between the activation and the pointwise part (gated.py).
     """
     op = operation(dims)
     before = input if isinstance(input, Unnormalised) else None
@@ -253,7 +253,10 @@ def block_of_chain(
         _check_gate(op, x.device)
         config = Config(stride, padding, dilation, act, IDENTITY if batch2 else out_act)
         call = gated.Call(op, dims, config, (x_shape[0], pw_shape[0], *extents), norms[0], batch2)
-        y = gated.apply(tensors, tuple(affine[:2]), call, gate)
+        in_vectors = None
+        if before is not None:
+            in_vectors, call.in_act = before.vectors, before.act
+        y = gated.apply(tensors, tuple(affine[:2]), call, gate, in_vectors)
         if batch2:
             y = norm_now(y, *affine[2:], op, norms[1], out_act)
         return y.squeeze(-2) if dims == 1 else y

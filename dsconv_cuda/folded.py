@@ -194,7 +194,7 @@ class Folded:
 
     def _call(self, x: Tensor, in_norm: tuple[Tensor, int] | None) -> Tensor:
         if self.gate is not None:
-            return self._call_gated(x)
+            return self._call_gated(x if in_norm is None else torch.ops.dsconv_cuda.norm_act(x, *in_norm))
         if in_norm is None:
             return self.module.forward(x)
         if "_kept_call" not in vars(self.module):

@@ -15,8 +15,11 @@ gate before that of a, so it takes two turns, with autograd's own way through f 
 GatedHead has a second output beside the means, a `carrier` of the shape of y and without memory, which GatedTail takes
 only to send the gradient of y there.
 
-Saved for backward: the input, the weights, vectors of the channels, and of each image the gate; not a, which PyTorch
-keeps before and behind the gate.
+Behind a norm that x goes through first (Unnormalised of batchnorm.py) x is made for the length of a forward, and once
+more in backward.
+
+Saved for backward: the input, before that norm, the weights, vectors of the channels, and of each image the gate; not
+a, which PyTorch keeps before and behind the gate.
 """
 
 import dataclasses
@@ -30,6 +33,7 @@ from torch import Tensor, nn
 from dsconv_cuda import _checks, _loader, flops
 from dsconv_cuda.activations import ACTIVATIONS
 from dsconv_cuda.batchnorm_autograd import Batch, affine_gradients, once, operation
+from dsconv_cuda.deferred import Deferred
 from dsconv_cuda.ops import IDENTITY, grad_mask
 from dsconv_cuda.second_order import Config
 
@@ -65,10 +69,16 @@ class Call:
     y_shape: tuple[int, ...]
     batch: Batch | None  # of the norm before the activation, where that takes statistics of the batch
     centred: bool = False  # a norm that takes statistics of the batch follows, which takes off what pw_bias adds
+    in_act: int = IDENTITY  # behind the norm that x goes through first, where there is one
     gate: Tensor | None = None
+    made: Tensor | None = None  # x behind that norm, from one turn of backward to the next
 
     def arguments(self) -> tuple:
         return self.config.arguments()[:4]
+
+    def read(self, x: Tensor, in_vectors: Tensor | None) -> Tensor:
+        """x as the convolution takes it."""
+        return x if in_vectors is None else torch.ops.dsconv_cuda.norm_act(x, in_vectors, self.in_act)
 
     def means(self, x, dw_weight, pw_weight, dw_bias, vectors) -> tuple[Tensor, Tensor]:
         """And a, or a tensor without elements."""
@@ -81,28 +91,32 @@ class Call:
         raise NotImplementedError(f"{self.op}: forward-mode AD is not supported through a gate, as of squeeze-excite")
 
 
-def apply(tensors: tuple, affine: tuple, call: Call, f: Gate) -> Tensor:
-    """out_act(y) of (x, dw_weight, pw_weight, dw_bias, pw_bias) and the parameters of call.batch."""
+def apply(tensors: tuple, affine: tuple, call: Call, f: Gate, in_vectors: Tensor | None = None) -> Tensor:
+    """out_act(y) of (x, dw_weight, pw_weight, dw_bias, pw_bias) and the parameters of call.batch. With in_vectors the
+    gradient of x is that of what x is behind that norm."""
     x, dw_weight, pw_weight, dw_bias, pw_bias = tensors
-    ops, weights, arguments = torch.ops.dsconv_cuda, (x, dw_weight, pw_weight, dw_bias), call.arguments()
     before = (x, dw_weight, dw_bias, *affine)
+    given = x.y if type(x) is Deferred else x
+    with torch.no_grad():
+        made = call.read(given, in_vectors)
+    ops, weights, arguments = torch.ops.dsconv_cuda, (made, dw_weight, pw_weight, dw_bias), call.arguments()
     carrier = None
     if torch.compiler.is_compiling():
         vectors = None  # there is no norm that takes statistics without gradients
         means, kept = call.means(*weights, vectors)
     elif _needs_gradient(before):
-        means, carrier, vectors, kept = GatedHead.apply(*before, pw_weight, call)
+        means, carrier, vectors, kept = GatedHead.apply(*before, pw_weight, given, in_vectors, made, call)
     else:
         with torch._C._AutoDispatchBelowAutograd():
             vectors = _norm_of_batch(weights, affine, call)
             means, kept = call.means(*weights, vectors)
     shape = (*means.shape, *(1,) * call.dims)
-    gate = _checked(f(means.to(x.dtype).reshape(shape)), means, shape, call)
+    gate = _checked(f(means.to(given.dtype).reshape(shape)), means, shape, call)
     if torch.compiler.is_compiling():
         return ops.fwd_gated(*weights, pw_bias, gate, vectors, kept, *arguments, call.config.out_act)
     if _needs_gradient((carrier, gate, pw_weight, pw_bias)):
-        inputs = (_detached(t) for t in before[:3])
-        y = GatedTail.apply(carrier, gate, pw_weight, pw_bias, *inputs, vectors, kept, call)
+        inputs = (_detached(t) for t in (given, dw_weight, dw_bias))
+        y = GatedTail.apply(carrier, gate, pw_weight, pw_bias, *inputs, vectors, in_vectors, kept, made, call)
         return y if call.config.out_act == IDENTITY else _VALUES[call.config.out_act](y)
     with torch._C._AutoDispatchBelowAutograd():
         return ops.fwd_gated(*weights, pw_bias, gate, vectors, kept, *arguments, call.config.out_act)
@@ -163,15 +177,15 @@ class GatedHead(torch.autograd.Function):
     """(means, carrier, vectors of the norm, a where it is kept); the first two have gradients."""
 
     @staticmethod
-    def forward(ctx, x, dw_weight, dw_bias, gamma, beta, pw_weight, call: Call):
-        weights = (x, dw_weight, pw_weight, dw_bias)
+    def forward(ctx, x, dw_weight, dw_bias, gamma, beta, pw_weight, given, in_vectors, made, call: Call):
+        weights = (made, dw_weight, pw_weight, dw_bias)
         with torch._C._AutoDispatchBelowAutograd():
             vectors = _norm_of_batch(weights, (gamma, beta), call)
             means, kept = call.means(*weights, vectors)
-            carrier = x.new_zeros(()).expand(call.y_shape)
+            carrier = made.new_zeros(()).expand(call.y_shape)
         ctx.op, ctx.call, ctx.no_second = call.op, call, _NO_SECOND
         ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma, beta)]
-        ctx.save_for_backward(*weights, vectors)
+        ctx.save_for_backward(given, *weights[1:], vectors, in_vectors)
         ctx.mark_non_differentiable(*(t for t in (vectors, kept) if t is not None))
         ctx.set_materialize_grads(False)
         return means, carrier, vectors, kept
@@ -179,20 +193,21 @@ class GatedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_means, dy, *_):
         if grad_means is None and dy is None:
-            return (None,) * 7
+            return (None,) * 10
         flops.register_in_modes()
-        return (*once(_head_gradients, ctx, grad_means, dy), None, None)
+        return (*once(_head_gradients, ctx, grad_means, dy), *(None,) * 5)
 
     @staticmethod
     def jvp(ctx, *tangents):
         ctx.call.refuse_jvp()
 
 
-def _head_gradients(ctx, grad_means, dy, x, dw_weight, pw_weight, dw_bias, vectors) -> tuple:
+def _head_gradients(ctx, grad_means, dy, x, dw_weight, pw_weight, dw_bias, vectors, in_vectors) -> tuple:
     """Of (x, dw_weight, dw_bias, gamma, beta)."""
     call, wanted = ctx.call, ctx.needs_input_grad
     mask = grad_mask(wanted[0], wanted[1], False, wanted[2], False)
     with torch._C._AutoDispatchBelowAutograd():
+        x, call.made = call.read(x, in_vectors) if call.made is None else call.made, None
         gate = call.gate
         if gate is None:  # y has not been made
             gate = x.new_zeros((x.shape[0], dw_weight.shape[0]), dtype=_checks.wide_dtype(x.dtype))
@@ -212,35 +227,40 @@ class GatedTail(torch.autograd.Function):
     """y. The gradient of x and of the depthwise weights goes by way of the carrier."""
 
     @staticmethod
-    def forward(ctx, carrier, gate, pw_weight, pw_bias, x, dw_weight, dw_bias, vectors, kept, call: Call):
-        weights = (x, dw_weight, pw_weight, dw_bias)
+    def forward(
+        ctx, carrier, gate, pw_weight, pw_bias, given, dw_weight, dw_bias, vectors, in_vectors, kept, made, call: Call
+    ):
+        weights = (made, dw_weight, pw_weight, dw_bias)
         with torch._C._AutoDispatchBelowAutograd():
             call.gate = gate.detach()
             arguments = (*weights, pw_bias, gate, vectors, kept, *call.arguments(), IDENTITY)
             y = torch.ops.dsconv_cuda.fwd_gated(*arguments)
         ctx.op, ctx.call, ctx.no_second = call.op, call, _NO_SECOND
-        ctx.save_for_backward(*weights, gate, vectors)
+        ctx.save_for_backward(given, *weights[1:], gate, vectors, in_vectors)
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
     def backward(ctx, dy):
         if dy is None:
-            return (None,) * 10
+            return (None,) * 12
         flops.register_in_modes()
-        return (*once(_tail_gradients, ctx, dy), *(None,) * 6)
+        return (*once(_tail_gradients, ctx, dy), *(None,) * 8)
 
     @staticmethod
     def jvp(ctx, *tangents):
         ctx.call.refuse_jvp()
 
 
-def _tail_gradients(ctx, dy, x, dw_weight, pw_weight, dw_bias, gate, vectors) -> tuple:
+def _tail_gradients(ctx, dy, x, dw_weight, pw_weight, dw_bias, gate, vectors, in_vectors) -> tuple:
     """Of (carrier, gate, pw_weight, pw_bias)."""
     call, wanted = ctx.call, ctx.needs_input_grad
     grad_gate = grad_pw = grad_bias = None
     with torch._C._AutoDispatchBelowAutograd():
         if wanted[1] or wanted[2]:
+            x = call.read(x, in_vectors)
+            if in_vectors is not None and wanted[0]:
+                call.made = x
             arguments = (dy, x, dw_weight, pw_weight, dw_bias, gate, vectors, *call.arguments())
             grad_pw, grad_gate = torch.ops.dsconv_cuda.bwd_gate(*arguments)
             grad_pw = grad_pw.to(pw_weight.dtype).reshape(pw_weight.shape)

@@ -211,6 +211,9 @@ class Chain:
 
     def _defers(self, x: Tensor) -> bool:
         norm, trains = self.before.norm, self._trains()
+        # A graph does as well with what is before a gate.
+        if self.gate is not None and (torch.compiler.is_compiling() or not self._gates()):
+            return False
         if x.device.type == "meta" or x.dim() != self.dims + 2 or norm.training != trains:
             return False
         if not trains and torch.is_grad_enabled():

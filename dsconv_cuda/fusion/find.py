@@ -502,7 +502,7 @@ def _chain_in(conv: nn.Module, mode: _Mode, names: dict, places: dict) -> Chain 
         chain.rewritten = _checked_for_rewriting(_common_parent(chain, names), chain, names)
     else:
         _check_arguments(_common_parent(chain, names), chain, names)
-        chain.before = None if chain.gate is not None else _norm_before(graph, node, places)
+        chain.before = _norm_before(graph, node, places)
     return chain
 
 
