@@ -20,17 +20,22 @@ class Guards:
     Objects are compared by identity: what they are compared with must be of a kind that is not changed in place.
     """
 
-    __slots__ = ("_attributes", "_empty", "_kinds", "_same")
+    __slots__ = ("_attributes", "_empty", "_kinds", "_same", "_sizes")
 
     def __init__(self):
         self._same: list[tuple[dict, str, object]] = []
         self._empty: list[tuple[dict, str]] = []
         self._kinds: list[tuple[nn.Module, type]] = []
         self._attributes: list[tuple[nn.Module, str, object]] = []
+        self._sizes: list[tuple[dict, int]] = []
 
     def same(self, of: dict, *keys: str) -> None:
         """What is there under these keys, if anything."""
         self._same += ((of, key, of.get(key, _MISSING)) for key in keys)
+
+    def only(self, *dicts: dict) -> None:
+        """As many keys as there are."""
+        self._sizes += ((of, len(of)) for of in dicts)
 
     def children(self, module: nn.Module, *names: str) -> None:
         self.same(module.__dict__, "_modules")
@@ -67,6 +72,9 @@ class Guards:
                 return False
         for of, key in self._empty:
             if of.get(key):
+                return False
+        for of, size in self._sizes:
+            if len(of) != size:
                 return False
         for module, kind in self._kinds:
             if type(module) is not kind:

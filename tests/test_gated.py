@@ -5,6 +5,8 @@ import copy
 import io
 import itertools
 import pickle
+import random
+import threading
 from dataclasses import dataclass, replace
 
 import pytest
@@ -14,7 +16,7 @@ from fusion_models import assert_as_precise, randomized
 from guarded import InputsEndAtPages
 from shapes import identify
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
 
 from dsconv_cuda import BatchNormArguments, explain_fusion, fuse, gated, unfuse
@@ -322,17 +324,16 @@ def test_the_mean_of_values_that_hardly_differ():
 # ---- which modules are gates -----------------------------------------------------------------------------------------
 
 
-class Gate(nn.Module):
-    """forward(self, x) is `code`."""
-
-    def __init__(self, code, channels=8):
+class _Gate(nn.Module):
+    def __init__(self, channels=8):
         super().__init__()
-        self.code, self.pool = code, nn.AdaptiveAvgPool2d(1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
         self.conv, self.spatial = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, channels, 3, padding=1)
         self.fc = nn.Sequential(nn.Linear(channels, 4), nn.ReLU(), nn.Linear(4, channels), nn.Sigmoid())
 
-    def forward(self, x):
-        return self.code(self, x)
+
+def Gate(code) -> nn.Module:
+    return type("Gate", (_Gate,), {"forward": code, "scale": 1.0})()
 
 
 def _rows(self, x):
@@ -366,7 +367,57 @@ OTHERS = {
     "size of the image": _sizes_of_the_image,
     "squared": lambda self, x: x * x * self.conv(self.pool(x)),
     "plus": lambda self, x: x + self.conv(self.pool(x)),
+    "its own square": lambda self, x: x * x.expand_as(x) + 0 * self.conv(self.pool(x)).sum(),
+    "x as its own factor": lambda self, x: x * x.expand_as(x),
+    "without gradients": lambda self, x: x * self.conv(_detached_pool(self, x)),
+    "own derivative": lambda self, x: x * _Round.apply(self.conv(self.pool(x))),
+    "own derivative of a known function": lambda self, x: x * _OwnSigmoid.apply(self.conv(self.pool(x))),
+    "own buffer": lambda self, x: x * self.conv(self.pool(x)) / self.temperature.item(),
+    "own parameter": lambda self, x: x * (self.conv(self.pool(x)) + self.position),
+    "counts": lambda self, x: x * self.conv(self.pool(x)) * _count(self),
+    "counts later": lambda self, x: x * self.conv(self.pool(x)).mul(_count(self)),
+    "keeps": lambda self, x: _keep(self, x * self.conv(self.pool(x))),
+    "by chance": lambda self, x: x * (self.conv(self.pool(x)) if random.random() < 2 else 1),
+    "another way for tensors": lambda self, x: (
+        x * (self.conv(self.pool(x)) * (2 if isinstance(x, torch.Tensor) else 1))
+    ),
+    "attributes": lambda self, x: x * self.conv(self.pool(x)).relu() * self.listed[0],
 }
+
+
+class _Round(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.round(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class _OwnSigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.sigmoid(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+def _detached_pool(self, x):
+    with torch.no_grad():
+        return self.pool(x)
+
+
+def _count(self):
+    self.calls = getattr(self, "calls", 0) + 1
+    return self.calls
+
+
+def _keep(self, y):
+    self.last = y.detach()
+    return y
 
 
 def _around(gate: nn.Module) -> nn.Sequential:
@@ -389,8 +440,81 @@ def test_gates(name):
 @pytest.mark.one_isa
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_is_no_gate(name):
-    assert all(gate_of(Gate(OTHERS[name]), dims) is None for dims in (1, 2, 3))
-    assert not explain_fusion(_around(Gate(OTHERS[name])))[0].taken
+    gate = Gate(OTHERS[name])
+    if name == "own buffer":
+        gate.register_buffer("temperature", torch.tensor(2.0))
+    elif name == "own parameter":
+        gate.position = nn.Parameter(torch.randn(1, 8, 9, 7))
+    elif name == "attributes":
+        gate.listed = [1.0]
+    assert all(gate_of(gate, dims, 8) is None for dims in (1, 2, 3))
+    assert not explain_fusion(_around(gate))[0].taken
+    assert not hasattr(gate, "calls")
+
+
+@pytest.mark.one_isa
+def test_gates_that_change_run_one_by_one():
+    """What the graph of a gate depends on is looked at in each call, also where the chain is called again quickly."""
+    model, x = _around(Gate(GATES["pool"])), torch.randn(2, 8, 9, 7)
+    changes = {
+        "another pool": lambda gate: setattr(gate, "pool", nn.AdaptiveMaxPool2d(1)),
+        "another size": lambda gate: setattr(gate.pool, "output_size", (9, 7)),
+        "hook on the pool": lambda gate: gate.pool.register_forward_hook(lambda m, args, y: args[0].amax((2, 3), True)),
+        "attribute": lambda gate: setattr(gate, "scale", 2.0),
+        "class": lambda gate: parametrize.register_parametrization(gate, "weight", nn.Identity()),
+    }
+    for training, (name, change) in itertools.product((False, True), changes.items()):
+        original = copy.deepcopy(model).train(training)
+        fused = fuse(copy.deepcopy(original))
+        with torch.no_grad():
+            for _ in range(2):
+                torch.testing.assert_close(fused(x), original(x), rtol=1e-4, atol=1e-4)
+        assert one_operation(fused, x)
+        for of in (original, fused):
+            if name == "class":
+                of[3].weight = nn.Parameter(torch.zeros(3))
+            change(of[3])
+        assert not one_operation(fused, x), name
+        check_close(original, fused, x)
+        check_close(original.train(not training), fused.train(not training), x)
+
+
+@pytest.mark.one_isa
+def test_threads_that_call_a_mode_for_the_first_time():
+    for attempt in range(3):
+        model = _around(Gate(GATES["pool"])).eval()
+        fused, x, barrier, found = fuse(model), torch.randn(2, 8, 9, 7), threading.Barrier(4), []
+        if attempt == 1:
+            fused = pickle.loads(pickle.dumps(fuse(_around(_named()).eval())))
+            model = unfuse(fused)
+
+        def run(fused=fused, x=x, barrier=barrier, found=found):
+            barrier.wait()
+            with torch.no_grad():
+                found.append(fused(x))
+
+        threads = [threading.Thread(target=run) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        with torch.no_grad():
+            assert len(found) == 4
+            assert all(torch.allclose(y, model(x), rtol=1e-4, atol=1e-4) for y in found)
+
+
+def _named() -> nn.Module:
+    return SqueezeExcite(8)
+
+
+@pytest.mark.one_isa
+@pytest.mark.parametrize("training", [False, True])
+def test_an_image_that_is_no_batch(training):
+    gate = Gate(GATES["pool"])
+    model = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(), gate, nn.Conv2d(8, 6, 1)).train(training)
+    fused = fuse(model)
+    check_close(model, fused, torch.randn(8, 9, 7))
+    assert one_operation(fused, torch.randn(8, 9, 7))
 
 
 def check_close(model, fused, x, **tolerance):
@@ -445,7 +569,8 @@ def test_copies_pickles_and_state_dicts(model, x, training):
     file.seek(0)
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), torch.load(file, weights_only=False)):
         assert one_operation(other, x)
-        assert chain_of(other[0]).gate.module is other[3] is not fused[3]
+        assert chain_of(other[0]).gate.module is other[3]
+        assert other[3] is not fused[3]
         check_close(model, other, x)
         other.train(not training)
         check_close(copy.deepcopy(model).train(not training), other, x)

@@ -365,7 +365,9 @@ class Chain:
         return forward_ad._current_level < 0 and _batch_norm_kernels(device_type)
 
     def _gates(self) -> bool:
-        """Whether there are kernels for the gate where this is called."""
+        """Whether the gate is what it was, and there are kernels for it where this is called."""
+        if not self.gate.holds():
+            return False
         if gated.refused_in_graph() or (torch.compiler.is_compiling() and self._trains()):
             return False
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
@@ -405,7 +407,8 @@ class Chain:
                 return compiled_folding.apply(x, *convolutions, *norms, *activations)
             return self._unkept(x, bn2, out_activation, before)
         # A gate runs under autocast itself.
-        if in_graph or transformed() or (self.gate is not None and autocast_dtype(x) is not None):
+        checked = self.gate is not None and (autocast_dtype(x) is not None or x.dim() != self.dims + 2)
+        if in_graph or checked or transformed():
             return self._unkept(x, bn2, out_activation, before)
         folded = self._folded.get((extent, before is not None))
         if folded is None:
@@ -433,6 +436,8 @@ class Chain:
                 guards.no_hooks(container)
             for module, name, _ in part.settings:
                 guards.setting(module, name)
+        if self.gate is not None:
+            self.gate.guard(guards)
         return guards
 
     def _train(self, x: Tensor | Deferred | Unnormalised) -> Tensor:
@@ -476,6 +481,8 @@ class Chain:
         pw_weight, pw_bias = fold(self.pointwise, bn2)
         operands = (dw_weight, pw_weight, dw_bias, pw_bias)
         if self.gate is not None:
+            if x.dim() == self.dims + 1:  # without norms, which take none, an image that is no batch
+                return self._unkept(x.unsqueeze(0), bn2, out_activation).squeeze(0)
             geometry = (conv.stride, conv.padding, conv.dilation)
             activations = (self.activation, out_activation)
             return block_of_chain(self.dims, x, *operands, None, None, *geometry, *activations, gate=self.gate)

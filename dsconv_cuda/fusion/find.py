@@ -24,7 +24,7 @@ from dsconv_cuda import activations
 from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN
 from dsconv_cuda.children import has_hooks
 from dsconv_cuda.fusion.chain import NONE, Chain, NormBefore, chain_of
-from dsconv_cuda.fusion.gates import Gate, gate_of, is_gate, may_be_gate
+from dsconv_cuda.fusion.gates import Gate, gate_of, is_gate
 from dsconv_cuda.fusion.untouched import untouched
 from dsconv_cuda.modules import DepthwiseSeparableConv1d, DepthwiseSeparableConv2d, DepthwiseSeparableConv3d
 
@@ -133,9 +133,9 @@ def _settings(module: nn.Module) -> list[tuple[nn.Module, str, object]]:
     name = _SETTINGS.get(type(module))
     if name is not None:
         return [(module, name, getattr(module, name))]
-    if _own_activation(module) is None and not may_be_gate(module):
+    if _own_activation(module) is None:
         return []
-    simple = (bool, int, float, str, tuple)  # whatever its forward may look at
+    simple = (bool, int, float, str)  # whatever its forward may look at
     return [(module, n, v) for n, v in vars(module).items() if type(v) in simple and n[0] != "_" and n != "training"]
 
 
@@ -675,7 +675,8 @@ class Walk:
             self.nodes.append(node)
 
     def _is_gate(self, module: nn.Module) -> bool:
-        self.gate = gate_of(module, len(self.members[0].kernel_size))
+        conv = self.members[0]
+        self.gate = gate_of(module, len(conv.kernel_size), conv.out_channels)
         return self.gate is not None
 
     def _needs_rewriting(self, required: bool) -> None:
