@@ -381,6 +381,7 @@ OTHERS = {
     "another way for tensors": lambda self, x: (
         x * (self.conv(self.pool(x)) * (2 if isinstance(x, torch.Tensor) else 1))
     ),
+    "another way without gradients": lambda self, x: x * (self.conv(self.pool(x)) * (1 + torch.is_grad_enabled())),
     "attributes": lambda self, x: x * self.conv(self.pool(x)).relu() * self.listed[0],
 }
 

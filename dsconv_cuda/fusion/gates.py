@@ -3,16 +3,17 @@
     forward(x) = x * f(mean of x over the pixels)
 
 What they compute is read off their graph, whatever their class. f is the same code with the means, an image of one
-pixel, in the place of x, up to the product: a mean over one pixel is the pixel. So their children are called as before,
-with their hooks and whatever else is done to them.
+pixel, in the place of x, up to the product: a mean over one pixel is the pixel. So their children are called as they
+are, with their hooks and whatever else is done to them.
 
-A graph does not show everything: what code in Python reads, of attributes for one, is a constant of it, and a derivative
-may be somebody's own. So a module is taken only if its own code calls nothing but what is known here (_CALLS), if it has
-no tensors of its own and no attributes that could change unnoticed, and if a copy of it gives the same numbers and
-gradients both ways. What follows of it is looked at again at each call (Gate.holds).
+A graph does not show everything: what code in Python reads, of attributes for one, is a constant of it, and a
+derivative may be somebody's own. So a module is taken only if its own code calls nothing but what is known here
+(_CALLS), if it has no tensors of its own and no attributes that could change unnoticed, and if a copy of it gives the
+same numbers and gradients both ways. What it follows from is looked at again at each call (Gate.holds).
 """
 
 import copy
+import itertools
 import operator
 import random
 from collections.abc import Callable
@@ -33,8 +34,8 @@ _POOLS = (
 _PRODUCTS = (operator.mul, operator.imul, torch.mul, torch.multiply, "mul", "mul_", "multiply")
 _MEANS = (torch.mean, "mean")
 
-# What the code of a gate may call beside its children: what has no state, draws no random numbers, and is differentiated
-# by PyTorch.
+# What the code of a gate may call beside its children: it has no state, draws no random numbers, and PyTorch
+# differentiates it.
 _CALLS = frozenset(
     (
         *_PRODUCTS, *_MEANS, *(function for _, function in _POOLS),
@@ -229,29 +230,26 @@ def _is_right(gate: Gate, dims: int, channels: int) -> bool:
     dy = torch.randn(x.shape, generator=generator, dtype=torch.float64)
     found = []
     try:
-        for training in (True, False):
-            for as_module in (True, False):
-                of = copy.deepcopy(gate)
-                module = of.module.to("cpu", torch.float64).train(training)
-                parameters = list(module.parameters())
-                with torch.random.fork_rng([]), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-                    torch.manual_seed(0)
-                    given = x.clone().requires_grad_()
-                    image_of = given * 1  # which a gate may write to
-                    if as_module:
-                        y = module(image_of)
-                    else:
-                        factor = of(image_of.mean(axes, keepdim=True))
-                        if not isinstance(factor, Tensor):
-                            return False
-                        y = image_of * factor.expand(3, channels, *(1,) * dims)
-                    grads = torch.autograd.grad(y, [given, *parameters], dy, allow_unused=True)
-                if not of.holds():
-                    return False
-                found.append([y.detach(), *grads, *module.buffers()])
+        for training, grad, as_module in itertools.product((True, False), repeat=3):
+            of = copy.deepcopy(gate)
+            module = of.module.to("cpu", torch.float64).train(training)
+            parameters = list(module.parameters())
+            with torch.random.fork_rng([]), torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=False):
+                torch.manual_seed(0)
+                given = x.clone().requires_grad_()
+                own = given * 1  # which a gate may write to
+                if as_module:
+                    y = module(own)
+                else:
+                    y = own * of(own.mean(axes, keepdim=True)).expand(3, channels, *(1,) * dims)
+                grads = torch.autograd.grad(y, [given, *parameters], dy, allow_unused=True) if grad else []
+            if not of.holds():
+                return False
+            found.append([y.detach(), *grads, *module.buffers()])
     except Exception:  # in one of the two ways
         return False
-    return all(_equal(a, b) for one, other in (found[:2], found[2:]) for a, b in zip(one, other, strict=True))
+    pairs = zip(found[::2], found[1::2], strict=True)
+    return all(_equal(a, b) for one, other in pairs for a, b in zip(one, other, strict=True))
 
 
 def _equal(a: Tensor | None, b: Tensor | None) -> bool:
