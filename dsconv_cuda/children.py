@@ -10,6 +10,11 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def clear_hooks(module: nn.Module) -> None:
+    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
+        hooks.clear()
+
+
 def acts(module: nn.Module, stock: type[nn.Module] | None = None) -> bool:
     """Whether a call of `module` does more than its class says, or, of a convolution, than `stock` says: it has to be
     called then."""

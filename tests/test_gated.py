@@ -594,7 +594,11 @@ def test_checkpoints(model, x, use_reentrant, cut):
 @pytest.mark.one_isa
 def test_hooks_and_what_is_exchanged(model, x):
     """Hooks on the gate take the chain apart; its children are called, and so are their hooks."""
-    fused, seen = fuse(model.eval()), []
+    seen = []
+    handle = model.eval()[3].fc1.register_forward_hook(lambda module, args, y: seen.append(args[0].shape))
+    fused = fuse(model)
+    assert not seen
+    handle.remove()
     handle = fused[3].fc1.register_forward_hook(lambda module, args, y: seen.append(args[0].shape))
     check_close(model, fused, x)
     assert set(seen) == {(2, 8, 1, 1)}

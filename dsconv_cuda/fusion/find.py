@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 
 from dsconv_cuda import activations
 from dsconv_cuda.batchnorm_module import DepthwiseSeparableConvBN
-from dsconv_cuda.children import has_hooks
+from dsconv_cuda.children import clear_hooks, has_hooks
 from dsconv_cuda.fusion.chain import NONE, Chain, NormBefore, chain_of
 from dsconv_cuda.fusion.gates import Gate, gate_of, is_gate
 from dsconv_cuda.fusion.untouched import untouched
@@ -423,8 +423,9 @@ def trace(root: nn.Module, opaque: set[nn.Module], given: dict | None = None) ->
     values = defaults_of(root) | (given or {})  # most are switches
     with untouched(root):
         for module in root.modules():
+            # They are somebody's, and not made for a tracer; where there are any, chains look after them themselves.
             if has_hooks(module) and not isinstance(module, LazyModuleMixin):
-                _clear_hooks(module)
+                clear_hooks(module)
         graph = tracer.trace(root, concrete_args={n: v for n, v in values.items() if v is not fx.PH} or None)
     modules, calls = {}, {}
     for node in graph.nodes:
@@ -438,12 +439,6 @@ def trace(root: nn.Module, opaque: set[nn.Module], given: dict | None = None) ->
 def _is_whole(module: nn.Module) -> bool:
     """Whether it is known what it computes, whatever is in it."""
     return _own_activation(module) is not None or is_gate(module)
-
-
-def _clear_hooks(module: nn.Module) -> None:
-    """They are somebody's, and not made for a tracer; where there are any, chains look after them themselves."""
-    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks):
-        hooks.clear()
 
 
 def trace_around(root: nn.Module, members: set[nn.Module], given: dict | None = None) -> Graph:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from dsconv_cuda.children import has_hooks
+from dsconv_cuda.children import clear_hooks, has_hooks
 
 _MOST_MODULES = 16  # in one of them
 
@@ -233,6 +233,8 @@ def _is_right(gate: Gate, dims: int, channels: int) -> bool:
         for training, grad, as_module in itertools.product((True, False), repeat=3):
             of = copy.deepcopy(gate)
             module = of.module.to("cpu", torch.float64).train(training)
+            for child in module.modules():
+                clear_hooks(child)
             parameters = list(module.parameters())
             with torch.random.fork_rng([]), torch.set_grad_enabled(grad), torch.autocast("cpu", enabled=False):
                 torch.manual_seed(0)
