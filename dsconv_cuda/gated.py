@@ -6,8 +6,8 @@ function:
     y = pw_weight . (gate a) + pw_bias
 
 a is made twice in forward and twice in backward, tile by tile; only where caches hold it, the first pass of forward
-writes it for the second, which is quicker than to make it again. Backward needs the gradient of the
-gate before that of a, so it takes two turns, with autograd's own way through f between them:
+writes it for the second, which is quicker than to make it again. Backward needs the gradient of the gate before that of
+a, so it takes two turns, with autograd's own way through f between them:
 
     forward     GatedHead: [z_moments ->] gate_means    f    GatedTail: fwd_gated
     backward    GatedTail: bwd_gate                     f    GatedHead: bwd_gated
