@@ -7,9 +7,6 @@
 //   bwd_gate     the gradients of pw_weight and of the gate, from those of the weights that one image by itself has
 //   bwd_gated    with the gradient of the means, when the caller has it: those of x and the depthwise part
 //
-// With in_vectors and in_act the means are of an x that goes through a norm and an activation first, as z_moments has
-// it.
-//
 // Gates and means are tensors [n, c_mid] in the compute type. `vectors` are those of a norm before the activation that
 // took statistics of the batch: it folds into the depthwise weights, and bwd_gated goes through it.
 
@@ -59,8 +56,7 @@ struct MeansCall {
 
 // (means, act(z) in channels_last, of shape [0] where it is not kept)
 std::tuple<Tensor, Tensor> gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias vectors,
-                                      Ints stride, Ints padding, Ints dilation, int64_t act, bool keep, Bias in_vectors,
-                                      int64_t in_act) {
+                                      Ints stride, Ints padding, Ints dilation, int64_t act, bool keep) {
   constexpr const char* op = "dsconv_cuda::gate_means";
   MeansCall call{};
   prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, arguments_of(op, stride, padding, dilation, act, 0));
@@ -69,12 +65,6 @@ std::tuple<Tensor, Tensor> gate_means(Tensor x, Tensor dw_weight, Tensor pw_weig
   gate.vectors = vectors_of(op, vectors, p.geom);
   Tensor result = empty_wide(x, p.geom.n, p.geom.c_mid);
   const KernelTable& table = active_table(op);
-  if (in_vectors.has_value() && !norms_as_it_reads(p.geom, table, p.dtype)) {
-    return gate_means(norm_act(x, *in_vectors, in_act), dw_weight, pw_weight, dw_bias, vectors, stride, padding,
-                      dilation, act, keep, {}, 0);
-  }
-  InputNormCall in_norm = input_norm_of(op, in_vectors, in_act, p.geom.c_in);
-  const bool normed = in_vectors.has_value();
   const DTypeKernels& kernels = table.by_dtype[static_cast<int>(p.dtype)];
   STD_TORCH_CHECK(!keep || p.geom.multiplier == 1, op, ": act(z) is not kept where there is a channel multiplier");
   Tensor kept = keep ? empty_images(x, p.geom.n, p.geom.c_mid, p.geom.d_out, p.geom.h_out, p.geom.w_out, true)
@@ -87,10 +77,8 @@ std::tuple<Tensor, Tensor> gate_means(Tensor x, Tensor dw_weight, Tensor pw_weig
   ctx.act = p.act;
   ctx.kept = keep ? kept.mutable_data_ptr() : nullptr;
   const Geometry& g = ctx.geom;
-  const bool by_planes =
-      !keep && !normed && p.x_layout == Layout::nchw && kernels.by_planes && planes_pay_for_moments(g, element);
-  ctx.plan = plan_moments(g, normed ? Layout::nchw : p.x_layout, micro_of(table, p.dtype), element, kZTileBytes,
-                          by_planes, p.geom.n);
+  const bool by_planes = !keep && p.x_layout == Layout::nchw && kernels.by_planes && planes_pay_for_moments(g, element);
+  ctx.plan = plan_moments(g, p.x_layout, micro_of(table, p.dtype), element, kZTileBytes, by_planes, p.geom.n);
   ctx.x = {p.x, p.x_strides, p.x_layout};
   const CpuPlan& plan = ctx.plan;
   ctx.groups = plan.tiles < kMaxGroups ? plan.tiles : kMaxGroups;
@@ -98,10 +86,8 @@ std::tuple<Tensor, Tensor> gate_means(Tensor x, Tensor dw_weight, Tensor pw_weig
   const int64_t images = p.geom.n;
   Workspace workspace(1), weights(element);
   reserve_depthwise(weights, plan, ctx.packed);
-  if (normed) workspace.reserve(&in_norm.rows, in_norm.elements(g, plan) * element);
   workspace.reserve(reinterpret_cast<void**>(&ctx.partial), images * ctx.groups * g.c_mid * sizeof(double));
   workspace.allocate();
-  ctx.in_norm = in_norm.fill(g, plan);
   const auto pack = [&](const MomentsContext& own, int64_t, int64_t) {
     pack_all(kernels, {g, plan, own.packed, p.dw_weight, p.dw_bias, nullptr, nullptr}, {0, 0}, nullptr);
     gate.fold(g, plan, own.packed);

@@ -123,8 +123,7 @@ STABLE_TORCH_LIBRARY(dsconv_cuda, m) {
   // dw_bias) and with vectors the sums of du. On the CPU.
   m.def(
       "gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? vectors, int[2] stride, "
-      "int[4] padding, int[2] dilation, int act, bool keep, Tensor? in_vectors=None, int in_act=0) -> (Tensor, "
-      "Tensor)");
+      "int[4] padding, int[2] dilation, int act, bool keep) -> (Tensor, Tensor)");
   m.def(
       "fwd_gated(Tensor x, Tensor dw_weight, Tensor pw_weight, Tensor? dw_bias, Tensor? pw_bias, Tensor gate, "
       "Tensor? vectors, Tensor? kept, int[2] stride, int[4] padding, int[2] dilation, int act, int out_act) -> Tensor");

@@ -15,8 +15,8 @@ a, so it takes two turns, with autograd's own way through f between them:
 GatedHead has a second output beside the means, a `carrier` of the shape of y and without memory, which GatedTail takes
 only to send the gradient of y there.
 
-Where x goes through a norm first (Unnormalised of batchnorm.py) the kernels make it as they read it, if a is kept; else
-it is made for the length of a forward, and in backward it always is.
+Behind a norm that x goes through first (Unnormalised of batchnorm.py) x is made for the length of a forward, and once
+more in backward.
 
 Saved for backward: the input, before that norm, the weights, vectors of the channels, and of each image the gate; not
 a, which PyTorch keeps before and behind the gate.
@@ -80,25 +80,12 @@ class Call:
         """x as the convolution takes it."""
         return x if in_vectors is None else torch.ops.dsconv_cuda.norm_act(x, in_vectors, self.in_act)
 
-    def keeps(self, x: Tensor, dw_weight: Tensor) -> bool:
-        """Whether a goes from the means to y."""
-        if dw_weight.shape[0] != x.shape[1]:
-            return False
-        if torch.compiler.is_compiling():  # a graph is to serve images of any size
-            return True
-        return math.prod(self.y_shape[2:]) * self.y_shape[0] * x.shape[1] * x.itemsize <= _MOST_KEPT
-
-    def means(self, weights: tuple, affine: tuple, keep: bool, in_norm: tuple) -> tuple[Tensor, Tensor, Tensor | None]:
-        """And a, or a tensor without elements, and the vectors of the norm before the activation, whose running
-        statistics move; None for no such norm."""
-        ops, vectors = torch.ops.dsconv_cuda, None
-        if self.batch is not None:
-            moments = ops.z_moments(*weights, *self.arguments()[:3], *in_norm)
-            moments, count = self.batch.join_moments(moments)
-            if self.batch.track is not None:
-                self.batch.track(moments, count)
-            vectors = ops.norm_vectors(moments, *affine, self.batch.eps)
-        return *ops.gate_means(*weights, vectors, *self.arguments(), keep, *in_norm), vectors
+    def means(self, x, dw_weight, pw_weight, dw_bias, vectors) -> tuple[Tensor, Tensor]:
+        """And a, or a tensor without elements."""
+        keep = dw_weight.shape[0] == x.shape[1]
+        if keep and not torch.compiler.is_compiling():  # a graph is to serve images of any size
+            keep = math.prod(self.y_shape[2:]) * self.y_shape[0] * x.shape[1] * x.itemsize <= _MOST_KEPT
+        return torch.ops.dsconv_cuda.gate_means(x, dw_weight, pw_weight, dw_bias, vectors, *self.arguments(), keep)
 
     def refuse_jvp(self):
         raise NotImplementedError(f"{self.op}: forward-mode AD is not supported through a gate, as of squeeze-excite")
@@ -110,21 +97,19 @@ def apply(tensors: tuple, affine: tuple, call: Call, f: Gate, in_vectors: Tensor
     x, dw_weight, pw_weight, dw_bias, pw_bias = tensors
     before = (x, dw_weight, dw_bias, *affine)
     given = x.y if type(x) is Deferred else x
-    keep = call.keeps(given, dw_weight)
-    as_it_reads = keep and in_vectors is not None
-    in_norm = (in_vectors, call.in_act) if as_it_reads else (None, IDENTITY)
     with torch.no_grad():
-        made = given if as_it_reads else call.read(given, in_vectors)
+        made = call.read(given, in_vectors)
     ops, weights, arguments = torch.ops.dsconv_cuda, (made, dw_weight, pw_weight, dw_bias), call.arguments()
     carrier = None
     if torch.compiler.is_compiling():
-        means, kept, vectors = call.means(weights, affine, keep, in_norm)
+        vectors = None  # there is no norm that takes statistics without gradients
+        means, kept = call.means(*weights, vectors)
     elif _needs_gradient(before):
-        states = (given, in_vectors, made, keep, in_norm, call)
-        means, carrier, kept, vectors = GatedHead.apply(*before, pw_weight, *states)
+        means, carrier, vectors, kept = GatedHead.apply(*before, pw_weight, given, in_vectors, made, call)
     else:
         with torch._C._AutoDispatchBelowAutograd():
-            means, kept, vectors = call.means(weights, affine, keep, in_norm)
+            vectors = _norm_of_batch(weights, affine, call)
+            means, kept = call.means(*weights, vectors)
     shape = (*means.shape, *(1,) * call.dims)
     gate = _checked(f(means.to(given.dtype).reshape(shape)), means, shape, call)
     if torch.compiler.is_compiling():
@@ -176,30 +161,41 @@ def _checked(gate: Tensor, means: Tensor, shape: tuple[int, ...], call: Call) ->
     return gate.reshape(means.shape).to(means.dtype).contiguous()
 
 
+def _norm_of_batch(weights: tuple, affine: tuple, call: Call) -> Tensor | None:
+    """The vectors of the norm between z and the activation, whose running statistics move; None for none."""
+    batch = call.batch
+    if batch is None:
+        return None
+    ops = torch.ops.dsconv_cuda
+    moments, count = batch.join_moments(ops.z_moments(*weights, *call.arguments()[:3]))
+    if batch.track is not None:
+        batch.track(moments, count)
+    return ops.norm_vectors(moments, *affine, batch.eps)
+
+
 class GatedHead(torch.autograd.Function):
-    """(means, carrier, a where it is kept, vectors of the norm); the first two have gradients."""
+    """(means, carrier, vectors of the norm, a where it is kept); the first two have gradients."""
 
     @staticmethod
-    def forward(
-        ctx, x, dw_weight, dw_bias, gamma, beta, pw_weight, given, in_vectors, made, keep: bool, in_norm: tuple, call
-    ):
+    def forward(ctx, x, dw_weight, dw_bias, gamma, beta, pw_weight, given, in_vectors, made, call: Call):
         weights = (made, dw_weight, pw_weight, dw_bias)
         with torch._C._AutoDispatchBelowAutograd():
-            means, kept, vectors = call.means(weights, (gamma, beta), keep, in_norm)
+            vectors = _norm_of_batch(weights, (gamma, beta), call)
+            means, kept = call.means(*weights, vectors)
             carrier = made.new_zeros(()).expand(call.y_shape)
         ctx.op, ctx.call, ctx.no_second = call.op, call, _NO_SECOND
         ctx.affine_dtypes = [None if t is None else t.dtype for t in (gamma, beta)]
         ctx.save_for_backward(given, *weights[1:], vectors, in_vectors)
         ctx.mark_non_differentiable(*(t for t in (vectors, kept) if t is not None))
         ctx.set_materialize_grads(False)
-        return means, carrier, kept, vectors
+        return means, carrier, vectors, kept
 
     @staticmethod
     def backward(ctx, grad_means, dy, *_):
         if grad_means is None and dy is None:
-            return (None,) * 12
+            return (None,) * 10
         flops.register_in_modes()
-        return (*once(_head_gradients, ctx, grad_means, dy), *(None,) * 7)
+        return (*once(_head_gradients, ctx, grad_means, dy), *(None,) * 5)
 
     @staticmethod
     def jvp(ctx, *tangents):

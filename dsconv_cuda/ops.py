@@ -187,9 +187,7 @@ def _bwd_norm_depthwise_fake(
     return grad_x, _empty(x, dw_weight.shape if mask & GRAD_DW_WEIGHT else (0,))
 
 
-def _gate_means_fake(
-    x, dw_weight, pw_weight, dw_bias, vectors, stride, padding, dilation, act, keep, in_vectors=None, in_act=0
-):
+def _gate_means_fake(x, dw_weight, pw_weight, dw_bias, vectors, stride, padding, dilation, act, keep):
     n, _, *extents = _output_shape("dsconv_cuda::gate_means", x, dw_weight, pw_weight, stride, padding, dilation)
     c_mid = dw_weight.shape[0]
     kept = _empty(x, (n, c_mid, *extents), _CHANNELS_LAST[x.dim()]) if keep else _empty(x, (0,))
