@@ -104,6 +104,12 @@ inline void fold_norm(const Geometry& g, const CpuPlan& plan, const double* vect
             static_cast<float*>(bias));
 }
 
+// A call that makes z and nothing of the shape of y.
+struct MomentsCall {
+  ForwardParams params;
+  std::optional<Tensor> x, dw_weight, pw_weight, dw_bias;
+};
+
 // ---- the ops, for whoever joins them in one (op_cpu_norm_train.cpp) ----
 
 using Bias = std::optional<Tensor>;

@@ -49,16 +49,11 @@ const double* vectors_of(const char* op, const Bias& vectors, const Geometry& g)
   return vectors.has_value() ? doubles_of(op, "vectors", *vectors, kVectorRows, g.c_mid) : nullptr;
 }
 
-struct MeansCall {
-  ForwardParams params;
-  std::optional<Tensor> x, dw_weight, pw_weight, dw_bias;
-};
-
 // (means, act(z) in channels_last, of shape [0] where it is not kept)
 std::tuple<Tensor, Tensor> gate_means(Tensor x, Tensor dw_weight, Tensor pw_weight, Bias dw_bias, Bias vectors,
                                       Ints stride, Ints padding, Ints dilation, int64_t act, bool keep) {
   constexpr const char* op = "dsconv_cuda::gate_means";
-  MeansCall call{};
+  MomentsCall call{};
   prepare_operands(call, op, x, dw_weight, pw_weight, dw_bias, arguments_of(op, stride, padding, dilation, act, 0));
   const ForwardParams& p = call.params;
   GateCall gate;

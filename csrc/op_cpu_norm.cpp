@@ -332,11 +332,6 @@ Tensor norm_act_grad(Tensor grad, Tensor v, Tensor vectors, Bias sums, double co
 
 // ---- the block ----
 
-struct MomentsCall {
-  ForwardParams params;
-  std::optional<Tensor> x, dw_weight, pw_weight, dw_bias;
-};
-
 }  // namespace
 
 Tensor z_moments(const char* op, const Tensor& x, const Tensor& dw_weight, const Tensor& pw_weight, const Bias& dw_bias,

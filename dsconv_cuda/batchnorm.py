@@ -242,6 +242,10 @@ def block_of_chain(
     if before is not None and before.deferred is not None:
         x = before.deferred
     tensors = (x, dw_weight, pw_weight, dw_bias, pw_bias)
+    if gate is None and not batch1 and not batch2 and before is None:
+        y = autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act, _fast(x)))
+        return y.squeeze(-2) if dims == 1 else y
+
     count = product(pixels)
     norms = [_of_batch(bn, count) if batch else None for bn, batch in ((bn1, batch1), (bn2, batch2))]
     affine = [
@@ -259,9 +263,6 @@ def block_of_chain(
         y = gated.apply(tensors, tuple(affine[:2]), call, gate, in_vectors)
         if batch2:
             y = norm_now(y, *affine[2:], op, norms[1], out_act)
-        return y.squeeze(-2) if dims == 1 else y
-    if not batch1 and not batch2 and before is None:
-        y = autograd.apply(*tensors, Config(stride, padding, dilation, act, out_act, _fast(x)))
         return y.squeeze(-2) if dims == 1 else y
 
     _refuse_what_has_no_rule(op)

@@ -65,6 +65,14 @@ class Batch:
         variance = ((variances + (means - mean).square()) * counts).sum(0) / count
         return torch.stack((mean, variance)), count[0].item()
 
+    def vectors(self, moments: Tensor, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor, float]:
+        """Those of ``torch.ops.dsconv_cuda.norm_vectors``, from the moments here; and what join_moments() made of them,
+        which track() has been told."""
+        moments, count = self.join_moments(moments)
+        if self.track is not None:
+            self.track(moments, count)
+        return torch.ops.dsconv_cuda.norm_vectors(moments, gamma, beta, self.eps), moments, count
+
     def join_sums(self, sums: Tensor) -> Tensor:
         if not self.is_shared():
             return sums
@@ -124,18 +132,12 @@ class BatchNormBlock(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             if block.batch1 is not None:
                 moments1 = ops.z_moments(*weights[:4], *config.arguments()[:3], *in_norm)
-                moments1, count1 = block.batch1.join_moments(moments1)
-                if block.batch1.track is not None:
-                    block.batch1.track(moments1, count1)
-                vectors1 = ops.norm_vectors(moments1, gamma1, beta1, block.batch1.eps)
+                vectors1, moments1, count1 = block.batch1.vectors(moments1, gamma1, beta1)
             elif in_vectors is not None:  # only the ops with a norm after z read x through the one before it
                 vectors1 = _vectors_of_no_norm(dw_weight.shape[0], dw_weight)
             y, moments2 = _make_y(weights, vectors1, block, in_norm, block.batch2 is not None)
             if block.batch2 is not None:
-                moments2, count2 = block.batch2.join_moments(moments2)
-                if block.batch2.track is not None:
-                    block.batch2.track(moments2, count2)
-                vectors2 = ops.norm_vectors(moments2, gamma2, beta2, block.batch2.eps)
+                vectors2, moments2, count2 = block.batch2.vectors(moments2, gamma2, beta2)
             else:
                 moments2 = None
                 if block.out_act != IDENTITY:
@@ -239,12 +241,8 @@ def norm_now(y: Tensor, gamma: Tensor | None, beta: Tensor | None, op: str, batc
 
 
 def _vectors_of_batch(y: Tensor, gamma: Tensor | None, beta: Tensor | None, batch: Batch) -> tuple:
-    ops = torch.ops.dsconv_cuda
     with torch._C._AutoDispatchBelowAutograd():
-        moments, count = batch.join_moments(ops.moments(y))
-        if batch.track is not None:
-            batch.track(moments, count)
-        return ops.norm_vectors(moments, gamma, beta, batch.eps), moments, count
+        return batch.vectors(torch.ops.dsconv_cuda.moments(y), gamma, beta)
 
 
 def once(gradients: Callable, ctx, *grads) -> tuple:

@@ -163,14 +163,9 @@ def _checked(gate: Tensor, means: Tensor, shape: tuple[int, ...], call: Call) ->
 
 def _norm_of_batch(weights: tuple, affine: tuple, call: Call) -> Tensor | None:
     """The vectors of the norm between z and the activation, whose running statistics move; None for none."""
-    batch = call.batch
-    if batch is None:
+    if call.batch is None:
         return None
-    ops = torch.ops.dsconv_cuda
-    moments, count = batch.join_moments(ops.z_moments(*weights, *call.arguments()[:3]))
-    if batch.track is not None:
-        batch.track(moments, count)
-    return ops.norm_vectors(moments, *affine, batch.eps)
+    return call.batch.vectors(torch.ops.dsconv_cuda.z_moments(*weights, *call.arguments()[:3]), *affine)[0]
 
 
 class GatedHead(torch.autograd.Function):

@@ -22,6 +22,13 @@ def around(tile: int) -> tuple[int, ...]:
 EDGES = tuple(sorted({1, 2, *(size for tile in TILE_SIZES for size in around(tile)), 2 * TILE_SIZES[-1] + 1}))
 
 
+def described(case) -> str:
+    """In what a dataclass differs from its default, for the names of tests."""
+    default = type(case)()
+    fields = {name: value for name, value in vars(case).items() if value != getattr(default, name)}
+    return ",".join(f"{name}={value}".replace(" ", "") for name, value in fields.items()) or "default"
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of the op."""
@@ -42,9 +49,7 @@ class Case:
     out_activation: str = "identity"
 
     def __str__(self):
-        default = Case()
-        fields = {name: value for name, value in vars(self).items() if value != getattr(default, name)}
-        return ",".join(f"{name}={value}".replace(" ", "") for name, value in fields.items()) or "default"
+        return described(self)
 
     @property
     def kwargs(self) -> dict:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from shapes import identify
+from shapes import described, identify
 from torch import Tensor, nn
 
 from bench.accuracy import errors, results
@@ -32,8 +32,7 @@ class Shape:
     out_activation: str = "relu"
 
     def __str__(self):
-        default = Shape()
-        return ",".join(f"{k}={v}" for k, v in vars(self).items() if v != getattr(default, k)) or "default"
+        return described(self)
 
     def block(self, **options) -> DepthwiseSeparableConvBN2d:
         block = DepthwiseSeparableConvBN2d(

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fusion_models import assert_as_precise, randomized
 from guarded import InputsEndAtPages
-from shapes import identify
+from shapes import described, identify
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint
@@ -68,8 +68,7 @@ class Shape:
     out_activation: str = "identity"
 
     def __str__(self):
-        default = Shape()
-        return ",".join(f"{k}={v}" for k, v in vars(self).items() if v != getattr(default, k)) or "default"
+        return described(self)
 
     def model(self, norms: tuple[bool, bool] = (True, True)) -> nn.Sequential:
         dims, c_mid = len(self.image), self.c * self.multiplier
@@ -161,6 +160,15 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_training(shape, channels_last):
     check(shape.model(), shape.input(channels_last))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=identify)
+def test_dtypes_where_nothing_is_kept(dtype, channels_last, monkeypatch):
+    """By planes in nchw, where bfloat16 multiplies pairs of channels."""
+    monkeypatch.setattr(gated, "_MOST_KEPT", 0)
+    for shape in (SHAPES[1], SHAPES[5], SHAPES[6], SHAPES[7]):
+        check(shape.model().to(dtype), shape.input(channels_last).to(dtype))
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -386,24 +394,22 @@ OTHERS = {
 }
 
 
-class _Round(torch.autograd.Function):
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class _Round(_StraightThrough):
     @staticmethod
     def forward(ctx, x):
         return torch.round(x)
 
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
 
-
-class _OwnSigmoid(torch.autograd.Function):
+class _OwnSigmoid(_StraightThrough):
     @staticmethod
     def forward(ctx, x):
         return torch.sigmoid(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad
 
 
 def _detached_pool(self, x):

@@ -104,10 +104,9 @@ struct MomentsContext {
   ImageTensor x;
   InputNorm in_norm;
   int64_t groups, panels;
-  double*
-      partial;     // [groups][2][c_mid]: mean and sum of squares about it, order of k; or sums, [images][groups][c_mid]
-  Activation act;  // of the sums
-  void* kept;      // act(z) as it is made, [images][pixels][c_mid], stored type; or null
+  double* partial;  // [groups][2][c_mid]: mean and sum of squares about it, order of k; sums: [images][groups][c_mid]
+  Activation act;   // of the sums
+  void* kept;       // act(z) as it is made, [images][pixels][c_mid], stored type; or null
 };
 
 // The gradients of a gate and of the weights behind it from those of one image's weights (gate.inl). Tasks are vectors

@@ -145,7 +145,9 @@ class Gate:
                 return False
             if has_hooks(child) or "forward" in vars(child):
                 return False
-            self.pools.append((parent, name, child, child.output_size))
+            pool = (parent, name, child, child.output_size)
+            if pool not in self.pools:  # from the other mode
+                self.pools.append(pool)
             return True
         if node.target is _POOLS[dims - 1][1]:
             return len(arguments) == 2 and node.args[:1] == (x,) and _is_one(arguments[1])
