@@ -157,13 +157,13 @@ inline MicroTile micro_of(const KernelTable& table, DType dtype) {
 // Whether forward takes the way of cpu/forward_planes.inl. folded: with a norm in the depthwise weights.
 inline bool goes_by_planes(const ForwardParams& p, const DTypeKernels& kernels, bool folded = false) {
   return p.x_layout == Layout::nchw && p.y_layout == Layout::nchw && p.pre == nullptr && is_clamp(p.out_act) &&
-         kernels.by_planes && planes_pay_for_forward(p.geom, kernels.bytes, folded);
+         p.geom.kernel_w <= kernels.widest_by_planes && planes_pay_for_forward(p.geom, kernels.bytes, folded);
 }
 
 // Whether backward may take that of cpu/backward_planes.inl.
 inline bool goes_back_by_planes(const BackwardParams& p, const DTypeKernels& kernels) {
-  return p.x_layout == Layout::nchw && (p.grad_x == nullptr || p.grad_x_layout == Layout::nchw) && kernels.by_planes &&
-         planes_pay_for_backward(p.geom, kernels.bytes);
+  return p.x_layout == Layout::nchw && (p.grad_x == nullptr || p.grad_x_layout == Layout::nchw) &&
+         p.geom.kernel_w <= kernels.widest_by_planes && planes_pay_for_backward(p.geom, kernels.bytes);
 }
 
 inline const KernelTable& active_table(const char* op) {

@@ -197,7 +197,7 @@ DSCONV_INLINE Stores stores_of_grad_x(const BackwardContext& ctx) {
 // it, else by way of tile[grad_pixels][columns], some rows or a part of one at a time.
 template <typename S, typename T>
 static void backward_x_rows(const BackwardContext& ctx, int64_t row, int64_t row_end, T* tile) {
-#if DSCONV_ISA == DSCONV_ISA_AVX512
+#if DSCONV_ISA != DSCONV_ISA_GENERIC
   if constexpr (SameType<S, T>::value) {
     if (ctx.plan.by_planes) return backward_x_planes<T>(ctx, row, row_end);
   }
@@ -335,7 +335,7 @@ static void store_depthwise_gradient(const BackwardContext& ctx, int64_t v, cons
 
 template <typename S, typename T>
 static void reduce_depthwise(const BackwardContext& ctx, int64_t v) {
-#if DSCONV_ISA == DSCONV_ISA_AVX512
+#if DSCONV_ISA != DSCONV_ISA_GENERIC
   if constexpr (SameType<S, T>::value) {
     if (ctx.plan.by_planes) return reduce_depthwise_planes<T>(ctx, v);
   }

@@ -121,7 +121,7 @@ static void backward_group_of(const BackwardContext& ctx, Source source, int64_t
 
 template <typename S, typename T, typename F>
 static void backward_group(const BackwardContext& ctx, int64_t group, void* scratch) {
-#if DSCONV_ISA == DSCONV_ISA_AVX512
+#if DSCONV_ISA != DSCONV_ISA_GENERIC
   if constexpr (SameType<S, T>::value) {
     T* const strips = static_cast<T*>(scratch);
     if (ctx.plan.by_planes) {
@@ -208,7 +208,7 @@ static void backward_norm_group_of(const BackwardContext& ctx, Source source, in
 template <typename S, typename T>
 static void backward_norm_group(const BackwardContext& ctx, int64_t group, void* scratch) {
   T* const zhat = static_cast<T*>(scratch);
-#if DSCONV_ISA == DSCONV_ISA_AVX512
+#if DSCONV_ISA != DSCONV_ISA_GENERIC
   if constexpr (SameType<S, T>::value) {
     if (ctx.plan.by_planes) return backward_norm_group_of<S>(ctx, PlanesOfX<T>{zhat}, group, zhat);
   }

@@ -12,7 +12,7 @@
 //                       grad_x   . 2u 2u+1 . . ...                   grad_x[2u + 1] = w0 du[u+1] + w2 du[u]
 //
 // Bytes moved: x twice, of which the tile's is in L2 the second time, grad_x once; du once there and back, in cache.
-// For 3 x 3 where planes_pay_for_backward() (cpu_plan.h), and AVX-512.
+// For 3 x 3 where planes_pay_for_backward() (cpu_plan.h).
 #ifndef DSCONV_ISA
 #error "backward_planes.inl belongs inside an ISA region"
 #endif

@@ -252,13 +252,15 @@ DSCONV_INLINE void add_tap_row_pair(const ChannelRow<S>& row, const S* x, const 
 }
 
 // P pixels, `vectors` vectors of channels one after another: that way x is read as it lies in memory, which the
-// prefetchers follow. Step: row.step_w where taps are neighbours, else 0.
-template <int Step, int P, Columns Where, typename S, typename T, typename M>
+// prefetchers follow. Step: row.step_w where taps are neighbours, else 0. Taps: row.taps_w, on one slice, or 0 for any.
+template <int Step, int P, Columns Where, int Taps, typename S, typename T, typename M>
 static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t vectors, const S* x, const T* weight,
                            const T* start, const ColumnRange& range, Clamp<T> clamp, M* out, int64_t ld) {
   typedef typename Vec<T>::type V;
   const int64_t column_step = row.column_step, pixel_step = row.step_w * column_step, tap_step = row.dilation_w;
-  const int64_t start_step = row.start_step;
+  const int64_t start_step = row.start_step, weight_column = row.weight_column;
+  const int64_t x_down = row.dilation_h * row.row_step, weight_down = row.weight_row;
+  const int64_t slices = Taps > 0 ? 1 : row.slices;
   const V lo = vset(clamp.lo), hi = vset(clamp.hi);
   for (int64_t vector = 0; vector < vectors; ++vector) {
     ask_meanwhile(row);
@@ -271,15 +273,17 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
     }
     const S* x_slice = x;
     const T* weight_slice = weight;
-    for (int64_t slice = 0; slice < row.slices; ++slice) {
+    for (int64_t slice = 0; slice < slices; ++slice) {
       const S* x_row = x_slice;
       const T* weight_row = weight_slice;
       for (int64_t i = 0; i < tap_rows; ++i) {
-        if constexpr (Step > 0) {
+        if constexpr (Taps > 0) {
+          add_taps<Taps, Step, P, Where>(x_row, column_step, weight_row, weight_column, range, 0, acc);
+        } else if constexpr (Step > 0) {
           add_tap_row<Step, P, Where>(row, x_row, weight_row, range, acc);
         } else {
           const T* w = weight_row;
-          for (int64_t j = 0; j < row.taps_w; ++j, w += row.weight_column) {
+          for (int64_t j = 0; j < row.taps_w; ++j, w += weight_column) {
             const V v = load_lanes<Where == Columns::rest>(w, range.left);
             const S* xp = x_row + j * tap_step * column_step;
             DSCONV_UNROLL
@@ -289,10 +293,10 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
             }
           }
         }
-        x_row += row.dilation_h * row.row_step;
-        weight_row += row.weight_row;
+        x_row += x_down;
+        weight_row += weight_down;
       }
-      if (slice + 1 == row.slices) break;
+      if (slice + 1 == slices) break;
       x_slice += next_slice(row, slice);
       weight_slice += row.weight_slice;
     }
@@ -379,20 +383,36 @@ static void convolve_group_pair(const ChannelRow<S>& row, int64_t apart, const R
   }
 }
 
+template <int Step, Columns Where, int Taps, typename S, typename T, typename M>
+static void convolve_taps(int pixels, const ChannelRow<S>& row, int64_t tap_rows, int64_t vectors, const S* x,
+                          const T* weight, const T* start, const ColumnRange& range, Clamp<T> clamp, M* out,
+                          int64_t ld) {
+  switch (pixels) {
+    case 7:
+      return convolve_group<Step, 7, Where, Taps>(row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
+    case 5:
+      return convolve_group<Step, 5, Where, Taps>(row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
+    case 3:
+      return convolve_group<Step, 3, Where, Taps>(row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
+    default:
+      return convolve_group<Step, 1, Where, Taps>(row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
+  }
+}
+
 template <int Step, Columns Where, typename S, typename T, typename M>
 static void convolve_pixels(int pixels, const ChannelRow<S>& row, int64_t tap_rows, int64_t vectors, const S* x,
                             const T* weight, const T* start, const ColumnRange& range, Clamp<T> clamp, M* out,
                             int64_t ld) {
-  switch (pixels) {
-    case 7:
-      return convolve_group<Step, 7, Where>(row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
-    case 5:
-      return convolve_group<Step, 5, Where>(row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
-    case 3:
-      return convolve_group<Step, 3, Where>(row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
-    default:
-      return convolve_group<Step, 1, Where>(row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
+  // Of rows whose length is known the code is short: 0.85 to 0.99 of the time of a forward. AVX-512 goes by pairs.
+  if constexpr (DSCONV_ISA == DSCONV_ISA_AVX2 && Step > 0 && Where != Columns::rest) {
+    if (row.taps_w == 3 && row.slices == 1) {
+      return convolve_taps<Step, Where, 3>(pixels, row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
+    }
+    if (row.taps_w == 5 && row.slices == 1) {
+      return convolve_taps<Step, Where, 5>(pixels, row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
+    }
   }
+  convolve_taps<Step, Where, 0>(pixels, row, tap_rows, vectors, x, weight, start, range, clamp, out, ld);
 }
 
 // The first of the groups that `left` pixels are cut into: 7, 5, 3 or 1, with no rest of 1 or 2 where that can be.

@@ -137,7 +137,7 @@ struct NormContext {
 
 struct DTypeKernels {
   ElementBytes bytes;
-  bool by_planes;  // there is that way too (depthwise_planes.inl)
+  int64_t widest_by_planes;  // kernel that goes that way where it pays (depthwise_planes.inl); 0: none does
   void (*pack_biases)(const PackContext&);
   void (*pack_depthwise)(const PackContext&, int64_t panel);          // of backward
   void (*pack_depthwise_forward)(const PackContext&, int64_t panel);  // the same, or a form of the forward's own

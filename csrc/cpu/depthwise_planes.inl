@@ -5,8 +5,8 @@
 // masked off, rows outside are a row of zeros. So x is read where it lies; while a channel is summed, the lines of one
 // to come are asked for. In 3-D a block goes through the slices of x that it reads, each with its plane of taps.
 //
-// For kernels whose planes of taps are 3 x 3 of step 1 and 2, or 5 x 5 of step 2, with no dilation and no multiplier
-// (cpu_plan.h: planes_pay), and AVX-512, whose masks cost nothing.
+// For kernels whose planes of taps are 3 x 3 of step 1 and 2, or with AVX-512 5 x 5 of step 2, with no dilation and no
+// multiplier (cpu_plan.h: planes_pay).
 #ifndef DSCONV_ISA
 #error "depthwise_planes.inl belongs inside an ISA region"
 #endif
@@ -107,8 +107,10 @@ DSCONV_INLINE void load_taps(const S* row, const ColumnMasks<K, Step, U, T>& mas
   }
 }
 
-// The same of step 1, each tap by itself: where the loop over slices takes registers, the shifts are what costs more,
-// 1.02 to 1.3 of the time of X3D's layers.
+// The same of step 1, each tap by itself: where the loop over slices takes registers, or AVX2 has few, the shifts are
+// what costs more, 1.02 to 1.3 of the time of X3D's layers.
+template <bool Deep>
+constexpr bool kLoadsBeforeShifts = Deep || DSCONV_ISA == DSCONV_ISA_AVX2;
 template <int K, int U, bool Edge, typename S, typename T>
 DSCONV_INLINE void load_single_taps(const S* row, const ColumnMasks<K, 1, U, T>& masks,
                                     typename Vec<T>::type (&x)[K][U]) {
@@ -137,7 +139,7 @@ DSCONV_INLINE void add_plane_taps(const S* const* from, int64_t in_column, int64
     DSCONV_UNROLL
     for (int v = 0; v < U * Step; v += kVectors) __builtin_prefetch(in + to_next + v * Vec<T>::n, 0, 3);
     V x[K][U];
-    if constexpr (Deep && Step == 1) {
+    if constexpr (kLoadsBeforeShifts<Deep> && Step == 1) {
       load_single_taps<K, U, Edge>(in, masks, x);
     } else {
       load_taps<K, Step, U, Edge>(in, masks, x);
@@ -225,15 +227,10 @@ static void convolve_plane_rows(const PlaneRows<S>& p) {
 
 template <bool Deep, typename S>
 static void convolve_plane_rows(const Geometry& g, const PlaneRows<S>& p) {
-  switch (g.kernel_w * 2 + g.stride_w - 1) {
-#define DSCONV_CASE(K, Step) \
-  case K * 2 + Step - 1:     \
-    return convolve_plane_rows<K, Step, Deep>(p);
-    DSCONV_CASE(3, 1)
-    DSCONV_CASE(3, 2)
-    DSCONV_CASE(5, 2)
-#undef DSCONV_CASE
+  if constexpr (kWidestByPlanes >= 5) {
+    if (g.kernel_w == 5) return convolve_plane_rows<5, 2, Deep>(p);
   }
+  g.stride_w == 1 ? convolve_plane_rows<3, 1, Deep>(p) : convolve_plane_rows<3, 2, Deep>(p);
 }
 
 // 2-D has code of its own, which goes as one piece over the channels with nothing that a store could change: a loop

@@ -58,7 +58,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
   const ForwardParams& p = ctx.p;
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
-#if DSCONV_ISA == DSCONV_ISA_AVX512
+#if DSCONV_ISA != DSCONV_ISA_GENERIC
   if (plan.by_planes) return forward_planes<S, T, M>(ctx, tile, scratch);
 #endif
   typedef typename Factor<M>::type F;
@@ -151,7 +151,7 @@ static void merge_output_moments(const ForwardContext& ctx, int64_t pixel, int64
   constexpr int64_t columns = kMicroVecs * Vec<T>::n;
   const ForwardParams& p = ctx.p;
   const Geometry& g = p.geom;
-#if DSCONV_ISA == DSCONV_ISA_AVX512
+#if DSCONV_ISA != DSCONV_ISA_GENERIC
   if (ctx.plan.by_planes) return merge_plane_moments<S>(ctx, pixel, count, before, mean, m2);
 #endif
   const S* const outputs = static_cast<const S*>(p.y);

@@ -60,8 +60,8 @@ static void forward_planes(const ForwardContext& ctx, int64_t tile, void* scratc
       add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, p.x_layout, g, next, walks_depth(plan.order));
     }
     share_out(ahead, g.c_out / kMicroRows * ceil_div(count, columns) * chains_of(depth));
-    for (int64_t c = 0; c < g.c_out; c += kMicroRows) {
-      const int64_t rows = g.c_out - c < kMicroRows ? g.c_out - c : kMicroRows;
+    for (int64_t c = 0, rows; c < g.c_out; c += rows) {
+      rows = rows_at_once(g.c_out - c);
       for (int64_t i = 0; i < count; i += columns) {
         OutputTarget<S, T, BiasOf::row> target = {};
         target.bias = static_cast<const T*>(ctx.packed.pw_bias) + c;

@@ -27,6 +27,9 @@ struct Operand {
   int64_t stride;
 };
 
+template <typename T>
+constexpr int kVectorsOfLine = kCacheLine / static_cast<int>(Vec<T>::n * sizeof(T));
+
 // C = or += the sums, whole vectors.
 template <typename T>
 struct SumTarget {
@@ -39,7 +42,8 @@ struct SumTarget {
   // Another core may have read the partial sums of the call before.
   template <int NV>
   inline __attribute__((always_inline)) void expect(int64_t row) const {
-    ask_for_lines(c + row * ld, Vec<T>::n, NV);
+    constexpr int per_line = kVectorsOfLine<T>;
+    ask_for_lines(c + row * ld, per_line * Vec<T>::n, (NV + per_line - 1) / per_line);
   }
   template <int NV, typename V>
   inline __attribute__((always_inline)) void take(int64_t row, const V* sums) const {
@@ -76,8 +80,7 @@ struct OutputTarget {
   template <int NV>
   inline __attribute__((always_inline)) void expect(int64_t row) const {
     if (stream) return;
-    constexpr int per_line = kCacheLine / static_cast<int>(Vec<T>::n * sizeof(S));
-    for (int j = 0; j < NV; j += per_line > 1 ? per_line : 1) {
+    for (int j = 0; j < NV; j += kCacheLine / static_cast<int>(Vec<T>::n * sizeof(S))) {
       __builtin_prefetch(y + row * ld + j * Vec<T>::n, 1, 3);
     }
   }
@@ -194,8 +197,9 @@ static __attribute__((noinline)) void micro_kernel(int64_t k, Operand<T> a, Oper
 
 // The next smaller of the register blocks that fewer rows are cut into: a half, then 4, 2 and 1, and above that `fine`
 // every even number down to 8. Columns of output channels are seldom a multiple of kMicroRows, and a block of less than
-// 8 accumulators waits for its additions.
+// 8 accumulators waits for its additions. Where kMicroRows are few, every number: 5 rows are 5 / 8 of 4 rows and 1.
 constexpr int next_micro_rows(int rows, bool fine) {
+  if (kMicroRows <= 8) return rows - 1;
   if (fine && rows > 8) return rows - 2;
   return rows == kMicroRows && rows > 8 ? rows / 2 : (rows > 4 ? (rows > 7 ? 7 : 4) : rows / 2);
 }
@@ -226,9 +230,15 @@ DSCONV_INLINE void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<
   }
 }
 
+// Of `left` rows those of the next block: no last one of 1 to 3, which takes as long as one of 4.
+constexpr int64_t rows_at_once(int64_t left) {
+  if (kMicroRows <= 8 && left > kMicroRows && left < kMicroRows + 4) return (left + 1) / 2;
+  return left < kMicroRows ? left : kMicroRows;
+}
+
 // The longest chain of additions in one accumulator: rounding errors grow with it, and one more pass over C is cheap
-// (128 in place of 256: 1 % of a layer at most).
-constexpr int64_t kLongestChain = 128;
+// where a step is long (128 in place of 256: 1 % of a layer at most; of 6 rows 2.5 %).
+constexpr int64_t kLongestChain = kMicroRows <= 8 ? 256 : 128;
 
 DSCONV_INLINE int64_t chains_of(int64_t k) { return k > kLongestChain ? ceil_div(k, kLongestChain) : 1; }
 
@@ -303,9 +313,9 @@ DSCONV_INLINE int lanes_left(int64_t left, int lanes) { return static_cast<int>(
 template <typename T, typename Target>
 DSCONV_INLINE void gemm_chain_rows(int64_t chain, int64_t chains, int64_t rows, int64_t columns, int64_t k,
                                    Operand<T> a, Operand<T> b, const Target& target, Ahead& ahead) {
-  for (int64_t i = 0; i < rows; i += kMicroRows) {
-    gemm_chain<T, true>(chain, chains, lanes_left(rows - i, kMicroRows), columns, k, {a.data + i * a.stride, a.stride},
-                        b, target.below(i), ahead);
+  for (int64_t i = 0, block; i < rows; i += block) {
+    block = rows_at_once(rows - i);
+    gemm_chain<T, true>(chain, chains, block, columns, k, {a.data + i * a.stride, a.stride}, b, target.below(i), ahead);
   }
 }
 

@@ -261,7 +261,7 @@ struct MomentsOfZ {
   }
 };
 
-#if DSCONV_ISA == DSCONV_ISA_AVX512
+#if DSCONV_ISA != DSCONV_ISA_GENERIC
 // A tile's z, made by planes into `z`, with the memory of depthwise_planes() behind it.
 template <typename S, typename T, typename Sums>
 static void add_z_planes(const DepthwiseInput<S>& in, int64_t pixel, int64_t count, int64_t before, T* z, Sums& sums) {
@@ -315,7 +315,7 @@ static void sum_over_z(const MomentsContext& ctx, int64_t task, void* scratch) {
     for (int64_t i = 0; tile == first_tile && i < Sums::kRows * g.c_mid; ++i) {
       partial[i / g.c_mid * c_mid + i % g.c_mid] = 0;
     }
-#if DSCONV_ISA == DSCONV_ISA_AVX512
+#if DSCONV_ISA != DSCONV_ISA_GENERIC
     if (plan.by_planes) {
       add_z_planes(in, pixel, count, before, z, sums);
       before += count;

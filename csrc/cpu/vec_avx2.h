@@ -9,22 +9,29 @@ struct Vec;
 template <>
 struct Vec<float> {
   typedef __m256 type;
+  typedef __m256i mask;
   static constexpr int n = 8;
 };
 template <>
 struct Vec<double> {
   typedef __m256d type;
+  typedef __m256i mask;
   static constexpr int n = 4;
 };
 constexpr int kMicroRows = 6;
 constexpr int kMicroVecs = 2;
 constexpr bool kHalfVectors = false;
+constexpr int kWidestByPlanes = 3;  // 5 x 5 takes 1.1 of the time of turning x: its taps do not fit the registers
 
 DSCONV_INLINE __m256i mask_of(float, int n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 DSCONV_INLINE __m256i mask_of(double, int n) {
   return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+template <typename T>
+DSCONV_INLINE __m256i lanes_between(int from, int to) {
+  return _mm256_andnot_si256(mask_of(T(0), from), mask_of(T(0), to));
 }
 
 DSCONV_INLINE __m256 vset(float x) { return _mm256_set1_ps(x); }
@@ -34,6 +41,9 @@ DSCONV_INLINE __m256 vload(const float* p) { return _mm256_loadu_ps(p); }
 DSCONV_INLINE __m256d vload(const double* p) { return _mm256_loadu_pd(p); }
 DSCONV_INLINE __m256 vload(const float* p, int n) { return _mm256_maskload_ps(p, mask_of(0.f, n)); }
 DSCONV_INLINE __m256d vload(const double* p, int n) { return _mm256_maskload_pd(p, mask_of(0., n)); }
+// Lanes that are not in the mask are zeros, and what they stand for is not read.
+DSCONV_INLINE __m256 vload_lanes(const float* p, __m256i lanes) { return _mm256_maskload_ps(p, lanes); }
+DSCONV_INLINE __m256d vload_lanes(const double* p, __m256i lanes) { return _mm256_maskload_pd(p, lanes); }
 DSCONV_INLINE void vstore(float* p, __m256 v) { _mm256_storeu_ps(p, v); }
 DSCONV_INLINE void vstore(double* p, __m256d v) { _mm256_storeu_pd(p, v); }
 DSCONV_INLINE void vstore(float* p, __m256 v, int n) { _mm256_maskstore_ps(p, mask_of(0.f, n), v); }
@@ -46,6 +56,14 @@ DSCONV_INLINE void vstream(double* p, __m256d v) { _mm256_stream_pd(p, v); }
 DSCONV_INLINE __m128i load_halves(const void* p, int n) {
   uint16_t part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
   for (int i = 0; i < n; ++i) part[i] = static_cast<const uint16_t*>(p)[i];
+  return _mm_loadu_si128(reinterpret_cast<const __m128i*>(part));
+}
+DSCONV_INLINE __m128i load_halves(const void* p, __m256i lanes) {
+  uint16_t part[8] = {0, 0, 0, 0, 0, 0, 0, 0};
+  const int in_use = _mm256_movemask_ps(_mm256_castsi256_ps(lanes));
+  for (int i = 0; i < 8; ++i) {
+    if ((in_use >> i & 1) != 0) part[i] = static_cast<const uint16_t*>(p)[i];
+  }
   return _mm_loadu_si128(reinterpret_cast<const __m128i*>(part));
 }
 DSCONV_INLINE void store_halves(void* p, __m128i v, int n) {
@@ -70,6 +88,7 @@ DSCONV_INLINE __m256 vload(const f16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 DSCONV_INLINE __m256 vload(const f16* p, int n) { return _mm256_cvtph_ps(load_halves(p, n)); }
+DSCONV_INLINE __m256 vload_lanes(const f16* p, __m256i lanes) { return _mm256_cvtph_ps(load_halves(p, lanes)); }
 DSCONV_INLINE void vstore(f16* p, __m256 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
 }
@@ -81,6 +100,7 @@ DSCONV_INLINE void vstore(f16* p, __m256 v, int n) {
 }
 DSCONV_INLINE __m256 vload(const bf16* p) { return widen_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 DSCONV_INLINE __m256 vload(const bf16* p, int n) { return widen_bf16(load_halves(p, n)); }
+DSCONV_INLINE __m256 vload_lanes(const bf16* p, __m256i lanes) { return widen_bf16(load_halves(p, lanes)); }
 DSCONV_INLINE void vstore(bf16* p, __m256 v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v)); }
 DSCONV_INLINE void vstream(bf16* p, __m256 v) { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow_bf16(v)); }
 DSCONV_INLINE void vstore(bf16* p, __m256 v, int n) { store_halves(p, narrow_bf16(v), n); }
@@ -111,6 +131,43 @@ DSCONV_INLINE __m256 veven(__m256 a, __m256 b) {
   return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xd8));
 }
 DSCONV_INLINE __m256d veven(__m256d a, __m256d b) { return _mm256_permute4x64_pd(_mm256_unpacklo_pd(a, b), 0xd8); }
+
+// Lanes 1, 3, 5, ... of a, then of b.
+DSCONV_INLINE __m256 vodd(__m256 a, __m256 b) {
+  const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a, b, 0xdd));
+  return _mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xd8));
+}
+DSCONV_INLINE __m256d vodd(__m256d a, __m256d b) { return _mm256_permute4x64_pd(_mm256_unpackhi_pd(a, b), 0xd8); }
+
+// Lanes of a and b in turn: a0 b0 a1 b1 ..., of the first halves, and of the second.
+DSCONV_INLINE __m256 vinterleave_low(__m256 a, __m256 b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+}
+DSCONV_INLINE __m256d vinterleave_low(__m256d a, __m256d b) {
+  return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x20);
+}
+DSCONV_INLINE __m256 vinterleave_high(__m256 a, __m256 b) {
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+}
+DSCONV_INLINE __m256d vinterleave_high(__m256d a, __m256d b) {
+  return _mm256_permute2f128_pd(_mm256_unpacklo_pd(a, b), _mm256_unpackhi_pd(a, b), 0x31);
+}
+
+// The last lane of a, then those of b but its last; those of a but its first, then the first lane of b.
+DSCONV_INLINE __m256 vbehind(__m256 a, __m256 b) {
+  const __m256 middle = _mm256_permute2f128_ps(a, b, 0x21);
+  return _mm256_castsi256_ps(_mm256_alignr_epi8(_mm256_castps_si256(b), _mm256_castps_si256(middle), 12));
+}
+DSCONV_INLINE __m256d vbehind(__m256d a, __m256d b) {
+  return _mm256_shuffle_pd(_mm256_permute2f128_pd(a, b, 0x21), b, 0x5);
+}
+DSCONV_INLINE __m256 vahead(__m256 a, __m256 b) {
+  const __m256 middle = _mm256_permute2f128_ps(a, b, 0x21);
+  return _mm256_castsi256_ps(_mm256_alignr_epi8(_mm256_castps_si256(middle), _mm256_castps_si256(a), 4));
+}
+DSCONV_INLINE __m256d vahead(__m256d a, __m256d b) {
+  return _mm256_shuffle_pd(a, _mm256_permute2f128_pd(a, b, 0x21), 0x5);
+}
 
 DSCONV_INLINE void vtranspose(__m256 (&r)[8]) {
   const __m256 a0 = _mm256_unpacklo_ps(r[0], r[1]), a1 = _mm256_unpackhi_ps(r[0], r[1]);

@@ -16,6 +16,9 @@
 //                              half with zeros behind; Vec<T>::half, half a vector: vset_half(x), vhalf(v), the lower
 //                              one, vwhole(h), with zeros behind, and vfma
 //   kMicroRows, kMicroVecs     register block of the GEMM micro-kernel
+//   kWidestByPlanes            kernel that planes are made for (depthwise_planes.inl), where these have more: vodd(a, b),
+//                              vinterleave_low and _high(a, b), vbehind(a, b), vahead(a, b), Vec<T>::mask,
+//                              lanes_between<T>(from, to) and vload_lanes(p, mask)
 #if DSCONV_ISA != DSCONV_ISA_GENERIC
 #error "vec_generic.h belongs inside the region of cpu_generic.cpp"
 #endif
@@ -39,6 +42,7 @@ struct Vec<double> {
 constexpr int kMicroRows = 4;
 constexpr int kMicroVecs = 2;
 constexpr bool kHalfVectors = false;
+constexpr int kWidestByPlanes = 0;
 
 DSCONV_INLINE float bits_to_float(uint32_t u) {
   float f;
