@@ -125,7 +125,10 @@ def check(model: nn.Module, x: torch.Tensor) -> None:
     dtype = x.dtype
     measured = torch.float32 if dtype == torch.float64 else dtype
     eps, scale = torch.finfo(dtype).eps, torch.finfo(dtype).eps / torch.finfo(measured).eps
-    others = list(stock_in_several_orders(copy.deepcopy(model).to(measured), x.to(measured), dy.to(measured)))
+    arguments = copy.deepcopy(model).to(measured), x.to(measured), dy.to(measured)
+    others = list(stock_in_several_orders(*arguments))
+    with torch.backends.mkldnn.flags(enabled=False):  # PyTorch's own convolutions sum in other orders than oneDNN's
+        others += stock_in_several_orders(*arguments)
     for name, oracle in exact.items():
         own = scale * max(difference(found[name], oracle) for found in others)
         budget = (3 if dtype == torch.float64 else 2) * own + eps * oracle.abs().max().item()
@@ -150,7 +153,7 @@ SHAPES = [
     Shape(n=1, c=272, c_out=100, image=(14, 14)),
     Shape(n=5, c=260, c_out=180, image=(7, 7), activation="sigmoid"),
     Shape(n=3, c=2, c_out=3, image=(7, 5), kernel=1),
-    Shape(n=2, c=9, c_out=7, image=(1, 1)),
+    Shape(n=6, c=9, c_out=7, image=(1, 1)),  # of two values a channel their norm leaves little but rounding errors
     Shape(n=2, c=20, c_out=11, image=(40,), kernel=7),
     Shape(n=2, c=18, c_out=8, image=(5, 9, 8), activation="leaky_relu", out_activation="sigmoid"),
 ]

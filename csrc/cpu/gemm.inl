@@ -21,6 +21,9 @@
 #error "gemm.inl belongs inside an ISA region"
 #endif
 
+// A step of 6 rows is short: what is beside the steps counts, and blocks of fewer rows wait for their additions.
+constexpr bool kFewRows = DSCONV_ISA == DSCONV_ISA_AVX2;
+
 template <typename T>
 struct Operand {
   const T* data;
@@ -199,7 +202,7 @@ static __attribute__((noinline)) void micro_kernel(int64_t k, Operand<T> a, Oper
 // every even number down to 8. Columns of output channels are seldom a multiple of kMicroRows, and a block of less than
 // 8 accumulators waits for its additions. Where kMicroRows are few, every number: 5 rows are 5 / 8 of 4 rows and 1.
 constexpr int next_micro_rows(int rows, bool fine) {
-  if (kMicroRows <= 8) return rows - 1;
+  if (kFewRows) return rows - 1;
   if (fine && rows > 8) return rows - 2;
   return rows == kMicroRows && rows > 8 ? rows / 2 : (rows > 4 ? (rows > 7 ? 7 : 4) : rows / 2);
 }
@@ -232,13 +235,13 @@ DSCONV_INLINE void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<
 
 // Of `left` rows those of the next block: no last one of 1 to 3, which takes as long as one of 4.
 constexpr int64_t rows_at_once(int64_t left) {
-  if (kMicroRows <= 8 && left > kMicroRows && left < kMicroRows + 4) return (left + 1) / 2;
+  if (kFewRows && left > kMicroRows && left < kMicroRows + 4) return (left + 1) / 2;
   return left < kMicroRows ? left : kMicroRows;
 }
 
 // The longest chain of additions in one accumulator: rounding errors grow with it, and one more pass over C is cheap
 // where a step is long (128 in place of 256: 1 % of a layer at most; of 6 rows 2.5 %).
-constexpr int64_t kLongestChain = kMicroRows <= 8 ? 256 : 128;
+constexpr int64_t kLongestChain = kFewRows ? 256 : 128;
 
 DSCONV_INLINE int64_t chains_of(int64_t k) { return k > kLongestChain ? ceil_div(k, kLongestChain) : 1; }
 

@@ -16,7 +16,8 @@
 //                              half with zeros behind; Vec<T>::half, half a vector: vset_half(x), vhalf(v), the lower
 //                              one, vwhole(h), with zeros behind, and vfma
 //   kMicroRows, kMicroVecs     register block of the GEMM micro-kernel
-//   kWidestByPlanes            kernel that planes are made for (depthwise_planes.inl), where these have more: vodd(a, b),
+//   kWidestByPlanes            kernel that planes are made for (depthwise_planes.inl), where these have more: vodd(a,
+//   b),
 //                              vinterleave_low and _high(a, b), vbehind(a, b), vahead(a, b), Vec<T>::mask,
 //                              lanes_between<T>(from, to) and vload_lanes(p, mask)
 #if DSCONV_ISA != DSCONV_ISA_GENERIC
