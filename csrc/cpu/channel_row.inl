@@ -26,6 +26,9 @@ enum class Stores { plain, ahead, stream };
 
 constexpr int kPairPixels = 7;  // of each of two rows at a time
 
+// Where rows do not go by pairs, single ones ask.
+constexpr bool kAsksForNext = DSCONV_ISA == DSCONV_ISA_AVX2;
+
 template <typename S>
 struct ChannelRow {
   typedef typename ComputeOf<S>::type T;
@@ -42,11 +45,11 @@ struct ChannelRow {
   int64_t start_step;                 // per pixel
   bool start_stays = false;           // the same for all channels, a vector
   int64_t channels;
-  int64_t to_panel = 0;    // x of channels in panels of kMicroVecs vectors: from behind one to where the next begins
-  Stores stores;           // of pairs of rows, where these are compiled to ask (Far)
-  const S* end = nullptr;  // of the memory of x; null: no lane past the last channel may be read
-  bool padded = false;     // outputs have room for whole vectors
-  Ahead* ahead = nullptr;  // what is asked for meanwhile, a part with each vector of a group of pixels
+  int64_t to_panel = 0;  // x of channels in panels of kMicroVecs vectors: from behind one to where the next begins
+  Stores stores = Stores::plain;  // of pairs of rows, where these are compiled to ask (Far), and with AVX2 of all
+  const S* end = nullptr;         // of the memory of x; null: no lane past the last channel may be read
+  bool padded = false;            // outputs have room for whole vectors
+  Ahead* ahead = nullptr;         // what is asked for meanwhile, a part with each vector of a group of pixels
 };
 
 template <typename S>
@@ -262,8 +265,12 @@ static void convolve_group(const ChannelRow<S>& row, int64_t tap_rows, int64_t v
   const int64_t x_down = row.dilation_h * row.row_step, weight_down = row.weight_row;
   const int64_t slices = Taps > 0 ? 1 : row.slices;
   const V lo = vset(clamp.lo), hi = vset(clamp.hi);
+  [[maybe_unused]] M* const first_out = out;
   for (int64_t vector = 0; vector < vectors; ++vector) {
     ask_meanwhile(row);
+    if constexpr (kAsksForNext) {
+      if (row.stores == Stores::ahead) ask_for_next<P>(first_out, vector, row.channels, ld);
+    }
     V acc[P];
     const T* from = start;
     DSCONV_UNROLL

@@ -107,10 +107,10 @@ DSCONV_INLINE void load_taps(const S* row, const ColumnMasks<K, Step, U, T>& mas
   }
 }
 
-// The same of step 1, each tap by itself: where the loop over slices takes registers, or AVX2 has few, the shifts are
-// what costs more, 1.02 to 1.3 of the time of X3D's layers.
+// The same of step 1, each tap by itself: where the loop over slices takes registers, or there are only 16, the shifts
+// are what costs more, 1.02 to 1.3 of the time of X3D's layers, with AVX2 1.02 of those of 2-D.
 template <bool Deep>
-constexpr bool kLoadsBeforeShifts = Deep || DSCONV_ISA == DSCONV_ISA_AVX2;
+constexpr bool kSingleTaps = Deep || DSCONV_ISA == DSCONV_ISA_AVX2;
 template <int K, int U, bool Edge, typename S, typename T>
 DSCONV_INLINE void load_single_taps(const S* row, const ColumnMasks<K, 1, U, T>& masks,
                                     typename Vec<T>::type (&x)[K][U]) {
@@ -139,7 +139,7 @@ DSCONV_INLINE void add_plane_taps(const S* const* from, int64_t in_column, int64
     DSCONV_UNROLL
     for (int v = 0; v < U * Step; v += kVectors) __builtin_prefetch(in + to_next + v * Vec<T>::n, 0, 3);
     V x[K][U];
-    if constexpr (kLoadsBeforeShifts<Deep> && Step == 1) {
+    if constexpr (kSingleTaps<Deep> && Step == 1) {
       load_single_taps<K, U, Edge>(in, masks, x);
     } else {
       load_taps<K, Step, U, Edge>(in, masks, x);
