@@ -156,14 +156,14 @@ inline MicroTile micro_of(const KernelTable& table, DType dtype) {
 
 // Whether forward takes the way of cpu/forward_planes.inl. folded: with a norm in the depthwise weights.
 inline bool goes_by_planes(const ForwardParams& p, const DTypeKernels& kernels, bool folded = false) {
-  return p.x_layout == Layout::nchw && p.y_layout == Layout::nchw && p.pre == nullptr && is_clamp(p.out_act) &&
-         p.geom.kernel_w <= kernels.widest_by_planes && planes_pay_for_forward(p.geom, kernels.bytes, folded);
+  return has_planes(kernels, p.geom, p.x_layout) && p.y_layout == Layout::nchw && p.pre == nullptr &&
+         is_clamp(p.out_act) && planes_pay_for_forward(p.geom, kernels.bytes, folded);
 }
 
 // Whether backward may take that of cpu/backward_planes.inl.
 inline bool goes_back_by_planes(const BackwardParams& p, const DTypeKernels& kernels) {
-  return p.x_layout == Layout::nchw && (p.grad_x == nullptr || p.grad_x_layout == Layout::nchw) &&
-         p.geom.kernel_w <= kernels.widest_by_planes && planes_pay_for_backward(p.geom, kernels.bytes);
+  return has_planes(kernels, p.geom, p.x_layout) && (p.grad_x == nullptr || p.grad_x_layout == Layout::nchw) &&
+         planes_pay_for_backward(p.geom, kernels.bytes);
 }
 
 inline const KernelTable& active_table(const char* op) {

@@ -137,7 +137,7 @@ struct NormContext {
 
 struct DTypeKernels {
   ElementBytes bytes;
-  int64_t widest_by_planes;  // kernel that goes that way where it pays (depthwise_planes.inl); 0: none does
+  int64_t widest_by_planes;  // the widest kernel for which there is that way (depthwise_planes.inl); 0: none
   void (*pack_biases)(const PackContext&);
   void (*pack_depthwise)(const PackContext&, int64_t panel);          // of backward
   void (*pack_depthwise_forward)(const PackContext&, int64_t panel);  // the same, or a form of the forward's own
@@ -163,6 +163,11 @@ struct DTypeKernels {
   void (*norm_backward)(const NormContext&, int64_t group, void* scratch);
   void (*backward_norm_group)(const BackwardContext&, int64_t group, void* scratch);
 };
+
+// Whether there are kernels that read x by planes; cpu_plan.h says where they pay.
+inline bool has_planes(const DTypeKernels& kernels, const Geometry& g, Layout x_layout) {
+  return x_layout == Layout::nchw && g.kernel_w <= kernels.widest_by_planes;
+}
 
 struct KernelTable {
   MicroTile micro_f32, micro_f64;

@@ -135,9 +135,8 @@ DSCONV_INLINE void add_plane_taps(const S* const* from, int64_t in_column, int64
   DSCONV_UNROLL
   for (int i = 0; i < (R - 1) * Step + K; ++i) {
     const S* in = from[i] + in_column;
-    constexpr int kVectors = kCacheLine / static_cast<int>(Vec<T>::n * sizeof(S));  // of a line
     DSCONV_UNROLL
-    for (int v = 0; v < U * Step; v += kVectors) __builtin_prefetch(in + to_next + v * Vec<T>::n, 0, 3);
+    for (int v = 0; v < U * Step; v += kVectorsOfLine<S>) __builtin_prefetch(in + to_next + v * Vec<T>::n, 0, 3);
     V x[K][U];
     if constexpr (kSingleTaps<Deep> && Step == 1) {
       load_single_taps<K, U, Edge>(in, masks, x);

@@ -30,8 +30,9 @@ struct Operand {
   int64_t stride;
 };
 
-template <typename T>
-constexpr int kVectorsOfLine = kCacheLine / static_cast<int>(Vec<T>::n * sizeof(T));
+// Of numbers as they are stored.
+template <typename S>
+constexpr int kVectorsOfLine = kCacheLine / static_cast<int>(Vec<typename ComputeOf<S>::type>::n * sizeof(S));
 
 // C = or += the sums, whole vectors.
 template <typename T>
@@ -83,7 +84,7 @@ struct OutputTarget {
   template <int NV>
   inline __attribute__((always_inline)) void expect(int64_t row) const {
     if (stream) return;
-    for (int j = 0; j < NV; j += kCacheLine / static_cast<int>(Vec<T>::n * sizeof(S))) {
+    for (int j = 0; j < NV; j += kVectorsOfLine<S>) {
       __builtin_prefetch(y + row * ld + j * Vec<T>::n, 1, 3);
     }
   }

@@ -16,10 +16,9 @@
 //                              half with zeros behind; Vec<T>::half, half a vector: vset_half(x), vhalf(v), the lower
 //                              one, vwhole(h), with zeros behind, and vfma
 //   kMicroRows, kMicroVecs     register block of the GEMM micro-kernel
-//   kWidestByPlanes            kernel that planes are made for (depthwise_planes.inl), where these have more: vodd(a,
-//   b),
-//                              vinterleave_low and _high(a, b), vbehind(a, b), vahead(a, b), Vec<T>::mask,
-//                              lanes_between<T>(from, to) and vload_lanes(p, mask)
+//   kWidestByPlanes            the widest kernel that goes by planes (depthwise_planes.inl), which need more than this:
+//                              vodd(a, b), vinterleave_low(a, b) and _high, vbehind(a, b), vahead(a, b), Vec<T>::mask,
+//                              lanes_between<T>(from, to), vload_lanes(p, mask)
 #if DSCONV_ISA != DSCONV_ISA_GENERIC
 #error "vec_generic.h belongs inside the region of cpu_generic.cpp"
 #endif
