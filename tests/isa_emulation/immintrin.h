@@ -3,7 +3,8 @@
 // include path of the test build (build.py); everything else comes from the compiler's own header, whose types these
 // functions share.
 //
-// The functions are always inlined: they have the baseline's calling convention, their callers that of AVX2.
+// What is short is always inlined: such functions have the baseline's calling convention, their callers that of AVX2.
+// What goes lane by lane is called, as a function for AVX2: inlined everywhere it would take minutes to compile.
 #pragma once
 
 #include_next <immintrin.h>
@@ -13,6 +14,7 @@
 namespace dsconv_emulation {
 
 #define DSCONV_EMULATED static inline __attribute__((always_inline))
+#define DSCONV_CALLED static __attribute__((noinline, target("avx2,fma,f16c")))
 
 typedef uint16_t Halves __attribute__((vector_size(32)));
 typedef int32_t Ints __attribute__((vector_size(64)));
@@ -20,7 +22,7 @@ typedef uint32_t Words __attribute__((vector_size(64)));
 typedef uint16_t ManyHalves __attribute__((vector_size(64)));
 
 template <typename V, typename T>
-DSCONV_EMULATED V load(const T* p, int lanes, uint32_t mask) {
+DSCONV_CALLED V load(const T* p, int lanes, uint32_t mask) {
   V v = {};
   for (int i = 0; i < lanes; ++i) {
     if (mask >> i & 1) v[i] = p[i];
@@ -28,7 +30,7 @@ DSCONV_EMULATED V load(const T* p, int lanes, uint32_t mask) {
   return v;
 }
 template <typename V, typename T>
-DSCONV_EMULATED void store(T* p, V v, int lanes, uint32_t mask) {
+DSCONV_CALLED void store(T* p, V v, int lanes, uint32_t mask) {
   for (int i = 0; i < lanes; ++i) {
     if (mask >> i & 1) p[i] = v[i];
   }
@@ -65,7 +67,7 @@ DSCONV_EMULATED V with_zeros(H h) {
   return v;
 }
 template <typename V>
-DSCONV_EMULATED V blend_lanes(uint16_t mask, V a, V b, int lanes) {
+DSCONV_CALLED V blend_lanes(uint16_t mask, V a, V b, int lanes) {
   for (int i = 0; i < lanes; ++i) a[i] = mask >> i & 1 ? b[i] : a[i];
   return a;
 }
@@ -73,16 +75,16 @@ DSCONV_EMULATED V blend_lanes(uint16_t mask, V a, V b, int lanes) {
 // The part of a vector from lane `first` on.
 template <typename H, typename V>
 DSCONV_EMULATED H part(V v, int first) {
-  H h = {};
-  for (uint64_t i = 0; i < sizeof h / sizeof h[0]; ++i) h[i] = v[first + i];
+  H h;
+  __builtin_memcpy(&h, reinterpret_cast<const char*>(&v) + first * sizeof h[0], sizeof h);
   return h;
 }
-DSCONV_EMULATED __m512d widen(__m256 h) {
+DSCONV_CALLED __m512d widen(__m256 h) {
   __m512d v = {};
   for (int i = 0; i < 8; ++i) v[i] = h[i];
   return v;
 }
-DSCONV_EMULATED double sum(__m512d v) {
+DSCONV_CALLED double sum(__m512d v) {
   double total = 0;
   for (int i = 0; i < 8; ++i) total += v[i];
   return total;
@@ -116,13 +118,13 @@ DSCONV_EMULATED uint16_t float_to_half(float f) {
   const int mantissa = static_cast<int>(__builtin_rintf(__builtin_ldexpf(magnitude, -unit)));
   return static_cast<uint16_t>(sign | (mantissa + (unit + 24) * 1024));
 }
-DSCONV_EMULATED __m512 widen_halves(__m256i h) {
+DSCONV_CALLED __m512 widen_halves(__m256i h) {
   const Halves bits = reinterpret_cast<Halves>(h);
   __m512 v = {};
   for (int i = 0; i < 16; ++i) v[i] = half_to_float(bits[i]);
   return v;
 }
-DSCONV_EMULATED __m256i narrow_halves(__m512 v) {
+DSCONV_CALLED __m256i narrow_halves(__m512 v) {
   Halves bits = {};
   for (int i = 0; i < 16; ++i) bits[i] = float_to_half(v[i]);
   return reinterpret_cast<__m256i>(bits);
@@ -134,11 +136,11 @@ DSCONV_EMULATED __m256i narrow_words(__m512i v) {
   return reinterpret_cast<__m256i>(__builtin_convertvector(reinterpret_cast<Words>(v), Halves));
 }
 
-DSCONV_EMULATED __m512 round_nearest(__m512 v) {
+DSCONV_CALLED __m512 round_nearest(__m512 v) {
   for (int i = 0; i < 16; ++i) v[i] = __builtin_rintf(v[i]);
   return v;
 }
-DSCONV_EMULATED __m512i to_ints(__m512 v) {
+DSCONV_CALLED __m512i to_ints(__m512 v) {
   Ints r = {};
   for (int i = 0; i < 16; ++i) {
     const bool fits = v[i] >= -0x1p31f && v[i] < 0x1p31f;
@@ -146,12 +148,12 @@ DSCONV_EMULATED __m512i to_ints(__m512 v) {
   }
   return reinterpret_cast<__m512i>(r);
 }
-DSCONV_EMULATED uint16_t unordered(__m512 a, __m512 b) {
+DSCONV_CALLED uint16_t unordered(__m512 a, __m512 b) {
   uint16_t mask = 0;
   for (int i = 0; i < 16; ++i) mask |= static_cast<uint16_t>((a[i] != a[i] || b[i] != b[i]) << i);
   return mask;
 }
-DSCONV_EMULATED __m512i blend(uint16_t mask, __m512i a, __m512i b) {
+DSCONV_CALLED __m512i blend(uint16_t mask, __m512i a, __m512i b) {
   Ints r = reinterpret_cast<Ints>(a);
   const Ints other = reinterpret_cast<Ints>(b);
   for (int i = 0; i < 16; ++i) r[i] = mask >> i & 1 ? other[i] : r[i];
@@ -159,7 +161,7 @@ DSCONV_EMULATED __m512i blend(uint16_t mask, __m512i a, __m512i b) {
 }
 
 // Pairs of lanes from each 128-bit block of a (low half of the block) and b (high half).
-DSCONV_EMULATED __m512 shuffle_in_blocks(__m512 a, __m512 b, int order) {
+DSCONV_CALLED __m512 shuffle_in_blocks(__m512 a, __m512 b, int order) {
   __m512 r = {};
   for (int i = 0; i < 16; ++i) {
     const int lane = order >> i % 4 * 2 & 3;
@@ -167,7 +169,7 @@ DSCONV_EMULATED __m512 shuffle_in_blocks(__m512 a, __m512 b, int order) {
   }
   return r;
 }
-DSCONV_EMULATED __m512 shuffle_blocks(__m512 a, __m512 b, int order) {
+DSCONV_CALLED __m512 shuffle_blocks(__m512 a, __m512 b, int order) {
   __m512 r = {};
   for (int i = 0; i < 16; ++i) {
     const int block = order >> i / 4 * 2 & 3;
@@ -176,7 +178,7 @@ DSCONV_EMULATED __m512 shuffle_blocks(__m512 a, __m512 b, int order) {
   return r;
 }
 template <typename V>
-DSCONV_EMULATED V interleave(V a, V b, int lanes, int block, int first) {
+DSCONV_CALLED V interleave(V a, V b, int lanes, int block, int first) {
   V r = {};
   for (int i = 0; i < lanes; ++i) {
     const int lane = i / block * block + first + i % block / 2;
@@ -199,7 +201,7 @@ DSCONV_EMULATED uint16_t float_to_bf16(float f) {
   __builtin_memcpy(&word, &f, sizeof word);
   return static_cast<uint16_t>((f != f ? word | 0x400000 : word + 0x7fff + (word >> 16 & 1)) >> 16);
 }
-DSCONV_EMULATED __m512 dot_of_pairs(__m512 sums, __m512bh a, __m512bh b) {
+DSCONV_CALLED __m512 dot_of_pairs(__m512 sums, __m512bh a, __m512bh b) {
   const ManyHalves x = reinterpret_cast<ManyHalves>(a), y = reinterpret_cast<ManyHalves>(b);
   for (int i = 0; i < 16; ++i) {
     const float upper = flushed(bf16_to_float(x[2 * i + 1]) * bf16_to_float(y[2 * i + 1]) + sums[i]);
@@ -207,19 +209,19 @@ DSCONV_EMULATED __m512 dot_of_pairs(__m512 sums, __m512bh a, __m512bh b) {
   }
   return sums;
 }
-DSCONV_EMULATED __m256i narrow_bf16s(__m512 v) {
+DSCONV_CALLED __m256i narrow_bf16s(__m512 v) {
   Halves bits = {};
   for (int i = 0; i < 16; ++i) bits[i] = float_to_bf16(v[i]);
   return reinterpret_cast<__m256i>(bits);
 }
-DSCONV_EMULATED __m512i narrow_two_bf16s(__m512 upper, __m512 lower) {
+DSCONV_CALLED __m512i narrow_two_bf16s(__m512 upper, __m512 lower) {
   ManyHalves bits = {};
   for (int i = 0; i < 16; ++i) bits[i] = float_to_bf16(lower[i]), bits[16 + i] = float_to_bf16(upper[i]);
   return reinterpret_cast<__m512i>(bits);
 }
 
 template <typename V, typename Index>
-DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
+DSCONV_CALLED V permute_two(V a, Index index, V b, int lanes) {
   V r = {};
   for (int i = 0; i < lanes; ++i) {
     const int lane = static_cast<int>(index[i]) & (2 * lanes - 1);
@@ -229,7 +231,7 @@ DSCONV_EMULATED V permute_two(V a, Index index, V b, int lanes) {
 }
 
 template <typename V>
-DSCONV_EMULATED __m512i align(__m512i high, __m512i low, int count, int lanes) {
+DSCONV_CALLED __m512i align(__m512i high, __m512i low, int count, int lanes) {
   const V a = reinterpret_cast<V>(low), b = reinterpret_cast<V>(high);
   V r = {};
   for (int i = 0; i < lanes; ++i) r[i] = i + count < lanes ? a[i + count] : b[i + count - lanes];
