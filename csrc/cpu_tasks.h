@@ -156,13 +156,13 @@ inline MicroTile micro_of(const KernelTable& table, DType dtype) {
 
 // Whether forward takes the way of cpu/forward_planes.inl. folded: with a norm in the depthwise weights.
 inline bool goes_by_planes(const ForwardParams& p, const DTypeKernels& kernels, bool folded = false) {
-  return has_planes(kernels, p.geom, p.x_layout) && p.y_layout == Layout::nchw && p.pre == nullptr &&
+  return may_go_by_planes(kernels, p.geom, p.x_layout) && p.y_layout == Layout::nchw && p.pre == nullptr &&
          is_clamp(p.out_act) && planes_pay_for_forward(p.geom, kernels.bytes, folded);
 }
 
 // Whether backward may take that of cpu/backward_planes.inl.
 inline bool goes_back_by_planes(const BackwardParams& p, const DTypeKernels& kernels) {
-  return has_planes(kernels, p.geom, p.x_layout) && (p.grad_x == nullptr || p.grad_x_layout == Layout::nchw) &&
+  return may_go_by_planes(kernels, p.geom, p.x_layout) && (p.grad_x == nullptr || p.grad_x_layout == Layout::nchw) &&
          planes_pay_for_backward(p.geom, kernels.bytes);
 }
 

@@ -72,7 +72,7 @@ std::tuple<Tensor, Tensor> gate_means(Tensor x, Tensor dw_weight, Tensor pw_weig
   ctx.act = p.act;
   ctx.kept = keep ? kept.mutable_data_ptr() : nullptr;
   const Geometry& g = ctx.geom;
-  const bool by_planes = !keep && has_planes(kernels, g, p.x_layout) && planes_pay_for_moments(g, element);
+  const bool by_planes = !keep && may_go_by_planes(kernels, g, p.x_layout) && planes_pay_for_moments(g, element);
   ctx.plan = plan_moments(g, p.x_layout, micro_of(table, p.dtype), element, kZTileBytes, by_planes, p.geom.n);
   ctx.x = {p.x, p.x_strides, p.x_layout};
   const CpuPlan& plan = ctx.plan;

@@ -352,7 +352,7 @@ Tensor z_moments(const char* op, const Tensor& x, const Tensor& dw_weight, const
   const int64_t element = element_bytes(p.dtype);
   MomentsContext ctx{};
   ctx.geom = g;
-  const bool by_planes = !in_vectors.has_value() && has_planes(kernels, g, p.x_layout);
+  const bool by_planes = !in_vectors.has_value() && may_go_by_planes(kernels, g, p.x_layout);
   ctx.plan = plan_moments(g, in_vectors.has_value() ? Layout::nchw : p.x_layout, micro_of(table, p.dtype), element,
                           kZTileBytes, by_planes && planes_pay_for_moments(g, element));
   ctx.x = {p.x, p.x_strides, p.x_layout};

@@ -26,7 +26,7 @@ enum class Stores { plain, ahead, stream };
 
 constexpr int kPairPixels = 7;  // of each of two rows at a time
 
-// Where rows do not go by pairs, single ones ask.
+// AVX2, whose rows do not go by pairs: single ones ask.
 constexpr bool kAsksForNext = DSCONV_ISA == DSCONV_ISA_AVX2;
 
 template <typename S>
@@ -46,7 +46,7 @@ struct ChannelRow {
   bool start_stays = false;           // the same for all channels, a vector
   int64_t channels;
   int64_t to_panel = 0;  // x of channels in panels of kMicroVecs vectors: from behind one to where the next begins
-  Stores stores = Stores::plain;  // of pairs of rows, where these are compiled to ask (Far), and with AVX2 of all
+  Stores stores = Stores::plain;  // of pairs of rows, where these are compiled to ask (Far); of others with AVX2, ahead
   const S* end = nullptr;         // of the memory of x; null: no lane past the last channel may be read
   bool padded = false;            // outputs have room for whole vectors
   Ahead* ahead = nullptr;         // what is asked for meanwhile, a part with each vector of a group of pixels

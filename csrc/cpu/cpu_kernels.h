@@ -164,8 +164,8 @@ struct DTypeKernels {
   void (*backward_norm_group)(const BackwardContext&, int64_t group, void* scratch);
 };
 
-// Whether there are kernels that read x by planes; cpu_plan.h says where they pay.
-inline bool has_planes(const DTypeKernels& kernels, const Geometry& g, Layout x_layout) {
+// Whether there may be kernels that read x by planes: planes_pay() (cpu_plan.h) says of which shapes.
+inline bool may_go_by_planes(const DTypeKernels& kernels, const Geometry& g, Layout x_layout) {
   return x_layout == Layout::nchw && g.kernel_w <= kernels.widest_by_planes;
 }
 

@@ -14,7 +14,7 @@ namespace dsconv {
 
 constexpr int64_t kScratchBytes = int64_t{1} << 20;  // per thread, beyond packed weights
 constexpr int64_t kTileBytes = 96 << 10;             // z of one tile: leaves half of a 512 KiB L2 to packed weights
-constexpr int64_t kPlanesTileBytes = 256 << 10;      // the same by planes, where weights need not stay
+constexpr int64_t kPlanesTileBytes = 256 << 10;      // the same by planes
 constexpr int64_t kLeastPlaneWidth = 28;
 constexpr int64_t kTurnedBytes = 192 << 10;  // x of some rows and one vector of channels, turned from nchw
 constexpr int64_t kRingBytes = 384 << 10;    // the same of all channels, where the next tile reads it again
@@ -266,7 +266,7 @@ constexpr int64_t parts_of(const Geometry& g, const CpuPlan& plan, int64_t threa
 
 // Whether nchw tensors go by planes (depthwise_planes.inl): kernels that it has code for, on maps whose rows fill
 // vectors. Measured, forward in the compute type: 0.68 to 0.95 of the time of turning x; one image of 28 x 28 1.03,
-// 5 x 5 of step 1 1.09, whose masks do not fit the registers. Of 16 bits: 0.72 to 1.
+// 5 x 5 of step 1 1.09, whose masks do not fit the registers. Of 16 bits, AVX-512: 0.72 to 1.
 constexpr bool planes_pay(const Geometry& g, int64_t element) {
   const bool three = g.kernel_w == 3, five = g.kernel_w == 5 && g.stride_w == 2;
   const bool kernel = g.kernel_h == g.kernel_w && (three || five);

@@ -16,7 +16,7 @@ PlanNumbers cpu_plan(const PlanQuery& query, int64_t threads) {
   BackwardParams p{};
   p.dtype = dtype;
   p.x_layout = layout_of(query);
-  const bool planes = has_planes(kernels, g, p.x_layout);
+  const bool planes = may_go_by_planes(kernels, g, p.x_layout);
   const bool by_planes = planes && planes_pay_for_forward(g, bytes, false);
   const bool back_by_planes = planes && planes_pay_for_backward(g, bytes);
   const CpuPlan plan = query.backward

@@ -1,8 +1,9 @@
 // z of a tile of whole rows where x is nchw and z is kept as it is, [channel][pixels]: lanes are pixels, nothing turns.
 //
-// A block is R rows of U vectors of outputs: each of its (R - 1) * step + K rows of x is loaded once for all taps and
-// outputs that it meets, a tap beside the middle one takes it shifted by a lane. Columns outside the image are lanes
-// masked off, rows outside are a row of zeros. So x is read where it lies; while a channel is summed, the lines of one
+// A block is R rows of U vectors of outputs: each of its (R - 1) * step + K rows of x is loaded once for all outputs
+// that it meets, and for all taps, of which those beside the middle one take it shifted by a lane, or where that takes
+// longer (kSingleTaps) once for each tap. Columns outside the image are lanes masked off, rows outside are a row of
+// zeros. So x is read where it lies; while a channel is summed, the lines of one
 // to come are asked for. In 3-D a block goes through the slices of x that it reads, each with its plane of taps.
 //
 // For kernels whose planes of taps are 3 x 3 of step 1 and 2, or with AVX-512 5 x 5 of step 2, with no dilation and no
@@ -63,7 +64,7 @@ DSCONV_INLINE auto load_beside(const S* at, bool inside) {
 }
 
 // The vectors x[j] of the taps of a row, of which the first output's first tap reads *row. What is loaded once serves
-// all taps: a tap to the left reads a lane further left. Loads a column apart would cross two lines each.
+// all taps: a tap to the left reads a lane further left.
 template <int K, int Step, int U, bool Edge, typename S, typename T>
 DSCONV_INLINE void load_taps(const S* row, const ColumnMasks<K, Step, U, T>& masks, typename Vec<T>::type (&x)[K][U]) {
   typedef typename Vec<T>::type V;
@@ -226,7 +227,7 @@ static void convolve_plane_rows(const PlaneRows<S>& p) {
 
 template <bool Deep, typename S>
 static void convolve_plane_rows(const Geometry& g, const PlaneRows<S>& p) {
-  if constexpr (kWidestByPlanes >= 5) {
+  if constexpr (kWidestByPlanes<S> >= 5) {
     if (g.kernel_w == 5) return convolve_plane_rows<5, 2, Deep>(p);
   }
   g.stride_w == 1 ? convolve_plane_rows<3, 1, Deep>(p) : convolve_plane_rows<3, 2, Deep>(p);

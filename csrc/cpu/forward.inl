@@ -59,7 +59,9 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
   const Geometry& g = p.geom;
   const CpuPlan& plan = ctx.plan;
 #if DSCONV_ISA != DSCONV_ISA_GENERIC
-  if (plan.by_planes) return forward_planes<S, T, M>(ctx, tile, scratch);
+  if constexpr (kWidestByPlanes<S> > 0) {
+    if (plan.by_planes) return forward_planes<S, T, M>(ctx, tile, scratch);
+  }
 #endif
   typedef typename Factor<M>::type F;
   constexpr int64_t columns = kMicroVecs * Vec<T>::n, per_factor = kNumbersOf<F>;
@@ -97,7 +99,7 @@ static void forward_tile(const ForwardContext& ctx, int64_t tile, int64_t part, 
   const uint64_t misaligned = reinterpret_cast<uint64_t>(p.y) | static_cast<uint64_t>(g.c_out) * sizeof(S);
   const bool stream = direct && plan.beyond_cache && ctx.partial == nullptr && misaligned % kCacheLine == 0;
   Ahead ahead = {};
-  const int64_t chains = chains_of(k), calls = count / kMicroRows * ceil_div(end - begin, columns) * chains;
+  const int64_t chains = chains_of(k), calls = full_blocks(count) * ceil_div(end - begin, columns) * chains;
   if (tile + 1 < plan.tiles) {
     add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, p.x_layout, g, tile_range(plan.order, tile + 1),
              walks_depth(plan.order));

@@ -10,20 +10,19 @@
 // neighbouring channels; the weights are packed to rows of that.
 //
 // A block of kMicroRows output channels goes over all panels of the tile, so that y is written in stretches of a tile.
-// Where the blocks are many, of 6 rows, it goes over as many as stay in L1 while all blocks meet them; past the caches
-// over one, whose outputs are whole lines.
-// Bytes moved: x once and K - step rows of each tile again, y once; z once a block of output channels, out of L2 (L1).
-// For what depthwise_planes.inl is for, and an out_act that is a clamp.
+// Where the blocks are many, of 6 rows, it goes over as many as stay in L1 while all blocks meet them; where outputs
+// are streamed, over a line of them. Bytes moved: x once and K - step rows of each tile again, y once; z once a block
+// of output channels, out of L2 (L1). For what depthwise_planes.inl is for, and an out_act that is a clamp.
 #ifndef DSCONV_ISA
 #error "forward_planes.inl belongs inside an ISA region"
 #endif
 
-// Pixels of a tile that meet all output channels before the next, a multiple of `columns`. Measured with AVX2, of all
-// at once: 16 images of 112 x 112 past the caches 0.83 of the time, one image 0.97.
+// Pixels of a tile that meet all output channels before the next: all, or a multiple of `columns`. Measured with AVX2,
+// of all at once: 16 images of 112 x 112 past the caches 0.83 of the time, one image 0.97.
 template <typename S, typename F>
 DSCONV_INLINE int64_t pixels_of_stretch(int64_t count, int64_t depth, int64_t columns, bool stream) {
   constexpr int64_t kNearBytes = 16 << 10;  // of z: half of an L1
-  if (!kFewRows) return count;
+  if (!kSixRows) return count;
   const int64_t pixels = stream ? kCacheLine / static_cast<int64_t>(sizeof(S))
                                 : kNearBytes / (depth * static_cast<int64_t>(sizeof(F))) / columns * columns;
   return pixels > columns ? pixels : columns;
@@ -72,7 +71,7 @@ static void forward_planes(const ForwardContext& ctx, int64_t tile, void* scratc
       const Range next = tile_range(plan.order, tile + 1);
       add_rows(ahead, static_cast<const S*>(p.x), p.x_strides, p.x_layout, g, next, walks_depth(plan.order));
     }
-    share_out(ahead, g.c_out / kMicroRows * ceil_div(count, columns) * chains_of(depth));
+    share_out(ahead, full_blocks(g.c_out) * ceil_div(count, columns) * chains_of(depth));
     const int64_t stretch = pixels_of_stretch<S, F>(count, depth, columns, stream);
     for (int64_t first = 0; first < count; first += stretch) {
       const int64_t last = first + stretch < count ? first + stretch : count;

@@ -21,8 +21,9 @@
 #error "gemm.inl belongs inside an ISA region"
 #endif
 
-// A step of 6 rows is short: what is beside the steps counts, and blocks of fewer rows wait for their additions.
-constexpr bool kFewRows = DSCONV_ISA == DSCONV_ISA_AVX2;
+// AVX2: a step of 6 rows is short, so what is beside the steps counts, and blocks of fewer rows wait for their
+// additions. What follows from it was measured there.
+constexpr bool kSixRows = kMicroRows == 6;
 
 template <typename T>
 struct Operand {
@@ -201,9 +202,9 @@ static __attribute__((noinline)) void micro_kernel(int64_t k, Operand<T> a, Oper
 
 // The next smaller of the register blocks that fewer rows are cut into: a half, then 4, 2 and 1, and above that `fine`
 // every even number down to 8. Columns of output channels are seldom a multiple of kMicroRows, and a block of less than
-// 8 accumulators waits for its additions. Where kMicroRows are few, every number: 5 rows are 5 / 8 of 4 rows and 1.
+// 8 accumulators waits for its additions. Of 6 rows, every number: 5 rows are 5 / 8 of 4 rows and 1.
 constexpr int next_micro_rows(int rows, bool fine) {
-  if (kFewRows) return rows - 1;
+  if (kSixRows) return rows - 1;
   if (fine && rows > 8) return rows - 2;
   return rows == kMicroRows && rows > 8 ? rows / 2 : (rows > 4 ? (rows > 7 ? 7 : 4) : rows / 2);
 }
@@ -234,15 +235,20 @@ DSCONV_INLINE void micro_kernel_rows(int rows, int64_t k, Operand<T> a, Operand<
   }
 }
 
-// Of `left` rows those of the next block: no last one of 1 to 3, which takes as long as one of 4.
+// Of `left` rows those of the next block: no last one of 1 to 3 behind a full one, which takes as long as one of 4.
 constexpr int64_t rows_at_once(int64_t left) {
-  if (kFewRows && left > kMicroRows && left < kMicroRows + 4) return (left + 1) / 2;
+  if (kSixRows && left > kMicroRows && left < kMicroRows + 4) return (left + 1) / 2;
   return left < kMicroRows ? left : kMicroRows;
+}
+// The full blocks among those of so many rows.
+constexpr int64_t full_blocks(int64_t rows) {
+  const int64_t left = rows % kMicroRows;
+  return rows / kMicroRows - (kSixRows && rows > kMicroRows && left > 0 && left < 4 ? 1 : 0);
 }
 
 // The longest chain of additions in one accumulator: rounding errors grow with it, and one more pass over C is cheap
 // where a step is long (128 in place of 256: 1 % of a layer at most; of 6 rows 2.5 %).
-constexpr int64_t kLongestChain = kFewRows ? 256 : 128;
+constexpr int64_t kLongestChain = kSixRows ? 256 : 128;
 
 DSCONV_INLINE int64_t chains_of(int64_t k) { return k > kLongestChain ? ceil_div(k, kLongestChain) : 1; }
 

@@ -316,10 +316,12 @@ static void sum_over_z(const MomentsContext& ctx, int64_t task, void* scratch) {
       partial[i / g.c_mid * c_mid + i % g.c_mid] = 0;
     }
 #if DSCONV_ISA != DSCONV_ISA_GENERIC
-    if (plan.by_planes) {
-      add_z_planes(in, pixel, count, before, z, sums);
-      before += count;
-      continue;
+    if constexpr (kWidestByPlanes<S> > 0) {
+      if (plan.by_planes) {
+        add_z_planes(in, pixel, count, before, z, sums);
+        before += count;
+        continue;
+      }
     }
 #endif
     Ahead ahead = {};

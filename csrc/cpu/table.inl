@@ -8,7 +8,7 @@ DSCONV_INLINE DTypeKernels kernels_of() {
   typedef typename ComputeOf<S>::type T;
   DTypeKernels k;
   k.bytes = {sizeof(S), sizeof(T), sizeof(T)};
-  k.widest_by_planes = kWidestByPlanes;
+  k.widest_by_planes = kWidestByPlanes<S>;
   k.pack_depthwise = pack_depthwise<S, T>;
   k.pack_depthwise_forward = pack_depthwise<S, T>;
   k.pack_biases = pack_biases<S, T>;

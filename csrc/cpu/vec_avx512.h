@@ -23,6 +23,7 @@ struct Vec<double> {
 constexpr int kMicroRows = 14;
 constexpr int kMicroVecs = 2;
 constexpr bool kHalfVectors = true;
+template <typename S>
 constexpr int kWidestByPlanes = 5;
 
 DSCONV_INLINE __mmask16 first16(int n) { return static_cast<__mmask16>((1u << n) - 1); }

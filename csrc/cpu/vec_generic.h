@@ -16,7 +16,7 @@
 //                              half with zeros behind; Vec<T>::half, half a vector: vset_half(x), vhalf(v), the lower
 //                              one, vwhole(h), with zeros behind, and vfma
 //   kMicroRows, kMicroVecs     register block of the GEMM micro-kernel
-//   kWidestByPlanes            the widest kernel that goes by planes (depthwise_planes.inl), which need more than this:
+//   kWidestByPlanes<S>         the widest kernel that goes by planes (depthwise_planes.inl), which need more than this:
 //                              vodd(a, b), vinterleave_low(a, b) and _high, vbehind(a, b), vahead(a, b), Vec<T>::mask,
 //                              lanes_between<T>(from, to), vload_lanes(p, mask)
 #if DSCONV_ISA != DSCONV_ISA_GENERIC
@@ -42,6 +42,7 @@ struct Vec<double> {
 constexpr int kMicroRows = 4;
 constexpr int kMicroVecs = 2;
 constexpr bool kHalfVectors = false;
+template <typename S>
 constexpr int kWidestByPlanes = 0;
 
 DSCONV_INLINE float bits_to_float(uint32_t u) {
