@@ -3,8 +3,8 @@
 // A block is R rows of U vectors of outputs: each of its (R - 1) * step + K rows of x is loaded once for all outputs
 // that it meets, and for all taps, of which those beside the middle one take it shifted by a lane, or where that takes
 // longer (kSingleTaps) once for each tap. Columns outside the image are lanes masked off, rows outside are a row of
-// zeros. So x is read where it lies; while a channel is summed, the lines of one
-// to come are asked for. In 3-D a block goes through the slices of x that it reads, each with its plane of taps.
+// zeros. So x is read where it lies; while a channel is summed, the lines of one to come are asked for. In 3-D a block
+// goes through the slices of x that it reads, each with its plane of taps.
 //
 // For kernels whose planes of taps are 3 x 3 of step 1 and 2, or with AVX-512 5 x 5 of step 2, with no dilation and no
 // multiplier (cpu_plan.h: planes_pay).

@@ -11,8 +11,9 @@
 //
 // A block of kMicroRows output channels goes over all panels of the tile, so that y is written in stretches of a tile.
 // Where the blocks are many, of 6 rows, it goes over as many as stay in L1 while all blocks meet them; where outputs
-// are streamed, over a line of them. Bytes moved: x once and K - step rows of each tile again, y once; z once a block
-// of output channels, out of L2 (L1). For what depthwise_planes.inl is for, and an out_act that is a clamp.
+// are streamed, over a line of them.
+// Bytes moved: x once and K - step rows of each tile again, y once; z once a block of output channels, out of L2 (L1).
+// For what depthwise_planes.inl is for, and an out_act that is a clamp.
 #ifndef DSCONV_ISA
 #error "forward_planes.inl belongs inside an ISA region"
 #endif
